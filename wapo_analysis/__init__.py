@@ -1,0 +1,41 @@
+"""Token-gradient dynamics of RLVR training: which tokens bent the curve.
+
+Names are loaded on first use, so importing the package loads neither torch nor matplotlib.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.version import __version__
+
+if TYPE_CHECKING:
+    from wapo_analysis.capture.recorder import Recorder
+    from wapo_analysis.store import Run, open_run
+    from wapo_analysis.train.config import TrainConfig
+
+_LAZY = {
+    "Recorder": "wapo_analysis.capture.recorder",
+    "Run": "wapo_analysis.store",
+    "TrainConfig": "wapo_analysis.train.config",
+    "open_run": "wapo_analysis.store",
+}
+
+__all__ = [
+    "Recorder",
+    "Run",
+    "TrainConfig",
+    "UserError",
+    "__version__",
+    "open_run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'wapo_analysis' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

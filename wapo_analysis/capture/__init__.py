@@ -1,0 +1,1 @@
+"""Watching a live trainer: the only place that touches one."""

@@ -1,0 +1,285 @@
+"""The recorder: turns gradient passes into token rows, exact class totals and step lines.
+
+It reads tensors, draws no random numbers and never raises into training: a failure (disk full, a
+bug) is logged once and recording stops while training goes on.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.store import RunWriter
+from wapo_analysis.table import Records
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TokenPass:
+    """Tokens of one gradient pass, flat over the loss mask; every tensor has shape (N,).
+
+    ``coef`` is filled by the backward pass, ``*_after`` by re-scoring. Leave a statistic None if
+    the source cannot give it: it is stored as missing.
+    """
+
+    group: Tensor
+    rollout: Tensor
+    position: Tensor
+    token_id: Tensor
+    advantage: Tensor
+    logp: Tensor
+    logp_old: Tensor | None = None
+    entropy: Tensor | None = None
+    collision_rest: Tensor | None = None
+    collision_logp_rest: Tensor | None = None
+    clipped: Tensor | None = None
+    kept: Tensor | None = None
+    top1: Tensor | None = None
+    coef: Tensor | None = None
+    logp_after: Tensor | None = None
+    entropy_after: Tensor | None = None
+    minibatch: int = field(default=0, kw_only=True)
+
+    def to_columns(self, step: int, rank: int) -> dict[str, np.ndarray[Any, Any]]:
+        """Columns of the token table; the one place where tensors become numpy arrays."""
+        given = {
+            f.name: _to_numpy(getattr(self, f.name))
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        rows = len(given["logp"])
+        for name, value in (("step", step), ("minibatch", self.minibatch), ("rank", rank)):
+            given[name] = np.full(rows, value)
+        if self.kept is None:
+            given["kept"] = np.ones(rows, bool)
+        return given
+
+
+def _to_numpy(values: Tensor) -> np.ndarray[Any, Any]:
+    detached = values.detach()
+    if detached.dtype in (torch.bfloat16, torch.float16):
+        detached = detached.float()  # numpy has no bfloat16
+    return np.asarray(detached.cpu().numpy())
+
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def _guarded(method: F) -> F:
+    """Let no failure of recording reach the training that is being watched."""
+
+    @wraps(method)
+    def guarded(self: "Recorder", *args: Any, **kwargs: Any) -> None:
+        if self.failure is not None:
+            return
+        started = perf_counter()
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
+        finally:
+            self.seconds += perf_counter() - started
+
+    return cast(F, guarded)
+
+
+class NullRecorder:
+    """Records nothing; what a trainer holds when nobody watches."""
+
+    path: Path | None = None
+    failure: str | None = None
+    seconds = 0.0
+
+    def wants_rescore(self, step: int) -> bool:
+        """Whether tokens of this step are to be scored again after the update."""
+        return False
+
+    def watch(self, tokens: TokenPass, logp: Tensor) -> None:
+        """Take the tokens of one gradient pass, before its backward pass."""
+
+    def end_step(
+        self,
+        row: Mapping[str, float],
+        rollouts: Mapping[str, Sequence[Any]],
+        texts: Callable[[list[int]], list[str]] | None = None,
+    ) -> None:
+        """Finish a step: class totals, rows and the step line are written."""
+
+    def note(self, **changes: Any) -> None:
+        """Change manifest entries."""
+
+    def close(self, status: str) -> None:
+        """End the run."""
+
+
+class Recorder(NullRecorder):
+    """Records one run into a folder.
+
+    Parameters
+    ----------
+    path : str or Path
+        Run folder, new unless ``resume_after`` is given.
+    manifest : mapping
+        Description of the run, see docs/run_format.md.
+    token_every : int
+        Write token rows of every n-th step (class totals are kept of every step); 0 writes none.
+    token_fraction : float
+        Share of the rollouts whose token rows are written, in (0, 1]; chosen by a fixed rule from
+        step and rollout number, so no random state is touched.
+    rescore_every : int
+        Score the tokens again after the update on every n-th step; 0 never.
+    temperature : float
+        Softmax temperature of the statistics.
+    rank : int
+        Process number, part of every file name.
+    resume_after : int, optional
+        Continue the run in ``path`` after this step.
+
+    Raises
+    ------
+    UserError
+        On numbers out of range or a folder that cannot be used. Later failures never raise; see
+        ``failure``.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        manifest: Mapping[str, Any],
+        *,
+        token_every: int = 1,
+        token_fraction: float = 1.0,
+        rescore_every: int = 10,
+        temperature: float = 1.0,
+        rank: int = 0,
+        resume_after: int | None = None,
+    ) -> None:
+        if token_every < 0 or rescore_every < 0:
+            raise UserError("token_every and rescore_every must be 0 (never) or positive")
+        if not 0 < token_fraction <= 1:
+            raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
+        self.path = Path(path)
+        self.token_every, self.token_fraction = token_every, token_fraction
+        self.rescore_every, self.temperature, self.rank = rescore_every, temperature, rank
+        self.failure = None
+        self.seconds = 0.0
+        settings = {
+            "temperature": temperature,
+            "token_every": token_every,
+            "token_fraction": token_fraction,
+            "rescore_every": rescore_every,
+        }
+        self._writer = RunWriter(self.path, {**manifest, **settings}, resume_after)
+        self._passes: list[TokenPass] = []
+
+    def wants_rescore(self, step: int) -> bool:
+        """Whether tokens of this step are to be scored again after the update."""
+        return self.failure is None and _on_schedule(step, self.rescore_every)
+
+    @_guarded
+    def watch(self, tokens: TokenPass, logp: Tensor) -> None:
+        """Take the tokens of one gradient pass, before its backward pass.
+
+        Parameters
+        ----------
+        tokens : TokenPass
+            Tokens with every statistic known before the backward pass.
+        logp : Tensor, shape (N,), on the autograd graph
+            Its gradient is the exact -coef of any loss: ratio, clip, masks and normalisers in.
+        """
+
+        def keep_gradient(grad: Tensor) -> None:
+            tokens.coef = -grad.detach()
+
+        if logp.requires_grad:
+            logp.register_hook(keep_gradient)
+        self._passes.append(tokens)
+
+    @_guarded
+    def end_step(
+        self,
+        row: Mapping[str, float],
+        rollouts: Mapping[str, Sequence[Any]],
+        texts: Callable[[list[int]], list[str]] | None = None,
+    ) -> None:
+        """Finish a step: class totals, token rows, rollouts and the step line are written.
+
+        Parameters
+        ----------
+        row : mapping
+            Columns of the ``steps`` table, ``step`` among them.
+        rollouts : mapping of str to sequence
+            Columns of the ``rollouts`` table without ``step`` and ``rank``.
+        texts : callable, optional
+            Token ids to their texts, for the vocabulary of the run.
+        """
+        step = int(row["step"])
+        passes, self._passes = self._passes, []
+        if passes:
+            self._write_tokens(step, passes, texts)
+        count = len(rollouts["reward"]) if rollouts else 0
+        if count:
+            keys = {"step": np.full(count, step), "rank": np.full(count, self.rank)}
+            self._writer.write_part(Records.build(ROLLOUTS, {**keys, **rollouts}), step, self.rank)
+        # The step line comes last: a step that is in the log has all its parts.
+        self._writer.append_step(row)
+
+    def _write_tokens(
+        self,
+        step: int,
+        passes: Sequence[TokenPass],
+        texts: Callable[[list[int]], list[str]] | None,
+    ) -> None:
+        tokens = Records.concat(
+            [Records.build(TOKENS, p.to_columns(step, self.rank)) for p in passes]
+        )
+        derived = derive(tokens, self.temperature)
+        self._writer.write_part(class_totals(derived), step, self.rank)
+        if not _on_schedule(step, self.token_every):
+            return
+        chosen = tokens
+        if self.token_fraction < 1:
+            chosen = tokens.select(_chosen(tokens["rollout"], step, self.token_fraction))
+        self._writer.write_part(chosen, step, self.rank)
+        if texts is not None:
+            ids = np.unique(chosen["token_id"])
+            new = self._writer.missing_vocab(ids.tolist())
+            if new:
+                self._writer.add_vocab(dict(zip(new, texts(new), strict=True)))
+
+    @_guarded
+    def note(self, **changes: Any) -> None:
+        """Change manifest entries."""
+        self._writer.update_manifest(**changes)
+
+    @_guarded
+    def close(self, status: str) -> None:
+        """End the run; a step that was not finished is dropped."""
+        self._passes = []
+        self._writer.close(status)
+
+
+def _on_schedule(step: int, every: int) -> bool:
+    """Steps 1, 1 + every, ... so that the first step always counts."""
+    return every > 0 and (step - 1) % every == 0
+
+
+def _chosen(rollout: np.ndarray[Any, Any], step: int, fraction: float) -> np.ndarray[Any, Any]:
+    """Rows of the chosen rollouts: a multiplicative hash of (step, rollout) below the fraction."""
+    mixed = (rollout.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(step) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(31)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction

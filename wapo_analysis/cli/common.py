@@ -1,0 +1,42 @@
+"""What several commands share: arguments, opening runs, error lines."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from wapo_analysis.errors import UserError
+
+if TYPE_CHECKING:
+    from wapo_analysis.store import Run
+
+RunsArgument = Annotated[
+    list[Path], typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN...")
+]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
+Format = Literal["text", "json", "markdown"]
+
+
+def console_error(text: str) -> None:
+    """One error line on stderr."""
+    typer.echo(f"wapo: {text}", err=True)
+
+
+def open_runs(paths: list[Path]) -> "list[Run]":
+    """Open every run at or below the given folders, each once, in the order given."""
+    from wapo_analysis.store import find_runs, open_run
+
+    folders = [folder for path in paths for folder in find_runs(path)]
+    return [open_run(folder) for folder in dict.fromkeys(folders)]
+
+
+def check_new(out: Path) -> None:
+    """Refuse an output folder that already holds files.
+
+    Raises
+    ------
+    UserError
+        If it does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another --out or delete it")

@@ -1,0 +1,71 @@
+"""The demo: GRPO and WAPO from one base policy, on the same prompts, over several seeds."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+
+from wapo_analysis.cli.common import console_error
+from wapo_analysis.cli.reading import print_comparison, write_figures
+from wapo_analysis.cli.training import progress_over
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import open_run
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.models import pick_device
+from wapo_analysis.train.parallel import Job, train_all
+
+OBJECTIVES = ("grpo", "wapo")
+
+
+def demo_jobs(out: Path, base: TrainConfig, seeds: int) -> list[Job]:
+    """One job per seed and objective; objectives alternate so that they finish together."""
+    return [
+        Job(replace(base, objective=objective, seed=seed), out / f"{objective}-{seed}")
+        for seed in range(seeds)
+        for objective in OBJECTIVES
+    ]
+
+
+def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> None:
+    """Train, compare, draw and report.
+
+    Raises
+    ------
+    UserError
+        If a run failed; the others are kept.
+    """
+    base = TrainConfig(task=task, steps=steps, device=device, lr=1e-4, checkpoint_every=0)
+    jobs = demo_jobs(out, base, seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps({"steps": steps, "seeds": seeds, "task": task}))
+    # One process per core on a CPU; on a GPU the runs take turns.
+    workers = 1 if pick_device(device).type == "cuda" else None
+    names = [f"{j.config.shown_label} seed {j.config.seed}" for j in jobs]
+    with progress_over(names, steps) as bar:
+
+        def shown(done: Sequence[int]) -> None:
+            for task_id, count in enumerate(done):
+                bar.update(bar.task_ids[task_id], completed=count)
+
+        failures = train_all(jobs, workers, shown)
+    for job, failure in zip(jobs, failures, strict=True):
+        if failure is not None:
+            console_error(f"{job.out}: {failure}")
+    if any(failures):
+        raise UserError(f"{sum(f is not None for f in failures)} of {len(jobs)} runs failed")
+    _conclude(out, [job.out for job in jobs])
+
+
+def _conclude(out: Path, folders: Sequence[Path]) -> None:
+    """Verdict table, figures and report of finished runs."""
+    from wapo_analysis.compare import compare
+    from wapo_analysis.report.build import build_report
+
+    runs = [open_run(folder) for folder in folders]
+    print_comparison(compare(runs))
+    write_figures(runs, out / "figures", "png", None)
+    report = out / "report.html"
+    build_report(runs, report)
+    typer.echo(f"report: {report}")

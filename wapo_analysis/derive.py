@@ -1,0 +1,134 @@
+"""Token table to derived columns and class totals: where column names meet the taxonomy.
+
+Verdicts are never stored. Everything here is recomputed from the stored sufficient statistics, so
+a change of the taxonomy replays over old runs without their logits.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.schema import CLASSES, PROB_EDGES
+from wapo_analysis.table import Array, Records
+
+_CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
+
+
+def probability_bin(prob: Array) -> Array:
+    """Index of the half-open bin of PROB_EDGES each probability lies in; p = 1 is in the last.
+
+    Parameters
+    ----------
+    prob : ndarray, shape (rows,)
+        Probabilities in [0, 1].
+
+    Returns
+    -------
+    ndarray of int8, shape (rows,)
+    """
+    inner = np.searchsorted(PROB_EDGES[1:-1], prob, side="right")
+    return inner.astype(np.int8)
+
+
+def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[str, Array]:
+    """Compute every derived column of the token table.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray, shape (rows,)
+        Measured columns of the token table; missing statistics are NaN.
+    temperature : float
+        Softmax temperature the statistics were taken at.
+
+    Returns
+    -------
+    dict of str to ndarray
+        Derived columns in the order the schema declares them. ``pred_*`` are per unit learning
+        rate: the logit step is ``coef / T**2`` (taxonomy/README.md, section on temperature).
+    """
+    logp = columns["logp"].astype(np.float64)
+    entropy = columns["entropy"].astype(np.float64)
+    rest = columns["collision_rest"].astype(np.float64)
+    logp_rest = columns["collision_logp_rest"].astype(np.float64)
+    coef = columns["coef"].astype(np.float64)
+    prob, complement = np.exp(logp), -np.expm1(logp)
+    step = tax.logit_step(coef, temperature)
+    after, entropy_after = columns["logp_after"], columns["entropy_after"]
+    with np.errstate(over="ignore"):
+        ratio = np.exp(logp - columns["logp_old"].astype(np.float64))
+    return {
+        "prob": prob,
+        "complement": complement,
+        "collision": tax.collision(prob, rest),
+        "sign": np.asarray(tax.sign_code(columns["advantage"]), np.int8),
+        "regime": np.asarray(tax.regime_code(prob, complement, rest), np.int8),
+        "cls": np.asarray(tax.class_code(columns["advantage"], prob, complement, rest), np.int8),
+        "prob_bin": probability_bin(prob),
+        "grad_norm": tax.grad_norm(coef, complement, rest, temperature),
+        "pred_dprob": tax.dprob_sampled(step, prob, complement, rest),
+        "pred_dentropy": tax.dentropy(step, prob, complement, logp, entropy, rest, logp_rest),
+        # A difference of logs keeps its digits where a difference of probabilities loses them.
+        "dprob": prob * np.expm1(after.astype(np.float64) - logp),
+        "dentropy": entropy_after.astype(np.float64) - entropy,
+        "ratio": ratio,
+    }
+
+
+def derive(tokens: Records, temperature: float) -> Records:
+    """Token records with all derived columns added; see :func:`derived_columns`."""
+    return tokens.with_columns(derived_columns(tokens.columns, temperature))
+
+
+def class_totals(tokens: Records) -> Records:
+    """Exact totals per step x rank x sign x regime x probability bin.
+
+    Parameters
+    ----------
+    tokens : Records
+        Token records with derived columns (:func:`derive`); every row is a loss-mask token.
+
+    Returns
+    -------
+    Records
+        Rows of the ``classes`` table, cells without tokens left out. NaN statistics are left out
+        of the sums they enter, so one missing value does not erase a total; a sum of nothing but
+        NaN is NaN.
+    """
+    frame = _cell_terms(tokens).groupby(list(_CELL_KEYS), sort=True).sum(min_count=1).reset_index()
+    return Records.build(CLASSES, {name: frame[name].to_numpy() for name in frame.columns})
+
+
+def _cell_terms(tokens: Records) -> pd.DataFrame:
+    """One row per token with the terms that the class table adds up."""
+    c = tokens.columns
+    coef = c["coef"].astype(np.float64)
+    moved = c["pred_dentropy"] * c["sign"]
+    expected = np.where(c["regime"] == 1, -1.0, 1.0)
+    terms = {
+        "tokens": np.ones(len(tokens), np.int64),
+        "kept": c["kept"].astype(np.int64),
+        "clipped": (c["clipped"] & c["kept"]).astype(np.int64),
+        "entropy_sum": c["entropy"].astype(np.float64),
+        "logp_sum": c["logp"].astype(np.float64),
+        "coef_sum": coef,
+        "coef_abs_sum": np.abs(coef),
+        "grad_mass": c["grad_norm"],
+        "grad_mass_proxy": np.abs(coef) * c["complement"],
+        "pred_dprob_sum": c["pred_dprob"],
+        "pred_dentropy_sum": c["pred_dentropy"],
+        "rule_breaks": (moved * expected < 0).astype(np.int64),
+        "rescored": np.isfinite(c["dentropy"]).astype(np.int64),
+        "dprob_sum": c["dprob"],
+        "dentropy_sum": c["dentropy"],
+    }
+    return pd.DataFrame({**{key: c[key] for key in _CELL_KEYS}, **terms})
+
+
+def with_class(frame: pd.DataFrame) -> pd.DataFrame:
+    """Class-table frame with a ``cls`` code column from sign and regime (4 none, -1 unknown)."""
+    sign, regime = frame["sign"].to_numpy(), frame["regime"].to_numpy()
+    code = np.where(sign > 0, 1 - regime, 3 - regime)
+    code = np.where(regime < 0, -1, code)
+    return frame.assign(cls=np.where(sign == 0, 4, code).astype(np.int8))

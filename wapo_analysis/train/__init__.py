@@ -1,0 +1,1 @@
+"""A small, readable RLVR trainer that is watched token by token."""
