@@ -32,6 +32,7 @@ def probability_bin(prob: Array) -> Array:
     return inner.astype(np.int8)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
 def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[str, Array]:
     """Compute every derived column of the token table.
 
@@ -56,8 +57,6 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
     prob, complement = np.exp(logp), -np.expm1(logp)
     step = tax.logit_step(coef, temperature)
     after, entropy_after = columns["logp_after"], columns["entropy_after"]
-    with np.errstate(over="ignore"):
-        ratio = np.exp(logp - columns["logp_old"].astype(np.float64))
     return {
         "prob": prob,
         "complement": complement,
@@ -72,7 +71,7 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
         # A difference of logs keeps its digits where a difference of probabilities loses them.
         "dprob": prob * np.expm1(after.astype(np.float64) - logp),
         "dentropy": entropy_after.astype(np.float64) - entropy,
-        "ratio": ratio,
+        "ratio": np.exp(logp - columns["logp_old"].astype(np.float64)),
     }
 
 

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises; the command line turns it into one line and exit code 2."""
+"""The exception of a user's mistake; the command line makes it one line and exit code 2."""
 
 
 class UserError(ValueError):

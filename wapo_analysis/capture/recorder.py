@@ -81,7 +81,7 @@ def _guarded(method: F) -> F:
 
     @wraps(method)
     def guarded(self: "Recorder", *args: Any, **kwargs: Any) -> None:
-        if self.failure is not None:
+        if self.failure is not None and method.__name__ != "close":
             return
         started = perf_counter()
         try:
@@ -268,7 +268,7 @@ class Recorder(NullRecorder):
     def close(self, status: str) -> None:
         """End the run; a step that was not finished is dropped."""
         self._passes = []
-        self._writer.close(status)
+        self._writer.close(status if self.failure is None else "recording_failed")
 
 
 def _on_schedule(step: int, every: int) -> bool:

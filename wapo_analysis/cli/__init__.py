@@ -8,7 +8,6 @@ import os
 import sys
 from importlib import import_module
 
-import click
 import typer
 
 from wapo_analysis.cli.common import console_error
@@ -54,18 +53,34 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; every user error becomes one line."""
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name="wapo", standalone_mode=False)
     except UserError as error:
         console_error(str(error))
         return 2
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         console_error("interrupted")
         return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        return _usage_error(error)
     return result if isinstance(result, int) else 0
+
+
+def _usage_error(error: Exception) -> int:
+    """Print a wrong option as one line; anything that is no usage error is raised again.
+
+    Usage errors are told by their method: typer brings its own copy of click in some versions.
+    """
+    told = getattr(error, "format_message", None)
+    if told is None:
+        raise error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(told())
+    else:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "wapo"
+        console_error(f"{' '.join(told().split())} (see {command} --help)")
+    return 2

@@ -55,7 +55,9 @@ def train(
     rollouts: Annotated[int | None, Option(help="Completions per prompt.")] = None,
     temperature: Annotated[float | None, Option(help="Softmax temperature.")] = None,
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
-    threads: Annotated[int | None, Option(help="CPU threads.  [default: torch's own]")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
+    ] = None,
     config: Annotated[
         Path | None, Option(help="TOML file of settings; options given here win over it.")
     ] = None,
@@ -69,12 +71,8 @@ def train(
         wapo train --include-bins neg_peak --epochs 2 --minibatches 2 --out runs/explode
         wapo train --out runs/wapo --steps 200 --resume
     """
-    import torch
-
     from wapo_analysis.train.rollout import NonFiniteLogits
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     given = {
         "objective": objective,
         "task": task,
@@ -95,7 +93,7 @@ def train(
     settings = _settings(config, changes, out if resume else None)
     folder = out or Path("runs") / f"{settings.objective}-{settings.seed}"
     try:
-        _train_with_bar(settings, folder, resume)
+        _train_with_bar(settings, folder, resume, threads)
     except NonFiniteLogits as error:
         console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
@@ -103,9 +101,7 @@ def train(
     typer.echo(f"next: wapo diagnose {folder}   |   wapo report {folder}")
 
 
-def _settings(
-    config: Path | None, changes: dict[str, Any], resumed: Path | None
-) -> "TrainConfig":
+def _settings(config: Path | None, changes: dict[str, Any], resumed: Path | None) -> "TrainConfig":
     """Settings from the resumed run or the file, with the options given on top."""
     from wapo_analysis.store import read_manifest
     from wapo_analysis.train.config import TrainConfig
@@ -117,17 +113,21 @@ def _settings(
     return TrainConfig.from_dict(changes, base)
 
 
-def _train_with_bar(settings: "TrainConfig", folder: Path, resume: bool) -> None:
+def _train_with_bar(
+    settings: "TrainConfig", folder: Path, resume: bool, threads: int | None
+) -> None:
     from wapo_analysis.train.loop import train as run_training
 
     with _progress() as bar:
-        task = bar.add_task(f"{settings.shown_label} seed {settings.seed}", total=settings.steps, now="")
+        task = bar.add_task(
+            f"{settings.shown_label} seed {settings.seed}", total=settings.steps, now=""
+        )
 
         def shown(row: dict[str, float]) -> None:
             now = f"reward {row['reward']:.2f}  entropy {row['entropy']:.2f} nats"
             bar.update(task, completed=int(row["step"]), now=now)
 
-        run_training(settings, folder, resume=resume, progress=shown)
+        run_training(settings, folder, resume=resume, progress=shown, threads=threads)
 
 
 def _progress() -> "Progress":

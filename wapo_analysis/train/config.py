@@ -1,4 +1,4 @@
-"""Settings of a training run: one frozen dataclass, one documented field each, readable from TOML."""
+"""Settings of a training run: one frozen dataclass, readable from TOML."""
 
 import tomllib
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.objectives import ObjectiveConfig
+from wapo_analysis.train.tasks import get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ class TrainConfig:
         _require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         rollouts = self.prompts_per_step * self.rollouts_per_prompt
         _require(self, "minibatches", rollouts % self.minibatches == 0, f"a divisor of {rollouts}")
+        get_task(self.task)
         self.objective_config(max_new_tokens=1)  # checks its own fields
 
     def objective_config(self, max_new_tokens: int) -> ObjectiveConfig:

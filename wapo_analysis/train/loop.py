@@ -5,14 +5,10 @@ Shapes: B rollouts of a mini-batch, b of a micro-batch, T completion positions, 
 
 import logging
 import math
-import platform
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 import wapo_taxonomy as tax
@@ -20,16 +16,17 @@ from torch import Tensor
 
 from wapo_analysis.capture.recorder import NullRecorder, Recorder, TokenPass
 from wapo_analysis.stats import TokenStats, token_stats
-from wapo_analysis.store import Run, open_run
+from wapo_analysis.store import open_run
 from wapo_analysis.train.batch import Batch, batch_statistics, draw_batch, rollout_columns
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loss import keep_tokens, policy_loss
+from wapo_analysis.train.manifest import new_manifest, resumed_manifest
 from wapo_analysis.train.models import Policy, load_policy, pick_device
 from wapo_analysis.train.objectives import ObjectiveConfig
 from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts, completion_logits
-from wapo_analysis.train.tasks import get_task
 from wapo_analysis.train.tally import StepTally
+from wapo_analysis.train.tasks import get_task
 from wapo_analysis.train.weights import BatchWeights, batch_weights, minibatch_weights
 
 log = logging.getLogger(__name__)
@@ -43,6 +40,7 @@ def train(
     *,
     resume: bool = False,
     progress: Progress | None = None,
+    threads: int | None = None,
 ) -> Policy:
     """Train a policy and, if ``out`` is given, record the run there.
 
@@ -55,6 +53,8 @@ def train(
         Continue the run in ``out`` from its last checkpoint.
     progress : callable, optional
         Called with the step's row after every step.
+    threads : int, optional
+        CPU threads of this process; None leaves torch's own choice.
 
     Returns
     -------
@@ -68,6 +68,8 @@ def train(
     NonFiniteLogits
         If the policy can no longer be sampled from; the run is closed as ``diverged``.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     run = Path(out) if out is not None else None
     started_at, weights = 0, None
     if resume and run is not None:
@@ -107,7 +109,10 @@ def _recorder(
 ) -> NullRecorder:
     if run is None:
         return NullRecorder()
-    manifest = describe(config, policy) if resume_after is None else _resumed(open_run(run), config)
+    if resume_after is None:
+        manifest = new_manifest(config, policy)
+    else:
+        manifest = resumed_manifest(open_run(run), config)
     return Recorder(
         run,
         manifest,
@@ -117,35 +122,6 @@ def _recorder(
         temperature=config.temperature,
         resume_after=resume_after,
     )
-
-
-def describe(config: TrainConfig, policy: Policy) -> dict[str, Any]:
-    """Manifest of a new run: what was trained, on what, with which versions."""
-    task = get_task(config.task)
-    objective = config.objective_config(config.max_new_tokens or task.max_new_tokens)
-    packages = ("wapo-analysis", "torch", "transformers", "numpy", "pandas", "pyarrow")
-    return {
-        "name": f"{config.shown_label} seed {config.seed}",
-        "label": config.shown_label,
-        "source": "built-in",
-        "objective": {**asdict(objective), "bounds": [objective.bounds.low, objective.bounds.high]},
-        "task": config.task,
-        "model": config.model,
-        "tokenizer": type(policy.tokenizer).__name__,
-        "vocabulary": int(policy.model.config.vocab_size),
-        "parameters": sum(p.numel() for p in policy.module.parameters()),
-        "seed": config.seed,
-        "device": str(policy.device),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "config": config.to_dict(),
-    }
-
-
-def _resumed(run: Run, config: TrainConfig) -> dict[str, Any]:
-    """Manifest of a continued run; a changed step count is the only change it may carry."""
-    resumed = [*run.manifest.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
-    return {**run.manifest, "config": config.to_dict(), "resumed": resumed}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Loading a policy: the shipped base policy, any Hugging Face causal language model, a GGUF file."""
+"""Loading a policy: the shipped base, any Hugging Face causal language model, a GGUF file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

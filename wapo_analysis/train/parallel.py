@@ -81,14 +81,11 @@ def _follow(
 
 def _train_one(job: Job) -> str | None:
     """Train one run in this process; returns the reason if it failed."""
-    import torch
-
     from wapo_analysis.train.loop import train
 
-    # One thread each: small models gain nothing from more, and cores are shared by the runs.
-    torch.set_num_threads(1)
     try:
-        train(job.config, job.out)
+        # One thread each: small models gain nothing from more, and the runs share the cores.
+        train(job.config, job.out, threads=1)
     except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -1,0 +1,340 @@
+"""Seeded fake runs: statistics come from real softmaxes, so the columns agree with each other.
+
+``write_fake_run`` writes a run folder as the trainer would, in well under a second, with one of a
+few known courses (``DRIFTS``). Logits are random walks sharpened or flattened over the steps, the
+measured columns are computed from them exactly, and the update that is re-scored is the
+first-order step plus noise. Nothing is trained.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import wapo_taxonomy as tax
+
+from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.store import RunWriter
+from wapo_analysis.table import Array, Records
+
+START_SHARPNESS = 6.0
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How sharpness of the policy and success rate move; ``u`` runs from 0 to 1 over the steps."""
+
+    sharpness: Callable[[float], float]
+    success: Callable[[float], float]
+    broken_loss: bool = False
+
+
+def _late(u: float, onset: float = 0.4) -> float:
+    """0 before the onset, then rising to 1 within a fifth of the run."""
+    return float(np.clip((u - onset) / 0.2, 0.0, 1.0))
+
+
+DRIFTS: Mapping[str, Drift] = {
+    "healthy": Drift(lambda u: START_SHARPNESS * (1 + 0.6 * u), lambda u: 0.45 + 0.45 * u),
+    "noise": Drift(lambda u: START_SHARPNESS, lambda u: 0.5),
+    "explosion": Drift(
+        lambda u: START_SHARPNESS * (1 - 0.95 * _late(u)), lambda u: 0.5 * (1 - _late(u))
+    ),
+    "collapse": Drift(
+        lambda u: START_SHARPNESS * (1 + 9 * _late(u)), lambda u: 0.5 - 0.3 * _late(u)
+    ),
+    "reward_collapse": Drift(lambda u: START_SHARPNESS, lambda u: 0.5 * (1 - _late(u))),
+    "stalled": Drift(lambda u: START_SHARPNESS, lambda u: 0.0),
+    "diverged": Drift(lambda u: START_SHARPNESS, lambda u: 0.5, broken_loss=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Size of a fake run; ``tokens`` is the number of completion tokens of one step."""
+
+    steps: int
+    prompts: int
+    rollouts: int
+    length: int
+    vocab: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompts * self.rollouts * self.length
+
+
+def write_fake_run(
+    path: Path,
+    *,
+    objective: str = "grpo",
+    seed: int = 0,
+    steps: int = 40,
+    drift: str = "healthy",
+    label: str | None = None,
+    include_bins: Iterable[str] = (),
+    prompts: int = 4,
+    rollouts: int = 4,
+    length: int = 6,
+    vocab: int = 16,
+    temperature: float = 1.0,
+    token_every: int = 1,
+    rescore_every: int = 1,
+    missing: Iterable[str] = (),
+    texts: Mapping[str, str] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    status: str = "finished",
+) -> Path:
+    """Write one fake run folder.
+
+    Parameters
+    ----------
+    path : Path
+        Folder to make.
+    objective : str
+        ``wapo`` gives a gradient to tokens with A > 0 alone and centres the reward; every other
+        name is treated as GRPO with a clip of 0.2.
+    drift : str
+        A name in ``DRIFTS``.
+    include_bins : iterable of str
+        Classes that get a gradient; empty means all.
+    token_every, rescore_every : int
+        Schedule of token rows and of the second scoring; 0 means never.
+    missing : iterable of str
+        Statistics the source could not give: token columns are NaN, step columns are left out.
+    texts : mapping, optional
+        ``prompt``, ``completion``, ``answer`` and ``vocab`` text that replaces the plain ones.
+    manifest : mapping, optional
+        Entries that replace the manifest's own.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    if drift not in DRIFTS:
+        raise ValueError(f"unknown drift {drift!r}; allowed: {', '.join(DRIFTS)}")
+    described = {
+        "name": path.name,
+        "source": "built-in",
+        "objective": {
+            "name": objective,
+            "clip_eps": 9.0 if objective == "wapo" else 0.2,
+            "include_bins": list(include_bins),
+            "exclude_bins": [],
+        },
+        "label": label or objective.upper(),
+        "model": "fake",
+        "task": "fake-task",
+        "temperature": temperature,
+        "seed": seed,
+        "device": "cpu",
+        "versions": {"wapo-analysis": "test"},
+        "config": {"steps": steps},
+        "token_fraction": 1.0,
+        "token_every": token_every,
+        "rescore_every": rescore_every,
+    }
+    writer = RunWriter(path, described | dict(manifest or {}))
+    fake = _Fake(
+        rng=np.random.default_rng([seed, sum(map(ord, objective + drift))]),
+        sizes=Sizes(steps=steps, prompts=prompts, rollouts=rollouts, length=length, vocab=vocab),
+        drift=DRIFTS[drift],
+        objective=objective,
+        bins=tax.expand_bins(tuple(include_bins)),
+        temperature=temperature,
+        missing=frozenset(missing),
+        texts=texts or {},
+    )
+    walk = fake.rng.normal(size=(fake.sizes.tokens, vocab))
+    for step in range(1, steps + 1):
+        walk = 0.95 * walk + np.sqrt(1 - 0.95**2) * fake.rng.normal(size=walk.shape)
+        rescore = rescore_every > 0 and step % rescore_every == 0
+        keep_rows = token_every > 0 and (step - 1) % token_every == 0
+        _write_step(writer, fake, step, walk, rescore, keep_rows)
+    spelled = fake.texts.get("vocab", "")
+    writer.add_vocab({token: spelled or chr(97 + token % 26) for token in range(vocab)})
+    writer.close(status)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fake:
+    """What the steps of one fake run share."""
+
+    rng: np.random.Generator
+    sizes: Sizes
+    drift: Drift
+    objective: str
+    bins: tuple[str, ...]
+    temperature: float
+    missing: frozenset[str]
+    texts: Mapping[str, str]
+
+
+def _write_step(
+    writer: RunWriter, fake: _Fake, step: int, walk: Array, rescore: bool, keep_rows: bool
+) -> None:
+    sizes = fake.sizes
+    progress = (step - 1) / max(sizes.steps - 1, 1)
+    rewards = _rewards(fake.rng, sizes, fake.drift.success(progress))
+    advantage = _advantages(rewards, standardize=fake.objective != "wapo")
+    columns = _token_columns(fake, walk * fake.drift.sharpness(progress), advantage)
+    absent = fake.missing | (frozenset() if rescore else _LATER)
+    columns |= {name: np.full(sizes.tokens, np.nan) for name in absent if name in TOKENS}
+    tokens = derive(
+        Records.build(TOKENS, columns | {"step": np.full(sizes.tokens, step)}), fake.temperature
+    )
+    writer.write_part(class_totals(tokens), step)
+    if keep_rows:
+        writer.write_part(tokens, step)
+    writer.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
+    row = _step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
+    writer.append_step({name: value for name, value in row.items() if name not in fake.missing})
+
+
+_LATER = frozenset({"logp_after", "entropy_after"})
+
+
+def _rewards(rng: np.random.Generator, sizes: Sizes, success: float) -> Array:
+    """Zero or one per rollout, shape (prompts, rollouts); prompts differ in difficulty."""
+    rate = np.clip(success + rng.normal(0, 0.15, (sizes.prompts, 1)), 0, 1) * (success > 0)
+    return (rng.random((sizes.prompts, sizes.rollouts)) < rate).astype(np.float64)
+
+
+def _advantages(rewards: Array, standardize: bool) -> Array:
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    return centred / (rewards.std(axis=1, keepdims=True) + 1e-8) if standardize else centred
+
+
+def _softmax(logits: Array) -> Array:
+    weight = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def _softmax_stats(logits: Array, chosen: Array, temperature: float) -> dict[str, Array]:
+    """Statistics of shape (tokens,) of softmax(logits / T) with the chosen token left out."""
+    scaled = logits / temperature
+    shifted = scaled - scaled.max(axis=1, keepdims=True)
+    # The mode weighs exactly 1, so log1p of the others keeps ln p of a near-certain token.
+    others = np.exp(shifted) * (np.arange(logits.shape[1]) != shifted.argmax(axis=1)[:, None])
+    logp = shifted - np.log1p(others.sum(axis=1, keepdims=True))
+    prob, rows = np.exp(logp), np.arange(len(chosen))
+    others = np.where(np.arange(logits.shape[1]) == chosen[:, None], 0.0, prob)
+    return {
+        "logp": logp[rows, chosen],
+        "entropy": -(prob * logp).sum(axis=1),
+        "collision_rest": (others**2).sum(axis=1),
+        "collision_logp_rest": (others**2 * logp).sum(axis=1),
+        "top1": prob.argmax(axis=1) == chosen,
+    }
+
+
+def _sample(rng: np.random.Generator, logits: Array, temperature: float) -> Array:
+    return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(axis=1)
+
+
+def _coefficients(
+    advantage: Array, ratio: Array, objective: str, classes: Array, bins: tuple[str, ...]
+) -> dict[str, Array]:
+    """-dL/dlogp of a token-mean loss with the clip flag and the kept flag, each (tokens,)."""
+    kept = advantage > 0 if objective == "wapo" else np.ones(len(ratio), bool)
+    if bins:
+        kept = kept & np.isin(classes, [tax.CLASS_CODES[name] for name in bins])
+    low, high = (0.0, 10.0) if objective == "wapo" else (0.8, 1.2)
+    clipped = kept & (((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low)))
+    coef = np.where(kept & ~clipped, ratio * advantage, 0.0) / len(ratio)
+    return {"coef": coef, "clipped": clipped, "kept": kept}
+
+
+def _token_columns(fake: _Fake, logits: Array, advantage: Array) -> dict[str, Any]:
+    """Measured columns of one step; logits (tokens, V), advantage (prompts, rollouts)."""
+    rng, sizes, temperature = fake.rng, fake.sizes, fake.temperature
+    behaviour = logits + 0.08 * rng.normal(size=logits.shape)
+    chosen = _sample(rng, behaviour, temperature)
+    now = _softmax_stats(logits, chosen, temperature)
+    old = _softmax_stats(behaviour, chosen, temperature)
+    prob, complement = np.exp(now["logp"]), -np.expm1(now["logp"])
+    rollout = np.repeat(np.arange(sizes.prompts * sizes.rollouts), sizes.length)
+    per_token = advantage.reshape(-1)[rollout]
+    classes = tax.class_code(per_token, prob, complement, now["collision_rest"])
+    ratio = np.exp(now["logp"] - old["logp"])
+    update = _coefficients(per_token, ratio, fake.objective, np.asarray(classes), fake.bins)
+    pull = np.eye(sizes.vocab)[chosen] - _softmax(logits / temperature)
+    strength = 0.05 * sizes.tokens * update["coef"][:, None] / temperature
+    moved = logits + strength * pull + 0.02 * rng.normal(size=logits.shape)
+    after = _softmax_stats(moved, chosen, temperature)
+    return {
+        **now,
+        **update,
+        "minibatch": (rollout // sizes.rollouts) % 2,
+        "rank": np.zeros(sizes.tokens),
+        "group": rollout // sizes.rollouts,
+        "rollout": rollout,
+        "position": np.tile(np.arange(sizes.length), sizes.prompts * sizes.rollouts),
+        "token_id": chosen,
+        "advantage": per_token,
+        "logp_old": old["logp"],
+        "logp_after": after["logp"],
+        "entropy_after": after["entropy"],
+    }
+
+
+def _rollout_rows(
+    step: int, sizes: Sizes, rewards: Array, advantage: Array, texts: Mapping[str, str]
+) -> Records:
+    n = sizes.prompts * sizes.rollouts
+    return Records.build(
+        ROLLOUTS,
+        {
+            "step": np.full(n, step),
+            "rank": np.zeros(n),
+            "group": np.arange(n) // sizes.rollouts,
+            "rollout": np.arange(n),
+            "prompt": [texts.get("prompt", f"{i // sizes.rollouts}+1=") for i in range(n)],
+            "completion": [texts.get("completion", f"{i};{i + 1}") for i in range(n)],
+            "answer": [texts.get("answer", str(i // sizes.rollouts + 1)) for i in range(n)],
+            "reward": rewards.reshape(-1),
+            "advantage": advantage.reshape(-1),
+            "length": np.full(n, sizes.length),
+            "finish_reason": ["stop" if i % 7 else "length" for i in range(n)],
+        },
+    )
+
+
+def _step_row(step: int, tokens: Records, rewards: Array, broken: bool) -> dict[str, float]:
+    c = tokens.columns
+    entropy, sign = c["entropy"].astype(np.float64), c["sign"]
+    flat = np.ptp(rewards, axis=1) == 0
+    total = float(np.sqrt(np.nansum(c["grad_norm"] ** 2)))
+    high = c["clipped"] & (c["advantage"] > 0)
+    return {
+        "step": step,
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "pass_rate": float((rewards >= 1).mean()),
+        "groups_all_wrong": float((flat & (rewards[:, 0] == 0)).mean()),
+        "groups_all_right": float((flat & (rewards[:, 0] > 0)).mean()),
+        "loss": float("nan") if broken else float(-c["coef"].sum()),
+        "grad_norm": float("nan") if broken else total,
+        "lr": 5e-5,
+        "entropy": float(entropy.mean()),
+        "entropy_pos": float(entropy[sign > 0].mean()) if (sign > 0).any() else float("nan"),
+        "entropy_neg": float(entropy[sign < 0].mean()) if (sign < 0).any() else float("nan"),
+        "length": float(len(tokens) / rewards.size),
+        "truncated": float(rewards.size // 7 / rewards.size),
+        "repetition": 0.02,
+        "kl_old": float(np.mean(0.5 * (c["logp"] - c["logp_old"]).astype(np.float64) ** 2)),
+        "clip_low": float((c["clipped"] & ~high).mean()),
+        "clip_high": float(high.mean()),
+        "tokens": len(tokens),
+        "kept_tokens": int(c["kept"].sum()),
+        "nonfinite": 0,
+        "skipped_updates": int(broken),
+        "updates": 2,
+        "seconds": 0.2,
+        "seconds_rollout": 0.1,
+        "seconds_capture": 0.01,
+    }

@@ -1,0 +1,28 @@
+"""Shared fixtures: seeded runs that are built once, and a quiet, single-threaded torch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from wapo_analysis.train.config import TrainConfig
+
+torch.set_num_threads(1)
+
+TINY = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 3}
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> TrainConfig:
+    """Three steps of GRPO on the embedded task, re-scored at every step."""
+    return TrainConfig.from_dict({**TINY, "rescore_every": 1, "lr": 1e-4})
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of three steps, written once; tests must not change it."""
+    from wapo_analysis.train.loop import train
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    train(tiny_config, out)
+    return out

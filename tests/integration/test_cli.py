@@ -1,0 +1,197 @@
+"""The command line as a user meets it: output, exit codes, one-line errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builders import write_fake_run
+from wapo_analysis.cli import run
+from wapo_analysis.store import open_run
+
+TINY = "--steps 2 --prompts 4 --rollouts 4 --minibatches 2 --threads 1".split()
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line a refused command prints; exit code 2 and no traceback are checked here."""
+    assert run(list(arguments)) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_then_every_reading_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    assert run(["train", "--objective", "wapo", "--out", out, *TINY]) == 0
+    assert f"wapo diagnose {out}" in capfd.readouterr().out
+    assert run(["diagnose", out, "--format", "json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["verdict"] == "insufficient_data"
+    assert run(["figures", out, "--only", "entropy,reward", "--out", str(tmp_path / "f")]) == 0
+    assert (tmp_path / "f" / "entropy.png").stat().st_size > 10_000
+    assert run(["report", out]) == 0
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    capfd.readouterr()
+    assert run(["compare", out, "--format", "json"]) == 0
+    json.loads(capfd.readouterr().out)
+
+
+def test_resume_goes_on_and_keeps_the_settings(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert run(["train", "--objective", "dapo", "--out", out, *TINY]) == 0
+    assert run(["train", "--out", out, "--resume", "--steps", "3", "--threads", "1"]) == 0
+    opened = open_run(out)
+    assert opened.steps.step.tolist() == [1, 2, 3]
+    assert opened.objective == "dapo"
+
+
+def test_settings_from_a_file_yield_to_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('objective = "gspo"\nsteps = 9\nlr = 1e-4\ninclude_bins = ["pos"]\n')
+    assert run(["train", "--config", str(file), "--out", str(tmp_path / "r"), *TINY]) == 0
+    config = open_run(tmp_path / "r").manifest["config"]
+    assert (config["objective"], config["steps"], config["include_bins"]) == ("gspo", 2, ["pos"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--objective", "grop"], "unknown objective 'grop'; allowed: grpo"),
+        (["--include-bins", "neg_peek"], "neg_peek"),
+        (["--include-bins", "pos", "--exclude-bins", "neg"], "include_bins"),
+        (["--task", "gsm9k"], "unknown task 'gsm9k'; allowed: chain-sum, two-hop"),
+        (["--model", "no/such/model"], "cannot load model 'no/such/model'"),
+        (["--model", "absent.gguf"], "no model file at absent.gguf"),
+        (["--steps", "-1"], "steps must be at least 1, got -1"),
+        (["--lr", "nan"], "lr must be positive and finite, got nan"),
+        (["--prompts", "0"], "prompts_per_step must be at least 1"),
+        (["--rollouts", "1"], "rollouts_per_prompt must be at least 2"),
+        (["--minibatches", "7"], "minibatches must be a divisor of 128"),
+        (["--device", "tpu"], "device must be auto, cpu or cuda"),
+        (["--config", "absent.toml"], "cannot read config absent.toml"),
+    ],
+)
+def test_train_refuses_bad_settings_in_one_line(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = tmp_path / "run"
+    assert expected in refused(capfd, "train", *arguments, "--out", str(out))
+    assert not out.exists(), "a refused command must leave nothing behind"
+
+
+def test_an_unknown_setting_in_a_file_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("stepz = 3\n")
+    assert "unknown setting 'stepz'" in refused(capfd, "train", "--config", str(file))
+    file.write_text('steps = "three"\n')
+    assert "steps must be of type" in refused(capfd, "train", "--config", str(file))
+
+
+@pytest.mark.parametrize("command", ["diagnose", "report", "compare", "figures"])
+def test_reading_commands_refuse_a_folder_that_is_no_run(
+    command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "no run folder at" in refused(capfd, command, str(tmp_path / "absent"))
+    assert "is not a run" in refused(capfd, command, str(tmp_path))
+
+
+def test_broken_files_are_named_and_not_touched(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_fake_run(tmp_path / "r", steps=6)
+    part = sorted((path / "classes").glob("*.parquet"))[2]
+    part.write_bytes(part.read_bytes()[:50])
+    assert part.name in refused(capfd, "diagnose", str(path))
+    assert part.read_bytes()[:4] == b"PAR1"
+    (path / "steps.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    assert "line 2" in refused(capfd, "report", str(path))
+
+
+def test_an_existing_run_or_demo_is_not_overwritten(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_fake_run(tmp_path / "r", steps=3)
+    assert "already holds a run" in refused(capfd, "train", "--out", str(path), *TINY)
+    assert "is not empty" in refused(capfd, "demo", "--out", str(path))
+    assert "no checkpoint to resume from" in refused(
+        capfd, "train", "--out", str(path), "--resume", *TINY
+    )
+
+
+def test_fail_on_sets_the_exit_code(tmp_path: Path) -> None:
+    bad = write_fake_run(tmp_path / "bad", steps=60, drift="explosion")
+    good = write_fake_run(tmp_path / "good", steps=60, drift="healthy")
+    assert run(["diagnose", str(bad), "--fail-on", "critical"]) == 1
+    assert run(["diagnose", str(bad)]) == 0
+    assert run(["diagnose", str(good), "--fail-on", "critical"]) == 0
+
+
+def test_unknown_figure_lists_the_known_ones(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(capfd, "figures", "--only", "entropie", "--out", str(tmp_path))
+    assert "unknown figure 'entropie'; allowed:" in line
+    assert "entropy_flow" in line
+
+
+def test_theory_figures_need_no_run(tmp_path: Path) -> None:
+    assert run(["figures", "--only", "theory_map", "--format", "svg", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "theory_map.svg").read_text().startswith("<?xml")
+
+
+def test_schema_names_every_column(capfd: pytest.CaptureFixture[str]) -> None:
+    from wapo_analysis.schema import TABLES
+
+    assert run(["schema", "--format", "json"]) == 0
+    shown = json.loads(capfd.readouterr().out)
+    assert set(shown) == set(TABLES)
+    assert run(["schema"]) == 0
+    text = capfd.readouterr().out
+    assert all(column.name in text for table in TABLES.values() for column in table)
+
+
+def test_verify_proves_the_identities(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", "--trials", "200"]) == 0
+    assert "identities hold" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["train", "--help"], ["diagnose", "-h"], ["--version"]]
+)
+def test_help_and_version(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    code = run(arguments)
+    assert code == (2 if not arguments else 0)
+    assert "wapo" in capfd.readouterr().out
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m wapo_analysis schema | head -1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_demo_smoke_writes_everything(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "demo"
+    assert run(["demo", "--smoke", "--out", str(out)]) == 0
+    text = capfd.readouterr().out
+    assert "GRPO" in text
+    assert "WAPO" in text
+    assert f"report: {out / 'report.html'}" in text
+    grpo, wapo = open_run(out / "grpo-0"), open_run(out / "wapo-0")
+    first = [r.rollouts[r.rollouts.step == 1].prompt.tolist() for r in (grpo, wapo)]
+    assert first[0] == first[1], "both objectives see the same prompts"
+    assert (out / "figures" / "entropy.png").exists()

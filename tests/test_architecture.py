@@ -1,0 +1,88 @@
+"""Who may import whom (docs/architecture.md), read from the imports themselves."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS: dict[str, int] = {
+    "version": 0, "errors": 0, "schema": 0, "table": 1, "stats": 1, "derive": 2, "store": 3,
+    "capture": 4, "diagnose": 4, "compare": 4, "plots": 4, "train": 5, "report": 5, "verify": 6,
+    "cli": 7, "__main__": 8,
+}  # fmt: skip
+# Same level, yet one may use the other: a comparison names the drivers that diagnose finds.
+ALLOWED_BESIDE = {("compare", "diagnose")}
+TORCH_ALLOWED = {"stats", "capture", "train", "verify"}
+SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
+
+
+def imported(file: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room(file: Path) -> str:
+    return file.relative_to(ROOT / "wapo_analysis").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_go_down_the_levels(file: Path) -> None:
+    mine = room(file)
+    if mine == "__init__":
+        return
+    assert mine in LEVELS, f"{mine} has no level; add it to LEVELS and docs/architecture.md"
+    for name in imported(file):
+        parts = name.split(".")
+        if parts[0] == "torch":
+            assert mine in TORCH_ALLOWED, f"{file.name} imports torch"
+        if parts[0] in ("matplotlib", "seaborn"):
+            assert mine == "plots", f"{file.name} imports {name}"
+        if parts[0] != "wapo_analysis" or len(parts) < 2 or parts[1] in (mine, "UserError"):
+            continue
+        other = parts[1]
+        lower = LEVELS.get(other, 0) < LEVELS[mine]
+        assert lower or (mine, other) in ALLOWED_BESIDE, f"{file.name} imports {name}"
+
+
+def test_taxonomy_imports_nothing_of_ours_and_no_array_library() -> None:
+    for file in (ROOT / "taxonomy" / "wapo_taxonomy").glob("*.py"):
+        for name in imported(file):
+            assert name.split(".")[0] not in ("wapo_analysis", "numpy", "torch", "pandas"), file
+
+
+def test_nothing_imports_experiments_figures_or_tests() -> None:
+    for file in SOURCES:
+        for name in imported(file):
+            assert name.split(".")[0] not in ("experiments", "figures", "tests"), file
+
+
+LIGHT = {
+    "import": "import wapo_analysis; wapo_analysis.open_run",
+    "help": "from wapo_analysis.cli import run; run(['--help'])",
+    "figures": "from wapo_analysis.plots import render; render('theory_map', [])",
+    "report": "import wapo_analysis.report.build, wapo_analysis.diagnose, wapo_analysis.compare",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_loads_no_torch(what: str) -> None:
+    code = f"import sys; {LIGHT[what]}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_importing_the_package_loads_no_matplotlib() -> None:
+    code = "import sys, wapo_analysis; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_modules_stay_small(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 400

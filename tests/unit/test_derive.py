@@ -1,0 +1,93 @@
+"""Derived columns and class totals against the taxonomy and against plain sums."""
+
+import numpy as np
+import pytest
+import torch
+import wapo_taxonomy as tax
+
+from wapo_analysis.derive import class_totals, derive, probability_bin, with_class
+from wapo_analysis.schema import PROB_EDGES, TOKENS
+from wapo_analysis.stats import token_stats
+from wapo_analysis.table import Records
+
+
+def recorded(rows: int = 600, seed: int = 0) -> Records:
+    """Consistent token rows from softmaxes of random logits."""
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(size=(rows, 30)) * rng.uniform(0.5, 4, (rows, 1)))
+    targets = torch.multinomial(
+        logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed)
+    ).squeeze(1)
+    stats = token_stats(logits, targets)
+    advantage = rng.choice([-1.0, 0.0, 1.0], rows)
+    keys = {k: rng.integers(0, 4, rows) for k in ("group", "rollout", "position", "minibatch")}
+    return Records.build(
+        TOKENS,
+        {
+            **keys,
+            "step": np.full(rows, 1),
+            "rank": np.zeros(rows),
+            "token_id": targets.numpy(),
+            "advantage": advantage,
+            "coef": advantage * 0.01,
+            "kept": np.ones(rows, bool),
+            **{name: getattr(stats, name).numpy() for name in stats._fields},
+            "logp_after": stats.logp.numpy() + 0.01,
+            "entropy_after": stats.entropy.numpy() - 0.02,
+        },
+    )
+
+
+def test_derived_columns_follow_the_taxonomy() -> None:
+    rows = derive(recorded(), temperature=1.0)
+    prob = np.exp(rows["logp"].astype(float))
+    textbook = np.sqrt(1 - 2 * prob + prob**2 + rows["collision_rest"])
+    np.testing.assert_allclose(rows["grad_norm"], np.abs(rows["coef"]) * textbook, rtol=1e-4)
+    assert set(np.unique(rows["cls"])) <= {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(rows["cls"] == 4, rows["advantage"] == 0)
+    np.testing.assert_allclose(rows["dprob"], prob * np.expm1(0.01), rtol=1e-4)
+    np.testing.assert_allclose(rows["dentropy"], -0.02, rtol=1e-4)
+    assert all(name in rows for name in TOKENS.names)
+
+
+def test_prediction_scales_with_the_square_of_the_temperature() -> None:
+    rows = recorded()
+    one, two = (derive(rows, t)["pred_dentropy"] for t in (1.0, 2.0))
+    np.testing.assert_allclose(one, 4 * two)
+
+
+def test_totals_are_the_sums_of_the_rows() -> None:
+    rows = derive(recorded(), 1.0)
+    totals = with_class(class_totals(rows).to_frame())
+    assert totals.tokens.sum() == len(rows)
+    for code in range(5):
+        mine = rows.select(rows["cls"] == code)
+        cell = totals[totals.cls == code]
+        assert cell.tokens.sum() == len(mine), tax.CLASS_NAMES[code]
+        np.testing.assert_allclose(cell.grad_mass.sum(), mine["grad_norm"].sum())
+        np.testing.assert_allclose(cell.pred_dentropy_sum.sum(), mine["pred_dentropy"].sum())
+        np.testing.assert_allclose(cell.dentropy_sum.sum(), mine["dentropy"].sum())
+    assert totals.rescored.sum() == len(rows)
+
+
+def test_a_missing_statistic_makes_the_class_unknown_and_no_total_zero() -> None:
+    rows = recorded()
+    blind = rows["collision_rest"].copy()
+    blind[:100] = np.nan
+    derived = derive(rows.with_columns({"collision_rest": blind}), 1.0)
+    assert (derived["cls"][:100][rows["advantage"][:100] != 0] == -1).all()
+    assert np.isnan(derived["pred_dentropy"][:100]).all()
+    totals = with_class(class_totals(derived).to_frame())
+    assert totals.tokens.sum() == len(rows)
+    unknown = totals.regime < 0
+    assert unknown.any()
+    assert totals.grad_mass[unknown].isna().all()
+    assert np.isfinite(totals.grad_mass[~unknown]).all()
+
+
+@pytest.mark.parametrize(
+    ("prob", "index"), [(0.0, 0), (0.0099, 0), (0.01, 1), (0.5, 4), (0.999, 8), (1.0, 8)]
+)
+def test_probability_bins_are_half_open_and_one_is_in_the_last(prob: float, index: int) -> None:
+    assert probability_bin(np.array([prob]))[0] == index
+    assert index < len(PROB_EDGES) - 1

@@ -1,0 +1,546 @@
+"""Verdicts on synthetic series, each direction, with broken, missing and half-written data."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import DRIFTS, write_fake_run
+
+from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
+from wapo_analysis.diagnose.series import Series, departure, episodes
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import CLASSES, PROBES
+from wapo_analysis.store import STEP_LOG, RunWriter, open_run
+from wapo_analysis.table import Records
+
+VERDICTS = {
+    "healthy",
+    "entropy_explosion",
+    "entropy_collapse",
+    "reward_collapse",
+    "stalled",
+    "diverged",
+    "insufficient_data",
+}
+Columns = Mapping[str, Sequence[float] | np.ndarray]
+
+
+def write_steps(path: Path, columns: Columns) -> Path:
+    """Run folder with a step log alone."""
+    writer = RunWriter(path, {"name": path.name, "objective": {"name": "grpo"}})
+    length = len(next(iter(columns.values())))
+    for i in range(length):
+        row = {"step": i + 1} | {name: float(values[i]) for name, values in columns.items()}
+        writer.append_step(row)
+    writer.close("finished")
+    return path
+
+
+def judge(tmp_path: Path, **columns: Sequence[float] | np.ndarray) -> Diagnosis:
+    return diagnose(open_run(write_steps(tmp_path / "run", columns)))
+
+
+def ramp(start: float, end: float, steps: int, onset: int, length: int) -> np.ndarray:
+    """Level, then a straight line from step ``onset + 1`` on, then level again."""
+    u = np.clip((np.arange(steps) - onset) / length, 0, 1)
+    return start + (end - start) * u
+
+
+def noisy(values: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
+    return values + np.random.default_rng(seed).normal(0, sigma, len(values))
+
+
+def names(diagnosis: Diagnosis) -> set[str]:
+    return {finding.name for finding in diagnosis.findings}
+
+
+# ---- entropy, both ways -------------------------------------------------------------------------
+
+
+def test_explosion_that_other_tools_call_healthy(tmp_path: Path) -> None:
+    entropy = noisy(ramp(0.35, 4.35, 200, 60, 80), 0.02)
+    reward = noisy(ramp(0.7, 0.2, 200, 60, 80), 0.03, 1)
+    d = judge(tmp_path, entropy=entropy, reward=reward)
+    assert d.verdict == "entropy_explosion"
+    assert 55 <= d.onset_step <= 66
+    assert d.onset_step <= d.first_warning_step <= 70
+    finding = d.findings[0]
+    assert finding.severity == "critical"
+    assert finding.evidence["entropy_start"] == pytest.approx(0.35, abs=0.03)
+    assert finding.evidence["entropy_end"] == pytest.approx(4.35, abs=0.05)
+    assert "0.3" in d.sentence
+    assert "nats" in d.sentence
+
+
+def test_collapse_below_one_nat_that_absolute_floors_miss(tmp_path: Path) -> None:
+    entropy = 0.40 * np.exp(np.linspace(0, math.log(0.01), 150))
+    reward = noisy(np.full(150, 0.45), 0.04)
+    d = judge(tmp_path, entropy=entropy, reward=reward)
+    assert d.verdict == "entropy_collapse"
+    assert d.onset_step < 30
+    assert d.first_warning_step >= d.onset_step
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "first", "last"),
+    [(0.54, 0.10, 0.46, 0.90), (0.35, 0.07, 0.46, 0.85), (0.34, 0.05, 0.46, 0.94)],
+)
+def test_entropy_that_falls_while_the_reward_is_solved_is_learning(
+    tmp_path: Path, start: float, end: float, first: float, last: float
+) -> None:
+    entropy = noisy(np.linspace(start, end, 200), 0.01)
+    d = judge(tmp_path, entropy=entropy, reward=noisy(np.linspace(first, last, 200), 0.04, 1))
+    assert d.verdict == "healthy"
+    assert d.onset_step is None
+    assert d.first_warning_step is None
+    assert d.worst_severity in (None, "info")
+
+
+def test_entropy_that_dies_before_the_reward_is_solved_is_a_collapse(tmp_path: Path) -> None:
+    entropy = noisy(ramp(0.5, 0.01, 200, 20, 60), 0.005)
+    reward = noisy(ramp(0.3, 0.45, 200, 10, 50), 0.02, 1)
+    assert judge(tmp_path, entropy=np.abs(entropy), reward=reward).verdict == "entropy_collapse"
+
+
+def test_entropy_that_rises_while_the_reward_gains_is_a_warning(tmp_path: Path) -> None:
+    entropy = noisy(ramp(0.2, 0.6, 200, 40, 60), 0.01)
+    d = judge(tmp_path, entropy=entropy, reward=noisy(np.linspace(0.3, 0.7, 200), 0.03, 1))
+    assert d.verdict == "healthy"
+    assert names(d) == {"entropy_rise"}
+    assert d.worst_severity == "warning"
+    assert d.first_warning_step is not None
+
+
+def test_an_excursion_that_comes_back_is_no_explosion(tmp_path: Path) -> None:
+    entropy = ramp(0.4, 2.0, 200, 50, 10) - ramp(0.0, 1.6, 200, 90, 20)
+    d = judge(tmp_path, entropy=noisy(entropy, 0.02), reward=noisy(np.full(200, 0.5), 0.03, 1))
+    assert d.verdict == "healthy"
+    assert names(d) == {"entropy_excursion"}
+    assert d.first_warning_step == pytest.approx(52, abs=4)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 8.0])
+@pytest.mark.parametrize(
+    ("factor", "verdict"), [(6, "entropy_explosion"), (0.02, "entropy_collapse")]
+)
+def test_judged_by_ratio_at_any_scale(
+    tmp_path: Path, scale: float, factor: float, verdict: str
+) -> None:
+    entropy = ramp(0.4, 0.4 * factor, 120, 40, 30) * scale
+    reward = noisy(ramp(0.5, 0.1, 120, 40, 30), 0.03)
+    assert judge(tmp_path, entropy=entropy, reward=reward).verdict == verdict
+
+
+@pytest.mark.parametrize("steps", [20, 60, 200])
+def test_an_explosion_from_the_very_first_step_is_seen(tmp_path: Path, steps: int) -> None:
+    early = 1 - np.exp(-np.arange(steps) / 8)
+    d = judge(
+        tmp_path,
+        entropy=noisy(0.38 + 1.4 * early, 0.02),
+        reward=noisy(0.46 * (1 - early), 0.03, 1),
+    )
+    assert d.verdict == "entropy_explosion"
+    assert d.onset_step <= 6
+
+
+def test_entropy_alone_is_judged_too(tmp_path: Path) -> None:
+    d = judge(tmp_path, entropy=ramp(0.4, 3.0, 60, 20, 20))
+    assert d.verdict == "entropy_explosion"
+    assert "no reward was recorded" in d.sentence
+    assert {s.name: s.missing for s in d.skipped}["reward_collapse"] == ("reward",)
+
+
+# ---- reward, stall, divergence -------------------------------------------------------------------
+
+
+def test_losing_half_of_the_gain_is_a_reward_collapse(tmp_path: Path) -> None:
+    reward = ramp(0.4, 0.9, 200, 10, 60) - ramp(0, 0.4, 200, 120, 30)
+    d = judge(tmp_path, entropy=noisy(np.full(200, 0.4), 0.01), reward=noisy(reward, 0.03))
+    assert d.verdict == "reward_collapse"
+    assert 112 <= d.onset_step <= 140
+
+
+def test_losing_a_little_of_the_gain_is_not(tmp_path: Path) -> None:
+    reward = ramp(0.4, 0.9, 200, 10, 60) - ramp(0, 0.08, 200, 120, 30)
+    d = judge(tmp_path, entropy=noisy(np.full(200, 0.4), 0.01), reward=noisy(reward, 0.03))
+    assert d.verdict == "healthy"
+    assert not d.findings
+
+
+def test_a_reward_dip_that_recovers_is_only_a_warning(tmp_path: Path) -> None:
+    reward = ramp(0.7, 0.1, 200, 60, 10) + ramp(0, 0.6, 200, 100, 20)
+    d = judge(tmp_path, reward=noisy(reward, 0.03))
+    assert d.verdict == "healthy"
+    assert names(d) == {"reward_drop"}
+
+
+@pytest.mark.parametrize(
+    "quiet",
+    [
+        {"groups_all_wrong": np.full(60, 0.97), "groups_all_right": np.zeros(60)},
+        {"groups_all_wrong": np.full(60, 0.5), "groups_all_right": np.full(60, 0.45)},
+        {"grad_norm": ramp(1.0, 0.0, 60, 10, 1)},
+    ],
+)
+def test_no_gradient_and_no_progress_is_stalled(
+    tmp_path: Path, quiet: dict[str, np.ndarray]
+) -> None:
+    d = judge(tmp_path, reward=np.full(60, 0.3), entropy=np.full(60, 0.4), **quiet)
+    assert d.verdict == "stalled"
+    assert d.onset_step <= 13
+
+
+def test_no_gradient_once_solved_is_not_stalled(tmp_path: Path) -> None:
+    flat = {"groups_all_right": ramp(0.1, 1, 60, 10, 30), "groups_all_wrong": np.zeros(60)}
+    d = judge(tmp_path, reward=ramp(0.4, 1, 60, 10, 30), entropy=np.full(60, 0.4), **flat)
+    assert d.verdict == "healthy"
+    assert {f.name: f.severity for f in d.findings} == {"zero_signal_too_easy": "info"}
+
+
+def test_nan_to_the_end_is_diverged_and_names_the_step(tmp_path: Path) -> None:
+    loss = np.where(np.arange(60) >= 41, np.nan, 0.1)
+    d = judge(tmp_path, loss=loss, entropy=np.full(60, 0.4), reward=np.full(60, 0.5))
+    assert (d.verdict, d.onset_step, d.first_warning_step) == ("diverged", 42, 42)
+
+
+def test_skipped_updates_to_the_end_are_diverged_even_in_a_short_run(tmp_path: Path) -> None:
+    d = judge(tmp_path, skipped_updates=np.ones(3), loss=np.full(3, np.nan), reward=np.ones(3))
+    assert d.verdict == "diverged"
+
+
+def test_a_single_nan_step_is_a_warning_that_names_it(tmp_path: Path) -> None:
+    grad = np.ones(60)
+    grad[16] = np.nan
+    d = judge(tmp_path, grad_norm=grad, entropy=np.full(60, 0.4), reward=np.full(60, 0.5))
+    assert d.verdict == "healthy"
+    (finding,) = d.findings
+    assert (finding.name, finding.severity, finding.step) == ("nonfinite_step", "warning", 17)
+    assert finding.evidence["grad_norm"] == 1
+
+
+def test_a_column_logged_on_every_tenth_step_has_no_holes(tmp_path: Path) -> None:
+    sparse = np.where(np.arange(200) % 10 == 0, 0.5, np.nan)
+    d = judge(tmp_path, reward=sparse, entropy=np.full(200, 0.4), loss=np.full(200, 0.1))
+    assert d.verdict == "healthy"
+    assert not d.findings
+
+
+# ---- training signal ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "name"),
+    [
+        ("groups_all_wrong", np.full(60, 0.7), "zero_signal_too_hard"),
+        ("groups_all_right", np.full(60, 0.7), "zero_signal_too_easy"),
+        ("truncated", ramp(0.05, 0.4, 60, 20, 20), "truncation_drift"),
+        ("repetition", ramp(0.02, 0.4, 60, 20, 20), "repetition_drift"),
+        ("clip_low", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation_low"),
+        ("clip_high", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation_high"),
+    ],
+)
+def test_shares_that_stay_high_warn(
+    tmp_path: Path, column: str, values: np.ndarray, name: str
+) -> None:
+    d = judge(tmp_path, reward=np.full(60, 0.3), **{column: values})
+    assert names(d) == {name}
+    assert d.worst_severity == "warning"
+    early = judge(tmp_path / "back", reward=np.full(60, 0.3), **{column: values[::-1] * 0.2})
+    assert not early.findings
+
+
+def test_gradient_spikes_are_found_but_a_smooth_rise_is_none(tmp_path: Path) -> None:
+    grad = np.exp(noisy(np.zeros(100), 0.1))
+    rise = judge(tmp_path, grad_norm=grad * np.exp(np.linspace(0, 4, 100)))
+    assert not rise.findings
+    grad[[30, 70]] = (8.0, 40.0)
+    (finding,) = judge(tmp_path / "b", grad_norm=grad, reward=np.full(100, 0.5)).findings
+    assert finding.name == "gradient_spikes"
+    assert finding.severity == "warning"
+    assert (finding.step, finding.evidence["largest_step"]) == (31, 71)
+    assert finding.evidence["spikes"] == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("steps", [8, 30, 200])
+def test_pure_noise_is_silent(tmp_path: Path, steps: int, seed: int) -> None:
+    rng = np.random.default_rng([steps, seed])
+
+    def share(mean: float, sigma: float) -> np.ndarray:
+        return np.clip(rng.normal(mean, sigma, steps), 0, 1)
+
+    d = judge(
+        tmp_path,
+        entropy=np.abs(rng.normal(0.4, 0.03, steps)),
+        reward=share(0.5, 0.08),
+        grad_norm=np.exp(rng.normal(0, 0.4, steps)),
+        loss=rng.normal(size=steps),
+        truncated=share(0.1, 0.05),
+        repetition=share(0.05, 0.02),
+        groups_all_wrong=share(0.2, 0.1),
+        groups_all_right=share(0.2, 0.1),
+        clip_low=share(0.02, 0.01),
+        clip_high=share(0.02, 0.01),
+    )
+    assert d.verdict == "healthy"
+    assert not d.findings
+
+
+# ---- drivers ------------------------------------------------------------------------------------
+
+
+def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
+    """Add class totals: (sign, regime) to the predicted entropy flow of each step."""
+    cells = [(s, k, v) for k, values in flows.items() for s, v in enumerate(values, start=1)]
+    records = Records.build(
+        CLASSES,
+        {
+            "step": [step for step, _, _ in cells],
+            "rank": [0] * len(cells),
+            "sign": [key[0] for _, key, _ in cells],
+            "regime": [key[1] for _, key, _ in cells],
+            "prob_bin": [4] * len(cells),
+            "tokens": [10] * len(cells),
+            "pred_dentropy_sum": [value for _, _, value in cells],
+        },
+    )
+    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
+    writer.write_part(records, 1)
+    writer.close("finished")
+
+
+def exploding(tmp_path: Path) -> Path:
+    """Explosion from step 41 on that neg_peak drives; before it pos_valley pushes more."""
+    path = write_steps(
+        tmp_path / "run",
+        {"entropy": ramp(0.4, 3, 100, 40, 20), "reward": ramp(0.5, 0, 100, 40, 20)},
+    )
+    late = np.arange(100) >= 40
+    write_flows(
+        path,
+        {
+            (-1, 1): np.where(late, 3.0, 0.1),
+            (1, 0): np.full(100, 1.0),
+            (1, 1): np.full(100, -2.0),
+            (-1, 0): np.zeros(100),
+        },
+    )
+    return path
+
+
+def test_drivers_are_summed_around_the_onset_and_ranked_by_their_push(tmp_path: Path) -> None:
+    d = diagnose(open_run(exploding(tmp_path)))
+    assert [driver.cls for driver in d.drivers] == ["neg_peak", "pos_valley", "pos_peak"]
+    first, second, against = d.drivers
+    assert first.share == pytest.approx(0.75)
+    assert second.share == pytest.approx(0.25)
+    assert against.share == pytest.approx(-0.5)
+    assert first.predicted_dentropy / second.predicted_dentropy == pytest.approx(3)
+    assert first.counterfactual_dentropy is None
+    assert "neg_peak" in d.sentence
+    assert "exclude_bins = neg_peak" in d.findings[0].advice
+    assert "drivers" not in {s.name for s in d.skipped}
+
+
+def test_probes_give_the_counterfactual(tmp_path: Path) -> None:
+    path = exploding(tmp_path)
+    probes = {
+        "step": [2, 45, 45],
+        "cls": [2, 2, 0],
+        "tokens": [5, 5, 5],
+        "counterfactual_dentropy": [9.0, 0.25, math.nan],
+    }
+    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
+    writer.write_part(Records.build(PROBES, probes), 45)
+    writer.close("finished")
+    alone = {x.cls: x.counterfactual_dentropy for x in diagnose(open_run(path)).drivers}
+    assert alone == {"neg_peak": 0.25, "pos_valley": None, "pos_peak": None}
+
+
+def test_a_class_that_carries_all_the_flow_is_named(tmp_path: Path) -> None:
+    d = diagnose(open_run(exploding(tmp_path)))
+    assert "one_class_dominates" not in names(d)
+    path = write_fake_run(tmp_path / "only", include_bins=("neg_valley",), drift="noise", steps=30)
+    found = {f.name: f for f in diagnose(open_run(path)).findings}
+    assert found["one_class_dominates"].evidence["class"] == "neg_valley"
+    assert found["one_class_dominates"].severity == "info"
+
+
+def test_missing_statistics_skip_the_drivers_by_name(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run", drift="explosion", missing=("collision_logp_rest",))
+    d = diagnose(open_run(path))
+    assert d.verdict == "entropy_explosion"
+    assert d.drivers == ()
+    missing = {s.name: s.missing for s in d.skipped}
+    assert missing["drivers"] == ("classes.pred_dentropy_sum",)
+
+
+# ---- whole runs, forms and robustness ------------------------------------------------------------
+
+
+EXPECTED = {
+    "healthy": "healthy",
+    "noise": "healthy",
+    "explosion": "entropy_explosion",
+    "collapse": "entropy_collapse",
+    "reward_collapse": "reward_collapse",
+    "stalled": "stalled",
+    "diverged": "diverged",
+}
+
+
+@pytest.mark.parametrize("drift", sorted(DRIFTS))
+@pytest.mark.parametrize("objective", ["grpo", "wapo"])
+def test_every_course_of_a_whole_run(tmp_path: Path, drift: str, objective: str) -> None:
+    path = write_fake_run(tmp_path / "run", drift=drift, objective=objective, prompts=8)
+    d = diagnose(open_run(path))
+    assert d.verdict == EXPECTED[drift]
+    check_form(d)
+
+
+def check_form(d: Diagnosis) -> None:
+    """The JSON form that is promised, and what must agree inside it."""
+    form = json.loads(json.dumps(d.to_dict(), allow_nan=False))
+    assert list(form) == [
+        "run",
+        "verdict",
+        "onset_step",
+        "first_warning_step",
+        "drivers",
+        "findings",
+        "skipped",
+    ]
+    assert form["verdict"] in VERDICTS
+    for driver in form["drivers"]:
+        assert list(driver) == ["class", "predicted_dentropy", "counterfactual_dentropy", "share"]
+    shares = [driver["share"] for driver in form["drivers"]]
+    assert shares == sorted(shares, reverse=True)
+    assert not shares or sum(s for s in shares if s > 0) == pytest.approx(1, abs=1e-5)
+    for finding in form["findings"]:
+        assert list(finding) == ["name", "severity", "step", "evidence", "advice", "reference"]
+        assert finding["severity"] in ("info", "warning", "critical")
+        assert isinstance(finding["step"], int)
+        assert finding["evidence"]
+        assert finding["advice"]
+        assert finding["reference"]
+    for skipped in form["skipped"]:
+        assert list(skipped) == ["name", "missing"]
+        assert skipped["missing"]
+    calm = form["verdict"] in ("healthy", "insufficient_data")
+    assert calm == (form["onset_step"] is None)
+    critical = {f["name"] for f in form["findings"] if f["severity"] == "critical"}
+    assert calm or form["verdict"] in critical
+    assert d.reaches("critical") == (not calm)
+    for text in (d.to_text(), d.to_markdown()):
+        assert d.run in text
+        assert all(f["name"] in text for f in form["findings"])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_short_runs_have_insufficient_data(tmp_path: Path, steps: int) -> None:
+    path = write_fake_run(tmp_path / "run", steps=steps)
+    d = diagnose(open_run(path))
+    assert d.verdict == "insufficient_data"
+    assert not d.findings
+    check_form(d)
+
+
+def test_a_folder_with_a_manifest_alone(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {})
+    writer.close("failed")
+    d = diagnose(open_run(tmp_path / "run"))
+    assert d.verdict == "insufficient_data"
+    assert {s.name for s in d.skipped} >= {detector.name for detector in DETECTORS}
+
+
+def test_a_half_written_last_line_changes_nothing(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run", drift="explosion", status="running")
+    before = diagnose(open_run(path)).to_dict()
+    with (path / STEP_LOG).open("a") as log:
+        log.write('{"step": 41, "entro')
+    assert diagnose(open_run(path)).to_dict() == before
+
+
+def test_a_broken_line_in_the_middle_is_one_clear_error(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run")
+    text = (path / STEP_LOG).read_text().replace('"step": 20', '"ste', 1)
+    (path / STEP_LOG).write_text(text)
+    with pytest.raises(UserError, match="line 20"):
+        diagnose(open_run(path))
+
+
+def test_words_and_infinities_in_the_log_are_missing_values(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"entropy": np.full(30, 0.4), "reward": np.full(30, 0.5)})
+    lines = (path / STEP_LOG).read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows[4]["entropy"] = math.inf
+    rows[9]["reward"] = "oops"
+    (path / STEP_LOG).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (finding,) = diagnose(open_run(path)).findings
+    assert finding.evidence["steps"] == "5, 10"
+
+
+def test_markdown_escapes_what_comes_from_the_run(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run", manifest={"name": "<script>|*x*"})
+    text = diagnose(open_run(path)).to_markdown()
+    assert "<script>" not in text.replace("\\<", "")
+    assert "\\|" in text
+
+
+def test_unknown_severity_is_a_user_error(tmp_path: Path) -> None:
+    d = judge(tmp_path, reward=np.full(10, 0.5))
+    assert not d.reaches("info")
+    with pytest.raises(UserError, match="info, warning, critical"):
+        d.reaches("fatal")
+
+
+def test_cost_is_linear_in_the_steps(tmp_path: Path) -> None:
+    steps = 100_000
+    columns = {
+        "entropy": noisy(ramp(0.4, 3, steps, 60_000, 10_000), 0.02),
+        "reward": noisy(ramp(0.6, 0.1, steps, 60_000, 10_000), 0.03, 1),
+        "grad_norm": np.exp(noisy(np.zeros(steps), 0.3, 2)),
+        "loss": noisy(np.zeros(steps), 1, 3),
+    }
+    rows = np.round(np.column_stack(list(columns.values())), 5).tolist()
+    path = write_steps(tmp_path / "run", {name: values[:1] for name, values in columns.items()})
+    lines = (
+        json.dumps({"step": i + 1, **dict(zip(columns, row, strict=True))})
+        for i, row in enumerate(rows)
+    )
+    (path / STEP_LOG).write_text("\n".join(lines) + "\n")
+    flows = {key: np.ones(steps) for key in ((1, 1), (1, 0), (-1, 1), (-1, 0))}
+    write_flows(path, flows)
+    began = time.process_time()
+    d = diagnose(open_run(path))
+    assert time.process_time() - began < 5
+    assert d.verdict == "entropy_explosion"
+    assert abs(d.onset_step - 60_000) < 1500
+
+
+# ---- the statistics underneath ------------------------------------------------------------------
+
+
+def test_episodes_and_departures() -> None:
+    mask = np.array([0, 1, 1, 1, 0, 0, 1, 1, 1, 1], bool)
+    assert episodes(mask, 3) == [(1, 4), (6, 10)]
+    assert episodes(mask, 4) == [(6, 10)]
+    home = np.array([1, 0, 0, 0, 1, 0, 0, 0, 0, 0], bool)
+    found = departure(mask, np.zeros(10, bool), home, 3)
+    assert (found.onset, found.warned, found.crossed, found.ongoing) == (5, 6, None, True)
+    assert departure(mask[:6], np.zeros(6, bool), home[:6], 3) is None
+    severe = departure(mask[:6], mask[:6], home[:6], 3)
+    assert (severe.onset, severe.crossed, severe.ongoing) == (1, 1, False)
+
+
+def test_noise_ignores_a_trend_but_not_slow_wandering() -> None:
+    steps = np.arange(400)
+    white = np.random.default_rng(0).normal(0, 0.1, 400)
+    assert Series(steps, white).noise == pytest.approx(0.1, rel=0.2)
+    assert Series(steps, white + steps * 0.05).noise == pytest.approx(0.1, rel=0.2)
+    wander = Series(steps, white + np.sin(steps / 20))
+    assert wander.smooth_noise > 5 * Series(steps, white).smooth_noise

@@ -1,0 +1,155 @@
+"""The run folder: round trips, half-written files, broken files, resume, old schemas."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.store import Run, RunWriter, find_runs, open_run, round_mantissa
+from wapo_analysis.table import Records
+
+
+def token_records(step: int, rows: int = 50) -> Records:
+    rng = np.random.default_rng(step)
+    floats = ("advantage", "logp", "entropy", "collision_rest", "coef")
+    values = {name: rng.normal(size=rows).astype(np.float32) for name in floats}
+    values["logp"] = -np.abs(values["logp"])
+    keys = ("minibatch", "rank", "group", "rollout", "position", "token_id")
+    return Records.build(
+        TOKENS,
+        {"step": np.full(rows, step), **{k: rng.integers(0, 9, rows) for k in keys}, **values},
+    )
+
+
+def written_run(path: Path, steps: int = 3) -> Path:
+    writer = RunWriter(path, {"name": "r", "objective": {"name": "grpo"}, "temperature": 1.0})
+    for step in range(1, steps + 1):
+        writer.write_part(token_records(step), step)
+        writer.append_step({"step": step, "reward": step / 10, "entropy": float("nan")})
+    writer.add_vocab({1: "a", 2: "<b>"})
+    writer.close("finished")
+    return path
+
+
+def test_round_trip_keeps_keys_exactly_and_floats_to_15_bits(tmp_path: Path) -> None:
+    run = open_run(written_run(tmp_path / "r"))
+    stored, original = run.tokens(derived=False), token_records(2)
+    second = stored[stored.step == 2]
+    np.testing.assert_array_equal(second.token_id, original["token_id"])
+    np.testing.assert_allclose(second.logp, original["logp"], rtol=2**-15)
+    assert second.logp_old.isna().all(), "a statistic nobody gave is missing, not 0"
+    assert run.steps.reward.tolist() == [0.1, 0.2, 0.3]
+    assert run.steps.entropy.isna().all()
+    assert run.vocab == {1: "a", 2: "<b>"}
+    assert run.manifest["status"] == "finished"
+
+
+def test_rounding_keeps_special_values() -> None:
+    values = np.array([np.nan, np.inf, -np.inf, 0.0, -1.0, 3.4e38], np.float32)
+    np.testing.assert_array_equal(round_mantissa(values)[:5], values[:5])
+
+
+def test_only_the_wanted_steps_are_read(tmp_path: Path) -> None:
+    run = open_run(written_run(tmp_path / "r"))
+    assert set(run.tokens([2, 3]).step) == {2, 3}
+    assert run.token_steps() == [1, 2, 3]
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r")
+    with (path / "steps.jsonl").open("a") as log:
+        log.write('{"step": 4, "rew')
+    assert open_run(path).steps.step.tolist() == [1, 2, 3]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r")
+    log = path / "steps.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], lines[1][:9], lines[2]]) + "\n")
+    with pytest.raises(UserError, match=r"steps\.jsonl: line 2 is not a step record"):
+        _ = open_run(path).steps
+
+
+def test_a_truncated_part_is_named_and_the_others_stay_readable(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r")
+    part = path / "tokens" / "part-00000002-0.parquet"
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"part-00000002-0\.parquet is broken or truncated"):
+        open_run(path).tokens()
+    assert set(open_run(path).tokens([1, 3]).step) == {1, 3}
+
+
+def test_an_unfinished_temporary_file_is_ignored(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r")
+    (path / "tokens" / ".part-00000004-0.parquet.x1").write_bytes(b"PAR1")
+    assert open_run(path).token_steps() == [1, 2, 3]
+
+
+def test_resume_drops_what_came_after(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r", steps=5)
+    with (path / "steps.jsonl").open("a") as log:
+        log.write('{"step": 6, "rew')
+    writer = RunWriter(path, open_run(path).manifest, resume_after=3)
+    writer.append_step({"step": 4, "reward": 0.9})
+    writer.close("finished")
+    run = open_run(path)
+    assert run.steps.step.tolist() == [1, 2, 3, 4]
+    assert run.steps.reward.iloc[-1] == 0.9
+    assert run.token_steps() == [1, 2, 3]
+
+
+def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
+    path = written_run(tmp_path / "r")
+    with pytest.raises(UserError, match="already holds a run"):
+        RunWriter(path, {})
+    assert open_run(path).steps.step.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "no schema_version"),
+        (json.dumps({"schema_version": 99}), "schema version 99; this installation reads"),
+    ],
+)
+def test_bad_manifests_get_one_clear_line(tmp_path: Path, content: str, message: str) -> None:
+    path = written_run(tmp_path / "r")
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_run(path)
+
+
+def test_missing_folder_and_folder_of_runs(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder at"):
+        find_runs(tmp_path / "absent")
+    written_run(tmp_path / "a" / "one")
+    written_run(tmp_path / "a" / "two")
+    with pytest.raises(UserError, match=r"runs inside it: one, two"):
+        open_run(tmp_path / "a")
+    assert [p.name for p in find_runs(tmp_path / "a")] == ["one", "two"]
+
+
+def test_unknown_column_table_and_step_column_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no column 'rewards'"):
+        Records.build(ROLLOUTS, {"rewards": [1.0]})
+    with pytest.raises(UserError, match="needs column 'step'"):
+        Records.build(ROLLOUTS, {"reward": [1.0]})
+    run = open_run(written_run(tmp_path / "r"))
+    with pytest.raises(UserError, match="unknown table 'token'"):
+        run.table("token")
+    writer = RunWriter(tmp_path / "s", {})
+    with pytest.raises(UserError, match="unknown step column"):
+        writer.append_step({"step": 1, "rewrd": 2.0})
+    writer.close("failed")
+
+
+def test_a_run_shows_itself(tmp_path: Path) -> None:
+    run = open_run(written_run(tmp_path / "r"))
+    assert repr(run) == "Run('r', grpo, 3 steps, finished)"
+    assert "<table" in run._repr_html_()
+    assert isinstance(run, Run)

@@ -1,0 +1,23 @@
+"""From a run to a verdict, the classes that drive it, and findings with advice.
+
+>>> from wapo_analysis import open_run
+>>> from wapo_analysis.diagnose import diagnose
+>>> print(diagnose(open_run("runs/demo/grpo-0")).to_text())  # doctest: +SKIP
+"""
+
+from wapo_analysis.diagnose.judge import diagnose
+from wapo_analysis.diagnose.registry import DETECTORS, Detector
+from wapo_analysis.diagnose.result import SEVERITIES, Diagnosis, Driver, Finding, Skipped
+from wapo_analysis.diagnose.words import VERDICT_WORDS
+
+__all__ = [
+    "DETECTORS",
+    "SEVERITIES",
+    "VERDICT_WORDS",
+    "Detector",
+    "Diagnosis",
+    "Driver",
+    "Finding",
+    "Skipped",
+    "diagnose",
+]

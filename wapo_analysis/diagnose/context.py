@@ -1,0 +1,160 @@
+"""What detectors read: the step columns of a run as series, its reward, its class flows."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.diagnose.series import Departure, Series, departure
+from wapo_analysis.store import Run
+from wapo_analysis.table import Array
+
+SOLVED = 0.8
+SOLVED_SOURCES = ("pass_rate", "reward")
+
+
+@dataclass(frozen=True)
+class RewardState:
+    """How the reward went; see :func:`reward_state` for the rules.
+
+    Attributes
+    ----------
+    series : Series
+        The reward.
+    peak : float
+        Highest smoothed reward, at least the level of the beginning.
+    margin : float
+        Change that counts as more than noise.
+    loss : Departure or None
+        Stretch in which half of the gain (or of the beginning) was lost.
+    solved : bool
+        The pass rate, or a reward within [0, 1], ends at ``SOLVED`` or more.
+    """
+
+    series: Series
+    peak: float
+    margin: float
+    loss: Departure | None
+    solved: bool
+
+    @property
+    def lost(self) -> bool:
+        """At least half of the gain, or of the beginning, is lost and has not come back."""
+        return self.loss is not None and self.loss.ongoing and self.loss.crossed is not None
+
+    @property
+    def improved(self) -> bool:
+        """It ends above its beginning by more than noise, and did not lose what it had gained."""
+        return not self.lost and self.series.end - self.series.level > self.margin
+
+    def gain_since(self, step: int) -> float:
+        """Smoothed reward at the end minus the one at a step."""
+        index = min(int(np.searchsorted(self.series.steps, step)), len(self.series) - 1)
+        return self.series.end - float(self.series.smooth[index])
+
+    def words(self) -> str:
+        """How it went, in a few words with numbers."""
+        s = self.series
+        if self.lost:
+            return f"reward fell from {max(self.peak, s.level):.2f} to {s.end:.2f}"
+        if self.improved:
+            return f"reward rose from {s.level:.2f} to {s.end:.2f}"
+        return f"reward went from {s.level:.2f} to {s.end:.2f}"
+
+
+def reward_state(series: Series, solved: bool) -> RewardState:
+    """Judge a reward series against its own beginning.
+
+    With a gain beyond noise, losing half of it is a loss; without one, losing half of the beginning
+    is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
+    smoothed value, so that the best of many noisy steps does not make a loss.
+    """
+    level, smooth, noise = series.level, series.smooth, series.smooth_noise
+    peak = np.maximum(np.maximum.accumulate(smooth), level)
+    gain, drop = peak - level, peak - smooth
+    margin = max(4 * noise, 0.02 * abs(level))
+    stake = np.where(gain > margin, gain, abs(level))
+    strict = (drop >= 0.5 * stake) & (drop >= np.maximum(6 * noise, 0.2 * abs(peak)))
+    loose = strict | ((drop >= 0.25 * stake) & (drop >= np.maximum(6 * noise, 0.1 * abs(peak))))
+    home = drop <= np.maximum(3 * noise, 0.125 * stake)
+    loss = departure(loose, strict, home, series.persist)
+    return RewardState(series, float(peak.max()), margin, loss, solved)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A run as detectors see it; every part is computed once, when asked for.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    """
+
+    run: Run
+    _series: dict[str, Series] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def step_numbers(self) -> Array:
+        """Step numbers of the step table, shape (n,)."""
+        return self.run.steps["step"].to_numpy(np.int64)
+
+    def values(self, column: str) -> Array:
+        """A step column as float64, shape (n,); whatever is no finite number is NaN."""
+        if column not in self.run.steps:
+            return np.full(len(self.step_numbers), np.nan)
+        numbers = pd.to_numeric(self.run.steps[column], errors="coerce").to_numpy(np.float64)
+        return np.where(np.isfinite(numbers), numbers, np.nan)
+
+    def series(self, column: str) -> Series:
+        """Finite values of a step column with their steps."""
+        if column not in self._series:
+            values = self.values(column)
+            finite = np.isfinite(values)
+            self._series[column] = Series(self.step_numbers[finite], values[finite])
+        return self._series[column]
+
+    def missing(self, columns: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the step columns that have no finite value."""
+        return tuple(name for name in columns if not len(self.series(name)))
+
+    @cached_property
+    def reward(self) -> RewardState | None:
+        """Judged reward, None without one."""
+        series = self.series("reward")
+        return reward_state(series, self._solved()) if len(series) else None
+
+    def _solved(self) -> bool:
+        for name in SOLVED_SOURCES:
+            series = self.series(name)
+            bounded = len(series) and series.values.min() >= 0 and series.values.max() <= 1
+            if bounded:
+                return series.end >= SOLVED
+        return False
+
+    @cached_property
+    def flows(self) -> pd.DataFrame:
+        """Predicted entropy flow in nats per unit learning rate, shape (steps, classes).
+
+        Zero where a class had no token; no rows if the run has no such totals.
+        """
+        return self._per_class("pred_dentropy_sum")
+
+    @cached_property
+    def gradient_mass(self) -> pd.DataFrame:
+        """Sum of exact logit-gradient norms, laid out like :attr:`flows`."""
+        return self._per_class("grad_mass")
+
+    @cached_property
+    def has_flow(self) -> bool:
+        """Whether the class totals hold predicted entropy changes at all."""
+        return bool(self.run.classes["pred_dentropy_sum"].notna().any())
+
+    def _per_class(self, column: str) -> pd.DataFrame:
+        totals = self.run.classes
+        known = totals[totals["cls"].isin(range(len(tax.CLASSES)))].dropna(subset=[column])
+        table = known.pivot_table(index="step", columns="cls", values=column, aggfunc="sum")
+        table = table.reindex(columns=range(len(tax.CLASSES))).fillna(0.0)
+        return table.set_axis(list(tax.CLASSES), axis=1)

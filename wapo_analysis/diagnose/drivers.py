@@ -1,0 +1,98 @@
+"""Which class pushed the entropy: predicted flows and counterfactual probes over a window."""
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.result import Driver
+
+MIN_WINDOW = 5
+
+CLASS_ADVICE = {
+    "pos_peak": "it hardens what is already likely: stop at the best checkpoint, lower lr, or take "
+    "the class out with exclude_bins = pos_peak",
+    "pos_valley": "it lifts unlikely tokens: lower clip_eps (mask_ratio_high in the dapo family) "
+    "or lr, or take the class out with exclude_bins = pos_valley",
+    "neg_peak": "it pushes likely tokens down without limit: lower lr or the updates per batch "
+    "(epochs x minibatches), take the class out with exclude_bins = neg_peak, or train on "
+    "positive advantages alone (objective = wapo)",
+    "neg_valley": "it feeds what is already dominant: take the class out with exclude_bins = "
+    "neg_valley, raise clip_eps (mask_ratio_high in the dapo family), or train on positive "
+    "advantages alone (objective = wapo)",
+}
+"""What to change when a class drives the entropy; settings are fields of TrainConfig."""
+
+
+def entropy_drivers(
+    context: Context, first: int | None, last: int | None, direction: int
+) -> tuple[Driver, ...]:
+    """Rank the classes by their predicted entropy flow over a window of steps.
+
+    Parameters
+    ----------
+    context : Context
+        The run.
+    first, last : int or None
+        First and last step of the window, widened to at least ``MIN_WINDOW`` steps on its early
+        side; None leaves that side open.
+    direction : int
+        1 if the entropy rose, -1 if it fell, 0 to take the sign of the total flow.
+
+    Returns
+    -------
+    tuple of Driver
+        Largest push in the direction first. Empty if the run has no class totals with statistics.
+        ``predicted_dentropy`` is the exact first-order sum over all tokens (taxonomy/README.md).
+    """
+    flows = _window(context.flows, first, last)
+    if flows.empty:
+        return ()
+    total = flows.sum()
+    way = direction or (1 if total.sum() >= 0 else -1)
+    push = way * total
+    gross = float(push.clip(lower=0).sum())
+    alone = _counterfactual(context, flows.index.to_numpy())
+    drivers = [
+        Driver(name, float(total[name]), alone.get(name), float(push[name]) / gross)
+        for name in push.sort_values(ascending=False, kind="stable").index
+        if gross > 0 and total[name] != 0
+    ]
+    return tuple(drivers)
+
+
+def _window(flows: pd.DataFrame, first: int | None, last: int | None) -> pd.DataFrame:
+    """Rows of the window; the rows before it too if it holds fewer than ``MIN_WINDOW``."""
+    until = flows if last is None else flows[flows.index <= last]
+    inside = until if first is None else until[until.index >= first]
+    return inside if len(inside) >= MIN_WINDOW else until.tail(MIN_WINDOW)
+
+
+def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
+    """Measured entropy change of each class applied alone, summed over the probed steps."""
+    probes = context.run.probes
+    if probes.empty:
+        return {}
+    known = probes[probes["step"].isin(steps) & probes["cls"].isin(range(len(tax.CLASSES)))]
+    sums = known.dropna(subset=["counterfactual_dentropy"]).groupby("cls")
+    totals = sums["counterfactual_dentropy"].sum()
+    return dict(zip(totals.index.map(tax.CLASS_NAMES), totals.to_list(), strict=True))
+
+
+def driver_words(drivers: tuple[Driver, ...], direction: int) -> str:
+    """One clause on the class that pushes most; empty without drivers."""
+    if not drivers:
+        return ""
+    way = "upward" if direction > 0 else "downward"
+    return f"{drivers[0].cls} tokens supply {drivers[0].share:.0%} of the {way} push"
+
+
+def driver_advice(drivers: tuple[Driver, ...]) -> str:
+    """What to change for the class that pushes most."""
+    if not drivers:
+        return "Lower lr or the updates per batch (epochs x minibatches)."
+    name = drivers[0].cls
+    return (
+        f"{name} drives it: {CLASS_ADVICE[name]}. If positive-only training shows the same, the "
+        "steps are too large: lower lr."
+    )

@@ -1,0 +1,153 @@
+"""Detectors of broken numbers: missing losses and gradients, skipped updates, gradient spikes."""
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.diagnose.series import episodes, robust_sigma
+from wapo_analysis.table import Array
+
+WATCHED = ("loss", "grad_norm", "reward", "entropy")
+MIN_DIVERGED = 3
+"""Broken steps up to the end that make a run diverged."""
+SPIKE_RATIO = 3.0
+SPIKE_SIGMAS = 8.0
+SEVERE_SPIKE = 10.0
+SPIKE_WINDOW = 11
+NAN_REFERENCE = "verl issue 721 and trl issue 6702 (one bad step, invisible in the log)"
+SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
+
+
+def find_nonfinite(context: Context) -> list[Finding]:
+    """Steps whose loss, gradient, reward or entropy is no finite number, or which lost updates."""
+    holes = {name: _holes(context.values(name)) for name in WATCHED}
+    skipped = np.nan_to_num(context.values("skipped_updates")) > 0
+    dropped = np.nan_to_num(context.values("nonfinite")) > 0
+    broken = np.logical_or.reduce([*holes.values(), skipped])
+    first, stop = (episodes(broken, 1) or [(0, 0)])[-1]
+    diverged = stop == len(broken) and stop - first >= MIN_DIVERGED
+    parts = {**holes, "skipped_updates": skipped}
+    findings = [_nonfinite_finding(context, parts, slice(first, stop))] if diverged else []
+    parts["nonfinite"] = dropped
+    earlier = broken | dropped
+    earlier[first if diverged else len(earlier) :] = False
+    if earlier.any():
+        findings.append(_nonfinite_finding(context, parts, earlier))
+    return findings
+
+
+def _holes(values: Array) -> Array:
+    """Steps at which a column that is otherwise there has no finite value.
+
+    A source may log a column on every n-th step only; gaps up to the usual spacing are no holes.
+    """
+    finite = np.flatnonzero(np.isfinite(values))
+    hole = np.zeros(len(values), bool)
+    if not len(finite):
+        return hole
+    spacing = int(np.median(np.diff(finite))) if len(finite) > 1 else 1
+    for start, stop in episodes(~np.isfinite(values), spacing):
+        hole[start:stop] = True
+    return hole
+
+
+def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice | Array) -> Finding:
+    rows = np.zeros(len(context.step_numbers), bool)
+    rows[where] = True
+    steps = context.step_numbers[rows]
+    counts = {name: int((mask & rows).sum()) for name, mask in parts.items()}
+    counts = {name: count for name, count in counts.items() if count}
+    diverged = isinstance(where, slice)
+    named = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
+    what = _what_broke(list(counts))
+    return Finding(
+        name="diverged" if diverged else "nonfinite_step",
+        severity="critical" if diverged else "warning",
+        step=int(steps[0]),
+        message=(
+            f"From step {steps[0]} to the end ({len(steps)} steps) {what}."
+            if diverged
+            else f"At step {named} {what}."
+        ),
+        evidence={
+            "steps": named,
+            "broken_steps": len(steps),
+            **counts,
+            "tokens_dropped": float(np.nansum(context.values("nonfinite")[rows])),
+        },
+        advice=(
+            "Restart from a checkpoint before this step with a lower lr or max_grad_norm; "
+            "dtype = float32 rules out overflow."
+            if diverged
+            else "Look at the tokens of this step; if it comes again lower lr or max_grad_norm."
+        ),
+        reference=NAN_REFERENCE,
+    )
+
+
+def _what_broke(names: list[str]) -> str:
+    """Clause such as 'loss and grad_norm were no finite number, updates were skipped'."""
+    columns = " and ".join(name for name in names if name in WATCHED)
+    clauses = [
+        f"{columns} {'were' if ' and ' in columns else 'was'} no finite number" if columns else "",
+        "updates were skipped" if "skipped_updates" in names else "",
+        "tokens with a ratio that is not finite were dropped" if "nonfinite" in names else "",
+    ]
+    return ", ".join(clause for clause in clauses if clause)
+
+
+def find_gradient_spikes(context: Context) -> list[Finding]:
+    """Gradient norms far above their neighbours; a smooth rise is no spike.
+
+    A spike is three times the median of its neighbourhood and eight robust standard deviations of
+    the logarithm above it.
+    """
+    series = context.series("grad_norm")
+    steps, values = series.steps[series.values > 0], series.values[series.values > 0]
+    if len(values) < SPIKE_WINDOW:
+        return []
+    logs = np.log(values)
+    near = pd.Series(logs).rolling(SPIKE_WINDOW, center=True, min_periods=1).median().to_numpy()
+    excess = logs - near
+    threshold = max(np.log(SPIKE_RATIO), SPIKE_SIGMAS * robust_sigma(excess))
+    spikes = np.flatnonzero(excess > threshold)
+    if not len(spikes):
+        return []
+    top = spikes[np.argmax(excess[spikes])]
+    ratio = float(np.exp(excess[top]))
+    severe = ratio >= SEVERE_SPIKE or len(spikes) >= MIN_DIVERGED
+    source = _heaviest_class(context, int(steps[top]))
+    owner = f"; {source['heaviest_class']} tokens carry most of it" if source else ""
+    return [
+        Finding(
+            name="gradient_spikes",
+            severity="warning" if severe else "info",
+            step=int(steps[spikes[0]]),
+            message=(
+                f"{len(spikes)} gradient {'spike' if len(spikes) == 1 else 'spikes'}, the largest "
+                f"{ratio:.1f} times its neighbours at step {steps[top]}{owner}."
+            ),
+            evidence={
+                "spikes": len(spikes),
+                "largest_step": int(steps[top]),
+                "largest": float(values[top]),
+                "ratio": ratio,
+                **source,
+            },
+            advice="Lower max_grad_norm or lr, and look at the tokens and rollouts of that step.",
+            reference=SPIKE_REFERENCE,
+        )
+    ]
+
+
+def _heaviest_class(context: Context, step: int) -> dict[str, float | int | str | None]:
+    """Class with the largest gradient mass at a step and its share; empty if unknown."""
+    mass = context.gradient_mass
+    if step not in mass.index or mass.loc[step].sum() <= 0:
+        return {}
+    row = mass.loc[step].to_numpy()
+    return {
+        "heaviest_class": mass.columns[int(row.argmax())],
+        "share": float(row.max() / row.sum()),
+    }

@@ -1,0 +1,198 @@
+"""A step series and the few robust statistics that every detector shares.
+
+Everything is judged against the run's own beginning: the level is the median of the first steps,
+the noise is the median absolute deviation of step-to-step differences (so a trend does not count as
+noise), and a condition must hold for several smoothed steps in a row before it counts. Arrays in,
+arrays out; cost is linear in the number of steps.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.table import Array
+
+BASELINE_STEPS = 5
+MAX_WINDOW = 25
+MAD_TO_SIGMA = 1.4826
+MEDIAN_EFFICIENCY = 1.2533
+RELATIVE_FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class Series:
+    """The finite values of one step column, smoothed, with the level and noise of its beginning.
+
+    Parameters
+    ----------
+    steps : ndarray of int, shape (n,)
+        Step numbers, ascending.
+    values : ndarray of float, shape (n,)
+        Finite values, in the unit of the column.
+    """
+
+    steps: Array
+    values: Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def window(self) -> int:
+        """Odd width of the rolling median: a twentieth of the run, from 3 to ``MAX_WINDOW``."""
+        return int(np.clip(len(self) // 20, 3, MAX_WINDOW)) | 1
+
+    @cached_property
+    def persist(self) -> int:
+        """Smoothed steps in a row that make a condition count."""
+        return max(3, self.window // 2)
+
+    @cached_property
+    def smooth(self) -> Array:
+        """Centred rolling median, shape (n,); the window is cut at both ends."""
+        rolling = pd.Series(self.values).rolling(self.window, center=True, min_periods=1)
+        return rolling.median().to_numpy()
+
+    @cached_property
+    def level(self) -> float:
+        """Where the run began: median of the first few values."""
+        return float(np.median(self.values[: self._few])) if len(self) else float("nan")
+
+    @property
+    def _few(self) -> int:
+        return BASELINE_STEPS if len(self) >= 20 else BASELINE_STEPS // 2 + 1
+
+    @cached_property
+    def end(self) -> float:
+        """Where the run is now: median of the last tenth of the values, at least three."""
+        return float(np.median(self.values[-max(3, len(self) // 10) :])) if len(self) else np.nan
+
+    @cached_property
+    def _early(self) -> Array:
+        """The first third of the values, at least twenty: what noise is measured on."""
+        return self.values[: max(20, len(self) // 3)]
+
+    @cached_property
+    def noise(self) -> float:
+        """Standard deviation between neighbouring values early in the run; never zero."""
+        return max(_spread(self._early, 1), RELATIVE_FLOOR * abs(self.level), 1e-12)
+
+    @cached_property
+    def smooth_noise(self) -> float:
+        """Standard deviation of a smoothed value.
+
+        Independent noise shrinks with the window. Slow wandering does not, and shows as a larger
+        spread between values two windows apart than between neighbours. The early part and the
+        whole run are both asked, and the smaller answer holds: a departure of the run from its
+        beginning inflates one of them and is no noise.
+        """
+        slow = min(_slow_variance(part, self.window) for part in (self._early, self.values))
+        return float(np.sqrt(MEDIAN_EFFICIENCY**2 * self.noise**2 / self.window + slow))
+
+    @cached_property
+    def gap_noise(self) -> float:
+        """Standard deviation of a smoothed value minus the level, which rests on few values."""
+        level_noise = MEDIAN_EFFICIENCY * self.noise / float(np.sqrt(self._few))
+        return float(np.hypot(self.smooth_noise, level_noise))
+
+    def step(self, index: int) -> int:
+        """Step number at an index."""
+        return int(self.steps[index])
+
+
+def _spread(values: Array, lag: int) -> float:
+    """Standard deviation of one value, from differences ``lag`` apart: a steady trend adds none."""
+    apart = values[lag:] - values[:-lag] if lag else values[:0]
+    return robust_sigma(apart) / float(np.sqrt(2)) if len(apart) else 0.0
+
+
+def _slow_variance(values: Array, window: int) -> float:
+    """Variance of values two windows apart that neighbours do not show."""
+    lag = min(2 * window + 1, len(values) // 6)
+    return max(_spread(values, lag) ** 2 - _spread(values, 1) ** 2, 0.0)
+
+
+def robust_sigma(values: Array) -> float:
+    """Standard deviation estimated from the median absolute deviation.
+
+    Falls back to the plain standard deviation where more than half of the values are equal, as in
+    a reward that is almost always zero.
+    """
+    deviation = float(np.median(np.abs(values - np.median(values))))
+    return MAD_TO_SIGMA * deviation if deviation > 0 else float(np.std(values))
+
+
+def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
+    """Half-open index ranges in which a condition holds at least ``persist`` times in a row.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (n,)
+        The condition per step.
+    persist : int
+        Shortest run of True that counts.
+
+    Examples
+    --------
+    >>> episodes(np.array([1, 0, 1, 1, 1, 0, 1, 1], bool), 2)
+    [(2, 5), (6, 8)]
+    """
+    edges = np.flatnonzero(np.diff(np.r_[False, mask, False]))
+    starts, stops = edges[::2], edges[1::2]
+    long = stops - starts >= persist
+    return [(int(a), int(b)) for a, b in zip(starts[long], stops[long], strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A stretch in which a series left its beginning; indices into the series.
+
+    Attributes
+    ----------
+    onset : int
+        First index after the series was last at home.
+    warned : int
+        First index beyond the loose threshold.
+    crossed : int or None
+        First index beyond the strict threshold, if it got there.
+    ongoing : bool
+        It still lasts at the end of the series.
+    """
+
+    onset: int
+    warned: int
+    crossed: int | None
+    ongoing: bool
+
+
+def departure(loose: Array, strict: Array, home: Array, persist: int) -> Departure | None:
+    """Find the departure that matters: the one that lasts to the end, else the last severe one.
+
+    Two thresholds keep the answer stable: a departure begins at the loose one, is severe once the
+    strict one is passed for ``persist`` steps, and lasts until it falls back inside the loose one.
+
+    Parameters
+    ----------
+    loose, strict : ndarray of bool, shape (n,)
+        Beyond the loose and the strict threshold; strict implies loose.
+    home : ndarray of bool, shape (n,)
+        Close enough to where the series came from to count as not departed.
+    persist : int
+        Steps in a row that make a condition count.
+
+    Returns
+    -------
+    Departure or None
+        None if nothing lasted to the end and nothing was severe.
+    """
+    severe = episodes(strict, persist)
+    for start, stop in reversed(episodes(loose, persist)):
+        crossed = next((a for a, b in severe if start <= a < stop), None)
+        ongoing = stop == len(loose)
+        if ongoing or crossed is not None:
+            before = np.flatnonzero(home[:start])
+            onset = int(before[-1]) + 1 if len(before) else 0
+            return Departure(onset, start, crossed, ongoing)
+    return None

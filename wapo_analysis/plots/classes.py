@@ -1,0 +1,216 @@
+"""The four classes over the steps: how many tokens, how much gradient, where the rule is wrong."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+from matplotlib.figure import Figure
+
+from wapo_analysis.plots.draw import (
+    class_legend,
+    class_table,
+    label_legend,
+    label_lines,
+    replicate_line,
+    stack,
+)
+from wapo_analysis.plots.frames import RUN_KEYS, class_frame, labels_of, token_frame
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    figure_height,
+    fit_steps,
+    label_panels,
+    log_y,
+    note,
+    step_axis,
+)
+from wapo_analysis.plots.style import CLASS_COLORS, new_figure
+from wapo_analysis.store import Run
+
+_RULE_STEPS = 40
+
+
+def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
+    """Share of the tokens in each class per run and step.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, cls, share``: shares of one run and step add up to one; cls is
+        the class code of wapo_taxonomy, 4 for zero advantage and -1 for a missing statistic.
+    """
+    frame = class_frame(runs, ("tokens",))
+    return _with_share(_complete(frame, "tokens"), "tokens").drop(columns="tokens")
+
+
+def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Stacked shares of the classes over the steps, one panel per label.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_class_share`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1, labels)
+    """
+    labels = labels_of(frame)
+    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
+    axes = label_panels(figure, labels)
+    for ax, label in zip(axes[0], labels, strict=True):
+        stack(ax, class_table(frame[frame["label"] == label], "share"))
+        ax.set_ylim(0, 1)
+    axes[0, 0].set_ylabel("share of the tokens")
+    fit_steps(axes, frame["step"])
+    step_axis(axes[-1])
+    class_legend(figure, _present(frame, "share"))
+    return axes
+
+
+def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
+    """Exact gradient mass of each class per run and step, and its share.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, cls, grad_mass, share``; grad_mass is the sum of the L2 norms of
+        dL/dz over the class's tokens, NaN where the source gives no collision statistic.
+    """
+    frame = _complete(class_frame(runs, ("grad_mass",)), "grad_mass")
+    # Where tokens of unknown class were seen, a class without tokens is unknown too, not empty.
+    unknown = frame["grad_mass"].isna() & (frame["cls"] == -1)
+    blind = unknown.groupby([frame["run"], frame["step"]]).transform("any")
+    frame = frame.assign(grad_mass=frame["grad_mass"].mask(blind & (frame["grad_mass"] == 0)))
+    return _with_share(frame[frame["cls"].isin(range(4))], "grad_mass")
+
+
+def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Share of the gradient mass per class, stacked; below, the mass itself, logarithmic.
+
+    A class whose mass is exactly zero has no line.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_gradient_mass`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (2, labels)
+    """
+    labels = labels_of(frame)
+    figure = figure or new_figure(figure_height(len(labels), 2, 2.5))
+    axes = label_panels(figure, labels, rows=2)
+    for column, label in enumerate(labels):
+        part = frame[frame["label"] == label]
+        if part["grad_mass"].isna().all():
+            for ax in axes[:, column]:
+                note(ax, "not available here:\nthe source gives no\ncollision statistics")
+            continue
+        stack(axes[0, column], class_table(part, "share"))
+        for code, name in enumerate(tax.CLASSES):
+            rows = part[(part["cls"] == code) & (part["grad_mass"] > 0)]
+            if len(rows):
+                replicate_line(axes[1, column], rows, "grad_mass", color=CLASS_COLORS[name])
+    axes[0, 0].set_ylim(0, 1)
+    log_y(axes[1, 0], frame["grad_mass"])
+    axes[0, 0].set_ylabel("share of gradient mass")
+    axes[1, 0].set_ylabel("gradient mass,\nsum of |dL/dz|")
+    fit_steps(axes, frame["step"])
+    step_axis(axes[-1])
+    class_legend(figure, tax.CLASSES)
+    return axes
+
+
+def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
+    """How often, and for how much of the entropy change, the rule's sign is wrong.
+
+    Only tokens with a non-zero predicted dH count. Steps are at most forty evenly spaced ones.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, tokens, weight``: share of the tokens, and share of the summed
+        absolute first-order dH, whose sign is not the one of the token's class.
+    """
+    rows = token_frame(runs, ("cls", "pred_dentropy"), max_steps=_RULE_STEPS)
+    moved = rows[np.isfinite(rows["pred_dentropy"].astype(float)) & (rows["pred_dentropy"] != 0)]
+    moved = moved[moved["cls"].isin(range(4))]
+    effect = moved["pred_dentropy"].to_numpy(dtype=np.float64)
+    expected = np.asarray(tax.rule_dentropy_sign(moved["cls"].to_numpy(dtype=np.int64)))
+    wrong = np.sign(effect) != expected
+    size = np.abs(effect)
+    table = moved[[*RUN_KEYS, "step"]].assign(one=1.0, wrong=wrong, size=size, bad=size * wrong)
+    keys = ["label", "run", "step"]
+    sums = table.groupby(keys, sort=False)[["one", "wrong", "size", "bad"]].sum().reset_index()
+    seeds = {place: run.manifest.get("seed") for place, run in enumerate(runs)}
+    return pd.DataFrame(
+        {
+            "label": sums["label"],
+            "seed": sums["run"].map(seeds),
+            "run": sums["run"],
+            "step": sums["step"],
+            "tokens": sums["wrong"] / sums["one"],
+            "weight": sums["bad"] / sums["size"],
+        }
+    )
+
+
+def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Share of tokens and share of the entropy change that break the rule, over the steps.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_rule_breaks`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (2,)
+    """
+    figure = figure or new_figure(3.6)
+    axes: AxesArray = figure.subplots(1, 2, sharex=True, sharey=True)
+    for ax, column, title in (
+        (axes[0], "tokens", "share of the tokens"),
+        (axes[1], "weight", "share of the predicted |dH|"),
+    ):
+        label_lines(ax, frame, column)
+        ax.set_title(title)
+    axes[0].set_ylabel("exact dH against the rule")
+    axes[0].set_ylim(bottom=0)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    fit_steps(axes, frame["step"])
+    step_axis(axes)
+    label_legend(figure, axes[0])
+    return axes
+
+
+def _complete(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Add the classes a step has no token of, with 0: there none is a true nothing."""
+    if frame.empty:
+        return frame
+    steps = frame[[*RUN_KEYS, "step"]].drop_duplicates()
+    every = steps.merge(pd.DataFrame({"cls": sorted(tax.CLASS_NAMES)}), how="cross")
+    full = every.merge(frame, how="left", on=[*RUN_KEYS, "step", "cls"], indicator=True)
+    empty = full["_merge"] == "left_only"
+    return full.assign(**{column: full[column].mask(empty, 0.0)}).drop(columns="_merge")
+
+
+def _with_share(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Add ``share``, the part of the sum over the classes of the run and step."""
+    total = frame.groupby(["run", "step"])[column].transform("sum")
+    return frame.assign(share=frame[column] / total.where(total > 0))
+
+
+def _present(frame: pd.DataFrame, column: str) -> list[str]:
+    """Names of the classes with a non-zero value somewhere, in legend order."""
+    seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame[column] > 0, "cls"]}
+    return [name for name in CLASS_COLORS if name in seen]

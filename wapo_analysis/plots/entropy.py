@@ -1,0 +1,225 @@
+"""Entropy over the steps: of all tokens, by sign of the advantage, and what pushes it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from wapo_taxonomy import CLASSES
+
+from wapo_analysis.plots.draw import (
+    class_legend,
+    class_table,
+    label_legend,
+    label_lines,
+    mark_missing,
+    replicate_line,
+    stack,
+)
+from wapo_analysis.plots.frames import class_frame, labels_of, step_frame
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    corner,
+    figure_height,
+    fit_steps,
+    label_panels,
+    log_y,
+    note,
+    share_y_if_close,
+    step_axis,
+)
+from wapo_analysis.plots.style import (
+    CLASS_COLORS,
+    INK,
+    SIGN_COLORS,
+    SIGN_NAMES,
+    label_styles,
+    new_figure,
+)
+from wapo_analysis.schema import axis_label
+from wapo_analysis.store import Run
+
+BEGINNING = 10
+BAND = 2.0
+_LOG_FROM = 8.0
+
+
+def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
+    """Mean entropy per run and step, with the level the run began at.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, entropy, start`` (nats); start is the median of the run's first
+        ten steps with an entropy.
+    """
+    frame = step_frame(runs, ("entropy",))
+    early = frame.dropna(subset="entropy").groupby("run").head(BEGINNING)
+    return frame.assign(start=frame["run"].map(early.groupby("run")["entropy"].median()))
+
+
+def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Mean entropy over the steps; dotted: half and twice the label's own beginning.
+
+    The axis is logarithmic once the values span more than a factor of eight, so that a collapse
+    shows as clearly as an explosion.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_entropy`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1,)
+    """
+    figure = figure or new_figure(4.2)
+    axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
+    ax: Axes = axes[0]
+    _beginning_bands(ax, frame)
+    label_lines(ax, frame, "entropy")
+    mark_missing(ax, frame, "entropy")
+    span = frame["entropy"]
+    if span.min() > 0 and span.max() > _LOG_FROM * span.min():
+        log_y(ax, span)
+    ax.set_ylabel(axis_label("steps", "entropy", "mean entropy"))
+    fit_steps(axes, frame["step"])
+    step_axis(axes)
+    label_legend(figure, ax)
+    return axes
+
+
+def _beginning_bands(ax: Axes, frame: pd.DataFrame) -> None:
+    """Dotted lines at half and twice the mean beginning of each label, named at the first."""
+    styles = label_styles(labels_of(frame))
+    starts = frame.groupby("label", sort=False)["start"].mean().dropna()
+    place = ax.get_yaxis_transform()
+    for number, (label, start) in enumerate(starts.items()):
+        color = styles[str(label)].color
+        for bound, text, side in (
+            (start * BAND, "twice the beginning", "bottom"),
+            (start / BAND, "half the beginning", "top"),
+        ):
+            ax.axhline(bound, color=color, linestyle=":", linewidth=1.1)
+            if number == 0:
+                ax.text(0.01, bound, text, transform=place, va=side, fontsize=8.5)
+
+
+def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
+    """Mean entropy (nats) of tokens with A > 0 and with A < 0 per run and step."""
+    return step_frame(runs, ("entropy_pos", "entropy_neg"))
+
+
+def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Entropy of rewarded and of punished tokens over the steps, one panel per label.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_entropy_by_sign`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1, labels)
+    """
+    labels = labels_of(frame)
+    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
+    axes = label_panels(figure, labels)
+    for ax, label in zip(axes[0], labels, strict=True):
+        rows = frame[frame["label"] == label]
+        for sign, column in ((1, "entropy_pos"), (-1, "entropy_neg")):
+            replicate_line(ax, rows, column, color=SIGN_COLORS[sign])
+            if rows[column].isna().all():
+                corner(ax, f"not available here: '{column}' was not recorded", lower_right=sign < 0)
+    axes[0, 0].set_ylabel(axis_label("steps", "entropy", "mean entropy"))
+    axes[0, 0].set_ylim(bottom=0)
+    fit_steps(axes, frame["step"])
+    step_axis(axes[-1])
+    handles = [
+        Line2D([], [], color=SIGN_COLORS[sign], label=f"tokens with {SIGN_NAMES[sign]}")
+        for sign in (1, -1)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    return axes
+
+
+def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
+    """Predicted push on the entropy and measured change of it, per class and step.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, cls, predicted, measured``: predicted is the sum of the
+        first-order dH of the class's own updates (nats per unit learning rate), measured the mean
+        change of the class's tokens after the whole update (nats per token).
+    """
+    columns = ("pred_dentropy_sum", "dentropy_sum", "rescored")
+    frame = class_frame(runs, columns)
+    tokens = frame["rescored"].where(frame["rescored"] > 0)
+    keys = frame[["label", "seed", "run", "step", "cls"]]
+    return keys.assign(
+        predicted=frame["pred_dentropy_sum"], measured=frame["dentropy_sum"] / tokens
+    )
+
+
+def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Predicted push per class, stacked, with the net; below, what the classes' tokens did.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_entropy_flow`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1 or 2, labels); the second row is there if anything was re-scored
+    """
+    labels = labels_of(frame)
+    rows = 2 if frame["measured"].notna().any() else 1
+    figure = figure or new_figure(figure_height(len(labels), rows, 2.7))
+    axes = label_panels(figure, labels, rows, share_y=False)
+    for column, label in enumerate(labels):
+        part = frame[frame["label"] == label]
+        _predicted_flow(axes[0, column], part)
+        if rows > 1:
+            _measured_change(axes[1, column], part)
+    share_y_if_close(axes[0])
+    if rows > 1:
+        share_y_if_close(axes[1])
+        axes[1, 0].set_ylabel("measured dH\n(nats per token)")
+    axes[0, 0].set_ylabel("predicted dH, sum over tokens\n(nats per unit learning rate)")
+    fit_steps(axes, frame["step"])
+    step_axis(axes[-1])
+    class_legend(figure, CLASSES, [Line2D([], [], color=INK, label="net")])
+    return axes
+
+
+def _predicted_flow(ax: Axes, part: pd.DataFrame) -> None:
+    table = class_table(part, "predicted").reindex(columns=CLASSES)
+    if table.isna().all(axis=None):
+        note(ax, "not available here:\nthe source gives no\ncollision statistics")
+        return
+    stack(ax, table.fillna(0.0))
+    net = table.sum(axis=1, min_count=1)
+    dot: dict[str, Any] = {"marker": "o", "markersize": 5} if len(net) == 1 else {}
+    ax.plot(net.index, net, color="white", linewidth=3.0)
+    ax.plot(net.index, net, color=INK, linewidth=1.4, **dot)
+    ax.axhline(0, color=INK, linewidth=0.6)
+
+
+def _measured_change(ax: Axes, part: pd.DataFrame) -> None:
+    if part["measured"].isna().all():
+        note(ax, "not available here:\nno token was re-scored\nafter its update")
+        return
+    for code, name in enumerate(CLASSES):
+        rows = part[(part["cls"] == code) & part["measured"].notna()]
+        replicate_line(ax, rows, "measured", color=CLASS_COLORS[name], linewidth=1.3)
+    ax.axhline(0, color=INK, linewidth=0.6)

@@ -1,0 +1,224 @@
+"""One look for every figure: colours, line styles, theme, file formats.
+
+Hue tells the sign of the advantage (blue positive, orange negative), depth tells the regime (dark
+peak, light valley). The colours are those of Okabe and Ito, safe for the common forms of colour
+blindness; objectives use purple and green, which no class uses.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+from matplotlib.colors import Colormap, to_rgb
+from matplotlib.figure import Figure
+from wapo_taxonomy import CLASSES, NONE, UNKNOWN
+
+from wapo_analysis.errors import unknown_name
+
+CLASS_COLORS: Mapping[str, str] = {
+    "pos_peak": "#0072B2",
+    "pos_valley": "#56B4E9",
+    "neg_peak": "#D55E00",
+    "neg_valley": "#F0B040",
+    NONE: "#9A9A9A",
+    UNKNOWN: "#D5D5D5",
+}
+CLASS_INK: Mapping[str, str] = {
+    **CLASS_COLORS,
+    "pos_valley": "#1F7FB8",
+    "neg_peak": "#B84F00",
+    "neg_valley": "#8F5F00",
+}
+"""Class colours dark enough for text on white."""
+SIGN_COLORS: Mapping[int, str] = {
+    1: CLASS_COLORS["pos_peak"],
+    -1: CLASS_COLORS["neg_peak"],
+    0: CLASS_COLORS[NONE],
+}
+SIGN_NAMES: Mapping[int, str] = {1: "A > 0", -1: "A < 0", 0: "A = 0"}
+INK = "#222222"
+MUTED = "#6A6A6A"
+BAND_ALPHA = 0.18
+FORMATS = ("png", "svg", "pdf")
+WIDTH = 10.0
+PNG_DPI = 150
+
+_Dash = str | tuple[int, tuple[float, ...]]
+_SOLID: _Dash = "-"
+_DASHED: _Dash = (0, (5, 1.5))
+_DOTTED: _Dash = (0, (1.2, 1.2))
+_DASH_DOT: _Dash = (0, (6, 1.5, 1.2, 1.5))
+_DASHES = (_SOLID, _DASHED, _DOTTED, _DASH_DOT)
+
+_OBJECTIVES: Mapping[str, tuple[str, _Dash]] = {
+    "grpo": ("#7B3294", _SOLID),
+    "wapo": ("#008837", _DASHED),
+    "dr_grpo": ("#C2639A", _DASH_DOT),
+    "dapo": ("#8C510A", _DASHED),
+    "dr_dapo": ("#B8860B", _DOTTED),
+    "dr_dapo_seq": ("#5F5F1F", _DASH_DOT),
+    "gspo": ("#332288", _DOTTED),
+    "raft": ("#44AA99", _SOLID),
+    "raft++": ("#117777", _DASH_DOT),
+}
+_SPARE = ("#444444", "#A0522D", "#6A5ACD", "#2F6F6F", "#8B0A50", "#556B2F")
+
+_SAVE_RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "wapo", "pdf.fonttype": 42}
+_METADATA: Mapping[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": "wapo-analysis"},
+    "pdf": {"CreationDate": None, "Creator": "wapo-analysis"},
+}
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """Colour and dash pattern of one label, the same in every figure."""
+
+    color: str
+    dash: _Dash
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Keyword arguments for ``Axes.plot``."""
+        return {"color": self.color, "linestyle": self.dash}
+
+
+def label_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
+    """Colour and dash of every label, told from the label's own words.
+
+    A label that names a class ("GRPO neg_peak only") takes the colour of the class, one that
+    begins with an objective takes the objective's. Labels that would look alike get another dash.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        Legend texts; repeated ones count once.
+
+    Returns
+    -------
+    dict of str to LineStyle
+        In the order of first appearance. Raises nothing.
+    """
+    styles: dict[str, LineStyle] = {}
+    for label in dict.fromkeys(labels):
+        color, dash = _words_style(label, len(styles))
+        choices = [dash, *(other for other in _DASHES if other != dash)]
+        taken = list(styles.values())
+        free = [LineStyle(color, choice) for choice in choices]
+        styles[label] = next((s for s in free if s not in taken), free[0])
+    return styles
+
+
+def _words_style(label: str, place: int) -> tuple[str, _Dash]:
+    """Style that the words of a label ask for, else a spare colour by its place in the list."""
+    words = label.lower().replace("-", "_").split()
+    named = [name for name in CLASSES if any(name in word for word in words)]
+    if len(named) == 1:
+        return CLASS_COLORS[named[0]], _SOLID
+    if words and words[0] in _OBJECTIVES:
+        return _OBJECTIVES[words[0]]
+    return _SPARE[place % len(_SPARE)], _SOLID
+
+
+def theme() -> dict[Any, Any]:
+    """Matplotlib settings of every figure, to be used in ``matplotlib.rc_context``."""
+    return {
+        **sns.axes_style("ticks"),
+        "font.family": ["sans-serif"],
+        "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": 10,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": MUTED,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#E4E4E4",
+        "grid.linewidth": 0.7,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "xtick.labelsize": 9,
+        "ytick.labelsize": 9,
+        "legend.frameon": False,
+        "legend.fontsize": 9.5,
+        "lines.linewidth": 1.8,
+        "figure.titlesize": 12.5,
+        "figure.titleweight": "bold",
+        "figure.facecolor": "white",
+        "axes.facecolor": "white",
+        "hatch.linewidth": 0.6,
+    }
+
+
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """Empty figure in constrained layout, inches; not known to pyplot, so nothing leaks."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def sign_map(sign: int) -> Colormap:
+    """Colour map from a pale to a dark shade of the colour of a sign of the advantage."""
+    color = np.array(to_rgb(SIGN_COLORS[sign]))
+    ramp: Colormap = sns.blend_palette([0.3 * color + 0.7, color, 0.45 * color], as_cmap=True)
+    return ramp
+
+
+def encode_figure(figure: Figure, format: str) -> bytes:
+    """File content of a figure; the same figure gives the same bytes.
+
+    Parameters
+    ----------
+    figure : Figure
+        Any matplotlib figure.
+    format : {"png", "svg", "pdf"}
+        SVG keeps its text as text.
+
+    Raises
+    ------
+    UserError
+        If the format is another one.
+    """
+    if format not in FORMATS:
+        raise unknown_name("figure format", format, FORMATS)
+    sink = io.BytesIO()
+    with mpl.rc_context(_SAVE_RC):
+        figure.savefig(sink, format=format, dpi=PNG_DPI, metadata=_METADATA[format])
+    return sink.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, format: str | None = None) -> Path:
+    """Write a figure to a file, making its folder.
+
+    Parameters
+    ----------
+    figure : Figure
+        Any matplotlib figure.
+    path : Path
+        Target file.
+    format : {"png", "svg", "pdf"}, optional
+        By default the suffix of the path.
+
+    Returns
+    -------
+    Path
+        The path.
+
+    Raises
+    ------
+    UserError
+        If the format is unknown.
+    """
+    content = encode_figure(figure, path.suffix.lstrip(".") if format is None else format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path

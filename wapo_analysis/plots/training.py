@@ -1,0 +1,139 @@
+"""Curves every training run has: reward, gradient norm, health of the samples."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from wapo_analysis.plots.draw import label_legend, label_lines, mark_missing
+from wapo_analysis.plots.frames import step_frame
+from wapo_analysis.plots.panels import AxesArray, fit_steps, log_y, step_axis
+from wapo_analysis.plots.style import new_figure
+from wapo_analysis.schema import axis_label
+from wapo_analysis.store import Run
+
+HEALTH = {
+    "length": "completion length",
+    "truncated": "share of completions cut at the limit",
+    "repetition": "share of repeated 4-grams",
+    "clip_low": "share stopped by the lower clip",
+    "clip_high": "share stopped by the upper clip",
+    "zero_signal": "share of groups without a signal",
+}
+
+
+def prepare_reward(runs: Sequence[Run]) -> pd.DataFrame:
+    """Reward and pass rate per run and step.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, reward, pass_rate``.
+    """
+    return step_frame(runs, ("reward", "pass_rate"))
+
+
+def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Mean reward over the steps, and the pass rate beside it where it is another number.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_reward`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1,) or (2,)
+    """
+    gap = (frame["reward"] - frame["pass_rate"]).abs()
+    same = not (gap > 1e-9).any()
+    columns = ["reward"] if same and frame["reward"].notna().any() else ["reward", "pass_rate"]
+    figure = figure or new_figure(4.0)
+    axes: AxesArray = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
+    for ax, column in zip(axes, columns, strict=True):
+        label_lines(ax, frame, column)
+        mark_missing(ax, frame, column)
+        ax.set_ylabel(axis_label("steps", column, f"mean {column.replace('_', ' ')} of the batch"))
+        if frame[column].between(0, 1).any() and not (frame[column].abs() > 1).any():
+            ax.set_ylim(-0.02, 1.02)
+    fit_steps(axes, frame["step"])
+    step_axis(axes)
+    label_legend(figure, axes[0])
+    return axes
+
+
+def prepare_gradient_norm(runs: Sequence[Run]) -> pd.DataFrame:
+    """Gradient norm per run and step: ``label, seed, run, step, grad_norm``."""
+    return step_frame(runs, ("grad_norm",))
+
+
+def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Gradient norm before clipping over the steps, logarithmic.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_gradient_norm`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (1,)
+    """
+    figure = figure or new_figure(4.0)
+    axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
+    # A norm of exactly 0 (no signal in the batch) has no place on a logarithmic axis.
+    positive = frame["grad_norm"].where(frame["grad_norm"] > 0)
+    label_lines(axes[0], frame.assign(grad_norm=positive), "grad_norm")
+    mark_missing(axes[0], frame, "grad_norm")
+    log_y(axes[0], positive)
+    axes[0].set_ylabel(axis_label("steps", "grad_norm", "gradient norm before clipping"))
+    fit_steps(axes, frame["step"])
+    step_axis(axes)
+    label_legend(figure, axes[0])
+    return axes
+
+
+def prepare_lengths(runs: Sequence[Run]) -> pd.DataFrame:
+    """Health of the samples per run and step.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, length`` (tokens) ``, truncated, repetition, clip_low, clip_high,
+        zero_signal`` (shares); zero_signal is the share of groups that are all wrong or all right.
+    """
+    flat = ("groups_all_wrong", "groups_all_right")
+    frame = step_frame(runs, ("length", "truncated", "repetition", "clip_low", "clip_high", *flat))
+    frame["zero_signal"] = frame[flat[0]] + frame[flat[1]]
+    return frame.drop(columns=list(flat))
+
+
+def plot_lengths(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Length, truncation, repetition, clipping and signal-free groups over the steps.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`prepare_lengths`.
+    figure : Figure, optional
+        Empty figure to draw into.
+
+    Returns
+    -------
+    ndarray of Axes, shape (2, 3)
+    """
+    figure = figure or new_figure(5.6)
+    axes: AxesArray = figure.subplots(2, 3, sharex=True)
+    for ax, (column, text) in zip(axes.flat, HEALTH.items(), strict=True):
+        label_lines(ax, frame, column)
+        ax.set_title(text, fontsize=9.5, fontweight="normal")
+        ax.set_ylabel("tokens" if column == "length" else "share")
+        ax.set_ylim(bottom=0)
+    fit_steps(axes, frame["step"])
+    step_axis(axes[1])
+    label_legend(figure, axes[0, 0])
+    return axes

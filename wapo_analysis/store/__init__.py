@@ -1,0 +1,29 @@
+"""A run on disk: manifest, step log and Parquet parts; the only package that knows the layout.
+
+A part is written beside its final name, fsynced and renamed, so it is whole or absent. The step
+log is appended and flushed; its last line may be half written and is then left out on reading.
+"""
+
+from wapo_analysis.store.files import (
+    MANIFEST,
+    PART_TABLES,
+    STEP_LOG,
+    read_manifest,
+    round_mantissa,
+    write_atomic,
+)
+from wapo_analysis.store.reader import Run, find_runs, open_run
+from wapo_analysis.store.writer import RunWriter
+
+__all__ = [
+    "MANIFEST",
+    "PART_TABLES",
+    "STEP_LOG",
+    "Run",
+    "RunWriter",
+    "find_runs",
+    "open_run",
+    "read_manifest",
+    "round_mantissa",
+    "write_atomic",
+]

@@ -1,0 +1,200 @@
+"""Reading a run folder, finished or still being written."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from wapo_analysis.derive import derived_columns, with_class
+from wapo_analysis.errors import unknown_name
+from wapo_analysis.schema import STEPS, TABLES, Table
+from wapo_analysis.store.files import (
+    MANIFEST,
+    PART_TABLES,
+    STEP_LOG,
+    part_step,
+    read_manifest,
+    read_part,
+    read_vocab,
+    step_lines,
+)
+from wapo_analysis.table import Records
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run opened for reading; tables are pandas data frames.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder.
+    manifest : dict
+        Its manifest.
+    """
+
+    path: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Name shown in figures: the manifest's, else the folder's."""
+        return str(self.manifest.get("name") or self.path.name)
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective, or ``"unknown"``."""
+        return str(self.manifest.get("objective", {}).get("name", "unknown"))
+
+    @property
+    def label(self) -> str:
+        """Name of the setting in legends; runs that share it are seeds of one setting."""
+        return str(self.manifest.get("label") or self.objective.upper())
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the run, None if the source gave none."""
+        seed = self.manifest.get("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def temperature(self) -> float:
+        """Softmax temperature of the recorded statistics."""
+        return float(self.manifest.get("temperature", 1.0))
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """Step table, one row per step, last record of a repeated step; NaN where missing."""
+        log = self.path / STEP_LOG
+        rows = [row for _, row in step_lines(log)] if log.exists() else []
+        frame = pd.DataFrame(rows, columns=_union(STEPS.names, rows))
+        frame = frame.drop_duplicates("step", keep="last").sort_values("step")
+        return frame.reset_index(drop=True).astype({"step": "int64"})
+
+    @cached_property
+    def classes(self) -> pd.DataFrame:
+        """Class totals with a ``cls`` code column, summed over ranks."""
+        frame = self.table("classes").drop(columns="rank")
+        keys = ["step", "sign", "regime", "prob_bin"]
+        return with_class(frame.groupby(keys, as_index=False).sum(min_count=1))
+
+    @cached_property
+    def rollouts(self) -> pd.DataFrame:
+        """Completions with rewards and advantages."""
+        return self.table("rollouts")
+
+    @cached_property
+    def probes(self) -> pd.DataFrame:
+        """Counterfactual probes; empty if the run had none."""
+        return self.table("probes")
+
+    @cached_property
+    def vocab(self) -> dict[int, str]:
+        """Token id to text."""
+        return read_vocab(self.path)
+
+    def tokens(self, steps: Iterable[int] | None = None, derived: bool = True) -> pd.DataFrame:
+        """Token rows, by default of the whole run and with derived columns.
+
+        Parameters
+        ----------
+        steps : iterable of int, optional
+            Only these steps; parts of other steps are not opened.
+        derived : bool
+            Add the derived columns of the schema.
+        """
+        frame = self.table("tokens", steps)
+        if not derived:
+            return frame
+        columns = {name: frame[name].to_numpy() for name in frame.columns}
+        return frame.assign(**derived_columns(columns, self.temperature))
+
+    def token_steps(self) -> list[int]:
+        """Steps that have token rows."""
+        return sorted({part_step(part) for part in (self.path / "tokens").glob("part-*.parquet")})
+
+    def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
+        """Stored columns of a table of parts.
+
+        Raises
+        ------
+        UserError
+            On an unknown table or a broken part (the message names the file).
+        """
+        if name not in PART_TABLES:
+            raise unknown_name("table", name, PART_TABLES)
+        wanted = None if steps is None else set(steps)
+        parts = sorted((self.path / name).glob("part-*.parquet"))
+        tables = [read_part(part) for part in parts if wanted is None or part_step(part) in wanted]
+        return _to_frame(tables, TABLES[name])
+
+    def __repr__(self) -> str:
+        status = self.manifest.get("status", "?")
+        return f"Run({self.name!r}, {self.objective}, {len(self.steps)} steps, {status})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        shown = self.steps[["step", "reward", "entropy", "grad_norm"]].tail(5)
+        return f"<b>{escape(repr(self))}</b>{shown.to_html(index=False)}"
+
+
+def _union(names: tuple[str, ...], rows: list[dict[str, Any]]) -> list[str]:
+    extra = {key for row in rows for key in row} - set(names)
+    return [*names, *sorted(extra)]
+
+
+def _to_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
+    """Concatenate parts; null floats become NaN and absent columns are filled."""
+    if not tables:
+        return Records.build(declared, {name: [] for name in declared.required}).to_frame()
+    frame: pd.DataFrame = pa.concat_tables(tables, promote_options="default").to_pandas()
+    for column in declared.stored:
+        if column.name not in frame:
+            frame[column.name] = np.nan if column.dtype.startswith("float") else None
+    return frame
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run folder for reading, finished or still being written.
+
+    Parameters
+    ----------
+    path : str or Path
+        Run folder.
+
+    Raises
+    ------
+    UserError
+        If it is no run, is broken, or has another schema version.
+
+    Examples
+    --------
+    >>> open_run("no/such/folder")
+    Traceback (most recent call last):
+    wapo_analysis.errors.UserError: no run folder at no/such/folder; give a folder ...
+    """
+    folder = Path(path)
+    return Run(folder, read_manifest(folder))
+
+
+def find_runs(path: str | Path) -> list[Path]:
+    """Run folders at or below a path: the path itself if it is a run, else its run subfolders.
+
+    Raises
+    ------
+    UserError
+        If there is none.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).exists():
+        return [folder]
+    found = sorted(p.parent for p in folder.glob(f"**/{MANIFEST}")) if folder.is_dir() else []
+    if not found:
+        read_manifest(folder)
+    return found

@@ -1,0 +1,136 @@
+"""Chain-sum: arithmetic one step at a time, where an early slip spoils every later sum."""
+
+import re
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.train.tasks.base import SEPARATOR, Problem, check_count, check_rate
+
+
+@dataclass(frozen=True, slots=True)
+class ChainSum:
+    """Add single digits from left to right and write down every running sum.
+
+    ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``.
+
+    Parameters
+    ----------
+    terms : int
+        Number of digits to add, at least 2. The embedded base policy knows 6.
+    error_rate : float
+        Probability that a running sum of a pre-training demonstration is wrong.
+
+    Raises
+    ------
+    UserError
+        If ``terms`` or ``error_rate`` is out of range.
+    """
+
+    terms: int = 6
+    error_rate: float = 0.15
+    name: str = "chain-sum"
+
+    def __post_init__(self) -> None:
+        if self.terms < 2:
+            raise UserError(f"chain-sum needs at least 2 terms, got {self.terms}")
+        check_rate(self.error_rate)
+
+    @property
+    def description(self) -> str:
+        """One sentence for help texts and reports."""
+        return f"Add {self.terms} digits, writing every running sum: 9+4+5= is answered by 13;18."
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Room for every running sum at its widest, the separators and end-of-sequence."""
+        return (self.terms - 1) * (len(str(9 * self.terms)) + 1)
+
+    def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
+        """Draw problems with independent uniform digits.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        n : int
+            How many problems, 0 or more.
+
+        Returns
+        -------
+        list of Problem
+            ``n`` problems, in the order drawn.
+
+        Raises
+        ------
+        UserError
+            If ``n`` is negative.
+        """
+        digits = rng.integers(0, 10, size=(check_count(n), self.terms)).tolist()
+        return [Problem("+".join(map(str, row)) + "=", str(sum(row))) for row in digits]
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        """Give 1 for one whole number per addition, separated by ``;``, the last one the sum.
+
+        Only the final number is judged for truth; the format keeps the policy from skipping the
+        work. Running sums that are wrong but cancel out earn the reward, as in any outcome reward.
+
+        Parameters
+        ----------
+        problem : Problem
+            A problem of this task.
+        completion : str
+            Any text, special tokens removed.
+
+        Returns
+        -------
+        float
+            1.0 or 0.0.
+        """
+        fields = completion.split(SEPARATOR)
+        if len(fields) != problem.prompt.count("+") or fields[-1] != problem.answer:
+            return 0.0
+        return float(all(re.fullmatch(r"[0-9]+", field) for field in fields))
+
+    def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
+        """Write the running sums; each addition goes wrong with probability ``error_rate``.
+
+        A wrong addition is off by one to three, up or down, and the error carries on into the sums
+        that follow, as it does when a person slips.
+
+        Parameters
+        ----------
+        problem : Problem
+            A problem of this task.
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        error_rate : float
+            In [0, 1]; 0 gives the correct completion.
+
+        Returns
+        -------
+        str
+            The completion, without end-of-sequence.
+
+        Raises
+        ------
+        UserError
+            If ``error_rate`` is not in [0, 1].
+        """
+        check_rate(error_rate)
+        first, *rest = map(int, problem.prompt.rstrip("=").split("+"))
+        sums = accumulate(
+            rest, lambda total, digit: self._add(total, digit, rng, error_rate), initial=first
+        )
+        return SEPARATOR.join(map(str, list(sums)[1:]))
+
+    @staticmethod
+    def _add(total: int, digit: int, rng: np.random.Generator, error_rate: float) -> int:
+        right = total + digit
+        if rng.random() >= error_rate:
+            return right
+        return int(
+            rng.choice([right + slip for slip in (-3, -2, -1, 1, 2, 3) if right + slip >= 0])
+        )

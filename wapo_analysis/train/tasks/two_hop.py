@@ -1,0 +1,147 @@
+"""Two-hop: question answering over facts in the prompt, where a wrong turn looks like an answer."""
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.train.tasks.base import SEPARATOR, Problem, check_count, check_rate
+
+LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
+DIGITS: Final = "0123456789"
+
+
+@dataclass(frozen=True, slots=True)
+class TwoHop:
+    """Follow two facts of the prompt: from a letter to its bridge, from the bridge to a digit.
+
+    ``k>3,a>m,b>k,m>7;a?`` is completed by ``m;7``. The facts are shuffled and those of the other
+    chains distract: every wrong turn ends at a digit that looks like an answer.
+
+    Parameters
+    ----------
+    chains : int
+        Chains of two facts in the prompt, 2 to 10. The embedded base policy knows 4.
+    error_rate : float
+        Probability that a hop of a pre-training demonstration is wrong.
+
+    Raises
+    ------
+    UserError
+        If ``chains`` or ``error_rate`` is out of range.
+    """
+
+    chains: int = 4
+    error_rate: float = 0.3
+    name: str = "two-hop"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.chains <= len(DIGITS):
+            raise UserError(f"two-hop takes 2 to {len(DIGITS)} chains, got {self.chains}")
+        check_rate(self.error_rate)
+
+    @property
+    def description(self) -> str:
+        """One sentence for help texts and reports."""
+        return "Answer by two facts of the prompt: k>3,a>m,b>k,m>7;a? is answered by m;7."
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Room for bridge, separator, answer and end-of-sequence, and for two tokens too many."""
+        return 6
+
+    def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
+        """Draw problems with distinct letters and distinct digits, facts shuffled.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        n : int
+            How many problems, 0 or more.
+
+        Returns
+        -------
+        list of Problem
+            ``n`` problems, in the order drawn.
+
+        Raises
+        ------
+        UserError
+            If ``n`` is negative.
+        """
+        return [self._problem(rng) for _ in range(check_count(n))]
+
+    def _problem(self, rng: np.random.Generator) -> Problem:
+        letters = [LETTERS[i] for i in rng.permutation(len(LETTERS))[: 2 * self.chains]]
+        values = [DIGITS[i] for i in rng.permutation(len(DIGITS))[: self.chains]]
+        heads, bridges = letters[: self.chains], letters[self.chains :]
+        facts = [f"{a}>{b}" for a, b in zip(heads + bridges, bridges + values, strict=True)]
+        shuffled = ",".join(facts[i] for i in rng.permutation(len(facts)))
+        return Problem(f"{shuffled};{heads[0]}?", values[0])
+
+    def reward(self, problem: Problem, completion: str) -> float:
+        """Give 1 for a letter, ``;`` and the right digit, and nothing else.
+
+        Only the final digit is judged for truth: the right answer after a wrong bridge is rewarded,
+        as in any outcome reward.
+
+        Parameters
+        ----------
+        problem : Problem
+            A problem of this task.
+        completion : str
+            Any text, special tokens removed.
+
+        Returns
+        -------
+        float
+            1.0 or 0.0.
+        """
+        match = re.fullmatch(r"[a-z];([0-9])", completion)
+        return float(match is not None and match[1] == problem.answer)
+
+    def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
+        """Write bridge and answer; each hop goes wrong with probability ``error_rate``.
+
+        A wrong hop lands on another bridge or another digit of the prompt; after a wrong bridge the
+        second hop starts from there.
+
+        Parameters
+        ----------
+        problem : Problem
+            A problem of this task.
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        error_rate : float
+            In [0, 1]; 0 gives the correct completion.
+
+        Returns
+        -------
+        str
+            The completion, without end-of-sequence.
+
+        Raises
+        ------
+        UserError
+            If ``error_rate`` is not in [0, 1].
+        """
+        check_rate(error_rate)
+        facts, question = problem.prompt.split(SEPARATOR)
+        follow = dict(fact.split(">") for fact in facts.split(","))
+        bridge = _slip(
+            follow[question[0]], [b for b in follow.values() if b in follow], rng, error_rate
+        )
+        answer = _slip(
+            follow[bridge], [v for v in follow.values() if v not in follow], rng, error_rate
+        )
+        return f"{bridge}{SEPARATOR}{answer}"
+
+
+def _slip(right: str, choices: list[str], rng: np.random.Generator, error_rate: float) -> str:
+    """Return ``right``, or with probability ``error_rate`` one of the other choices."""
+    if rng.random() >= error_rate:
+        return right
+    return str(rng.choice([choice for choice in choices if choice != right]))
