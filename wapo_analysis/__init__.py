@@ -10,15 +10,19 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.version import __version__
 
 if TYPE_CHECKING:
-    from wapo_analysis.capture.recorder import Recorder
+    from wapo_analysis.capture.torch_loop import Recorder
+    from wapo_analysis.capture.trl import attach
     from wapo_analysis.store import Run, open_run
     from wapo_analysis.train.config import TrainConfig
+    from wapo_analysis.train.trl_wapo import use_wapo
 
 _LAZY = {
-    "Recorder": "wapo_analysis.capture.recorder",
+    "Recorder": "wapo_analysis.capture.torch_loop",
     "Run": "wapo_analysis.store",
     "TrainConfig": "wapo_analysis.train.config",
+    "attach": "wapo_analysis.capture.trl",
     "open_run": "wapo_analysis.store",
+    "use_wapo": "wapo_analysis.train.trl_wapo",
 }
 
 __all__ = [
@@ -27,7 +31,9 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "__version__",
+    "attach",
     "open_run",
+    "use_wapo",
 ]
 
 

@@ -85,8 +85,16 @@ class Records:
         many = list(parts)
         names = many[0].columns
         return Records(
-            many[0].table, {name: np.concatenate([p.columns[name] for p in many]) for name in names}
+            many[0].table, {name: _stack([p.columns[name] for p in many]) for name in names}
         )
+
+
+def _stack(arrays: list[Array]) -> Array:
+    stacked = np.concatenate([np.ma.getdata(values) for values in arrays])
+    if not any(isinstance(values, np.ma.MaskedArray) for values in arrays):
+        return stacked
+    mask = np.concatenate([np.ma.getmaskarray(values) for values in arrays])
+    return np.ma.masked_array(stacked, mask=mask)
 
 
 def _coerce(values: Any, dtype: str, rows: int) -> Array:
@@ -94,7 +102,9 @@ def _coerce(values: Any, dtype: str, rows: int) -> Array:
     if dtype == "str":
         return np.asarray([None] * rows if values is None else values, dtype=object)
     if values is not None:
-        return np.asarray(values).astype(dtype, copy=False)
+        # A masked entry of an integer or a flag is missing; floats have NaN for that.
+        given = values if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
+        return given.astype(dtype, copy=False)
     if dtype.startswith("float"):
         return np.full(rows, np.nan, dtype=dtype)
     return np.zeros(rows, dtype=dtype)

@@ -116,10 +116,13 @@ def test_a_run_holds_every_table(tiny_run: Path) -> None:
     assert run.rollouts.completion.str.len().gt(0).any()
 
 
-def test_sampled_logp_equals_recomputed_logp(tiny_run: Path) -> None:
-    rows = open_run(tiny_run).tokens([1])
-    first = rows[rows.minibatch == 0]
-    np.testing.assert_allclose(first.ratio, 1.0, atol=1e-4)
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_sampled_logp_equals_recomputed_logp(temperature: float, tiny_config: TrainConfig) -> None:
+    spy = Spy()
+    config = replace(tiny_config, temperature=temperature)
+    Trainer(load_policy("base", pick_device("cpu")), config).step(1, spy)
+    tokens, logp = spy.seen[0]
+    torch.testing.assert_close(logp.detach(), tokens.logp_old, rtol=0, atol=1e-5)
 
 
 def test_token_sampling_keeps_totals_exact(tiny_config: TrainConfig, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import DRIFTS, write_fake_run
 
+from tests.builders import DRIFTS, write_fake_run
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
 from wapo_analysis.diagnose.series import Series, departure, episodes
 from wapo_analysis.errors import UserError
@@ -145,6 +145,7 @@ def test_an_explosion_from_the_very_first_step_is_seen(tmp_path: Path, steps: in
     )
     assert d.verdict == "entropy_explosion"
     assert d.onset_step <= 6
+    assert d.findings[0].evidence["entropy_start"] == pytest.approx(0.38, abs=0.15)
 
 
 def test_entropy_alone_is_judged_too(tmp_path: Path) -> None:
@@ -370,6 +371,15 @@ def test_a_class_that_carries_all_the_flow_is_named(tmp_path: Path) -> None:
     assert found["one_class_dominates"].severity == "info"
 
 
+def test_one_class_that_pulls_an_unpaid_fall_is_a_warning(tmp_path: Path) -> None:
+    columns = {"entropy": ramp(0.4, 0.2, 60, 20, 20), "reward": np.full(60, 0.3)}
+    path = write_steps(tmp_path / "run", columns)
+    write_flows(path, {(-1, 0): np.full(60, -1.0), (1, 1): np.full(60, -0.01)})
+    found = {f.name: f for f in diagnose(open_run(path)).findings}
+    assert found["one_class_dominates"].severity == "warning"
+    assert found["one_class_dominates"].evidence["predicted_dentropy"] == pytest.approx(-60)
+
+
 def test_missing_statistics_skip_the_drivers_by_name(tmp_path: Path) -> None:
     path = write_fake_run(tmp_path / "run", drift="explosion", missing=("collision_logp_rest",))
     d = diagnose(open_run(path))
@@ -434,6 +444,7 @@ def check_form(d: Diagnosis) -> None:
     assert calm == (form["onset_step"] is None)
     critical = {f["name"] for f in form["findings"] if f["severity"] == "critical"}
     assert calm or form["verdict"] in critical
+    assert calm or form["findings"][0]["name"] == form["verdict"]
     assert d.reaches("critical") == (not calm)
     for text in (d.to_text(), d.to_markdown()):
         assert d.run in text

@@ -153,3 +153,11 @@ def test_a_run_shows_itself(tmp_path: Path) -> None:
     assert repr(run) == "Run('r', grpo, 3 steps, finished)"
     assert "<table" in run._repr_html_()
     assert isinstance(run, Run)
+
+
+def test_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    path = written_run(tmp_path / "r")
+    files = [path / "manifest.json", *(path / "tokens").iterdir()]
+    assert {f.stat().st_mode for f in files} == {plain.stat().st_mode}

@@ -5,7 +5,7 @@ bug) is logged once and recording stops while training goes on.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import wraps
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wapo_analysis.capture.ranks import PartWriter
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import ROLLOUTS, TOKENS
@@ -76,23 +77,22 @@ def _to_numpy(values: Tensor) -> np.ndarray[Any, Any]:
 F = TypeVar("F", bound=Callable[..., None])
 
 
-def _guarded(method: F) -> F:
+def guarded(method: F) -> F:
     """Let no failure of recording reach the training that is being watched."""
 
     @wraps(method)
-    def guarded(self: "Recorder", *args: Any, **kwargs: Any) -> None:
+    def wrapper(self: "Recorder", *args: Any, **kwargs: Any) -> None:
         if self.failure is not None and method.__name__ != "close":
             return
         started = perf_counter()
         try:
             method(self, *args, **kwargs)
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
-            log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
+            self.fail(error)
         finally:
             self.seconds += perf_counter() - started
 
-    return cast(F, guarded)
+    return cast(F, wrapper)
 
 
 class NullRecorder:
@@ -181,33 +181,43 @@ class Recorder(NullRecorder):
             "token_fraction": token_fraction,
             "rescore_every": rescore_every,
         }
-        self._writer = RunWriter(self.path, {**manifest, **settings}, resume_after)
+        # Rank 0 owns what a run has once: manifest, step log, vocabulary.
+        writer = RunWriter if rank == 0 else PartWriter
+        self._writer = writer(self.path, {**manifest, **settings}, resume_after)
         self._passes: list[TokenPass] = []
+        self.tokens: Records | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Stop recording for good, with one warning; training goes on."""
+        if self.failure is None:
+            self.failure = f"{type(error).__name__}: {error}"
+            log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
 
     def wants_rescore(self, step: int) -> bool:
         """Whether tokens of this step are to be scored again after the update."""
-        return self.failure is None and _on_schedule(step, self.rescore_every)
+        return self.failure is None and on_schedule(step, self.rescore_every)
 
-    @_guarded
-    def watch(self, tokens: TokenPass, logp: Tensor) -> None:
+    @guarded
+    def watch(self, tokens: TokenPass, logp: Tensor | None = None) -> None:
         """Take the tokens of one gradient pass, before its backward pass.
 
         Parameters
         ----------
         tokens : TokenPass
             Tokens with every statistic known before the backward pass.
-        logp : Tensor, shape (N,), on the autograd graph
+        logp : Tensor, shape (N,), on the autograd graph, optional
             Its gradient is the exact -coef of any loss: ratio, clip, masks and normalisers in.
+            None if the caller fills ``tokens.coef`` before the step ends.
         """
 
         def keep_gradient(grad: Tensor) -> None:
             tokens.coef = -grad.detach()
 
-        if logp.requires_grad:
+        if logp is not None and logp.requires_grad:
             logp.register_hook(keep_gradient)
         self._passes.append(tokens)
 
-    @_guarded
+    @guarded
     def end_step(
         self,
         row: Mapping[str, float],
@@ -225,16 +235,44 @@ class Recorder(NullRecorder):
         texts : callable, optional
             Token ids to their texts, for the vocabulary of the run.
         """
+        self._write_step(row, rollouts, texts)
+
+    def _write_step(
+        self,
+        row: Mapping[str, float],
+        rollouts: Mapping[str, Sequence[Any]],
+        texts: Callable[[list[int]], list[str]] | None,
+    ) -> None:
         step = int(row["step"])
-        passes, self._passes = self._passes, []
-        if passes:
-            self._write_tokens(step, passes, texts)
+        self._settle(step, texts)
         count = len(rollouts["reward"]) if rollouts else 0
         if count:
             keys = {"step": np.full(count, step), "rank": np.full(count, self.rank)}
             self._writer.write_part(Records.build(ROLLOUTS, {**keys, **rollouts}), step, self.rank)
         # The step line comes last: a step that is in the log has all its parts.
         self._writer.append_step(row)
+
+    @guarded
+    def settle(self, step: int, texts: Callable[[list[int]], list[str]] | None = None) -> None:
+        """Write the tokens of the passes so far, ahead of `end_step`, which then writes the rest.
+
+        Parameters
+        ----------
+        step : int
+            Step the passes belong to; to be called once for it.
+        texts : callable, optional
+            Token ids to their texts, for the vocabulary of the run.
+
+        Notes
+        -----
+        ``tokens`` then holds the step's token records, derived columns included.
+        """
+        self._settle(step, texts)
+
+    def _settle(self, step: int, texts: Callable[[list[int]], list[str]] | None) -> None:
+        passes, self._passes = self._passes, []
+        if passes:
+            self._write_tokens(step, passes, texts)
 
     def _write_tokens(
         self,
@@ -245,33 +283,40 @@ class Recorder(NullRecorder):
         tokens = Records.concat(
             [Records.build(TOKENS, p.to_columns(step, self.rank)) for p in passes]
         )
-        derived = derive(tokens, self.temperature)
-        self._writer.write_part(class_totals(derived), step, self.rank)
-        if not _on_schedule(step, self.token_every):
+        self.tokens = derive(tokens, self.temperature)
+        self._writer.write_part(class_totals(self.tokens), step, self.rank)
+        if not on_schedule(step, self.token_every):
             return
         chosen = tokens
         if self.token_fraction < 1:
             chosen = tokens.select(_chosen(tokens["rollout"], step, self.token_fraction))
         self._writer.write_part(chosen, step, self.rank)
         if texts is not None:
-            ids = np.unique(chosen["token_id"])
-            new = self._writer.missing_vocab(ids.tolist())
-            if new:
-                self._writer.add_vocab(dict(zip(new, texts(new), strict=True)))
+            self._name_tokens(np.unique(chosen["token_id"]).tolist(), texts)
 
-    @_guarded
+    @guarded
+    def name_tokens(self, ids: Iterable[int], texts: Callable[[list[int]], list[str]]) -> None:
+        """Add token ids and their texts to the vocabulary of the run."""
+        self._name_tokens(ids, texts)
+
+    def _name_tokens(self, ids: Iterable[int], texts: Callable[[list[int]], list[str]]) -> None:
+        new = self._writer.missing_vocab(ids)
+        if new:
+            self._writer.add_vocab(dict(zip(new, texts(new), strict=True)))
+
+    @guarded
     def note(self, **changes: Any) -> None:
         """Change manifest entries."""
         self._writer.update_manifest(**changes)
 
-    @_guarded
+    @guarded
     def close(self, status: str) -> None:
         """End the run; a step that was not finished is dropped."""
         self._passes = []
         self._writer.close(status if self.failure is None else "recording_failed")
 
 
-def _on_schedule(step: int, every: int) -> bool:
+def on_schedule(step: int, every: int) -> bool:
     """Steps 1, 1 + every, ... so that the first step always counts."""
     return every > 0 and (step - 1) % every == 0
 
@@ -279,7 +324,7 @@ def _on_schedule(step: int, every: int) -> bool:
 def _chosen(rollout: np.ndarray[Any, Any], step: int, fraction: float) -> np.ndarray[Any, Any]:
     """Rows of the chosen rollouts: a multiplicative hash of (step, rollout) below the fraction."""
     mixed = (rollout.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(step) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed += np.uint64(step * 0xBF58476D1CE4E5B9 % 2**64)
     mixed ^= mixed >> np.uint64(31)
     mixed *= np.uint64(0x94D049BB133111EB)
     return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction

@@ -118,14 +118,15 @@ def _train_with_bar(
 ) -> None:
     from wapo_analysis.train.loop import train as run_training
 
+    name = f"{settings.shown_label} seed {settings.seed}"
     with _progress() as bar:
-        task = bar.add_task(
-            f"{settings.shown_label} seed {settings.seed}", total=settings.steps, now=""
-        )
 
         def shown(row: dict[str, float]) -> None:
+            # The bar appears with the first step, so that a refused run prints one line only.
+            if not bar.task_ids:
+                bar.add_task(name, total=settings.steps, now="")
             now = f"reward {row['reward']:.2f}  entropy {row['entropy']:.2f} nats"
-            bar.update(task, completed=int(row["step"]), now=now)
+            bar.update(bar.task_ids[0], completed=int(row["step"]), now=now)
 
         run_training(settings, folder, resume=resume, progress=shown, threads=threads)
 

@@ -58,10 +58,10 @@ class RewardState:
         """How it went, in a few words with numbers."""
         s = self.series
         if self.lost:
-            return f"reward fell from {max(self.peak, s.level):.2f} to {s.end:.2f}"
-        if self.improved:
-            return f"reward rose from {s.level:.2f} to {s.end:.2f}"
-        return f"reward went from {s.level:.2f} to {s.end:.2f}"
+            return f"reward fell from {self.peak:.2f} to {s.end:.2f}"
+        if abs(s.end - s.level) <= self.margin:
+            return f"reward did not clearly change ({s.level:.2f} to {s.end:.2f})"
+        return f"reward {'rose' if s.end > s.level else 'fell'} from {s.level:.2f} to {s.end:.2f}"
 
 
 def reward_state(series: Series, solved: bool) -> RewardState:

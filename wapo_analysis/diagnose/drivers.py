@@ -10,18 +10,29 @@ from wapo_analysis.diagnose.result import Driver
 MIN_WINDOW = 5
 
 CLASS_ADVICE = {
-    "pos_peak": "it hardens what is already likely: stop at the best checkpoint, lower lr, or take "
-    "the class out with exclude_bins = pos_peak",
-    "pos_valley": "it lifts unlikely tokens: lower clip_eps (mask_ratio_high in the dapo family) "
-    "or lr, or take the class out with exclude_bins = pos_valley",
-    "neg_peak": "it pushes likely tokens down without limit: lower lr or the updates per batch "
-    "(epochs x minibatches), take the class out with exclude_bins = neg_peak, or train on "
-    "positive advantages alone (objective = wapo)",
-    "neg_valley": "it feeds what is already dominant: take the class out with exclude_bins = "
-    "neg_valley, raise clip_eps (mask_ratio_high in the dapo family), or train on positive "
-    "advantages alone (objective = wapo)",
+    "pos_peak": (
+        "hardens what is already likely",
+        "Stop at the best checkpoint, lower lr, or take the class out (exclude_bins = pos_peak).",
+    ),
+    "pos_valley": (
+        "lifts unlikely tokens",
+        "Lower lr or clip_eps (mask_ratio_high in the dapo family), or take the class out "
+        "(exclude_bins = pos_valley).",
+    ),
+    "neg_peak": (
+        "pushes likely tokens down without limit",
+        "Lower lr or the updates per batch (epochs x minibatches), take the class out "
+        "(exclude_bins = neg_peak), or train on positive advantages alone (objective = wapo). If "
+        "that shows the same, the steps are too large.",
+    ),
+    "neg_valley": (
+        "feeds what is already dominant",
+        "Take the class out (exclude_bins = neg_valley), raise clip_eps (mask_ratio_high in the "
+        "dapo family), or train on positive advantages alone (objective = wapo). If that shows "
+        "the same, the steps are too large: lower lr.",
+    ),
 }
-"""What to change when a class drives the entropy; settings are fields of TrainConfig."""
+"""What a driving class does and what to change; settings are fields of TrainConfig."""
 
 
 def entropy_drivers(
@@ -91,8 +102,5 @@ def driver_advice(drivers: tuple[Driver, ...]) -> str:
     """What to change for the class that pushes most."""
     if not drivers:
         return "Lower lr or the updates per batch (epochs x minibatches)."
-    name = drivers[0].cls
-    return (
-        f"{name} drives it: {CLASS_ADVICE[name]}. If positive-only training shows the same, the "
-        "steps are too large: lower lr."
-    )
+    why, what = CLASS_ADVICE[drivers[0].cls]
+    return f"{drivers[0].cls} drives it: it {why}. {what}"

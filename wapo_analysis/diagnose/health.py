@@ -161,9 +161,8 @@ def find_dominance(context: Context) -> list[Finding]:
     begin = _lasting(series, series.smooth >= DOMINANT)
     if begin is None:
         return []
-    moved = _entropy_moved(context)
-    flow = float(context.flows[top].iloc[begin:].sum())
-    alarming = moved != 0 and np.sign(flow) == moved
+    flow = float(context.flows[top].loc[series.step(begin) :].sum())
+    alarming = not _one_class_wanted(context) and np.sign(flow) == _unpaid_move(context)
     step = series.step(begin)
     return [
         Finding(
@@ -180,10 +179,20 @@ def find_dominance(context: Context) -> list[Finding]:
     ]
 
 
-def _entropy_moved(context: Context) -> int:
-    """1 or -1 if the entropy ends 1.5 times above or below its beginning, else 0."""
-    series = context.series("entropy")
-    if not len(series) or series.level <= 0 or series.end <= 0:
+def _one_class_wanted(context: Context) -> bool:
+    """The run was told to train on some classes only."""
+    objective = context.run.manifest.get("objective")
+    return isinstance(objective, dict) and bool(objective.get("include_bins"))
+
+
+def _unpaid_move(context: Context) -> int:
+    """1 or -1 if the entropy ends 1.5 times above or below its beginning without a gain in reward.
+
+    0 if it does not, or if the reward rose or is solved.
+    """
+    series, reward = context.series("entropy"), context.reward
+    paid = reward is not None and (reward.improved or reward.solved)
+    if paid or not len(series) or series.level <= 0 or series.end <= 0:
         return 0
     change = np.log(series.end / series.level)
     return int(np.sign(change)) if abs(change) >= np.log(1.5) else 0

@@ -67,7 +67,7 @@ def diagnose(run: Run) -> Diagnosis:
         onset_step=main.step if main else None,
         first_warning_step=min(warned, default=None),
         drivers=drivers,
-        findings=tuple(sorted(findings, key=_rank)),
+        findings=tuple(sorted(findings, key=lambda f: (f is not main, *_rank(f)))),
         skipped=tuple(skipped),
         sentence=main.message if main else _calm_sentence(context, fallback, findings),
     )

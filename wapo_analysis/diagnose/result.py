@@ -141,7 +141,7 @@ class Diagnosis:
     drivers : tuple of Driver
         Classes, the one that pushes most in the direction of the verdict first.
     findings : tuple of Finding
-        Most severe first, then by step.
+        The one behind the verdict first, then most severe first, then by step.
     skipped : tuple of Skipped
         Checks without data.
     sentence : str

@@ -15,6 +15,8 @@ import pandas as pd
 from wapo_analysis.table import Array
 
 BASELINE_STEPS = 5
+RANGE_SIGMAS = 5.0
+HOME_RANGE = 0.1
 MAX_WINDOW = 25
 MAD_TO_SIGMA = 1.4826
 MEDIAN_EFFICIENCY = 1.2533
@@ -60,9 +62,20 @@ class Series:
         """Where the run began: median of the first few values."""
         return float(np.median(self.values[: self._few])) if len(self) else float("nan")
 
-    @property
+    @cached_property
     def _few(self) -> int:
-        return BASELINE_STEPS if len(self) >= 20 else BASELINE_STEPS // 2 + 1
+        """How many values the level rests on: those before the series left its first value.
+
+        Five (three in a short run), or fewer if these spread more than noise explains: then the
+        run departed at once, and later values would hide where it began.
+        """
+        most = BASELINE_STEPS if len(self) >= 20 else BASELINE_STEPS // 2 + 1
+        noise = _spread(self._early, 1)
+        for few in range(most, 1, -1):
+            part = self.values[:few]
+            if np.ptp(part) <= max(RANGE_SIGMAS * noise, HOME_RANGE * abs(np.median(part))):
+                return few
+        return 1
 
     @cached_property
     def end(self) -> float:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from wapo_analysis.plots.frames import labels_of, token_frame
+from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.panels import AxesArray, corner, note
 from wapo_analysis.plots.style import INK, MUTED, SIGN_NAMES, new_figure, sign_map
 from wapo_analysis.store import Run
@@ -62,7 +62,7 @@ def prepare_train_vs_behaviour(runs: Sequence[Run]) -> pd.DataFrame:
         low=rows["run"].map({place: low for place, (low, _) in enumerate(bounds)}),
         high=rows["run"].map({place: high for place, (_, high) in enumerate(bounds)}),
     ).drop(columns=["prob", "logp_old"])
-    return rows.dropna(subset=["train", "behaviour"]).reset_index(drop=True)
+    return keep_labels(rows.dropna(subset=["train", "behaviour"]), runs)
 
 
 def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -82,7 +82,7 @@ def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -
     labels = labels_of(frame)
     columns = min(4, 2 * max(len(labels), 1))
     rows = -(-2 * max(len(labels), 1) // columns)
-    figure = figure or new_figure(1.0 + rows * (2.55 if columns == 4 else 4.6))
+    figure = figure or new_figure(1.0 + rows * (2.55 if columns == 4 else 5.0))
     grid: AxesArray = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     axes = grid.reshape(-1, 2)
     for label, pair in zip(labels, axes, strict=False):
@@ -114,7 +114,7 @@ def _panel(ax: Axes, part: pd.DataFrame, sign: int) -> None:
     ax.set_yticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     ax.grid(visible=False)
     if part.empty:
-        note(ax, "no token of this sign")
+        note(ax, "no recorded token\nof this sign")
         return
     ax.hexbin(
         part["behaviour"], part["train"], gridsize=_CELLS, extent=(0, 1, 0, 1),

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from wapo_analysis.plots.frames import class_frame, labels_of, mean_over_runs
+from wapo_analysis.plots.frames import class_frame, keep_labels, labels_of, mean_over_runs
 from wapo_analysis.plots.panels import (
     AxesArray,
     figure_height,
@@ -48,7 +48,7 @@ def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
     total = frame.groupby(["run", "scale"])["grad_mass"].transform("sum")
     total = total.where(total > 0)
     shares = frame.assign(exact=frame["grad_mass"] / total, proxy=frame["grad_mass_proxy"] / total)
-    return shares.drop(columns=["grad_mass", "grad_mass_proxy"])
+    return keep_labels(shares.drop(columns=["grad_mass", "grad_mass_proxy"]), runs)
 
 
 def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -75,13 +75,12 @@ def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArra
             _bars(ax, part, "exact", scale, "nothing had a gradient,\nor the norm is unknown")
             for sign in _SIGNS:
                 rows = part[(part["sign"] == sign) & (part["proxy"] > 0)]
+                place = rows["prob_bin"] - sign * _BAR / 2
                 if len(rows):
-                    ax.plot(
-                        rows["prob_bin"] - sign * _BAR / 2, rows["proxy"], "_", color=INK, ms=11
-                    )
+                    ax.plot(place, rows["proxy"], "_", color=INK, ms=11)
     for row in axes:
         share_y_if_close(row)
-        row[0].set_ylabel("share of gradient mass\n(all steps)")
+        row[0].set_ylabel("share of\ngradient mass")
     _sign_legend(figure, Line2D([], [], color=INK, marker="_", ms=11, ls="", label="proxy (1 - p)"))
     return axes
 
@@ -98,7 +97,7 @@ def prepare_token_strength(runs: Sequence[Run]) -> pd.DataFrame:
     """
     frame = _both_scales(class_frame(runs, ("coef_sum", "tokens"), _BY))
     frame["strength"] = frame["coef_sum"] / frame["tokens"].where(frame["tokens"] > 0)
-    return frame.drop(columns=["coef_sum", "tokens"])
+    return keep_labels(frame.drop(columns=["coef_sum", "tokens"]), runs)
 
 
 def plot_token_strength(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -126,7 +125,7 @@ def plot_token_strength(frame: pd.DataFrame, figure: Figure | None = None) -> Ax
             ax.axhline(0, color=INK, linewidth=0.6)
     for row in axes:
         share_y_if_close(row)
-        row[0].set_ylabel("mean coefficient\n-dL/dlogp of a token")
+        row[0].set_ylabel("mean coefficient,\n-dL/dlogp")
     _sign_legend(figure)
     return axes
 

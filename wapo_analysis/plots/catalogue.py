@@ -84,8 +84,8 @@ _SPECS = (
     FigureSpec(
         name="entropy_flow",
         title="Which class pushes entropy up, which down?",
-        caption="Look at the black net line against the coloured shares: above zero the updates "
-        "of the named classes flatten the policy, below zero they sharpen it.",
+        caption="Look for the colours that outweigh the others: above zero their updates flatten "
+        "the policy, below zero they sharpen it (black: net; lower row: what was measured).",
         group="entropy",
         needs=("classes.pred_dentropy_sum",),
         prepare=entropy.prepare_entropy_flow,
@@ -124,8 +124,8 @@ _SPECS = (
     FigureSpec(
         name="prob_shift",
         title="Did the tokens' probabilities move as predicted?",
-        caption="Look for dots (measured) along the line (predicted); a gap is the work of other "
-        "tokens through shared parameters.",
+        caption="Look for dots (measured) along the line (predicted), on axes that are logarithmic "
+        "away from zero; a gap is the work of other tokens through shared parameters.",
         group="shift",
         needs=("tokens.dprob",),
         prepare=shift.prepare_prob_shift,

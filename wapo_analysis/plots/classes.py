@@ -15,7 +15,14 @@ from wapo_analysis.plots.draw import (
     replicate_line,
     stack,
 )
-from wapo_analysis.plots.frames import RUN_KEYS, class_frame, labels_of, token_frame
+from wapo_analysis.plots.frames import (
+    RUN_KEYS,
+    class_frame,
+    keep_labels,
+    labels_of,
+    token_frame,
+    with_empty_classes,
+)
 from wapo_analysis.plots.panels import (
     AxesArray,
     figure_height,
@@ -41,7 +48,8 @@ def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
         the class code of wapo_taxonomy, 4 for zero advantage and -1 for a missing statistic.
     """
     frame = class_frame(runs, ("tokens",))
-    return _with_share(_complete(frame, "tokens"), "tokens").drop(columns="tokens")
+    shares = _with_share(with_empty_classes(frame, "tokens"), "tokens").drop(columns="tokens")
+    return keep_labels(shares, runs)
 
 
 def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -62,7 +70,10 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
     axes = label_panels(figure, labels)
     for ax, label in zip(axes[0], labels, strict=True):
-        stack(ax, class_table(frame[frame["label"] == label], "share"))
+        part = frame[frame["label"] == label]
+        stack(ax, class_table(part, "share"))
+        if part["share"].isna().all():
+            note(ax, "not available here:\nno class totals")
         ax.set_ylim(0, 1)
     axes[0, 0].set_ylabel("share of the tokens")
     fit_steps(axes, frame["step"])
@@ -80,12 +91,8 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
         ``label, seed, run, step, cls, grad_mass, share``; grad_mass is the sum of the L2 norms of
         dL/dz over the class's tokens, NaN where the source gives no collision statistic.
     """
-    frame = _complete(class_frame(runs, ("grad_mass",)), "grad_mass")
-    # Where tokens of unknown class were seen, a class without tokens is unknown too, not empty.
-    unknown = frame["grad_mass"].isna() & (frame["cls"] == -1)
-    blind = unknown.groupby([frame["run"], frame["step"]]).transform("any")
-    frame = frame.assign(grad_mass=frame["grad_mass"].mask(blind & (frame["grad_mass"] == 0)))
-    return _with_share(frame[frame["cls"].isin(range(4))], "grad_mass")
+    frame = with_empty_classes(class_frame(runs, ("grad_mass",)), "grad_mass")
+    return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
 def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -109,15 +116,18 @@ def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     axes = label_panels(figure, labels, rows=2)
     for column, label in enumerate(labels):
         part = frame[frame["label"] == label]
-        if part["grad_mass"].isna().all():
+        if not (part["grad_mass"] > 0).any():
+            blind = part["grad_mass"].isna().all()
+            why = "the source gives no\ncollision statistics" if blind else "no gradient at all"
             for ax in axes[:, column]:
-                note(ax, "not available here:\nthe source gives no\ncollision statistics")
+                note(ax, f"not available here:\n{why}")
             continue
         stack(axes[0, column], class_table(part, "share"))
         for code, name in enumerate(tax.CLASSES):
-            rows = part[(part["cls"] == code) & (part["grad_mass"] > 0)]
-            if len(rows):
-                replicate_line(axes[1, column], rows, "grad_mass", color=CLASS_COLORS[name])
+            rows = part[part["cls"] == code]
+            if (rows["grad_mass"] > 0).any():
+                color = CLASS_COLORS[name]
+                replicate_line(axes[1, column], rows, "grad_mass", positive=True, color=color)
     axes[0, 0].set_ylim(0, 1)
     log_y(axes[1, 0], frame["grad_mass"])
     axes[0, 0].set_ylabel("share of gradient mass")
@@ -150,7 +160,7 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     keys = ["label", "run", "step"]
     sums = table.groupby(keys, sort=False)[["one", "wrong", "size", "bad"]].sum().reset_index()
     seeds = {place: run.manifest.get("seed") for place, run in enumerate(runs)}
-    return pd.DataFrame(
+    shares = pd.DataFrame(
         {
             "label": sums["label"],
             "seed": sums["run"].map(seeds),
@@ -160,6 +170,7 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
             "weight": sums["bad"] / sums["size"],
         }
     )
+    return keep_labels(shares, runs)
 
 
 def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -191,17 +202,6 @@ def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     step_axis(axes)
     label_legend(figure, axes[0])
     return axes
-
-
-def _complete(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Add the classes a step has no token of, with 0: there none is a true nothing."""
-    if frame.empty:
-        return frame
-    steps = frame[[*RUN_KEYS, "step"]].drop_duplicates()
-    every = steps.merge(pd.DataFrame({"cls": sorted(tax.CLASS_NAMES)}), how="cross")
-    full = every.merge(frame, how="left", on=[*RUN_KEYS, "step", "cls"], indicator=True)
-    empty = full["_merge"] == "left_only"
-    return full.assign(**{column: full[column].mask(empty, 0.0)}).drop(columns="_merge")
 
 
 def _with_share(frame: pd.DataFrame, column: str) -> pd.DataFrame:

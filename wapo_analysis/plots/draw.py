@@ -17,7 +17,12 @@ from wapo_analysis.plots.style import BAND_ALPHA, CLASS_COLORS, INK, MUTED, labe
 
 
 def replicate_line(
-    ax: Axes, frame: pd.DataFrame, column: str, label: str | None = None, **style: Any
+    ax: Axes,
+    frame: pd.DataFrame,
+    column: str,
+    label: str | None = None,
+    positive: bool = False,
+    **style: Any,
 ) -> None:
     """Draw the mean over runs against the step, with a band from the lowest to the highest run.
 
@@ -34,18 +39,20 @@ def replicate_line(
         What to draw.
     label : str, optional
         Legend text; the number of runs is added.
+    positive : bool
+        Leave a gap where the mean is not above 0, for a logarithmic axis.
     style : keyword arguments
         For ``Axes.plot``.
     """
-    table = frame.pivot(index="step", columns="run", values=column)
-    steps, values = table.index.to_numpy(), table.to_numpy(dtype=np.float64)
-    count = np.isfinite(values).sum(axis=1)
-    mean = np.full(len(steps), np.nan)
-    np.divide(np.nansum(values, axis=1), count, out=mean, where=count > 0)
-    if not count.any():
-        ax.plot([], [], label=label and f"{label}: not available here", **style)
+    table = frame.dropna(subset="step").pivot(index="step", columns="run", values=column)
+    table = table.astype("float64")
+    steps, mean = table.index.to_numpy(), table.mean(axis=1).to_numpy(copy=True)
+    if positive:
+        mean[~(mean > 0)] = np.nan
+    if not np.isfinite(mean).any():
+        ax.plot([], [], label=label and f"{label}: {_empty(positive)}", **style)
         return
-    runs = int(np.isfinite(values).any(axis=0).sum())
+    runs = int(table.notna().any().sum())
     text = f"{label} (mean of {runs} runs)" if label and runs > 1 else label
     alone = isolated(mean)
     dots = {"marker": "o", "markersize": 3.5, "markevery": alone} if alone else {}
@@ -55,6 +62,10 @@ def replicate_line(
         ax.fill_between(steps, low, high, color=style.get("color"), alpha=BAND_ALPHA, linewidth=0)
 
 
+def _empty(positive: bool) -> str:
+    return "no value above 0" if positive else "not available here"
+
+
 def isolated(values: np.ndarray[Any, Any]) -> list[int]:
     """Places of the finite values that have no finite neighbour."""
     fine = np.isfinite(values)
@@ -62,14 +73,14 @@ def isolated(values: np.ndarray[Any, Any]) -> list[int]:
     return [int(place) for place in np.flatnonzero(fine & ~before & ~after)]
 
 
-def label_lines(ax: Axes, frame: pd.DataFrame, column: str, legend: bool = True) -> None:
+def label_lines(ax: Axes, frame: pd.DataFrame, column: str, positive: bool = False) -> None:
     """One replicate line per label of a step frame, in the label's own style."""
     styles = label_styles(labels_of(frame))
     for label, rows in frame.groupby("label", sort=False):
         name = str(label)
-        replicate_line(ax, rows, column, name if legend else None, **styles[name].line)
-    if not np.isfinite(frame[column].to_numpy(dtype=np.float64)).any():
-        note(ax, f"not available here:\n'{column}' was not recorded")
+        replicate_line(ax, rows, column, name, positive, **styles[name].line)
+    if not any(len(np.atleast_1d(drawn.get_xdata())) for drawn in ax.lines):
+        note(ax, f"{_empty(positive)}:\n'{column.replace('_', ' ')}'")
 
 
 def mark_missing(ax: Axes, frame: pd.DataFrame, column: str) -> None:
@@ -92,7 +103,8 @@ def mark_missing(ax: Axes, frame: pd.DataFrame, column: str) -> None:
 
 def class_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Rows of one label as a table: steps down, class names across, mean over runs inside."""
-    rows = frame.assign(name=frame["cls"].astype(int).map(CLASS_NAMES))
+    known = frame.dropna(subset=["step", "cls"])
+    rows = known.assign(name=known["cls"].astype(int).map(CLASS_NAMES))
     return rows.pivot_table(index="step", columns="name", values=column, aggfunc="mean", sort=True)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from wapo_taxonomy import CLASSES
+from wapo_taxonomy import CLASS_CODES, CLASSES, NONE
 
 from wapo_analysis.plots.draw import (
     class_legend,
@@ -18,7 +18,13 @@ from wapo_analysis.plots.draw import (
     replicate_line,
     stack,
 )
-from wapo_analysis.plots.frames import class_frame, labels_of, step_frame
+from wapo_analysis.plots.frames import (
+    class_frame,
+    keep_labels,
+    labels_of,
+    step_frame,
+    with_empty_classes,
+)
 from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
@@ -57,7 +63,8 @@ def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     """
     frame = step_frame(runs, ("entropy",))
     early = frame.dropna(subset="entropy").groupby("run").head(BEGINNING)
-    return frame.assign(start=frame["run"].map(early.groupby("run")["entropy"].median()))
+    start = frame["run"].map(early.groupby("run")["entropy"].median())
+    return keep_labels(frame.assign(start=start), runs)
 
 
 def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -111,7 +118,7 @@ def _beginning_bands(ax: Axes, frame: pd.DataFrame) -> None:
 
 def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
     """Mean entropy (nats) of tokens with A > 0 and with A < 0 per run and step."""
-    return step_frame(runs, ("entropy_pos", "entropy_neg"))
+    return keep_labels(step_frame(runs, ("entropy_pos", "entropy_neg")), runs)
 
 
 def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -136,7 +143,7 @@ def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> A
         for sign, column in ((1, "entropy_pos"), (-1, "entropy_neg")):
             replicate_line(ax, rows, column, color=SIGN_COLORS[sign])
             if rows[column].isna().all():
-                corner(ax, f"not available here: '{column}' was not recorded", lower_right=sign < 0)
+                corner(ax, f"no tokens with {SIGN_NAMES[sign]} here", lower_right=sign < 0)
     axes[0, 0].set_ylabel(axis_label("steps", "entropy", "mean entropy"))
     axes[0, 0].set_ylim(bottom=0)
     fit_steps(axes, frame["step"])
@@ -156,20 +163,23 @@ def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
     -------
     DataFrame
         ``label, seed, run, step, cls, predicted, measured``: predicted is the sum of the
-        first-order dH of the class's own updates (nats per unit learning rate), measured the mean
-        change of the class's tokens after the whole update (nats per token).
+        first-order dH of the class's own updates (nats per unit learning rate); measured is the
+        class's part of the mean change of entropy after the whole update, so that the parts of all
+        classes add up to that mean (nats per re-scored token).
     """
-    columns = ("pred_dentropy_sum", "dentropy_sum", "rescored")
-    frame = class_frame(runs, columns)
-    tokens = frame["rescored"].where(frame["rescored"] > 0)
-    keys = frame[["label", "seed", "run", "step", "cls"]]
-    return keys.assign(
-        predicted=frame["pred_dentropy_sum"], measured=frame["dentropy_sum"] / tokens
+    frame = class_frame(runs, ("pred_dentropy_sum", "dentropy_sum", "rescored"))
+    frame = with_empty_classes(frame, "pred_dentropy_sum")
+    scored = frame.groupby(["run", "step"])["rescored"].transform("sum")
+    # A class without a re-scored token adds nothing to the mean of a step that has some.
+    change = frame["dentropy_sum"].mask(frame["rescored"].fillna(0) == 0, 0.0)
+    flow = frame[["label", "seed", "run", "step", "cls"]].assign(
+        predicted=frame["pred_dentropy_sum"], measured=change / scored.where(scored > 0)
     )
+    return keep_labels(flow, runs)
 
 
 def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Predicted push per class, stacked, with the net; below, what the classes' tokens did.
+    """Predicted push per class, stacked, with the net; below, each class's measured part.
 
     Parameters
     ----------
@@ -194,18 +204,20 @@ def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
     share_y_if_close(axes[0])
     if rows > 1:
         share_y_if_close(axes[1])
-        axes[1, 0].set_ylabel("measured dH\n(nats per token)")
+        axes[1, 0].set_ylabel("measured dH, part of the mean\n(nats per re-scored token)")
     axes[0, 0].set_ylabel("predicted dH, sum over tokens\n(nats per unit learning rate)")
     fit_steps(axes, frame["step"])
     step_axis(axes[-1])
-    class_legend(figure, CLASSES, [Line2D([], [], color=INK, label="net")])
+    class_legend(figure, (*CLASSES, NONE), [Line2D([], [], color=INK, label="net")])
     return axes
 
 
 def _predicted_flow(ax: Axes, part: pd.DataFrame) -> None:
     table = class_table(part, "predicted").reindex(columns=CLASSES)
-    if table.isna().all(axis=None):
-        note(ax, "not available here:\nthe source gives no\ncollision statistics")
+    if not table.fillna(0.0).any(axis=None):
+        blind = table.isna().all(axis=None)
+        why = "the source gives no\ncollision statistics" if blind else "no gradient at all"
+        note(ax, f"not available here:\n{why}")
         return
     stack(ax, table.fillna(0.0))
     net = table.sum(axis=1, min_count=1)
@@ -219,7 +231,10 @@ def _measured_change(ax: Axes, part: pd.DataFrame) -> None:
     if part["measured"].isna().all():
         note(ax, "not available here:\nno token was re-scored\nafter its update")
         return
-    for code, name in enumerate(CLASSES):
-        rows = part[(part["cls"] == code) & part["measured"].notna()]
+    table = class_table(part, "measured").dropna(how="all")
+    for name in (*CLASSES, NONE):
+        rows = part[(part["cls"] == CLASS_CODES[name]) & part["measured"].notna()]
         replicate_line(ax, rows, "measured", color=CLASS_COLORS[name], linewidth=1.3)
+    net = table.sum(axis=1)
+    ax.plot(net.index, net, color=INK, linewidth=1.4, marker="o", markersize=3)
     ax.axhline(0, color=INK, linewidth=0.6)

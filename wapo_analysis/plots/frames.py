@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+from wapo_taxonomy import CLASS_CODES, CLASS_NAMES, UNKNOWN
 
 from wapo_analysis.store import Run
 
@@ -89,6 +90,33 @@ def class_frame(
     return _stack(parts, (*keys, *names))
 
 
+def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Add a row with 0 for every class a step has no token of: there, nothing is the true value.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of :func:`class_frame`, with ``step`` and ``cls``.
+    column : str
+        Sum to fill. Where it is NaN for tokens of unknown class, the added rows are NaN as well,
+        since those tokens may belong to any class.
+
+    Returns
+    -------
+    DataFrame
+        Every class code for every run and step.
+    """
+    if frame.empty:
+        return frame
+    steps = frame[[*RUN_KEYS, "step"]].drop_duplicates()
+    every = steps.merge(pd.DataFrame({"cls": sorted(CLASS_NAMES)}), how="cross")
+    full = every.merge(frame, how="left", on=[*RUN_KEYS, "step", "cls"], indicator=True)
+    added = full["_merge"] == "left_only"
+    hidden = full[column].isna() & ~added & (full["cls"] == CLASS_CODES[UNKNOWN])
+    blind = hidden.groupby([full["run"], full["step"]]).transform("any")
+    return full.assign(**{column: full[column].mask(added & ~blind, 0.0)}).drop(columns="_merge")
+
+
 def rescored_steps(run: Run) -> list[int]:
     """Steps that have token rows scored a second time after the update."""
     cells, recorded = run.classes, run.token_steps()
@@ -155,6 +183,22 @@ def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """
     rest = frame.drop(columns=["seed", "run"])
     return rest.groupby(["label", *keys], sort=False, as_index=False).mean()
+
+
+def keep_labels(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """Add a row of NaN for every label without rows, so that its panel can say what is missing."""
+    known = set(frame["label"])
+    absent = [
+        {"label": run_label(run), "seed": run.manifest.get("seed"), "run": place}
+        for place, run in enumerate(runs)
+        if run_label(run) not in known
+    ]
+    if not absent:
+        return frame
+    order = {label: place for place, label in enumerate(run_labels(runs))}
+    empty = pd.DataFrame(absent).reindex(columns=frame.columns)
+    full = pd.concat([frame, empty], ignore_index=True) if len(frame) else empty
+    return full.sort_values("label", key=lambda s: s.map(order), kind="stable", ignore_index=True)
 
 
 def _with_keys(frame: pd.DataFrame, run: Run, place: int) -> pd.DataFrame:

@@ -49,8 +49,8 @@ def label_panels(
     -------
     ndarray of Axes, shape (rows, labels)
     """
-    columns = min(len(labels), columns)
     blocks = -(-len(labels) // columns)
+    columns = -(-len(labels) // blocks)
     grid = figure.add_gridspec(blocks * rows, columns)
     axes: AxesArray = np.empty((rows, len(labels)), dtype=object)
     for place, label in enumerate(labels):
@@ -105,7 +105,7 @@ def step_axis(axes: Iterable[Axes]) -> None:
 
 def fit_steps(axes: AxesArray, steps: Iterable[float]) -> None:
     """Step axis from the first to the last step, without the usual margin."""
-    every = [float(step) for step in steps]
+    every = [float(step) for step in steps if np.isfinite(step)]
     if not every:
         return
     low, high = min(every), max(every)
@@ -129,7 +129,7 @@ def log_y(ax: Axes, values: Iterable[float]) -> None:
 
 
 def note(ax: Axes, text: str) -> None:
-    """Write a remark in the middle of a panel that has nothing to show, and hide its ticks."""
+    """Write a remark in the middle of a panel that has nothing to show."""
     ax.text(
         0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, fontsize=10
     )

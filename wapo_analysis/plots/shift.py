@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASSES
 
-from wapo_analysis.plots.frames import labels_of, token_frame
+from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.panels import AxesArray, corner, note
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.schema import axis_label
@@ -96,7 +96,9 @@ def _prepare(runs: Sequence[Run], kind: str) -> pd.DataFrame:
     for _, rows in tokens.groupby("label", sort=False):
         scaled = rows.assign(factor=_factor(rows["predicted"], rows["measured"]))
         parts += [_class_bins(part) for _, part in scaled.groupby("cls")]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(_COLUMNS))
+    if not parts:
+        return keep_labels(pd.DataFrame(columns=list(_COLUMNS)), runs)
+    return keep_labels(pd.concat(parts, ignore_index=True), runs)
 
 
 def _factor(predicted: pd.Series, measured: pd.Series) -> float:
@@ -121,7 +123,9 @@ def _class_bins(rows: pd.DataFrame) -> pd.DataFrame:
             "predicted": bins["scaled"].median(),
         }
     ).reset_index(drop=True)
-    table = table[table["tokens"] >= min(_SMALLEST_BIN, table["tokens"].max())]
+    # Too few tokens make no quartiles; a class without a full bin keeps its numbers, unplotted.
+    few = table["tokens"] < _SMALLEST_BIN
+    table.loc[few, ["low", "median", "high", "predicted"]] = np.nan
     first = rows.iloc[0]
     keys = {name: first[name] for name in ("label", "seed", "run", "cls")}
     full = table.assign(**keys, factor=factor, **_agreement(rows))
@@ -152,7 +156,7 @@ def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None, axis: Axis) -> 
         part = frame[frame["label"] == label]
         for code, ax in enumerate(row):
             _panel(ax, part[part["cls"] == code], CLASS_COLORS[CLASSES[code]])
-        _trim(row, part)
+        _scale(row, part)
         factor = part["factor"].iloc[0] if len(part) else float("nan")
         scale = f"prediction x {factor:.3g}" if np.isfinite(factor) else "nothing predicted"
         what = axis_label("tokens", column, _SHIFTS[kind][2])
@@ -169,13 +173,16 @@ def _panel(ax: Axes, part: pd.DataFrame, color: str) -> None:
     if part.empty:
         note(ax, "no re-scored token\nof this class")
         return
+    first, part = part.iloc[0], part.dropna(subset="median")
+    if part.empty:
+        note(ax, f"only {int(first['class_tokens'])} re-scored\ntokens of this class")
+        return
     spread = np.array([part["median"] - part["low"], part["high"] - part["median"]])
     ax.errorbar(
         part["prob"], part["median"], spread, color=color, fmt="o", markersize=4.5, elinewidth=1.2
     )
     style: dict[str, Any] = {"color": INK, "linewidth": 1.3, "marker": "_", "markersize": 7}
     ax.plot(part["prob"], part["predicted"], **style)
-    first = part.iloc[0]
     if np.isfinite(first["sign_agreement"]):
         text = (
             f"rank corr. {first['rank_correlation']:.2f}\nsign right {first['sign_agreement']:.0%}"
@@ -185,15 +192,18 @@ def _panel(ax: Axes, part: pd.DataFrame, color: str) -> None:
     corner(ax, f"{text}\n{int(first['class_tokens']):,} tokens")
 
 
-def _trim(row: AxesArray, part: pd.DataFrame) -> None:
-    """Leave headroom for the text in the corner."""
-    values = part[["low", "high", "predicted"]].to_numpy(dtype=np.float64)
-    values = values[np.isfinite(values)]
-    if not values.size:
+def _scale(row: AxesArray, part: pd.DataFrame) -> None:
+    """Symmetric logarithmic axis over two decades, linear within, with headroom for the text."""
+    values = np.abs(part[["low", "median", "high", "predicted"]].to_numpy(dtype=np.float64))
+    biggest = float(np.nanmax(values, initial=0.0))
+    if biggest == 0.0:
         return
-    low, high = min(values.min(), 0.0), max(values.max(), 0.0)
-    span = (high - low) or 1.0
-    row[0].set_ylim(low - 0.08 * span, high + 0.45 * span)
+    decade = float(np.floor(np.log10(biggest)))
+    ticks = [0.0, *(side * 10.0**power for power in (decade - 1, decade) for side in (1, -1))]
+    row[0].set_yscale("symlog", linthresh=10.0 ** (decade - 1), linscale=0.7)
+    row[0].set_ylim(-1.3 * biggest, 12.0 * biggest)
+    row[0].set_yticks(sorted(ticks), labels=[f"{tick:g}" for tick in sorted(ticks)])
+    row[0].set_yticks([], minor=True)
 
 
 def _probability_axis(axes: AxesArray, axis: Axis) -> None:
@@ -203,8 +213,8 @@ def _probability_axis(axes: AxesArray, axis: Axis) -> None:
             ax.set_xscale("logit")
             low, high = ax.get_xlim()
             ticks = [tick for tick in _TICKS if low <= tick <= high] or [0.5]
-            texts = [f"{tick:g}".replace("0.", ".") for tick in ticks]
-            ax.set_xticks(ticks, labels=texts, fontsize=8, rotation=40, ha="right")
+            texts = [f"{tick:g}" for tick in ticks]
+            ax.set_xticks(ticks, labels=texts, fontsize=8, rotation=45, ha="right")
             ax.set_xticks([], minor=True)
 
 

@@ -46,7 +46,7 @@ MUTED = "#6A6A6A"
 BAND_ALPHA = 0.18
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 10.0
-PNG_DPI = 150
+PNG_DPI = 120
 
 _Dash = str | tuple[int, tuple[float, ...]]
 _SOLID: _Dash = "-"
@@ -133,6 +133,7 @@ def theme() -> dict[Any, Any]:
         "font.family": ["sans-serif"],
         "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
         "font.size": 10,
+        "text.parse_math": False,  # a dollar sign in a label is a dollar sign
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",

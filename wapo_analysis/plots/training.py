@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.plots.draw import label_legend, label_lines, mark_missing
-from wapo_analysis.plots.frames import step_frame
+from wapo_analysis.plots.frames import keep_labels, step_frame
 from wapo_analysis.plots.panels import AxesArray, fit_steps, log_y, step_axis
 from wapo_analysis.plots.style import new_figure
 from wapo_analysis.schema import axis_label
@@ -30,7 +30,7 @@ def prepare_reward(runs: Sequence[Run]) -> pd.DataFrame:
     DataFrame
         ``label, seed, run, step, reward, pass_rate``.
     """
-    return step_frame(runs, ("reward", "pass_rate"))
+    return keep_labels(step_frame(runs, ("reward", "pass_rate")), runs)
 
 
 def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -66,7 +66,7 @@ def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
 
 def prepare_gradient_norm(runs: Sequence[Run]) -> pd.DataFrame:
     """Gradient norm per run and step: ``label, seed, run, step, grad_norm``."""
-    return step_frame(runs, ("grad_norm",))
+    return keep_labels(step_frame(runs, ("grad_norm",)), runs)
 
 
 def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -86,10 +86,9 @@ def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     figure = figure or new_figure(4.0)
     axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
     # A norm of exactly 0 (no signal in the batch) has no place on a logarithmic axis.
-    positive = frame["grad_norm"].where(frame["grad_norm"] > 0)
-    label_lines(axes[0], frame.assign(grad_norm=positive), "grad_norm")
+    label_lines(axes[0], frame, "grad_norm", positive=True)
     mark_missing(axes[0], frame, "grad_norm")
-    log_y(axes[0], positive)
+    log_y(axes[0], frame["grad_norm"])
     axes[0].set_ylabel(axis_label("steps", "grad_norm", "gradient norm before clipping"))
     fit_steps(axes, frame["step"])
     step_axis(axes)
@@ -109,7 +108,7 @@ def prepare_lengths(runs: Sequence[Run]) -> pd.DataFrame:
     flat = ("groups_all_wrong", "groups_all_right")
     frame = step_frame(runs, ("length", "truncated", "repetition", "clip_low", "clip_high", *flat))
     frame["zero_signal"] = frame[flat[0]] + frame[flat[1]]
-    return frame.drop(columns=list(flat))
+    return keep_labels(frame.drop(columns=list(flat)), runs)
 
 
 def plot_lengths(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:

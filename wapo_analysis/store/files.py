@@ -2,10 +2,10 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -26,15 +26,15 @@ _ARROW = {"str": pa.string(), "bool": pa.bool_()}
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a half."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.parent / f".{path.name}.{uuid4().hex[:8]}"
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with beside.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(name, path)
+        os.replace(beside, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -51,7 +51,7 @@ def round_mantissa(values: Array, bits: int = MANTISSA_BITS) -> Array:
 
 
 def arrow_table(records: Records) -> pa.Table:
-    """Stored columns of records as an Arrow table; NaN becomes null."""
+    """Stored columns of records as an Arrow table; NaN and masked become null."""
     stored = records.table.stored
     arrays = [_arrow_array(records[column.name], column) for column in stored]
     return pa.Table.from_arrays(arrays, names=[column.name for column in stored])
@@ -63,6 +63,8 @@ def _arrow_array(values: Array, column: Column) -> pa.Array:
         values = round_mantissa(np.ascontiguousarray(values, dtype=np.float32))
     if column.dtype.startswith("float"):
         return pa.array(values, type=kind, mask=np.isnan(values))
+    if isinstance(values, np.ma.MaskedArray):
+        return pa.array(values.data, type=kind, mask=np.ma.getmaskarray(values))
     return pa.array(values, type=kind)
 
 

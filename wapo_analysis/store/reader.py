@@ -71,17 +71,12 @@ class Run:
     def steps(self) -> pd.DataFrame:
         """Step table, one row per step, last record of a repeated step; NaN where missing."""
         log = self.path / STEP_LOG
-        rows = [row for _, row in step_lines(log)] if log.exists() else []
-        frame = pd.DataFrame(rows, columns=_union(STEPS.names, rows))
-        frame = frame.drop_duplicates("step", keep="last").sort_values("step")
-        return frame.reset_index(drop=True).astype({"step": "int64"})
+        return steps_frame([row for _, row in step_lines(log)] if log.exists() else [])
 
     @cached_property
     def classes(self) -> pd.DataFrame:
         """Class totals with a ``cls`` code column, summed over ranks."""
-        frame = self.table("classes").drop(columns="rank")
-        keys = ["step", "sign", "regime", "prob_bin"]
-        return with_class(frame.groupby(keys, as_index=False).sum(min_count=1))
+        return summed_classes(self.table("classes"))
 
     @cached_property
     def rollouts(self) -> pd.DataFrame:
@@ -131,7 +126,7 @@ class Run:
         wanted = None if steps is None else set(steps)
         parts = sorted((self.path / name).glob("part-*.parquet"))
         tables = [read_part(part) for part in parts if wanted is None or part_step(part) in wanted]
-        return _to_frame(tables, TABLES[name])
+        return parts_frame(tables, TABLES[name])
 
     def __repr__(self) -> str:
         status = self.manifest.get("status", "?")
@@ -149,7 +144,21 @@ def _union(names: tuple[str, ...], rows: list[dict[str, Any]]) -> list[str]:
     return [*names, *sorted(extra)]
 
 
-def _to_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
+def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Step rows in the order they were written as a step table; see :attr:`Run.steps`."""
+    frame = pd.DataFrame(rows, columns=_union(STEPS.names, rows))
+    frame = frame.drop_duplicates("step", keep="last").sort_values("step")
+    return frame.reset_index(drop=True).astype({"step": "int64"})
+
+
+def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:
+    """Class totals of all ranks as one table; see :attr:`Run.classes`."""
+    keys = ["step", "sign", "regime", "prob_bin"]
+    frame = frame.drop(columns="rank").groupby(keys, as_index=False).sum(min_count=1)
+    return with_class(frame)
+
+
+def parts_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
     """Concatenate parts; null floats become NaN and absent columns are filled."""
     if not tables:
         return Records.build(declared, {name: [] for name in declared.required}).to_frame()

@@ -1,9 +1,9 @@
 """The two embedded tasks: problems without end, exact rewards, no download.
 
-Both share one convention: a completion lists its intermediate results separated by ``;`` and the
-last field is the answer. ``chain-sum`` is arithmetic, ``two-hop`` is question answering over facts
-in the prompt. Rewards are pure functions of the problem and the text, so that a stored run can be
-graded again.
+``chain-sum`` is arithmetic, ``two-hop`` is question answering over facts in the prompt. In both a
+completion writes down its intermediate results and ends with the answer, and only the answer is
+judged. Rewards are pure functions of the problem and the text, so that a stored run can be graded
+again.
 
 Demonstrations are what the embedded base policy was pre-trained on. They are wrong at a stated rate
 on purpose: a policy that imitates them is right about half the time and has real entropy, which is

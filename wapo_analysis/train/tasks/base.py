@@ -1,13 +1,11 @@
 """What a task is: problems to draw, a reward to check and, for pre-training, demonstrations."""
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-
-SEPARATOR: Final = ";"
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Final
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import SEPARATOR, Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import Problem, check_count, check_rate
+
+SEPARATOR: Final = ";"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +99,8 @@ class ChainSum:
     def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
         """Write the running sums; each addition goes wrong with probability ``error_rate``.
 
-        A wrong addition is off by one to three, up or down, and the error carries on into the sums
-        that follow, as it does when a person slips.
+        A wrong sum is any other number that many digits can add up to, all equally likely, and the
+        error carries on into the sums that follow, as it does when a person slips.
 
         Parameters
         ----------
@@ -120,17 +122,17 @@ class ChainSum:
             If ``error_rate`` is not in [0, 1].
         """
         check_rate(error_rate)
-        first, *rest = map(int, problem.prompt.rstrip("=").split("+"))
-        sums = accumulate(
-            rest, lambda total, digit: self._add(total, digit, rng, error_rate), initial=first
-        )
-        return SEPARATOR.join(map(str, list(sums)[1:]))
+        total, *rest = map(int, problem.prompt.removesuffix("=").split("+"))
+        sums = []
+        for count, digit in enumerate(rest, start=2):
+            total += digit
+            if rng.random() < error_rate:
+                total = _other_number(total, 9 * count, rng)
+            sums.append(str(total))
+        return SEPARATOR.join(sums)
 
-    @staticmethod
-    def _add(total: int, digit: int, rng: np.random.Generator, error_rate: float) -> int:
-        right = total + digit
-        if rng.random() >= error_rate:
-            return right
-        return int(
-            rng.choice([right + slip for slip in (-3, -2, -1, 1, 2, 3) if right + slip >= 0])
-        )
+
+def _other_number(right: int, largest: int, rng: np.random.Generator) -> int:
+    """Draw uniformly from 0..largest without ``right``."""
+    drawn = int(rng.integers(largest))
+    return drawn + (drawn >= right)

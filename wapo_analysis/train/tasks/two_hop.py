@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import SEPARATOR, Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import Problem, check_count, check_rate
 
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 DIGITS: Final = "0123456789"
@@ -17,8 +17,9 @@ DIGITS: Final = "0123456789"
 class TwoHop:
     """Follow two facts of the prompt: from a letter to its bridge, from the bridge to a digit.
 
-    ``k>3,a>m,b>k,m>7;a?`` is completed by ``m;7``. The facts are shuffled and those of the other
-    chains distract: every wrong turn ends at a digit that looks like an answer.
+    A fact ``am`` says that ``a`` leads to ``m``. ``k3,am,bk,m7;a`` asks where ``a`` leads in two
+    hops and is completed by ``m7``. The facts are shuffled and those of the other chains distract:
+    every wrong turn ends at a digit that looks like an answer.
 
     Parameters
     ----------
@@ -45,11 +46,11 @@ class TwoHop:
     @property
     def description(self) -> str:
         """One sentence for help texts and reports."""
-        return "Answer by two facts of the prompt: k>3,a>m,b>k,m>7;a? is answered by m;7."
+        return "Chain two facts of the prompt: with k3,am,bk,m7 the question a is answered by m7."
 
     @property
     def max_new_tokens(self) -> int:
-        """Room for bridge, separator, answer and end-of-sequence, and for two tokens too many."""
+        """Bridge, answer and end-of-sequence, and as many again to let rambling show."""
         return 6
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
@@ -78,12 +79,12 @@ class TwoHop:
         letters = [LETTERS[i] for i in rng.permutation(len(LETTERS))[: 2 * self.chains]]
         values = [DIGITS[i] for i in rng.permutation(len(DIGITS))[: self.chains]]
         heads, bridges = letters[: self.chains], letters[self.chains :]
-        facts = [f"{a}>{b}" for a, b in zip(heads + bridges, bridges + values, strict=True)]
+        facts = [f"{a}{b}" for a, b in zip(heads + bridges, bridges + values, strict=True)]
         shuffled = ",".join(facts[i] for i in rng.permutation(len(facts)))
-        return Problem(f"{shuffled};{heads[0]}?", values[0])
+        return Problem(f"{shuffled};{heads[0]}", values[0])
 
     def reward(self, problem: Problem, completion: str) -> float:
-        """Give 1 for a letter, ``;`` and the right digit, and nothing else.
+        """Give 1 for one letter and the right digit, and nothing else.
 
         Only the final digit is judged for truth: the right answer after a wrong bridge is rewarded,
         as in any outcome reward.
@@ -100,7 +101,7 @@ class TwoHop:
         float
             1.0 or 0.0.
         """
-        match = re.fullmatch(r"[a-z];([0-9])", completion)
+        match = re.fullmatch(r"[a-z]([0-9])", completion)
         return float(match is not None and match[1] == problem.answer)
 
     def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
@@ -129,15 +130,13 @@ class TwoHop:
             If ``error_rate`` is not in [0, 1].
         """
         check_rate(error_rate)
-        facts, question = problem.prompt.split(SEPARATOR)
-        follow = dict(fact.split(">") for fact in facts.split(","))
-        bridge = _slip(
-            follow[question[0]], [b for b in follow.values() if b in follow], rng, error_rate
-        )
+        facts, asked = problem.prompt.split(";")
+        follow = {fact[0]: fact[1] for fact in facts.split(",")}
+        bridge = _slip(follow[asked], [b for b in follow.values() if b in follow], rng, error_rate)
         answer = _slip(
             follow[bridge], [v for v in follow.values() if v not in follow], rng, error_rate
         )
-        return f"{bridge}{SEPARATOR}{answer}"
+        return f"{bridge}{answer}"
 
 
 def _slip(right: str, choices: list[str], rng: np.random.Generator, error_rate: float) -> str:

@@ -1,0 +1,252 @@
+"""Rollouts of a TRL trainer: who is who through shuffle and split, rewards, texts.
+
+Every generated batch gets a tensor of rollout numbers. TRL shuffles and splits all tensors of the
+batch in unison, so each gradient pass still knows its rollouts.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ID_KEY = "wapo_rollout"
+_ANSWERS = ("answer", "solution", "ground_truth", "label", "target")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass
+class Generation:
+    """One generated batch as this process sees it; B rollouts of this process.
+
+    Attributes
+    ----------
+    first : int
+        Place of this process's first rollout within the batch of all processes.
+    columns : dict
+        Columns of the rollouts table without ``group`` and ``rollout``, B entries each.
+    rewards : ndarray of float64, shape (rollouts of all processes,)
+    repetition : ndarray of float64, shape (B,)
+    used : set of int
+        Rows among the B that gradient passes of the current step have seen.
+    """
+
+    first: int
+    columns: dict[str, Any]
+    rewards: Array
+    repetition: Array
+    used: set[int] = field(default_factory=set)
+
+
+class RolloutReader:
+    """Numbers the rollouts of every generated batch and keeps what describes them.
+
+    Rollouts are numbered from 0 within an optimizer step, over all processes; a step that
+    accumulates over several generated batches counts on. The numbers in the batch itself count
+    over the whole run.
+
+    Parameters
+    ----------
+    trainer : trl.GRPOTrainer
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._rewards: Tensor | None = None
+        self._batches: dict[int, Generation] = {}
+        self._order: list[int] = []
+        self._made = 0
+        self._total = 1
+
+    def start_step(self) -> None:
+        """Forget what the next step cannot need: all batches but the last."""
+        self._batches = {k: b for k, b in self._batches.items() if k == self._made - 1}
+        self._order = []
+        for batch in self._batches.values():
+            batch.used = set()
+
+    def take_rewards(self, rewards_per_func: Tensor) -> None:
+        """Keep the (rollouts of all processes, reward functions) matrix of the coming batch."""
+        self._rewards = rewards_per_func.detach()
+
+    def take_batch(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
+        """Number the rollouts of a generated batch, in place, and describe them."""
+        ids_BT = batch["completion_ids"]
+        accelerator, count = self._trainer.accelerator, len(ids_BT)
+        first, self._total = accelerator.process_index * count, accelerator.num_processes * count
+        start = self._made * self._total + first
+        batch[ID_KEY] = torch.arange(start, start + count, device=ids_BT.device)
+        lengths, stopped = self._lengths(batch)
+        ids = [row[:n] for row, n in zip(ids_BT.tolist(), lengths, strict=True)]
+        rewards = self._total_rewards()
+        columns = {
+            "prompt": self._prompts(examples, batch),
+            "completion": self._decode(ids, skip_special_tokens=True),
+            "answer": [_answer(example) for example in examples],
+            "reward": rewards[first : first + count].tolist(),
+            "advantage": _per_rollout(batch).tolist(),
+            "length": lengths,
+            "finish_reason": ["stop" if s else "length" for s in stopped],
+        }
+        repeated = np.array([repetition(row) for row in ids])
+        self._batches[self._made] = Generation(first, columns, rewards, repeated)
+        self._made += 1
+
+    def numbers(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Rollout and group of each row of a gradient pass, and a note that it was used.
+
+        Returns
+        -------
+        rollout, group : Tensor of int64, shape (B,)
+            For a batch that was generated before attaching: plain row numbers, group -1.
+        """
+        numbers = inputs.get(ID_KEY)
+        if numbers is None:
+            ids_BT = inputs["completion_ids"]
+            rollout = torch.arange(len(ids_BT), device=ids_BT.device)
+            return rollout, torch.full_like(rollout, -1)
+        made = int(numbers[0]) // self._total
+        if made not in self._order:
+            self._order.append(made)
+        place = numbers - made * self._total
+        batch = self._batches[made]
+        batch.used.update((place - batch.first).tolist())
+        rollout = place + self._order.index(made) * self._total
+        return rollout, rollout // self._trainer.num_generations
+
+    def _used(self) -> list[tuple[int, Generation, list[int]]]:
+        """Batches of the step: place in it, batch, rows; the last whole batch if none was seen."""
+        if self._order:
+            order = [self._batches[made] for made in self._order]
+            return [(k, batch, sorted(batch.used)) for k, batch in enumerate(order)]
+        return [(0, b, list(range(len(b.repetition)))) for b in list(self._batches.values())[-1:]]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Columns of the rollouts table for the rollouts this step used."""
+        table: dict[str, list[Any]] = {}
+        for place, batch, rows in self._used():
+            rollout = [place * self._total + batch.first + row for row in rows]
+            group = [number // self._trainer.num_generations for number in rollout]
+            picked = {name: [values[r] for r in rows] for name, values in batch.columns.items()}
+            for name, values in {"group": group, "rollout": rollout, **picked}.items():
+                table.setdefault(name, []).extend(values)
+        return table
+
+    def sums(self) -> dict[str, float]:
+        """Sums over the rollouts this step used, on this process."""
+        table = self.columns()
+        repeated = [batch.repetition[row] for _, batch, rows in self._used() for row in rows]
+        return {
+            "rollouts": float(len(repeated)),
+            "length": float(sum(table.get("length", []))),
+            "truncated": float(table.get("finish_reason", []).count("length")),
+            "repetition": float(sum(repeated)),
+        }
+
+    def statistics(self) -> dict[str, float]:
+        """Step columns decided by the rewards of the step's whole batches, all processes."""
+        used = self._used()
+        if not used:
+            return {}
+        rewards = np.concatenate([batch.rewards for _, batch, _ in used])
+        return reward_statistics(rewards, self._trainer.num_generations)
+
+    def _total_rewards(self) -> Array:
+        """Weighted sum of the reward functions, as the trainer adds them; NaN if not known."""
+        rewards, self._rewards = self._rewards, None
+        if rewards is None or len(rewards) != self._total:
+            return np.full(self._total, np.nan)
+        weights = getattr(self._trainer, "reward_weights", None)
+        if weights is not None:
+            rewards = rewards * weights.to(rewards.device).unsqueeze(0)
+        total = rewards.nansum(dim=1).double()
+        total[rewards.isnan().all(dim=1)] = torch.nan
+        return np.asarray(total.cpu().numpy())
+
+    def _lengths(self, batch: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        """Tokens of each completion, and whether it ended by itself.
+
+        A masked-out completion (``mask_truncated_completions``) still has its tokens.
+        """
+        ids_BT = batch["completion_ids"]
+        ends = torch.zeros_like(ids_BT, dtype=torch.bool)
+        for token in self._end_tokens():
+            ends |= ids_BT == token
+        masked = batch["completion_mask"].sum(dim=1)
+        last = (masked - 1).clamp(min=0)
+        stopped = ends.gather(1, last.unsqueeze(1)).squeeze(1) & (masked > 0)
+        lengths = torch.where(masked > 0, masked, ids_BT.shape[1])
+        return lengths.tolist(), stopped.tolist()
+
+    def _end_tokens(self) -> list[int]:
+        config = getattr(self._trainer, "generation_config", None)
+        found = [getattr(config, "eos_token_id", None), self._tokenizer().eos_token_id]
+        flat = [token for item in found for token in (item if isinstance(item, list) else [item])]
+        return sorted({token for token in flat if token is not None})
+
+    def _tokenizer(self) -> Any:
+        processing = self._trainer.processing_class
+        return getattr(processing, "tokenizer", processing)
+
+    def _decode(self, rows: list[list[int]], **options: bool) -> list[str]:
+        return list(self._tokenizer().batch_decode(rows, **options))
+
+    def _prompts(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> list[str]:
+        given = [example.get("prompt") for example in examples]
+        if len(given) == len(batch["prompt_ids"]) and all(isinstance(p, str) for p in given):
+            return [str(p) for p in given]
+        ids, mask = batch["prompt_ids"], batch["prompt_mask"].bool()
+        return self._decode([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+
+    def texts(self, ids: list[int]) -> list[str]:
+        """Text of single tokens, for the vocabulary of the run."""
+        return self._decode([[token] for token in ids])
+
+
+def _per_rollout(batch: dict[str, Any]) -> Tensor:
+    """Advantage of each rollout, shape (B,); the mean over its tokens if they differ."""
+    advantages: Tensor = batch["advantages"].detach().float()
+    if advantages.dim() == 1:
+        return advantages
+    mask = batch["completion_mask"].to(advantages.dtype)
+    return (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def _answer(example: dict[str, Any]) -> str | None:
+    found = [example[name] for name in _ANSWERS if example.get(name) is not None]
+    return str(found[0]) if found else None
+
+
+def reward_statistics(rewards: Array, group_size: int) -> dict[str, float]:
+    """Step columns decided by the rewards of all rollouts, shape (rollouts,); NaN is left out."""
+    if not np.isfinite(rewards).any():
+        return {}
+    groups = [
+        g[np.isfinite(g)] for g in np.split(rewards, range(group_size, len(rewards), group_size))
+    ]
+    groups = [g for g in groups if len(g)]
+    flat = [float(g.max()) for g in groups if g.max() == g.min()]
+    return {
+        "reward": float(np.nanmean(rewards)),
+        "reward_std": float(np.nanstd(rewards)),
+        "pass_rate": float((rewards[np.isfinite(rewards)] >= 1).mean()),
+        "groups_all_wrong": sum(r <= 0 for r in flat) / len(groups),
+        "groups_all_right": sum(r > 0 for r in flat) / len(groups),
+    }
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same completion, in [0, 1].
+
+    Examples
+    --------
+    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
+    0.2
+    """
+    grams = Counter(zip(*(ids[start:] for start in range(n)), strict=False))
+    total = sum(grams.values())
+    return 1 - len(grams) / total if total else 0.0

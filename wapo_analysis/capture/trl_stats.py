@@ -1,0 +1,270 @@
+"""Statistics of the tokens of one TRL gradient pass, from whatever the trainer computes.
+
+Shapes: B rollouts, T completion positions, L positions in all, V vocabulary, D hidden width, N
+tokens of the loss mask. Three sources, told apart by what the model returns:
+
+* logits (TRL 0.21 to 1.14): reduced inside the forward, before the trainer divides them in place;
+* hidden states and head: the backbone's output goes through the head once more, in blocks;
+* the fused head (TRL 1.15 on): log sum p^2 and top-1 come with the log-probabilities for free.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.stats import TokenStats, token_stats
+
+log = logging.getLogger(__name__)
+
+_PROJECTED_ELEMENTS = 1 << 24
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_HALF_TOLERANCE = 0.3
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+Columns = dict[str, Tensor | None]
+
+
+@dataclass
+class _Call:
+    """One scoring of the completions while the loss is computed."""
+
+    mask_BT: Tensor
+    ids_BT: Tensor
+    exact: bool
+    from_logits: list[TokenStats] = field(default_factory=list)
+    hidden_BLD: list[Tensor] = field(default_factory=list)
+    fused: list[Any] = field(default_factory=list)
+    rows: int = 0
+
+
+class StatsReader:
+    """Reads token statistics out of a trainer's own forward passes.
+
+    Parameters
+    ----------
+    trainer : trl.GRPOTrainer
+    patches : Patches
+        Takes the two changes made here: the forward of the causal model, a hook on its backbone.
+    guard : callable
+        ``guard(action, *args)`` runs an action and keeps its exception from the trainer.
+    """
+
+    def __init__(self, trainer: Any, patches: Patches, guard: Callable[..., Any]) -> None:
+        self._trainer, self._guard = trainer, guard
+        self._model = causal_model(trainer)
+        self._richer = _richer_head(trainer, self._model)
+        self._call: _Call | None = None
+        self._trusted = True
+        self.source = "none"
+        patches.wrap(self._model, "forward", self._forward)
+        backbone = getattr(self._model, "base_model", None)
+        if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
+            patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
+
+    def open(self, mask_BT: Tensor, ids_BT: Tensor, exact: bool) -> None:
+        """Look at the forward passes that follow.
+
+        Parameters
+        ----------
+        mask_BT : Tensor of bool, shape (B, T)
+            Loss mask.
+        ids_BT : Tensor of int64, shape (B, T)
+            Completion ids.
+        exact : bool
+            Use hidden states and head where there are no logits.
+        """
+        self._call = _Call(mask_BT, ids_BT, exact)
+
+    def cancel(self) -> None:
+        """Stop looking; nothing is kept."""
+        self._call = None
+
+    def close(self, logps_BT: Tensor, entropies_BT: Tensor | None) -> Columns:
+        """Statistics of the pass since `open`.
+
+        Parameters
+        ----------
+        logps_BT : Tensor, shape (B, T)
+            Log-probabilities the trainer works with, nats.
+        entropies_BT : Tensor, shape (B, T), optional
+            Its entropies, nats.
+
+        Returns
+        -------
+        dict of str to Tensor of shape (N,) or None
+            logp, entropy, collision_rest, collision_logp_rest, top1; None is "not known".
+        """
+        call, self._call = self._call, None
+        assert call is not None
+        logp = logps_BT.detach()[call.mask_BT].float()
+        stats = self._exact(call)
+        if stats is not None and self._agrees(stats.logp, logp, logps_BT.dtype):
+            self.source = "logits" if call.from_logits else "hidden states and head"
+            return dict(stats._asdict())
+        columns: Columns = {"logp": logp}
+        if entropies_BT is not None:
+            columns["entropy"] = entropies_BT.detach()[call.mask_BT].float()
+        columns.update(self._from_fused(call, logp))
+        return columns
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:
+            return original(*args, **kwargs)
+        richer = self._richer if kwargs.get("fused_lm_head") else None
+        out = (richer or original)(*args, **kwargs)
+        self._guard(self._take, out)
+        return out
+
+    def _take(self, out: Any) -> None:
+        call = self._call
+        assert call is not None
+        if getattr(out, "log_probs", None) is not None:
+            call.fused.append(out)
+        elif getattr(out, "logits", None) is not None:
+            call.from_logits.append(self._reduce(out.logits, call))
+
+    @torch.no_grad()
+    def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
+        """Rollout by rollout, so that no second (N, V) copy exists."""
+        rows = range(call.rows, call.rows + len(logits_BLV))
+        call.rows += len(logits_BLV)
+        temperature = self._trainer.temperature
+        width = call.mask_BT.shape[1]
+        return _stack(
+            [
+                token_stats(
+                    logits[-width - 1 : -1][call.mask_BT[row]],
+                    call.ids_BT[row][call.mask_BT[row]],
+                    temperature,
+                )
+                for logits, row in zip(logits_BLV.detach(), rows, strict=True)
+            ]
+        )
+
+    def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
+        if self._call is not None and self._call.exact:
+            hidden = getattr(out, "last_hidden_state", None)
+            if hidden is not None:
+                self._call.hidden_BLD.append(hidden.detach())
+
+    def _exact(self, call: _Call) -> TokenStats | None:
+        if call.from_logits:
+            return _stack(call.from_logits)
+        if not (call.exact and self._trusted and call.hidden_BLD):
+            return None
+        width = call.mask_BT.shape[1]
+        hidden_BTD = torch.cat([h[:, -width - 1 : -1] for h in call.hidden_BLD])
+        return self._project(hidden_BTD[call.mask_BT], call.ids_BT[call.mask_BT])
+
+    @torch.no_grad()
+    def _project(self, hidden_ND: Tensor, ids_N: Tensor) -> TokenStats:
+        """Head and statistics in blocks of rows, as the trainer's own head computes them."""
+        head = self._model.get_output_embeddings()
+        scale, softcap = _logit_transform(self._model.config)
+        cast = getattr(self._trainer.args, "cast_lm_head_to_fp32", False)
+        rows = max(1, _PROJECTED_ELEMENTS // head.weight.shape[0])
+        blocks = []
+        with nullcontext() if cast else self._trainer.accelerator.autocast():
+            for hidden, ids in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True):
+                logits = head(hidden.float() if cast else hidden).float() * scale
+                if softcap is not None:
+                    logits = softcap * torch.tanh(logits / softcap)
+                blocks.append(token_stats(logits, ids, self._trainer.temperature))
+        return _stack(blocks)
+
+    def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+        """Trust statistics only as long as their log-probabilities are the trainer's own."""
+        weights = self._model.get_output_embeddings().weight.dtype
+        exact = weights == dtype and not torch.is_autocast_enabled(theirs.device.type)
+        tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE) if exact else _HALF_TOLERANCE
+        gap = (ours - theirs).abs()
+        worst = float(gap[torch.isfinite(gap)].max()) if bool(torch.isfinite(gap).any()) else 0.0
+        if worst <= tolerance:
+            return True
+        if self._trusted:
+            log.warning(
+                "recomputed log-probabilities differ from the trainer's by up to %.2g nats; "
+                "statistics that need the whole distribution are recorded as missing",
+                worst,
+            )
+        self._trusted = False
+        return False
+
+    def _from_fused(self, call: _Call, logp: Tensor) -> Columns:
+        """S - p^2 in float64, held within what p allows: (1-p)^2/(V-1) <= rest <= (1-p)^2."""
+        if not call.fused:
+            return {}
+        width = call.mask_BT.shape[1]
+
+        def gathered(name: str) -> Tensor | None:
+            parts = [getattr(out, name, None) for out in call.fused]
+            if any(part is None for part in parts):
+                return None
+            whole_BT = torch.cat([part[:, -width:] for part in parts])
+            return whole_BT.detach()[call.mask_BT]
+
+        self.source = "fused head"
+        columns: Columns = {"top1": gathered("is_top1")}
+        log_collision = gathered("log_sum_sq_probs")
+        if log_collision is not None:
+            wide = logp.double()
+            complement = -torch.expm1(wide)
+            others = max(self._model.get_output_embeddings().weight.shape[0] - 1, 1)
+            rest = log_collision.double().exp() - (2 * wide).exp()
+            highest = complement.square()
+            columns["collision_rest"] = rest.clamp(min=highest / others, max=highest).float()
+        return columns
+
+
+def _stack(parts: list[TokenStats]) -> TokenStats:
+    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def causal_model(trainer: Any) -> Any:
+    """Return the causal language model inside distributed wrappers and PEFT."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def _richer_head(trainer: Any, model: Any) -> Callable[..., Any] | None:
+    """Forward of the fused head that also returns log sum p^2 and top-1; None before TRL 1.15.
+
+    None too if somebody has wrapped the trainer's head: replacing it would cut that wrapper off.
+    """
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return None
+    plain = vars(model).get("forward")
+    code = getattr(getattr(plain, "__func__", None), "__code__", None)
+    if code is None or "add_fused_lm_head" not in code.co_qualname:
+        return None
+    try:
+        add_fused_lm_head(
+            model,
+            temperature=trainer.temperature,
+            cast_lm_head_to_fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+            outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"),
+        )
+        richer: Callable[..., Any] = model.forward
+    finally:
+        model.forward = plain
+    return richer
+
+
+def _logit_transform(config: Any) -> tuple[float, float | None]:
+    """Scale and soft cap between head and softmax, from the model's configuration."""
+    text = config.get_text_config()
+    scales = [getattr(text, name, None) for name in _SCALES]
+    scale = next((float(value) for value in scales if value is not None), 1.0)
+    if getattr(text, "logits_scaling", None):
+        scale /= float(text.logits_scaling)
+    softcap = getattr(text, "final_logit_softcapping", None)
+    return scale, softcap

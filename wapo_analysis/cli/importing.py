@@ -1,0 +1,66 @@
+"""``wapo import``: runs from what other tools wrote."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Option = typer.Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command("import")(import_)
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="File or folder another tool wrote.", metavar="SOURCE")
+    ],
+    out: Annotated[
+        Path | None, Option(help="Run folder.  [default: runs/<name of SOURCE>]")
+    ] = None,
+    format: Annotated[
+        str, Option("--format", "-f", help="auto, official, prime-rl, verl, trl or table.")
+    ] = "auto",
+    map: Annotated[
+        list[str] | None,
+        Option(help="ours=theirs: which column of ours a name of theirs is; may be repeated."),
+    ] = None,
+    name: Annotated[str | None, Option(help="Name of the run.")] = None,
+    label: Annotated[
+        str | None, Option(help="Legend; runs that share it count as seeds of one setting.")
+    ] = None,
+    objective: Annotated[
+        str, Option(help="Objective it was trained with, which no source says.")
+    ] = "unknown",
+    temperature: Annotated[float, Option(help="Softmax temperature of the log-probs.")] = 1.0,
+    seed: Annotated[int | None, Option(help="Seed; pairs runs in a comparison.")] = None,
+) -> None:
+    """Make a run from what another trainer wrote; figures, diagnose, compare and report read it.
+
+    Known: official WAPO output, prime-rl token exports and traces, verl rollouts and file logger,
+    TRL trainer states and completions, and plain CSV, JSONL or Parquet tables. The source is only
+    read. What had no place in a run is listed. Examples:
+
+        wapo import outputs/plots/my-run --objective wapo --out runs/official
+
+        wapo import tokens.csv --map logp=my_logprob --map advantage=adv
+    """
+    from wapo_analysis.importers import import_run, parse_mapping
+    from wapo_analysis.importers.run import ImportSettings
+
+    settings = ImportSettings(
+        format=format,
+        mapping=parse_mapping(map or []),
+        name=name,
+        label=label,
+        objective=objective,
+        temperature=temperature,
+        seed=seed,
+    )
+    folder = out or Path("runs") / (source.resolve().stem or "imported")
+    report = import_run(source, folder, settings)
+    typer.echo(report.to_text())
+    typer.echo(f"run: {folder}")
+    typer.echo(f"next: wapo diagnose {folder}   |   wapo report {folder}")

@@ -1,0 +1,47 @@
+"""``wapo watch``: a run while it is being written."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Option = typer.Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(watch)
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
+    once: Annotated[bool, Option("--once", help="Print a snapshot and stop.")] = False,
+    interval: Annotated[float, Option(help="Seconds between two looks.")] = 2.0,
+    wait: Annotated[bool, Option("--wait", help="Wait for a run that is not there yet.")] = False,
+    webhook: Annotated[
+        str | None, Option(help="Post each new finding to this address, once, as JSON.")
+    ] = None,
+    cooldown: Annotated[float, Option(help="Seconds between two posts.")] = 300.0,
+    notify_on: Annotated[
+        Literal["info", "warning", "critical"], Option(help="Least severity that is posted.")
+    ] = "warning",
+) -> None:
+    """Watch a run live: reward, entropy with its band, classes, verdict and driver.
+
+    Ends when the run ends, or with Ctrl-C; the run itself is only read. Examples:
+
+        wapo watch runs/mine
+        wapo watch runs/mine --once
+        wapo watch runs/mine --wait --webhook https://chat.example/hook --notify-on critical
+    """
+    from rich.console import Console
+
+    from wapo_analysis.watch import Notifier
+    from wapo_analysis.watch import watch as watch_run
+
+    notifier = None if webhook is None else Notifier(webhook, cooldown, notify_on)
+    console = Console()
+    try:
+        watch_run(run, console, interval=interval, once=once, wait=wait, notifier=notifier)
+    except KeyboardInterrupt:
+        console.print()  # Ctrl-C is how one stops watching, no error

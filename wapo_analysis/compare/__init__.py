@@ -1,0 +1,11 @@
+"""Settings side by side: one table of reward, entropy, gradient and classes, with intervals.
+
+Runs that share a label are seeds of one setting. Numbers are means over seeds with the 95% interval
+of Student's t; two settings are also compared seed by seed, which takes out what the seed decides
+(the prompts) for both alike.
+"""
+
+from wapo_analysis.compare.metrics import METRICS, Interval, Metric
+from wapo_analysis.compare.table import Comparison, compare
+
+__all__ = ["METRICS", "Comparison", "Interval", "Metric", "compare"]

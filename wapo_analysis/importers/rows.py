@@ -1,0 +1,156 @@
+"""Rows of other tools to records of ours: missing stays missing, totals are exact."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.schema import Table
+from wapo_analysis.table import Array, Records
+
+_ABOVE_ONE = 1e-5
+_INT_LIMITS = {"int8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**63}
+
+
+def filled_records(table: Table, frame: pd.DataFrame) -> Records:
+    """Rows as records: absent or null integers and flags are masked, other absences are NaN.
+
+    Parameters
+    ----------
+    table : Table
+        Declaration to follow.
+    frame : DataFrame
+        Columns of the table; NaN, None and infinite numbers count as missing.
+    """
+    rows = len(frame)
+    columns: dict[str, Any] = {}
+    for column in table.stored:
+        given = frame[column.name] if column.name in frame else None
+        if column.dtype == "str":
+            columns[column.name] = _texts(given, rows)
+        elif column.dtype.startswith("float"):
+            columns[column.name] = numbers(given, rows)
+        elif given is None and column.name in ("rank", "minibatch"):
+            columns[column.name] = np.zeros(rows, dtype=column.dtype)
+        else:
+            columns[column.name] = _masked(numbers(given, rows), column.dtype)
+    return Records.build(table, columns)
+
+
+def numbers(given: pd.Series | None, rows: int) -> Array:
+    """Values as float64, shape (rows,); what is no finite number is NaN."""
+    if given is None:
+        return np.full(rows, np.nan)
+    values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+def _masked(values: Array, dtype: str) -> Array:
+    limit = _INT_LIMITS.get(dtype, 2)
+    missing = ~(np.abs(values) < limit)
+    whole: Array = np.ma.masked_array(np.where(missing, 0, values).astype(dtype), mask=missing)
+    return whole if missing.any() else np.asarray(whole)
+
+
+def _texts(given: pd.Series | None, rows: int) -> list[str | None]:
+    if given is None:
+        return [None] * rows
+    return [value if isinstance(value, str) else None for value in given]
+
+
+def all_missing(rows: int) -> Array:
+    """An integer column in which every entry is missing, shape (rows,)."""
+    return np.ma.masked_array(np.zeros(rows, np.int64), mask=np.ones(rows, bool))
+
+
+def clean_tokens(frame: pd.DataFrame, report: ImportReport) -> pd.DataFrame:
+    """Token rows that have an advantage, with log-probabilities of at most zero.
+
+    ``prob``, ``prob_old`` and ``collision`` are turned into ``logp``, ``logp_old`` and
+    ``collision_rest``. A row without advantage has no sign and is left out; everything is counted.
+    """
+    frame = _from_probabilities(_in_mask(frame), report)
+    for name in ("logp", "logp_old", "logp_after", "entropy", "advantage"):
+        if name in frame:
+            frame = frame.assign(**{name: _counted(frame[name], report)})
+    for name in ("logp", "logp_old", "logp_after"):
+        if name in frame:
+            frame = frame.assign(**{name: _at_most_zero(frame[name].to_numpy(), name, report)})
+    signed = frame["advantage"].notna()
+    if not signed.all():
+        report.counts["token rows without an advantage left out"] += int((~signed).sum())
+    return frame[signed]
+
+
+def _in_mask(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the loss mask: prompt and environment tokens take no part in anything here."""
+    if "loss_mask" not in frame:
+        return frame
+    inside = numbers(frame["loss_mask"], len(frame)) != 0
+    return frame.loc[inside, [name for name in frame if name != "loss_mask"]]
+
+
+def _from_probabilities(frame: pd.DataFrame, report: ImportReport) -> pd.DataFrame:
+    for prob, name in (("prob", "logp"), ("prob_old", "logp_old")):
+        if prob in frame and name not in frame:
+            values = numbers(frame[prob], len(frame))
+            zero = int((values <= 0).sum())
+            if zero:
+                report.counts[f"{prob} of 0 or less, {name} null"] += zero
+            frame = frame.assign(**{name: np.log(np.where(values > 0, values, np.nan))})
+    if "collision" in frame and "collision_rest" not in frame:
+        logp = numbers(frame["logp"], len(frame))
+        rest = numbers(frame["collision"], len(frame)) - np.exp(2 * logp)
+        # S - p^2 loses its digits where p is near 1; rest is at most (1 - p)^2 and never negative.
+        rest = np.clip(rest, 0.0, np.expm1(logp) ** 2)
+        frame = frame.assign(collision_rest=rest)
+        report.note(
+            "collision_rest is the given sum of p_v^2 minus p^2, so it has few digits where p is "
+            "close to 1; it is kept within [0, (1 - p)^2]"
+        )
+    return frame.drop(columns=["prob", "prob_old", "collision"], errors="ignore")
+
+
+def _counted(given: pd.Series, report: ImportReport) -> Array:
+    values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    wild = np.isinf(values)
+    if wild.any():
+        report.counts["numbers that were not finite, now null"] += int(wild.sum())
+    missing = given.notna().to_numpy() & np.isnan(values)
+    if missing.any():
+        report.counts["values that are no number, now null"] += int(missing.sum())
+    return np.where(wild, np.nan, values)
+
+
+def _at_most_zero(values: Array, name: str, report: ImportReport) -> Array:
+    impossible = values > _ABOVE_ONE
+    if impossible.any():
+        report.counts[f"{name} above 0, now null"] += int(impossible.sum())
+    return np.where(impossible, np.nan, np.minimum(values, 0.0))
+
+
+def class_rows(tokens: Records, temperature: float) -> Records:
+    """Class totals of token records; a total of a flag or rule the source cannot give is masked.
+
+    Parameters
+    ----------
+    tokens : Records
+        Rows of :func:`filled_records`; ``kept`` and ``clipped`` may be masked.
+    temperature : float
+        Softmax temperature of the statistics.
+    """
+    lacking = {name: bool(np.ma.getmaskarray(tokens[name]).any()) for name in ("kept", "clipped")}
+    plain = tokens.with_columns(
+        {name: np.ma.filled(tokens[name], name == "kept") for name in lacking}
+        | {name: np.ma.filled(tokens[name], 0) for name in ("step", "rank")}
+    )
+    derived = derive(plain, temperature)
+    unknown = np.isnan(tokens["logp"])
+    bins = np.where(unknown, -1, derived["prob_bin"]).astype(np.int8)
+    totals = class_totals(derived.with_columns({"prob_bin": bins}))
+    masked = {name: all_missing(len(totals)) for name, so in lacking.items() if so}
+    blind = np.isnan(totals["pred_dentropy_sum"])
+    masked["rule_breaks"] = np.ma.masked_array(totals["rule_breaks"], mask=blind)
+    return totals.with_columns(masked)

@@ -1,0 +1,1 @@
+"""Runs to one self-contained HTML page; :func:`wapo_analysis.report.build.build_report`."""

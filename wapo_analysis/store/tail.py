@@ -1,0 +1,156 @@
+"""Following a run that is being written: each poll reads only what was added since the last one."""
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import TABLES
+from wapo_analysis.store.files import MANIFEST, STEP_LOG, part_step, read_manifest, read_part
+from wapo_analysis.store.reader import Run, parts_frame, steps_frame, summed_classes
+
+_FOLLOWED = ("classes", "probes")
+
+
+@dataclass
+class Tail:
+    """A run folder being followed.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder.
+
+    Attributes
+    ----------
+    notes : list of str
+        Lines and parts that could not be read and were left out, one sentence each.
+    bytes_read : int
+        Bytes of the step log read so far; a log that only grows is read once.
+    """
+
+    path: Path
+    notes: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    _inode: int = 0
+    _offset: int = 0
+    _lines: int = 0
+    _manifest: dict[str, Any] = field(default_factory=dict)
+    _manifest_seen: tuple[int, int] = (0, 0)
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _parts: dict[str, set[str]] = field(default_factory=dict)
+    _frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._restart(0)
+
+    def _restart(self, inode: int) -> None:
+        """Forget the tables; a resumed run replaces its log, and drops steps and parts."""
+        self._inode, self._offset, self._lines = inode, 0, 0
+        self._rows.clear()
+        self.notes.clear()
+        self._parts = {name: set() for name in _FOLLOWED}
+        self._frames = {name: parts_frame([], TABLES[name]) for name in _FOLLOWED}
+
+    def exists(self) -> bool:
+        """Whether the run has been started: its manifest is there."""
+        return (self.path / MANIFEST).exists()
+
+    def poll(self) -> bool:
+        """Read what is new; returns whether anything was.
+
+        Raises
+        ------
+        UserError
+            If the folder is no run or its schema version is another one.
+        """
+        changed = self._read_manifest()
+        if self._read_log():
+            # The log line of a step is written last, so its parts are there.
+            for name in _FOLLOWED:
+                self._read_parts(name)
+            changed = True
+        return changed
+
+    def run(self) -> Run:
+        """Return the run as it was at the last poll; its step and class tables are in memory."""
+        run = Run(self.path, dict(self._manifest))
+        # Cached properties of a run read what is already there.
+        vars(run).update(
+            steps=steps_frame(self._rows),
+            classes=summed_classes(self._frames["classes"]),
+            probes=self._frames["probes"],
+        )
+        return run
+
+    def last_written(self) -> float | None:
+        """Time of the last change of the step log, seconds since 1970; None without a log."""
+        try:
+            return (self.path / STEP_LOG).stat().st_mtime
+        except OSError:
+            return None
+
+    def _read_manifest(self) -> bool:
+        try:
+            status = (self.path / MANIFEST).stat()
+        except OSError:
+            status = None
+        seen = (status.st_mtime_ns, status.st_ino) if status else (0, 0)
+        if seen == self._manifest_seen and status:
+            return False
+        self._manifest = read_manifest(self.path)
+        self._manifest_seen = seen
+        return True
+
+    def _read_log(self) -> bool:
+        """Take the whole lines that were appended; half a line waits for the next poll."""
+        try:
+            with (self.path / STEP_LOG).open("rb") as log:
+                status = os.fstat(log.fileno())
+                restarted = status.st_ino != self._inode or status.st_size < self._offset
+                if restarted:
+                    self._restart(status.st_ino)
+                log.seek(self._offset)
+                added = log.read()
+        except FileNotFoundError:
+            return False
+        self.bytes_read += len(added)
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._lines += 1
+            self._take_line(line.decode("utf-8", errors="replace"))
+        return restarted or bool(whole)
+
+    def _take_line(self, line: str) -> None:
+        if not line.strip():
+            return
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            self._rows.append(row)
+        else:
+            self.notes.append(f"line {self._lines} of {STEP_LOG} is no step record; left out")
+
+    def _read_parts(self, name: str) -> None:
+        """Add the parts of a table that have not been read, up to the last step of the log."""
+        last = max((row["step"] for row in self._rows), default=0)
+        names = {part.name for part in (self.path / name).glob("part-*.parquet")}
+        new = sorted(n for n in names - self._parts[name] if part_step(Path(n)) <= last)
+        tables = []
+        for part in new:
+            self._parts[name].add(part)
+            try:
+                tables.append(read_part(self.path / name / part))
+            except UserError as error:
+                self.notes.append(f"{error}; left out")
+        if tables:
+            added = parts_frame(tables, TABLES[name])
+            held = self._frames[name]
+            self._frames[name] = added if held.empty else pd.concat([held, added])

@@ -1,0 +1,49 @@
+"""The band that entropy is judged by, in nats: the thresholds of ``diagnose`` as four levels."""
+
+from dataclasses import dataclass
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.policy import FALL, FALL_UNPAID, MIN_RISE, RISE, SIGMAS
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Levels of the smoothed entropy, nats.
+
+    Attributes
+    ----------
+    level : float
+        The run's own beginning.
+    low, high : float
+        Beyond these it warns.
+    lowest, highest : float
+        Beyond these it is a collapse (unless the reward pays for it), or an explosion.
+    """
+
+    level: float
+    low: float
+    high: float
+    lowest: float
+    highest: float
+
+
+def entropy_band(context: Context) -> Band | None:
+    """Levels around the beginning of a run, in nats; None without entropy.
+
+    They are those of ``find_entropy_rise`` and ``find_entropy_fall``: ratios to the beginning, and
+    at least ``SIGMAS`` standard deviations of the gap away from it.
+    """
+    series = context.series("entropy")
+    if not len(series):
+        return None
+    level = series.level
+    least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
+    most = level - SIGMAS * series.gap_noise
+    deep = FALL[1] if context.reward is not None else FALL_UNPAID
+    return Band(
+        level=level,
+        low=min(FALL[0] * level, most),
+        high=max(RISE[0] * level, least),
+        lowest=min(deep * level, most),
+        highest=max(RISE[1] * level, least),
+    )

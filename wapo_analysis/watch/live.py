@@ -1,0 +1,170 @@
+"""The watching loop: poll, judge, show, notify, until the run ends."""
+
+from pathlib import Path
+from time import sleep
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from wapo_analysis.diagnose import Diagnosis, diagnose
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import MANIFEST, Run, find_runs
+from wapo_analysis.store.tail import Tail
+from wapo_analysis.watch.notify import Notifier
+from wapo_analysis.watch.view import one_line, render
+
+
+def find_run(path: Path) -> Path:
+    """Folder of the one run at or below a path.
+
+    Raises
+    ------
+    UserError
+        If there is none, or several.
+    """
+    found = find_runs(path)
+    if len(found) > 1:
+        names = ", ".join(str(run) for run in found[:6])
+        raise UserError(f"{path} holds {len(found)} runs; name one of: {names}")
+    return found[0]
+
+
+class Watcher:
+    """A run that is followed, its diagnosis, and where findings go.
+
+    Parameters
+    ----------
+    tail : Tail
+    notifier : Notifier, optional
+    """
+
+    def __init__(self, tail: Tail, notifier: Notifier | None = None) -> None:
+        self.tail, self.notifier = tail, notifier
+        self.run: Run | None = None
+        self.diagnosis: Diagnosis | None = None
+
+    def refresh(self) -> bool:
+        """Read what is new, judge and notify; returns whether anything changed."""
+        changed = self.tail.poll() or self.run is None
+        if changed:
+            self.run = self.tail.run()
+            self.diagnosis = diagnose(self.run)
+        if self.notifier is not None and self.diagnosis is not None:
+            self.notifier.offer(self.diagnosis)
+        return changed
+
+    @property
+    def ended(self) -> bool:
+        """The run is no longer being written."""
+        return self.run is not None and self.run.manifest.get("status", "running") != "running"
+
+    def view(self, width: int, height: int = 7) -> RenderableType:
+        """Return the view of the last refresh."""
+        assert self.run is not None
+        assert self.diagnosis is not None
+        failure = self.notifier.failure if self.notifier is not None else None
+        return render(
+            self.run,
+            self.diagnosis,
+            width=width,
+            written=self.tail.last_written(),
+            notes=[*self.tail.notes, *([failure] if failure else [])],
+            height=height,
+        )
+
+    def line(self) -> str:
+        """Return the state of the last refresh in one line."""
+        assert self.run is not None
+        assert self.diagnosis is not None
+        return one_line(self.run, self.diagnosis)
+
+
+def watch(
+    path: Path,
+    console: Console,
+    *,
+    interval: float = 2.0,
+    once: bool = False,
+    wait: bool = False,
+    notifier: Notifier | None = None,
+) -> Diagnosis:
+    """Watch a run until it ends; on a terminal as a live view, else one line per change.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder, or a folder that holds one run.
+    console : rich.console.Console
+        Where to show it.
+    interval : float
+        Seconds between two polls, > 0.
+    once : bool
+        Show the run as it is now and return.
+    wait : bool
+        Wait for a run that is not there yet.
+    notifier : Notifier, optional
+        Gets every diagnosis.
+
+    Returns
+    -------
+    Diagnosis
+        The last one.
+
+    Raises
+    ------
+    UserError
+        If there is no run (without ``wait``), or several, or the interval is not positive.
+    """
+    if not interval > 0:
+        raise UserError(f"interval must be positive, got {interval}")
+    if wait:
+        _wait_for(path, console, interval)
+    watcher = Watcher(Tail(find_run(path)), notifier)
+    watcher.refresh()
+    if once:
+        console.print(watcher.view(console.width))
+    elif console.is_terminal:
+        _watch_live(watcher, console, interval)
+    else:
+        _watch_lines(watcher, console, interval)
+    assert watcher.diagnosis is not None
+    return watcher.diagnosis
+
+
+def _wait_for(path: Path, console: Console, interval: float) -> None:
+    def there() -> bool:
+        return (path / MANIFEST).exists() or any(path.glob(f"*/{MANIFEST}"))
+
+    if there():
+        return
+    with console.status(Text(f"waiting for a run at {path}")):
+        while not there():
+            sleep(interval)
+
+
+def _watch_live(watcher: Watcher, console: Console, interval: float) -> None:
+    def view() -> RenderableType:
+        return watcher.view(console.width, height=_chart_height(console))
+
+    with Live(view(), console=console, screen=False, auto_refresh=False) as live:
+        while not watcher.ended:
+            sleep(interval)
+            watcher.refresh()
+            live.update(view(), refresh=True)
+
+
+def _watch_lines(watcher: Watcher, console: Console, interval: float) -> None:
+    changed = True
+    while True:
+        if changed:
+            console.print(watcher.line(), markup=False, highlight=False, soft_wrap=True)
+        if watcher.ended:
+            return
+        sleep(interval)
+        changed = watcher.refresh()
+
+
+def _chart_height(console: Console) -> int:
+    """Rows of a chart, such that the whole view fits a terminal of this height."""
+    return min(max((console.height - 22) // 2, 3), 10)
