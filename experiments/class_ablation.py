@@ -83,26 +83,30 @@ def outcome(job: Job) -> Outcome:
 
 def draw(out: Path, file: Path) -> None:
     """Entropy and reward over steps, one column per class, one line per seed."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from wapo_analysis.plots.style import CLASS_COLORS, save_figure
+    from wapo_analysis.plots.style import CLASS_INK, save_figure, theme
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    axes = figure.subplots(2, len(CLASSES), sharex=True, sharey="row")
-    for column, cls in enumerate(CLASSES):
-        for folder in sorted(out.glob(f"{cls}-*")):
-            steps = open_run(folder).steps
-            for axis, quantity in zip(axes[:, column], ("entropy", "reward"), strict=True):
-                axis.plot(steps.step, steps[quantity], color=CLASS_COLORS[cls], lw=1, alpha=0.8)
-        expected = "falls" if rule_dentropy_sign(CLASS_CODES[cls]) < 0 else "rises"
-        axes[0, column].set_title(f"{cls} only\npredicted: entropy {expected}", fontsize=10)
-        axes[1, column].set_xlabel("step")
-    axes[0, 0].set_ylabel("entropy (nats)")
-    axes[1, 0].set_ylabel("reward")
-    axes[0, 0].set_ylim(bottom=0)
-    axes[1, 0].set_ylim(0, 1)
-    figure.suptitle("What training on one class of updates alone does", x=0.01, ha="left")
-    save_figure(figure, file, "png")
+    with mpl.rc_context(theme()):
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        axes = figure.subplots(2, len(CLASSES), sharex=True, sharey="row")
+        for column, cls in enumerate(CLASSES):
+            for folder in sorted(out.glob(f"{cls}-*")):
+                steps = open_run(folder).steps
+                for axis, quantity in zip(axes[:, column], ("entropy", "reward"), strict=True):
+                    axis.plot(steps.step, steps[quantity], color=CLASS_INK[cls], lw=1.2, alpha=0.8)
+            expected = "falls" if rule_dentropy_sign(CLASS_CODES[cls]) < 0 else "rises"
+            axes[0, column].set_title(f"{cls} only", color=CLASS_INK[cls])
+            axes[0, column].text(
+                0.97, 0.95, f"predicted: {expected}", ha="right", va="top",
+                transform=axes[0, column].transAxes,
+            )  # fmt: skip
+            axes[1, column].set_xlabel("optimizer step")
+        axes[0, 0].set(ylabel="entropy (nats)", ylim=(0, None))
+        axes[1, 0].set(ylabel="reward", ylim=(0, 1))
+        figure.suptitle("What does training on one class of updates alone do?", x=0.01, ha="left")
+        save_figure(figure, file, "png")
 
 
 def main() -> None:

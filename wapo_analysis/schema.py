@@ -139,7 +139,7 @@ CLASSES = Table(
         _key("rank", "process", "int16"),
         _key("sign", "sign of the advantage: 1, 0, -1", "int8"),
         _key("regime", "1 peak, 0 valley, -1 unknown", "int8"),
-        _key("prob_bin", "index into PROB_EDGES", "int8"),
+        _key("prob_bin", "index into PROB_EDGES, -1 unknown", "int8"),
         _measured("tokens", "tokens", "tokens in the loss mask", "int64", required=True),
         _measured("kept", "tokens", "tokens that took part in the loss", "int64"),
         _measured("clipped", "tokens", "kept tokens whose gradient the clip took away", "int64"),
@@ -189,6 +189,7 @@ STEPS = Table(
         _measured("updates", "1", "optimizer updates of the step", "int64"),
         _measured("seconds", "s", "wall time of the step", "float64"),
         _measured("seconds_rollout", "s", "time spent sampling", "float64"),
+        _measured("seconds_probe", "s", "time spent on probing an update", "float64"),
         _measured(
             "seconds_capture", "s", "time spent recording since the step line before", "float64"
         ),
@@ -213,16 +214,54 @@ ROLLOUTS = Table(
     ),
 )
 
+# What a probed update is made of, and whose tokens were scored. Codes 0..3 are the classes of the
+# taxonomy in both; the parts of an update, interaction included, add up to UPDATE.
+UPDATE, GRADIENT, MOMENTUM, WEIGHT_DECAY, INTERACTION = 4, 5, 6, 7, 8
+PART_NAMES: Mapping[int, str] = {
+    UPDATE: "update",
+    GRADIENT: "gradient",
+    MOMENTUM: "momentum",
+    WEIGHT_DECAY: "weight decay",
+    INTERACTION: "interaction",
+}
+ALL_TOKENS = 4
+
 PROBES = Table(
     "probes",
-    "one counterfactual: what one class's share of an update does when applied alone",
+    "what one part of one optimizer update does to one set of tokens when it is applied alone",
     (
         _key("step", "optimizer step"),
-        _key("cls", "class code, or 4 for the whole update", "int8"),
-        _measured("tokens", "tokens", "tokens of the class", "int64"),
-        _measured("predicted_dentropy", "nats", "first-order prediction", "float64"),
-        _measured("counterfactual_dentropy", "nats", "class applied alone", "float64"),
-        _measured("measured_dentropy", "nats", "whole update", "float64"),
+        _key("minibatch", "update within the step, from 0; epochs count on", "int16"),
+        _key(
+            "cls",
+            "part of the update: class code 0..3, 4 whole update, 5 all classes at once, "
+            "6 momentum, 7 weight decay, 8 interaction (what the sum of the parts leaves)",
+            "int8",
+        ),
+        _key("tokens_of", "tokens scored: class code 0..3, 4 all tokens of the probe", "int8"),
+        _measured("tokens", "tokens", "tokens in the set", "int64"),
+        _measured(
+            "predicted_dentropy",
+            "nats",
+            "mean first-order dH of the set's own updates, times scale",
+            "float64",
+        ),
+        _measured("counterfactual_dentropy", "nats", "mean dH, part applied alone", "float64"),
+        _measured("measured_dentropy", "nats", "mean dH, whole update", "float64"),
+        _measured("half_dentropy", "nats", "mean dH, half of the whole update", "float64"),
+        _measured("predicted_dprob", "probability", "mean first-order dp, times scale", "float64"),
+        _measured("counterfactual_dprob", "probability", "mean dp, part applied alone", "float64"),
+        _measured("measured_dprob", "probability", "mean dp, whole update", "float64"),
+        _measured("scale", "1", "learning rate of the logits that fits the probe", "float64"),
+        _measured("grad_norm", "1", "norm of the part's gradient before clipping", "float64"),
+        _measured("step_norm", "1", "norm of the part's step of the weights", "float64"),
+        *(
+            _measured(f"dot_{name}", "1", f"inner product with the gradient of {name}", "float64")
+            for name in ("pos_peak", "pos_valley", "neg_peak", "neg_valley")
+        ),
+        _measured(
+            "closure_error", "1", "part of the step of the weights no part accounts for", "float64"
+        ),
     ),
 )
 

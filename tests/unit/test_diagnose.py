@@ -11,9 +11,9 @@ import pytest
 
 from tests.builders import DRIFTS, write_fake_run
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
-from wapo_analysis.diagnose.series import Series, departure, episodes
+from wapo_analysis.series import Series, departure, episodes
 from wapo_analysis.errors import UserError
-from wapo_analysis.schema import CLASSES, PROBES
+from wapo_analysis.schema import ALL_TOKENS, CLASSES, PROBES
 from wapo_analysis.store import STEP_LOG, RunWriter, open_run
 from wapo_analysis.table import Records
 
@@ -257,7 +257,7 @@ def test_shares_that_stay_high_warn(
 def test_gradient_spikes_are_found_but_a_smooth_rise_is_none(tmp_path: Path) -> None:
     grad = np.exp(noisy(np.zeros(100), 0.1))
     rise = judge(tmp_path, grad_norm=grad * np.exp(np.linspace(0, 4, 100)))
-    assert not rise.findings
+    assert names(rise) == {"gradient_grows"}
     grad[[30, 70]] = (8.0, 40.0)
     (finding,) = judge(tmp_path / "b", grad_norm=grad, reward=np.full(100, 0.5)).findings
     assert finding.name == "gradient_spikes"
@@ -351,7 +351,9 @@ def test_probes_give_the_counterfactual(tmp_path: Path) -> None:
     path = exploding(tmp_path)
     probes = {
         "step": [2, 45, 45],
+        "minibatch": [0, 0, 0],
         "cls": [2, 2, 0],
+        "tokens_of": [ALL_TOKENS] * 3,
         "tokens": [5, 5, 5],
         "counterfactual_dentropy": [9.0, 0.25, math.nan],
     }

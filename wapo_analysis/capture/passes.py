@@ -107,12 +107,8 @@ def batch_pass(
     UserError
         On shapes that do not fit, or logits that do not give these log-probabilities.
     """
-    _check_shapes(logp, mask, advantages, (tokens, entropy, collision, logp_old, kept))
-    for name, values in (("groups", groups), ("rollouts", rollouts)):
-        if values is not None and values.shape != logp.shape[:1]:
-            raise UserError(f"{name} must have shape {tuple(logp.shape[:1])}, one per rollout")
-    if logits is not None and (logits.dim() != 3 or logits.shape[:2] != logp.shape):
-        raise UserError(f"logits must be {tuple(logp.shape)} x V, got {tuple(logits.shape)}")
+    _check_shapes(logp, mask, advantages, logits, (tokens, entropy, collision, logp_old, kept))
+    _check_rollouts(logp, groups, rollouts)
     mask = mask.detach().bool()
     row, column = mask.nonzero(as_tuple=True)
     advantage = advantages.detach()
@@ -154,8 +150,18 @@ def batch_pass(
     )
 
 
+def _check_rollouts(logp: Tensor, groups: Tensor | None, rollouts: Tensor) -> None:
+    for name, values in (("groups", groups), ("rollouts", rollouts)):
+        if values is not None and values.shape != logp.shape[:1]:
+            raise UserError(f"{name} must have shape {tuple(logp.shape[:1])}, one per rollout")
+
+
 def _check_shapes(
-    logp: Tensor, mask: Tensor, advantages: Tensor, others: Sequence[Tensor | None]
+    logp: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    logits: Tensor | None,
+    others: Sequence[Tensor | None],
 ) -> None:
     if logp.dim() != 2:
         raise UserError(f"logp must have shape (rollouts, positions), got {tuple(logp.shape)}")
@@ -170,6 +176,8 @@ def _check_shapes(
             f"advantages must have shape {tuple(logp.shape[:1])} or {tuple(logp.shape)}, "
             f"got {tuple(advantages.shape)}"
         )
+    if logits is not None and (logits.dim() != 3 or logits.shape[:2] != logp.shape):
+        raise UserError(f"logits must be {tuple(logp.shape)} x V, got {tuple(logits.shape)}")
 
 
 def _flat(values: Tensor | None, row: Tensor, column: Tensor) -> Tensor | None:

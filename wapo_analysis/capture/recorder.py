@@ -106,8 +106,15 @@ class NullRecorder:
         """Whether tokens of this step are to be scored again after the update."""
         return False
 
+    def wants_probe(self, step: int) -> bool:
+        """Whether an update of this step is to be taken apart."""
+        return False
+
     def watch(self, tokens: TokenPass, logp: Tensor) -> None:
         """Take the tokens of one gradient pass, before its backward pass."""
+
+    def add_probe(self, rows: Records) -> None:
+        """Take the rows of one probed update."""
 
     def end_step(
         self,
@@ -140,6 +147,8 @@ class Recorder(NullRecorder):
         step and rollout number, so no random state is touched.
     rescore_every : int
         Score the tokens again after the update on every n-th step; 0 never.
+    probe_every : int
+        Take one update of every n-th step apart (docs/attribution.md); 0 never.
     temperature : float
         Softmax temperature of the statistics.
     rank : int
@@ -162,17 +171,21 @@ class Recorder(NullRecorder):
         token_every: int = 1,
         token_fraction: float = 1.0,
         rescore_every: int = 10,
+        probe_every: int = 0,
         temperature: float = 1.0,
         rank: int = 0,
         resume_after: int | None = None,
     ) -> None:
-        if token_every < 0 or rescore_every < 0:
-            raise UserError("token_every and rescore_every must be 0 (never) or positive")
+        if min(token_every, rescore_every, probe_every) < 0:
+            raise UserError(
+                "token_every, rescore_every and probe_every must be 0 (never) or positive"
+            )
         if not 0 < token_fraction <= 1:
             raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
         self.path = Path(path)
         self.token_every, self.token_fraction = token_every, token_fraction
-        self.rescore_every, self.temperature, self.rank = rescore_every, temperature, rank
+        self.rescore_every, self.probe_every = rescore_every, probe_every
+        self.temperature, self.rank = temperature, rank
         self.failure = None
         self.seconds = 0.0
         settings = {
@@ -180,11 +193,13 @@ class Recorder(NullRecorder):
             "token_every": token_every,
             "token_fraction": token_fraction,
             "rescore_every": rescore_every,
+            "probe_every": probe_every,
         }
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         writer = RunWriter if rank == 0 else PartWriter
         self._writer = writer(self.path, {**manifest, **settings}, resume_after)
         self._passes: list[TokenPass] = []
+        self._probes: list[Records] = []
         self.tokens: Records | None = None
 
     def fail(self, error: Exception) -> None:
@@ -196,6 +211,15 @@ class Recorder(NullRecorder):
     def wants_rescore(self, step: int) -> bool:
         """Whether tokens of this step are to be scored again after the update."""
         return self.failure is None and on_schedule(step, self.rescore_every)
+
+    def wants_probe(self, step: int) -> bool:
+        """Whether an update of this step is to be taken apart."""
+        return self.failure is None and on_schedule(step, self.probe_every)
+
+    @guarded
+    def add_probe(self, rows: Records) -> None:
+        """Take the rows of one probed update; they are written when the step ends."""
+        self._probes.append(rows)
 
     @guarded
     def watch(self, tokens: TokenPass, logp: Tensor | None = None) -> None:
@@ -249,6 +273,9 @@ class Recorder(NullRecorder):
         if count:
             keys = {"step": np.full(count, step), "rank": np.full(count, self.rank)}
             self._writer.write_part(Records.build(ROLLOUTS, {**keys, **rollouts}), step, self.rank)
+        probes, self._probes = self._probes, []
+        if probes:
+            self._writer.write_part(Records.concat(probes), step, self.rank)
         # The step line comes last: a step that is in the log has all its parts.
         self._writer.append_step(row)
 
@@ -312,7 +339,7 @@ class Recorder(NullRecorder):
     @guarded
     def close(self, status: str) -> None:
         """End the run; a step that was not finished is dropped."""
-        self._passes = []
+        self._passes, self._probes = [], []
         self._writer.close(status if self.failure is None else "recording_failed")
 
 

@@ -222,6 +222,11 @@ class Recorder(core.Recorder):
                 "is computed from; coef is recorded as missing"
             )
 
+    @property
+    def watching(self) -> bool:
+        """Whether a gradient pass was watched since the last finished step."""
+        return bool(self._batches)
+
     def close(self, status: str = "finished") -> None:
         """End the run; a step that was not finished is dropped."""
         super().close(status)

@@ -213,7 +213,8 @@ def _per_rollout(batch: dict[str, Any]) -> Tensor:
     if advantages.dim() == 1:
         return advantages
     mask = batch["completion_mask"].to(advantages.dtype)
-    return (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    mean: Tensor = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return mean
 
 
 def _answer(example: dict[str, Any]) -> str | None:

@@ -5,7 +5,7 @@ tokens of the loss mask. Three sources, told apart by what the model returns:
 
 * logits (TRL 0.21 to 1.14): reduced inside the forward, before the trainer divides them in place;
 * hidden states and head: the backbone's output goes through the head once more, in blocks;
-* the fused head (TRL 1.15 on): log sum p^2 and top-1 come with the log-probabilities for free.
+* the fused head (TRL 1.15 on): log sum p^2 comes with the log-probabilities, nearly for free.
 """
 
 import logging
@@ -22,7 +22,7 @@ from wapo_analysis.stats import TokenStats, token_stats
 
 log = logging.getLogger(__name__)
 
-_PROJECTED_ELEMENTS = 1 << 24
+_PROJECTED_ELEMENTS = 1 << 22
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.3
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -53,12 +53,16 @@ class StatsReader:
         Takes the two changes made here: the forward of the causal model, a hook on its backbone.
     guard : callable
         ``guard(action, *args)`` runs an action and keeps its exception from the trainer.
+    top1 : bool
+        Let the fused head tell whether a token was the most probable one; costs another pass.
     """
 
-    def __init__(self, trainer: Any, patches: Patches, guard: Callable[..., Any]) -> None:
+    def __init__(
+        self, trainer: Any, patches: Patches, guard: Callable[..., Any], top1: bool
+    ) -> None:
         self._trainer, self._guard = trainer, guard
         self._model = causal_model(trainer)
-        self._richer = _richer_head(trainer, self._model)
+        self._richer = _richer_head(trainer, self._model, top1)
         self._call: _Call | None = None
         self._trusted = True
         self.source = "none"
@@ -116,8 +120,9 @@ class StatsReader:
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
             return original(*args, **kwargs)
-        richer = self._richer if kwargs.get("fused_lm_head") else None
-        out = (richer or original)(*args, **kwargs)
+        # Its extra outputs cost a pass over the logits; where the head is read anyway they idle.
+        wanted = kwargs.get("fused_lm_head") and not (self._call.exact and self._trusted)
+        out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
         self._guard(self._take, out)
         return out
 
@@ -172,9 +177,11 @@ class StatsReader:
         blocks = []
         with nullcontext() if cast else self._trainer.accelerator.autocast():
             for hidden, ids in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True):
-                logits = head(hidden.float() if cast else hidden).float() * scale
+                logits = head(hidden.float() if cast else hidden)
+                if scale != 1:
+                    logits = logits.float() * scale
                 if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
+                    logits = softcap * torch.tanh(logits.float() / softcap)
                 blocks.append(token_stats(logits, ids, self._trainer.temperature))
         return _stack(blocks)
 
@@ -203,7 +210,7 @@ class StatsReader:
         width = call.mask_BT.shape[1]
 
         def gathered(name: str) -> Tensor | None:
-            parts = [getattr(out, name, None) for out in call.fused]
+            parts: list[Any] = [getattr(out, name, None) for out in call.fused]
             if any(part is None for part in parts):
                 return None
             whole_BT = torch.cat([part[:, -width:] for part in parts])
@@ -233,8 +240,8 @@ def causal_model(trainer: Any) -> Any:
     return inner() if callable(inner) else model
 
 
-def _richer_head(trainer: Any, model: Any) -> Callable[..., Any] | None:
-    """Forward of the fused head that also returns log sum p^2 and top-1; None before TRL 1.15.
+def _richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | None:
+    """Forward of the fused head that also returns log sum p^2; None before TRL 1.15.
 
     None too if somebody has wrapped the trainer's head: replacing it would cut that wrapper off.
     """
@@ -251,7 +258,7 @@ def _richer_head(trainer: Any, model: Any) -> Callable[..., Any] | None:
             model,
             temperature=trainer.temperature,
             cast_lm_head_to_fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
-            outputs=("log_probs", "entropy", "log_sum_sq_probs", "is_top1"),
+            outputs=("log_probs", "entropy", "log_sum_sq_probs", *(("is_top1",) if top1 else ())),
         )
         richer: Callable[..., Any] = model.forward
     finally:

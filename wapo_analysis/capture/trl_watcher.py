@@ -72,7 +72,8 @@ class TrlWatcher:
         _add_callback(trainer, patches, self)
         hidden = hidden_tensors(trainer)
         if hidden is None and callable(getattr(trainer, SCORER, None)):
-            self._stats = StatsReader(trainer, patches, self.guard)
+            rows = recorder.token_every > 0
+            self._stats = StatsReader(trainer, patches, self.guard, top1=rows)
             patches.wrap(trainer, "_compute_loss", self._compute_loss)
             patches.wrap(trainer, SCORER, self._scoring)
         else:

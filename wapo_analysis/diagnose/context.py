@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.series import Departure, Series, departure
+from wapo_analysis.diagnose.samples import first_pass_gap, shared_answers
+from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
@@ -94,6 +96,10 @@ class Context:
     """
 
     run: Run
+
+    LOGP_GAP_COLUMN: ClassVar = "sampling/sampling_logp_difference/mean"
+    """TRL's name of the mean |logp of sampler - logp of trainer|; the step log keeps it."""
+
     _series: dict[str, Series] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -148,9 +154,32 @@ class Context:
         return self._per_class("grad_mass")
 
     @cached_property
+    def first_pass(self) -> pd.DataFrame:
+        """How far the first gradient pass is from the sampling policy, one row per sampled step.
+
+        Columns k3 (nats), ess (share of the tokens), max_dp (probability), tokens; see
+        :func:`first_pass_gap`. No rows if the run has no token rows with ``logp_old``.
+        """
+        return first_pass_gap(self.run)
+
+    @cached_property
+    def sameness(self) -> Series:
+        """Share of completions that another prompt got too, over the sampled steps."""
+        return shared_answers(self.run)
+
+    @cached_property
     def has_flow(self) -> bool:
         """Whether the class totals hold predicted entropy changes at all."""
         return bool(self.run.classes["pred_dentropy_sum"].notna().any())
+
+    def has(self, part: str) -> bool:
+        """Whether the run has a part that is no step column, under the name in skipped checks."""
+        return {
+            "classes.pred_dentropy_sum": lambda: self.has_flow,
+            "classes.grad_mass": lambda: not self.gradient_mass.empty,
+            "tokens.logp_old": lambda: not self.first_pass.empty,
+            "rollouts.completion": lambda: len(self.sameness) > 0,
+        }[part]()
 
     def _per_class(self, column: str) -> pd.DataFrame:
         totals = self.run.classes

@@ -6,6 +6,7 @@ import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.result import Driver
+from wapo_analysis.schema import ALL_TOKENS
 
 MIN_WINDOW = 5
 
@@ -84,6 +85,7 @@ def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
     probes = context.run.probes
     if probes.empty:
         return {}
+    probes = probes[probes["tokens_of"] == ALL_TOKENS]
     known = probes[probes["step"].isin(steps) & probes["cls"].isin(range(len(tax.CLASSES)))]
     sums = known.dropna(subset=["counterfactual_dentropy"]).groupby("cls")
     totals = sums["counterfactual_dentropy"].sum()

@@ -1,11 +1,12 @@
-"""Detectors of broken numbers: missing losses and gradients, skipped updates, gradient spikes."""
+"""Detectors of broken numbers: losses and gradients that are none, spikes, vanishing, growth."""
 
 import numpy as np
 import pandas as pd
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
-from wapo_analysis.diagnose.series import episodes, robust_sigma
+from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.table import Array
 
 WATCHED = ("loss", "grad_norm", "reward", "entropy")
@@ -16,6 +17,10 @@ SPIKE_SIGMAS = 8.0
 SEVERE_SPIKE = 10.0
 SPIKE_WINDOW = 11
 NAN_REFERENCE = "verl issue 721 and trl issue 6702 (one bad step, invisible in the log)"
+VANISHED = 0.02
+"""Gradient norm relative to the beginning that counts as vanished."""
+GROWN = 10.0
+"""Gradient norm relative to the beginning that counts as grown out of bounds."""
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 
 
@@ -29,12 +34,33 @@ def find_nonfinite(context: Context) -> list[Finding]:
     diverged = stop == len(broken) and stop - first >= MIN_DIVERGED
     parts = {**holes, "skipped_updates": skipped}
     findings = [_nonfinite_finding(context, parts, slice(first, stop))] if diverged else []
+    findings += [] if diverged else _given_up(context)
     parts["nonfinite"] = dropped
     earlier = broken | dropped
     earlier[first if diverged else len(earlier) :] = False
     if earlier.any():
         findings.append(_nonfinite_finding(context, parts, earlier))
     return findings
+
+
+def _given_up(context: Context) -> list[Finding]:
+    """The trainer closed the run because the policy could not be sampled from any more."""
+    if context.run.manifest.get("status") != "diverged" or not len(context.step_numbers):
+        return []
+    last = int(context.step_numbers[-1])
+    return [
+        Finding(
+            name="diverged",
+            severity="critical",
+            step=last,
+            message=f"After step {last} the policy gave logits that are NaN or infinite, and the "
+            "run ended there.",
+            evidence={"last_step": last, "grad_norm": context.series("grad_norm").end},
+            advice="Restart from a checkpoint before this step with a lower lr or max_grad_norm; "
+            "dtype = float32 rules out overflow.",
+            reference=NAN_REFERENCE,
+        )
+    ]
 
 
 def _holes(values: Array) -> Array:
@@ -139,6 +165,36 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
             reference=SPIKE_REFERENCE,
         )
     ]
+
+
+def find_gradient_level(context: Context) -> list[Finding]:
+    """The gradient all but vanishes, or grows tenfold, against the run's own beginning."""
+    series = context.series("grad_norm")
+    if series.level <= 0:
+        return []
+    none_left = lasting(series, series.smooth <= VANISHED * series.level)
+    grown = lasting(series, series.smooth >= GROWN * series.level)
+    reward = context.reward
+    solved = reward is not None and reward.solved
+    begin = none_left if none_left is not None else grown
+    source = _heaviest_class(context, series.step(begin)) if begin is not None else {}
+    return level_finding(
+        series,
+        begin,
+        name="gradient_vanishes" if none_left is not None else "gradient_grows",
+        severity="info" if solved and none_left is not None else "warning",
+        what="The gradient all but vanishes"
+        if none_left is not None
+        else "The gradient is ten times what it was, without a spike,",
+        advice="Nothing is left to learn from: give harder problems."
+        if none_left is not None and solved
+        else "Look for groups without signal, or coefficients that are clipped or masked away."
+        if none_left is not None
+        else "Lower lr; see which class carries it (one_class_takes_the_gradient).",
+        reference=SPIKE_REFERENCE,
+        share=False,
+        evidence=source,
+    )
 
 
 def _heaviest_class(context: Context, step: int) -> dict[str, float | int | str | None]:

@@ -7,10 +7,11 @@ a policy that learns to be right becomes certain.
 
 import numpy as np
 
+from wapo_analysis.diagnose.completions import degenerate_since
 from wapo_analysis.diagnose.context import Context, RewardState
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding, Severity
-from wapo_analysis.diagnose.series import Departure, Series, departure, episodes
+from wapo_analysis.series import Departure, Series, departure, episodes
 from wapo_analysis.table import Array
 
 RISE = (1.5, 2.0)
@@ -19,6 +20,8 @@ FALL = (0.5, 0.2)
 """Ratio at which a fall warns, and at which it is a collapse if the reward does not pay for it."""
 FALL_UNPAID = 0.05
 """Ratio of a collapse where no reward was recorded: learning alone seldom goes that far."""
+FALL_LOST = 0.5
+"""Ratio of a collapse where the reward was lost: no learning asks for the doubt."""
 HOME = 0.25
 """Share of the beginning within which a run has not left it: half the way to a warning."""
 MIN_RISE = 0.05
@@ -56,11 +59,14 @@ def find_entropy_rise(context: Context) -> list[Finding]:
 
 
 def find_entropy_fall(context: Context) -> list[Finding]:
-    """Entropy below a fifth of its beginning to the end while the reward gains nothing."""
+    """Entropy below a fifth of its beginning to the end while the reward gains nothing.
+
+    Below a half if the reward was lost. A reward for the same answer to every prompt pays nothing.
+    """
     series, reward = context.series("entropy"), context.reward
     level, smooth = series.level, series.smooth
     most = level - SIGMAS * series.gap_noise
-    deep = FALL[1] if reward is not None else FALL_UNPAID
+    deep = FALL_UNPAID if reward is None else FALL_LOST if reward.lost else FALL[1]
     gone = departure(
         smooth <= min(FALL[0] * level, most),
         smooth <= min(deep * level, most),
@@ -71,7 +77,7 @@ def find_entropy_fall(context: Context) -> list[Finding]:
         return []
     if not gone.ongoing:
         return [_entropy_finding(context, gone, -1, "entropy_excursion", "warning")]
-    if _paid_for(reward, series, gone):
+    if _paid_for(reward, series, gone) and degenerate_since(context.sameness) is None:
         return [_entropy_finding(context, gone, -1, "entropy_decline", "info")]
     if gone.crossed is None:
         return [_entropy_finding(context, gone, -1, "entropy_fall", "warning")]

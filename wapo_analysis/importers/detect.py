@@ -17,7 +17,6 @@ MAX_FILES = 200_000
 
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
 _OFFICIAL_FOLDERS = ("token_bins", "grad_mass", "token_count", "token_strength", "rewards")
-_STEP_FILE = re.compile(r"\d+\.jsonl")
 _COMPLETIONS = re.compile(r"completions_\d+\.parquet")
 _OFFICIAL_KEYS = ("groups/with_correct", "prob_train_mean", "masking/neg_adv_seq_fraction")
 
@@ -138,10 +137,8 @@ def _by_name(file: Path) -> str | None:
     telling = file.parent.name in _OFFICIAL_FOLDERS or _SCATTER.fullmatch(file.name)
     if telling and holder == "data":
         return "official"
-    if file.suffix == ".jsonl" and _is_prime(file.name, parents):
+    if file.name.endswith((".jsonl", ".jsonl.zst")) and _is_prime(file.name, parents):
         return "prime-rl"
-    if _STEP_FILE.fullmatch(file.name) and _size(file):
-        return _by_content(file)
     if file.name == "trainer_state.json":
         return "state"
     if _COMPLETIONS.fullmatch(file.name):

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ from wapo_analysis.importers.readers import json_records, message_text
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import filled_records, numbers
 from wapo_analysis.importers.sequences import Codes
-from wapo_analysis.importers.sink import Sink, as_step
+from wapo_analysis.importers.sink import Sink, as_number, as_step
 from wapo_analysis.importers.trl_files import newest_log, read_log
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.table import Array
@@ -64,13 +65,11 @@ def read_official(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> 
 def _arrays(file: Path, report: ImportReport) -> dict[str, Array]:
     report.files += 1
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        # numpy leaves a file open that it cannot read, so it is opened here.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
+    except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
         report.bad_line(file, 1, f"not readable ({str(error).splitlines()[0]})")
-        return {}
-    except Exception as error:  # zipfile raises its own kind
-        report.bad_line(file, 1, f"not readable ({type(error).__name__})")
         return {}
 
 
@@ -175,7 +174,8 @@ def _rewards(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, 
     for file in tree.data("rewards/*_step_*.npy"):
         report.files += 1
         try:
-            values = np.load(file, allow_pickle=False).astype(np.float64)
+            with file.open("rb") as stream:
+                values = np.load(stream, allow_pickle=False).astype(np.float64)
         except (ValueError, OSError, EOFError) as error:
             report.bad_line(file, 1, f"not readable ({str(error).splitlines()[0]})")
             continue

@@ -116,9 +116,11 @@ def _class_cells(counts: StepCounts, gated: bool, report: ImportReport) -> list[
             cells += [(1, regime, -1, kept, kept, None), (0, regime, -1, eligible - kept, 0, None)]
         else:
             cells.append((1, regime, -1, eligible, kept, None))
+            cells += [(0, regime, -1, 0, 0, None)] if exact else []
         negative = counts.bins.get(f"neg_{name}_eligible", 0)
         cells.append((-1, regime, -1, negative, counts.bins.get(f"neg_{name}_kept", 0), None))
-    return [cell for cell in cells if cell[3]]
+    # Zeros stay: a class without tokens is known to be empty, although bin rows lack a regime.
+    return cells
 
 
 def _bin_cells(counts: StepCounts) -> list[_Cell]:

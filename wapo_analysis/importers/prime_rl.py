@@ -46,6 +46,10 @@ _CLIP_NOTE = (
 
 def read_prime_rl(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
     """Read token exports, metrics and traces into a run."""
+    sealed = [file for file in files if file.suffix == ".zst"]
+    if sealed:
+        report.note(f"{len(sealed)} sealed parts of streams are not read; unpack them with zstd -d")
+    files = tuple(file for file in files if file not in sealed)
     exports = [file for file in files if file.name.startswith("rank_")]
     _read_exports(exports, sink, report)
     metrics = [file for file in files if file.name == "metrics.jsonl"]

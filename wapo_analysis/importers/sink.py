@@ -62,7 +62,7 @@ class Sink:
         """Merge columns of the ``steps`` table, or names with a slash, into a step; later wins."""
         row = self._steps.setdefault(step, {"step": step})
         for name, value in values.items():
-            if name in STEPS and name in row and row[name] != value:
+            if name in STEPS and name in row and not _same(row[name], value):
                 self.report.repeated_steps.add(step)
             row[name] = value
         if len(self._steps) > HELD_STEPS:
@@ -195,6 +195,10 @@ class Sink:
         self.report.steps += sum(step > self._written_to for step in self._steps)
         self._written_to = max([self._written_to, *self._steps])
         self._steps = {}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one == other) or (one != one and other != other)  # nan is nan here
 
 
 def as_number(value: Any) -> float | int | None:

@@ -73,7 +73,7 @@ class TableFeed:
             if keys != self._keys:
                 self._flush()
                 self._keys = keys
-            self._held.append(dict(values))
+            self._held.append({theirs: values[theirs] for theirs in taken.values()})
             if len(self._held) >= _BATCH:
                 self._flush()
         elif kind == "rollouts":

@@ -58,7 +58,8 @@ def replicate_line(
     dots = {"marker": "o", "markersize": 3.5, "markevery": alone} if alone else {}
     ax.plot(steps, mean, label=text, **{**dots, **style})
     if runs > 1:
-        low, high = table.min(axis=1).to_numpy(), table.max(axis=1).to_numpy()
+        low, high = table.min(axis=1), table.max(axis=1)
+        low = low.where(low > 0) if positive else low
         ax.fill_between(steps, low, high, color=style.get("color"), alpha=BAND_ALPHA, linewidth=0)
 
 

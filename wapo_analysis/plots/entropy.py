@@ -45,9 +45,9 @@ from wapo_analysis.plots.style import (
     new_figure,
 )
 from wapo_analysis.schema import axis_label
+from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 
-BEGINNING = 10
 BAND = 2.0
 _LOG_FROM = 8.0
 
@@ -58,13 +58,16 @@ def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``label, seed, run, step, entropy, start`` (nats); start is the median of the run's first
-        ten steps with an entropy.
+        ``label, seed, run, step, entropy, start`` (nats); start is the level the run began at, the
+        one its diagnosis judges by.
     """
     frame = step_frame(runs, ("entropy",))
-    early = frame.dropna(subset="entropy").groupby("run").head(BEGINNING)
-    start = frame["run"].map(early.groupby("run")["entropy"].median())
-    return keep_labels(frame.assign(start=start), runs)
+    known = frame.dropna(subset="entropy").groupby("run")
+    levels = {
+        run: Series(part["step"].to_numpy(), part["entropy"].to_numpy()).level
+        for run, part in known
+    }
+    return keep_labels(frame.assign(start=frame["run"].map(levels)), runs)
 
 
 def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -107,13 +110,13 @@ def _beginning_bands(ax: Axes, frame: pd.DataFrame) -> None:
     place = ax.get_yaxis_transform()
     for number, (label, start) in enumerate(starts.items()):
         color = styles[str(label)].color
-        for bound, text, side in (
-            (start * BAND, "twice the beginning", "bottom"),
-            (start / BAND, "half the beginning", "top"),
+        for bound, text in (
+            (start * BAND, "twice the\nbeginning"),
+            (start / BAND, "half the\nbeginning"),
         ):
             ax.axhline(bound, color=color, linestyle=":", linewidth=1.1)
             if number == 0:
-                ax.text(0.01, bound, text, transform=place, va=side, fontsize=8.5)
+                ax.text(1.005, bound, text, transform=place, va="center", fontsize=8.5)
 
 
 def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Exact checkpoints: weights and AdamW state as safetensors, so nothing is ever unpickled.
+"""Exact checkpoints: weights and optimizer state as safetensors, so nothing is ever unpickled.
 
 Prompts and sampling are seeded per step from (seed, step), so no random state needs saving.
 """
@@ -73,6 +73,8 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
     file = folder / _OPTIMIZER
     try:
         tensors = load_file(file, device=str(policy.device))
+        if not tensors and isinstance(optimizer, torch.optim.SGD):
+            return  # without momentum it has no state
         for name, parameter in policy.module.named_parameters():
             entries = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
             step = tensors[f"{name}/step"].cpu()

@@ -69,11 +69,13 @@ class TrainConfig:
     """Rollouts per forward pass; None takes the whole mini-batch. Does not change the update."""
 
     lr: float = 5e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """adamw, or sgd without momentum (betas are then not used)."""
     warmup_steps: int = 0
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """Weight decay of the optimizer."""
     beta1: float = 0.9
     """AdamW beta1."""
     beta2: float = 0.999
@@ -96,17 +98,22 @@ class TrainConfig:
     """Share of rollouts whose token rows are written."""
     rescore_every: int = 10
     """Score tokens again after the update on every n-th step; 0 never."""
+    probe_every: int = 0
+    """Take one update of every n-th step apart by class, see docs/attribution.md; 0 never."""
+    probe_rows: int | None = 32
+    """Rollouts that a probe scores; None takes the whole mini-batch."""
 
     def __post_init__(self) -> None:
         at_least = {
             1: ("steps", "prompts_per_step", "epochs", "minibatches"),
             2: ("rollouts_per_prompt",),
-            0: ("warmup_steps", "checkpoint_every", "token_every", "rescore_every", "seed"),
+            0: ("warmup_steps", "checkpoint_every", "token_every", "rescore_every",
+                "probe_every", "seed"),
         }
         for low, names in at_least.items():
             for name in names:
                 _require(self, name, getattr(self, name) >= low, f"at least {low}")
-        for name in ("max_new_tokens", "max_seq_len", "microbatch_size"):
+        for name in ("max_new_tokens", "max_seq_len", "microbatch_size", "probe_rows"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1")
         for name in ("lr", "temperature"):
@@ -117,6 +124,12 @@ class TrainConfig:
             _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         _require(self, "token_fraction", 0 < self.token_fraction <= 1, "in (0, 1]")
         _require(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        _require(self, "optimizer", self.optimizer in ("adamw", "sgd"), "adamw or sgd")
+        if self.probe_every and self.dtype != "float32":
+            raise UserError(
+                "probe_every needs dtype float32: bfloat16 weights do not resolve the share of "
+                "one class in a step"
+            )
         _require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         rollouts = self.prompts_per_step * self.rollouts_per_prompt
         _require(self, "minibatches", rollouts % self.minibatches == 0, f"a divisor of {rollouts}")

@@ -24,6 +24,7 @@ from wapo_analysis.train.loss import keep_tokens, policy_loss
 from wapo_analysis.train.manifest import new_manifest, resumed_manifest
 from wapo_analysis.train.models import Policy, load_policy, pick_device
 from wapo_analysis.train.objectives import ObjectiveConfig
+from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts, completion_logits
 from wapo_analysis.train.tally import StepTally
 from wapo_analysis.train.tasks import get_task
@@ -99,6 +100,17 @@ def train(
     return policy
 
 
+def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
 def _checkpoint_due(config: TrainConfig, step: int) -> bool:
     every = config.checkpoint_every
     return step == config.steps or (every > 0 and step % every == 0)
@@ -119,6 +131,7 @@ def _recorder(
         token_every=config.token_every,
         token_fraction=config.token_fraction,
         rescore_every=config.rescore_every,
+        probe_every=config.probe_every,
         temperature=config.temperature,
         resume_after=resume_after,
     )
@@ -151,14 +164,10 @@ class Trainer:
         self.objective: ObjectiveConfig = config.objective_config(
             config.max_new_tokens or self.task.max_new_tokens
         )
-        self.parameters = [p for p in policy.module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-        self._captured = 0.0
+        self.parameters: list[Tensor] = [p for p in policy.module.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, config)
+        self.prober = Prober(self.parameters, self.optimizer, config, self._score)
+        self._captured = self._probed = 0.0
 
     def step(self, step: int, recorder: NullRecorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
@@ -188,7 +197,8 @@ class Trainer:
         row |= {"lr": self._lr(step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
         row |= {"seconds_capture": recorder.seconds - self._captured}
-        self._captured = recorder.seconds
+        row |= {"seconds_probe": self.prober.seconds - self._probed}
+        self._captured, self._probed = recorder.seconds, self.prober.seconds
         recorder.end_step(row, rollout_columns(batch), self.policy.texts)
         return row
 
@@ -226,7 +236,9 @@ class Trainer:
             self.parameters, self.config.max_grad_norm or math.inf
         )
         if bool(torch.isfinite(norm)):
+            probe = self.prober.start(step, update.index, recorder)
             self.optimizer.step()
+            probe.finish(watched, float(norm))
         tally.add_update(float(norm))
         if recorder.wants_rescore(step):
             for tokens, rollouts in watched:

@@ -3,7 +3,6 @@
 Shapes: B rollouts of a gradient pass, T completion positions.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +24,11 @@ from wapo_analysis.train.weights import BatchWeights, batch_weights
 
 UNITS_KEY = "wapo_multiplier"
 _MARK = "_wapo_objective"
+_MULTIMODAL = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
+    "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+"""What else the model's forward needs, under the names that TRL's batch and scoring share."""
 
 
 def use_wapo(trainer: Any, *, clip_eps: float = 9.0, max_seq_len: int | None = None) -> Patches:
@@ -48,7 +52,7 @@ def use_wapo(trainer: Any, *, clip_eps: float = 9.0, max_seq_len: int | None = N
     Returns
     -------
     Patches
-        ``close()`` makes it a GRPOTrainer again; also needed by nobody who does not want that.
+        Its ``close()`` makes the trainer a plain GRPOTrainer again; nothing else needs it.
 
     Raises
     ------
@@ -64,7 +68,7 @@ def use_wapo(trainer: Any, *, clip_eps: float = 9.0, max_seq_len: int | None = N
         raise UserError("this trainer is WAPO already; close() what use_wapo returned to go back")
     _check_settings(trainer)
     limit = max_seq_len or _longest(trainer)
-    config = ObjectiveConfig("wapo", clip_eps=clip_eps, max_seq_len=limit)
+    config = ObjectiveConfig(name="wapo", clip_eps=clip_eps, max_seq_len=limit)
     patches = Patches()
     patches.set(trainer, _MARK, config)
     # TRL 0.21 has a flag here, later ones a word.
@@ -91,10 +95,8 @@ def _check_settings(trainer: Any) -> None:
         "top_entropy_quantile": getattr(args, "top_entropy_quantile", 1.0) < 1,
         "off_policy_mask_threshold": getattr(args, "off_policy_mask_threshold", None) is not None,
         "entropy_coef": bool(getattr(trainer, "_entropy_bonus_enabled", False)),
-        "multi_objective_aggregation": getattr(
-            args, "multi_objective_aggregation", "sum_then_normalize"
-        )
-        != "sum_then_normalize",
+        "multi_objective_aggregation": _normalizes_objectives(args),
+        "router_aux_loss_coef": bool(getattr(trainer, "aux_loss_enabled", False)),
     }
     used = [name for name, given in refused.items() if given]
     if used:
@@ -105,6 +107,12 @@ def _check_settings(trainer: Any) -> None:
     hidden = hidden_tensors(trainer)
     if hidden is not None:
         raise UserError(f"WAPO needs per-token log-probabilities, which {hidden} keeps to itself")
+
+
+def _normalizes_objectives(args: Any) -> bool:
+    return str(getattr(args, "multi_objective_aggregation", "sum_then_normalize")) != (
+        "sum_then_normalize"
+    )
 
 
 class _WapoLoss:
@@ -178,33 +186,34 @@ class _WapoLoss:
         out = policy_loss(self._config, logps, old, advantages, mask, keep, weight)
         self._log(mask, entropies, out)
         loss = out.loss * inputs[UNITS_KEY][0].to(out.loss.dtype)
-        if self._trainer_divides():
-            loss = loss * self._trainer.current_gradient_accumulation_steps
-        return loss
+        return loss * self._divisor()
 
     def _constant_weight(self, advantages: Tensor) -> Tensor:
         limit = self._config.max_seq_len
         assert limit is not None
         return torch.full_like(advantages, 1.0 / (self._group_size() * limit))
 
-    def _trainer_divides(self) -> bool:
-        """Whether Trainer.training_step divides the loss by the accumulation steps (TRL 0.21)."""
-        scaled = getattr(self._trainer, "loss_is_scaled_for_ga", None)
+    def _divisor(self) -> float:
+        """Accumulation steps that Trainer (TRL 0.21) or accelerate will divide the loss by.
+
+        accelerate divides with transformers 5.0 to 5.2, where both count the same steps.
+        """
+        trainer = self._trainer
+        if not trainer.model.training:
+            return 1.0
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
         if scaled is None:
-            scaled = getattr(self._trainer, "compute_loss_func", None) is not None
-        return self._trainer.model.training and not scaled
+            scaled = getattr(trainer, "compute_loss_func", None) is not None
+        by_trainer = 1 if scaled else trainer.current_gradient_accumulation_steps
+        deepspeed = str(trainer.accelerator.distributed_type).endswith("DEEPSPEED")
+        by_accelerate = 1 if deepspeed else trainer.accelerator.gradient_accumulation_steps
+        return float(by_trainer * by_accelerate)
 
     def _score(self, model: Any, inputs: Any) -> tuple[Tensor, Tensor | None]:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         score = getattr(self._trainer, SCORER)
-        # Images and the like go where TRL's own loss sends them: by name.
-        own = {"model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"}
-        extra = {
-            name: inputs[name]
-            for name in inspect.signature(score).parameters
-            if name not in own and name in inputs
-        }
+        extra = {name: inputs[name] for name in _MULTIMODAL if name in inputs}
         width = inputs["completion_ids"].shape[1]
         scored = score(model, ids, attention, width, compute_entropy=True, **extra)
         logps, entropies = logps_and_entropies(scored)

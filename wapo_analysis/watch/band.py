@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.policy import FALL, FALL_UNPAID, MIN_RISE, RISE, SIGMAS
+from wapo_analysis.diagnose.policy import FALL, FALL_LOST, FALL_UNPAID, MIN_RISE, RISE, SIGMAS
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ def entropy_band(context: Context) -> Band | None:
     level = series.level
     least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
     most = level - SIGMAS * series.gap_noise
-    deep = FALL[1] if context.reward is not None else FALL_UNPAID
+    reward = context.reward
+    deep = FALL_UNPAID if reward is None else FALL_LOST if reward.lost else FALL[1]
     return Band(
         level=level,
         low=min(FALL[0] * level, most),

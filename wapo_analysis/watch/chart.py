@@ -74,12 +74,13 @@ def line_chart(
 
     cells = np.zeros((height, width), np.int64)
     hot = np.zeros((height, width), bool)
+    top, bottom = dot(min(safe[1], high)), dot(max(safe[0], low))
     before = dot(float(drawn[0]))
     for x, value in enumerate(drawn):
         here = dot(float(value))
         for y in range(min(before, here), max(before, here) + 1):
             cells[y // 4, x // 2] |= _DOTS[y % 4][x % 2]
-            hot[y // 4, x // 2] |= not safe[0] <= value <= safe[1]
+            hot[y // 4, x // 2] |= not top <= y <= bottom
         before = here
     lines = {dot(r.value) // 4: r for r in rules if low <= r.value <= high}
     return [

@@ -14,6 +14,9 @@ from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.notify import Notifier
 from wapo_analysis.watch.view import one_line, render
 
+_OTHER_ROWS = 26
+"""Rows of the view that are no chart."""
+
 
 def find_run(path: Path) -> Path:
     """Folder of the one run at or below a path.
@@ -59,8 +62,8 @@ class Watcher:
         """The run is no longer being written."""
         return self.run is not None and self.run.manifest.get("status", "running") != "running"
 
-    def view(self, width: int, height: int = 7) -> RenderableType:
-        """Return the view of the last refresh."""
+    def view(self, width: int, height: int | None = None) -> RenderableType:
+        """Return the view of the last refresh; it fits ``height`` rows if that is given."""
         assert self.run is not None
         assert self.diagnosis is not None
         failure = self.notifier.failure if self.notifier is not None else None
@@ -70,7 +73,8 @@ class Watcher:
             width=width,
             written=self.tail.last_written(),
             notes=[*self.tail.notes, *([failure] if failure else [])],
-            height=height,
+            height=7 if height is None else min(max((height - _OTHER_ROWS) // 2, 3), 10),
+            brief=height is not None,
         )
 
     def line(self) -> str:
@@ -145,7 +149,7 @@ def _wait_for(path: Path, console: Console, interval: float) -> None:
 
 def _watch_live(watcher: Watcher, console: Console, interval: float) -> None:
     def view() -> RenderableType:
-        return watcher.view(console.width, height=_chart_height(console))
+        return watcher.view(console.width, console.height)
 
     with Live(view(), console=console, screen=False, auto_refresh=False) as live:
         while not watcher.ended:
@@ -163,8 +167,3 @@ def _watch_lines(watcher: Watcher, console: Console, interval: float) -> None:
             return
         sleep(interval)
         changed = watcher.refresh()
-
-
-def _chart_height(console: Console) -> int:
-    """Rows of a chart, such that the whole view fits a terminal of this height."""
-    return min(max((console.height - 22) // 2, 3), 10)

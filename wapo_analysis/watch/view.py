@@ -36,6 +36,7 @@ def render(
     written: float | None = None,
     notes: Sequence[str] = (),
     height: int = 7,
+    brief: bool = False,
 ) -> RenderableType:
     """Build the view of a run as it is now.
 
@@ -52,6 +53,8 @@ def render(
         One line each, shown at the end.
     height : int
         Rows of each chart.
+    brief : bool
+        One row for each finding, so that the number of rows stays the same.
     """
     context = Context(run)
     inner = max(width - 4, 40)
@@ -60,10 +63,10 @@ def render(
         *_reward(context, inner - _LABELS, height),
         *_entropy(context, inner - _LABELS, height),
         *_classes(context, inner),
-        *_verdict(diagnosis),
-        *(Text(note, "yellow") for note in notes[-3:]),
+        *_verdict(diagnosis, brief),
+        *(Text(_clean(note), "yellow") for note in notes[-3:]),
     ]
-    return Panel(Group(*parts), title=Text(f"wapo watch {run.name}"), title_align="left")
+    return Panel(Group(*parts), title=Text(f"wapo watch {_clean(run.name)}"), title_align="left")
 
 
 def one_line(run: Run, diagnosis: Diagnosis) -> str:
@@ -75,11 +78,11 @@ def one_line(run: Run, diagnosis: Diagnosis) -> str:
         series = context.series(column)
         if len(series):
             shown.append(f"{column} {series.values[-1]:.3g}{unit}")
-    return f"{run.name}: {', '.join(shown)}, {VERDICT_WORDS[diagnosis.verdict]}"
+    return f"{_clean(run.name)}: {', '.join(shown)}, {VERDICT_WORDS[diagnosis.verdict]}"
 
 
 def _header(run: Run, written: float | None) -> Text:
-    status = str(run.manifest.get("status", "?"))
+    status = _clean(str(run.manifest.get("status", "?")))
     steps = run.steps
     total = run.manifest.get("config", {}).get("steps")
     done = int(steps["step"].iloc[-1]) if len(steps) else 0
@@ -91,7 +94,12 @@ def _header(run: Run, written: float | None) -> Text:
         text.append(f"  {seconds:.3g} s a step")
     if status == "running" and written is not None:
         text.append(f"  last written {_ago(time() - written)} ago")
-    return text.append(f"  {run.objective}", "dim")
+    return text.append(f"  {_clean(run.objective)}", "dim")
+
+
+def _clean(text: str) -> str:
+    """Text of a run without anything that could steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _ago(seconds: float) -> str:
@@ -148,7 +156,10 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
     last = np.sort(totals["step"].unique())[-LAST_STEPS:]
     recent = totals[totals["step"].isin(last) & totals["cls"].isin(range(len(tax.CLASSES)))]
     if recent.empty:
-        return [Text("\nclasses: no token statistics were recorded", "dim")]
+        codes = totals.loc[totals["step"].isin(last), "cls"]
+        idle = len(codes) and codes.eq(tax.CLASS_CODES[tax.NONE]).all()
+        why = "every advantage is zero" if idle else "no token statistics were recorded"
+        return [Text(f"\nclasses: {why}", "dim")]
     columns = ["tokens", "grad_mass", "pred_dentropy_sum"]
     sums = recent.groupby("cls")[columns].sum(min_count=1)
     by_class = sums.reindex(range(len(tax.CLASSES))).fillna(0.0).to_numpy(np.float64)
@@ -167,7 +178,7 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
     return [Text(f"\nclasses, {window}", "bold"), table]
 
 
-def _verdict(diagnosis: Diagnosis) -> list[RenderableType]:
+def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
     calm = diagnosis.verdict in ("healthy", "insufficient_data")
     title = Text("\nverdict: ", "bold")
     title.append(VERDICT_WORDS[diagnosis.verdict], "bold green" if calm else "bold red")
@@ -180,7 +191,8 @@ def _verdict(diagnosis: Diagnosis) -> list[RenderableType]:
         title.append(f" ({driver.share:.0%} of the push)")
     lines: list[RenderableType] = [title, Text(diagnosis.sentence)]
     for finding in diagnosis.findings[:_MAX_FINDINGS]:
-        line = Text(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
+        line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
+        line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
         line.append(f" at step {finding.step}: {finding.advice}", "default")
         lines.append(line)
     more = len(diagnosis.findings) - _MAX_FINDINGS

@@ -1,0 +1,372 @@
+"""verl: the adapter on tensors of the documented shapes, and on the real package where installed.
+
+The second half needs ``verl==0.9.1``, which imports without a GPU; it runs the real registry,
+``ppo_loss`` and ``TrainingWorker.train_mini_batch`` on a toy policy. Its own pins hold back
+transformers, so it goes into an environment of its own:
+
+    pip install --no-deps verl==0.9.1
+    pip install ray "tensordict<=0.10" hydra-core codetiming dill pylatexenc torchdata uvicorn
+    pip install tensorboard pydantic fastapi cachetools peft accelerate datasets
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from wapo_analysis.capture.torch_loop import Recorder
+from wapo_analysis.capture.verl import PREFIX, VerlWatcher, watch_verl, watched
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import open_run
+
+ENGINE = SimpleNamespace(
+    is_mp_src_rank_with_outputs=lambda: True,
+    get_data_parallel_rank=lambda: 0,
+    get_data_parallel_size=lambda: 1,
+    get_data_parallel_group=lambda: None,
+    train_mode=lambda **_: nullcontext(),
+)
+
+
+# ---- tensors of the documented shapes -----------------------------------------------------------
+
+
+def clipped_loss(
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    ratio = (log_prob - old_log_prob).exp()
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    if rollout_is_weights is not None:
+        loss = loss * rollout_is_weights
+    dp_size = (config.global_batch_info if config else {}).get("dp_size", 1)
+    return (loss * response_mask).sum() / response_mask.sum() * dp_size, {"seen": 1.0}
+
+
+class Data(dict[str, Any]):
+    """Stands in for a TensorDict: entries by key and a batch size."""
+
+    batch_size = (4,)
+
+
+def batch(seed: int = 0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(4, 6)
+    mask[1, 4:] = 0
+    logp = -torch.rand(4, 6, generator=generator, dtype=torch.float64)
+    return {
+        "log_prob": logp.requires_grad_(),
+        "old_log_prob": logp.detach() + 0.3 * torch.randn(4, 6, generator=generator),
+        "advantages": torch.randn(4, 1, generator=generator).expand(4, 6) * mask,
+        "response_mask": mask.bool(),
+    }
+
+
+@pytest.fixture
+def watcher(tmp_path: Path) -> Iterator[VerlWatcher]:
+    watcher = VerlWatcher(lambda rank, t: Recorder(tmp_path / "r", rank=rank, temperature=t))
+    yield watcher
+    if watcher.recorder is not None:
+        watcher.recorder.close()
+
+
+@pytest.mark.parametrize("dp_size", [1, 4])
+def test_a_watched_loss_is_the_loss_and_its_gradient_is_recorded(
+    tmp_path: Path, watcher: VerlWatcher, dp_size: int
+) -> None:
+    config = SimpleNamespace(global_batch_info={"dp_size": dp_size})
+    weights = torch.ones(4, 6)
+    weights[3] = 0
+    tensors = batch()
+    plain, _ = clipped_loss(**tensors, config=config, rollout_is_weights=weights)
+    (expected,) = torch.autograd.grad(plain, tensors["log_prob"])
+    watcher.begin_step(ENGINE, Data())
+    seen = batch()
+    loss, metrics = watched(clipped_loss, watcher)(
+        **seen, config=config, rollout_is_weights=weights
+    )
+    loss.backward()
+    watcher.end_step()
+    assert (loss.item(), metrics) == (plain.item(), {"seen": 1.0})
+    assert torch.equal(seen["log_prob"].grad, expected)
+    assert watcher.failure is None
+    assert watcher.recorder is not None
+    tokens = open_run(tmp_path / "r").tokens()
+    chosen = seen["response_mask"]
+    np.testing.assert_allclose(tokens.coef, -expected[chosen] / dp_size, rtol=4e-5)
+    np.testing.assert_allclose(tokens.advantage, seen["advantages"][chosen], rtol=4e-5)
+    assert tokens.kept.tolist() == (weights[chosen] != 0).tolist()
+    stopped = (expected[chosen] == 0) & (weights[chosen] != 0)
+    assert 0 < int(stopped.sum()) < len(stopped)
+    assert tokens.clipped.tolist() == stopped.tolist()
+    assert set(tokens.group) == set(tokens.token_id) == set(tokens.cls) == {-1}
+
+
+def test_evaluation_and_other_processes_are_not_recorded(
+    tmp_path: Path, watcher: VerlWatcher
+) -> None:
+    loss = watched(clipped_loss, watcher)
+    loss(**batch())
+    silent = SimpleNamespace(**vars(ENGINE) | {"is_mp_src_rank_with_outputs": lambda: False})
+    watcher.begin_step(silent, Data())
+    loss(**batch())
+    watcher.end_step()
+    assert watcher.recorder is None
+    watcher.begin_step(ENGINE, Data())
+    with torch.no_grad():
+        loss(**batch() | {"log_prob": batch()["log_prob"].detach()})
+    watcher.end_step()
+    assert open_run(tmp_path / "r").steps.empty
+
+
+def test_positional_arguments_as_in_the_documented_signature(watcher: VerlWatcher) -> None:
+    watcher.begin_step(ENGINE, Data())
+    b = batch()
+    watched(clipped_loss, watcher)(
+        b["old_log_prob"], b["log_prob"], b["advantages"], b["response_mask"], "token-mean", None
+    )
+    assert watcher.failure is None
+    assert watcher.recorder is not None
+    assert watcher.recorder.watching
+
+
+def test_a_folder_that_cannot_be_used_warns_once_and_trains_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Recorder(tmp_path / "r").close()
+    watcher = VerlWatcher(lambda rank, t: Recorder(tmp_path / "r", rank=rank, temperature=t))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            watcher.begin_step(ENGINE, Data())
+            watched(clipped_loss, watcher)(**batch())[0].backward()
+            watcher.end_step()
+    assert len(caplog.records) == 1
+    assert "already holds a run" in caplog.text
+
+
+def test_without_verl_the_mistake_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "verl", None)
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", None)
+    with pytest.raises(UserError, match=r"verl 0\.9\.1 is needed"):
+        watch_verl("nowhere")
+
+
+# ---- the real package ---------------------------------------------------------------------------
+
+VOCAB, PROMPT, RESPONSE, ROWS = 13, 3, 5, 8
+
+
+@pytest.fixture
+def verl() -> Any:
+    return pytest.importorskip("verl", reason="verl==0.9.1 is not installed")
+
+
+@pytest.fixture
+def watch(verl: Any, tmp_path: Path) -> Iterator[Any]:
+    handle = watch_verl(str(tmp_path / "run"), {"label": "verl"}, token_every=1)
+    yield handle
+    handle.close()
+
+
+def rollouts() -> Any:
+    """A step of ROWS rollouts as the driver sends it: dense tensors and plain entries."""
+    from verl.utils import tensordict_utils as tu
+
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor([5, 4, 5, 3, 5, 5, 2, 5])
+    mask = (torch.arange(RESPONSE) < lengths[:, None]).long()
+    prompts = torch.randint(VOCAB, (ROWS, PROMPT), generator=generator)
+    responses = torch.randint(VOCAB, (ROWS, RESPONSE), generator=generator) * mask
+    reward = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
+    scores = torch.zeros(ROWS, RESPONSE)
+    scores[torch.arange(ROWS), lengths - 1] = reward
+    advantages = (reward.view(4, 2) - reward.view(4, 2).mean(1, keepdim=True)).reshape(-1, 1)
+    tensors = {
+        "prompts": prompts,
+        "responses": responses,
+        "attention_mask": torch.cat([torch.ones(ROWS, PROMPT, dtype=torch.long), mask], 1),
+        "response_mask": mask,
+        "old_log_probs": -2.5 + 0.3 * torch.randn(ROWS, RESPONSE, generator=generator),
+        "advantages": advantages * mask,
+        "token_level_scores": scores,
+        "uid": [f"prompt-{i // 2}" for i in range(ROWS)],
+    }
+    plain = {
+        "temperature": 1.0, "max_response_len": RESPONSE, "mini_batch_size": 4, "epochs": 2,
+        "dataloader_kwargs": {"shuffle": True}, "dp_size": 1, "batch_num_tokens": None,
+        "global_batch_size": None,
+    }  # fmt: skip
+    return tu.get_tensordict(tensors, plain)
+
+
+def toy_worker(loss_mode: str) -> Any:
+    """A real TrainingWorker around a bigram policy, without Ray, processes or a GPU."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.config.actor import PolicyLossConfig
+    from verl.workers.engine_workers import TrainingWorker
+    from verl.workers.utils.losses import ppo_loss
+
+    torch.manual_seed(0)
+    table = torch.nn.Parameter(0.5 * torch.randn(VOCAB, VOCAB))
+    optimizer = torch.optim.SGD([table], lr=5.0)
+    config = FSDPActorConfig(
+        strategy="fsdp",
+        rollout_n=2,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=0.1),
+    )
+
+    def forward(micro: Any) -> dict[str, Tensor]:
+        ids = torch.cat([micro["prompts"], micro["responses"]], 1)
+        keep = micro["attention_mask"].bool()
+        full = table[ids].log_softmax(-1)
+        following = ids.roll(-1, dims=1)
+        flat = full.gather(-1, following[..., None])[..., 0][keep]
+        return {
+            "log_probs": flat,
+            "entropy": -(full.exp() * full).sum(-1)[keep].detach(),
+            "sum_pi_squared": full.exp().square().sum(-1)[keep].detach(),
+        }
+
+    def train_batch(data: Any) -> Any:
+        optimizer.zero_grad()
+        for micro in data.split(2):
+            loss, _ = worker.loss_fn(model_output=forward(micro), data=micro, dp_group=None)
+            loss.backward()
+        optimizer.step()
+        return tu.get_tensordict({}, {"metrics": {}})
+
+    worker = TrainingWorker.__new__(TrainingWorker)
+    worker.engine = ENGINE
+    worker.profiler = SimpleNamespace(step=lambda: None)
+    worker.train_batch = train_batch
+    worker.table = table
+    worker.set_loss_fn(partial(ppo_loss, config=config))
+    return worker
+
+
+LOSSES = ("vanilla", "gspo", "gpg", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl", "dro")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_real_verl_trains_bitwise_the_same_and_tokens_keep_their_identity(
+    name: str, verl: Any, tmp_path: Path
+) -> None:
+    alone = toy_worker(name)
+    for _ in range(2):
+        alone.train_mini_batch(rollouts())
+    handle = watch_verl(str(tmp_path / "run"), token_every=1)
+    try:
+        seen = toy_worker(PREFIX + name)
+        for _ in range(2):
+            seen.train_mini_batch(rollouts())
+        assert handle.watcher.failure is None
+        assert handle.watcher.recorder is not None
+        assert handle.watcher.recorder.failure is None
+    finally:
+        handle.close()
+    assert torch.equal(alone.table, seen.table)
+    run = open_run(tmp_path / "run")
+    assert run.steps.step.tolist() == [1, 2]
+    assert run.steps.reward.tolist() == [0.5, 0.5]
+    assert run.steps.entropy.notna().all()
+    step, tokens = rollouts(), run.tokens([1])
+    lengths = step["response_mask"].sum(1).tolist()
+    assert len(tokens) == 2 * sum(lengths), "two epochs"
+    assert (tokens[tokens.advantage != 0].cls >= 0).all(), "classes from sum p^2"
+    assert tokens.coef.notna().all()
+    for row in tokens.itertuples():
+        assert row.token_id == step["responses"][row.rollout, row.position]
+        assert row.logp_old == pytest.approx(
+            float(step["old_log_probs"][row.rollout, row.position]), rel=4e-5
+        )
+    groups = run.rollouts[run.rollouts.step == 1].group.to_numpy()
+    assert (groups[::2] == groups[1::2]).all()
+    assert len(set(groups)) == 4
+    assert run.rollouts[run.rollouts.step == 1].length.tolist() == lengths
+
+
+def test_real_vanilla_coefficients_are_the_hand_computed_ones(watch: Any, tmp_path: Path) -> None:
+    worker = toy_worker("wapo_vanilla")
+    table = worker.table.detach().clone()
+    worker.train_mini_batch(rollouts())
+    watch.close()
+    tokens = open_run(tmp_path / "run").tokens()
+    first = tokens[tokens.minibatch < 2]
+    step = rollouts()
+    ids = torch.cat([step["prompts"], step["responses"]], 1)
+    for _, micro in first.groupby("minibatch"):
+        rows = torch.tensor(micro.rollout.to_numpy())
+        places = torch.tensor(micro.position.to_numpy())
+        before = ids[rows, PROMPT + places - 1]
+        logp = table[before].log_softmax(-1).gather(-1, ids[rows, PROMPT + places][:, None])[:, 0]
+        ratio = (logp - step["old_log_probs"][rows, places]).exp()
+        advantage = step["advantages"][rows, places]
+        clip = ((advantage > 0) & (ratio > 1.2)) | ((advantage < 0) & (ratio < 0.8))
+        clip |= (advantage < 0) & (ratio > 3)  # the dual clip
+        expected = torch.where(clip, 0.0, ratio * advantage) / len(micro)
+        np.testing.assert_allclose(micro.coef, expected, rtol=1e-4, atol=1e-7)
+        assert micro.clipped.tolist() == (clip & (advantage != 0)).tolist()
+        assert micro.kept.all()
+
+
+def test_closing_restores_verl_and_watching_twice_is_refused(watch: Any) -> None:
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+    from verl.workers.engine_workers import TrainingWorker
+
+    assert {PREFIX + name for name in LOSSES} <= set(POLICY_LOSS_REGISTRY)
+    with pytest.raises(UserError, match="already watched"):
+        watch_verl("elsewhere")
+    step = TrainingWorker.train_mini_batch
+    watch.close()
+    watch.close()
+    assert not any(name.startswith(PREFIX) for name in POLICY_LOSS_REGISTRY)
+    assert TrainingWorker.train_mini_batch is not step
+    assert step.__wrapped__ is TrainingWorker.train_mini_batch
+    dispatch = {k: v for k, v in vars(step).items() if k != "__wrapped__"}
+    assert (
+        dispatch.items()
+        >= {
+            k: v for k, v in vars(TrainingWorker.train_mini_batch).items() if k != "__wrapped__"
+        }.items()
+    ), "verl finds its dispatch marks on the wrapper"
+
+
+def test_the_plugin_reads_the_environment(verl: Any, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import wapo_analysis.capture.verl_plugin as p; print(sorted(p.WATCH.names)[0]); "
+        "from verl.trainer.ppo.core_algos import get_policy_loss_fn as g; g('wapo_vanilla')"
+    )
+    base = {k: v for k, v in os.environ.items() if not k.startswith("WAPO_")}
+    base["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+    def start(**given: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], env={**base, **given}, text=True, capture_output=True,
+            check=False,
+        )  # fmt: skip
+
+    assert "wapo_bypass_mode" in start(WAPO_RUN=str(tmp_path / "r")).stdout
+    assert "set WAPO_RUN to the run folder" in start().stderr
+    wrong = start(WAPO_RUN=str(tmp_path / "r"), WAPO_TOKEN_EVERY="many")
+    assert "must be numbers" in wrong.stderr

@@ -1,0 +1,293 @@
+"""Watching verl 0.9.1 through its own registry of policy losses.
+
+verl calls a policy loss once per micro-batch with (B, T) tensors, ``log_prob`` on the autograd
+graph. A watched loss is the registered one with a look at these tensors: same arguments, same
+result, and the gradient that reaches ``log_prob`` is the exact -coef, KL term included.
+
+Shapes: B rollouts of a micro-batch, T response positions, n rollouts of a step on this process.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, wraps
+from importlib import import_module
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.torch_loop import Recorder
+from wapo_analysis.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PREFIX = "wapo_"
+"""Watched losses are registered as ``wapo_vanilla``, ``wapo_gspo``, ..."""
+_ROW = "wapo_row"
+
+PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
+
+
+def watched(loss: PolicyLoss, watcher: "VerlWatcher") -> PolicyLoss:
+    """Return a policy loss that shows its tensors to a watcher; its result is untouched.
+
+    Parameters
+    ----------
+    loss : callable
+        Registered policy loss: ``old_log_prob``, ``log_prob``, ``advantages``, ``response_mask``
+        of shape (B, T), ``rollout_is_weights`` (B, T) or None, ``config`` and others.
+    watcher : VerlWatcher
+    """
+
+    @wraps(loss)
+    def policy_loss(
+        old_log_prob: Tensor, log_prob: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        names = ("advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        watcher.see(old_log_prob, log_prob, given)
+        return loss(old_log_prob, log_prob, *args, **kwargs)
+
+    return policy_loss
+
+
+def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
+    """A watcher that fails says so once and is out of the way; training goes on."""
+
+    @wraps(method)
+    def wrapper(self: "VerlWatcher", *args: Any, **kwargs: Any) -> None:
+        if self.failure is None:
+            try:
+                method(self, *args, **kwargs)
+            except Exception as error:
+                self.failure = f"{type(error).__name__}: {error}"
+                log.warning("watching verl stopped (%s); training goes on", self.failure)
+
+    return wrapper
+
+
+class VerlWatcher:
+    """What one actor process knows of the step it is in.
+
+    Parameters
+    ----------
+    open_recorder : callable
+        Called at the first step with rank and temperature.
+
+    Attributes
+    ----------
+    recorder : Recorder or None
+        None before the first step, and on processes whose tokens another process records.
+    failure : str or None
+        Why watching stopped.
+    """
+
+    def __init__(self, open_recorder: Callable[[int, float], Recorder]) -> None:
+        self._open = open_recorder
+        self.recorder: Recorder | None = None
+        self.failure: str | None = None
+        self._step = 0
+        self._first = 0
+        self._active = False
+        self._groups: Tensor | None = None
+        self._rewards: Tensor | None = None
+        self._micro: dict[str, Any] = {}
+
+    @_never_raises
+    def begin_step(self, engine: Any, data: Any) -> None:
+        """Take identity and rewards of the n rollouts of a step before its updates.
+
+        Parameters
+        ----------
+        engine : verl engine
+            Says which processes share their data.
+        data : TensorDict, batch size n
+            A column that numbers the rows is added; it survives shuffling and splitting.
+        """
+        if not engine.is_mp_src_rank_with_outputs():
+            return
+        rank, count = int(engine.get_data_parallel_rank()), int(data.batch_size[0])
+        if self.recorder is None:
+            self.recorder = self._open(rank, float(_plain(data, "temperature", 1.0)))
+        step = _plain(data, "global_steps", None)
+        self._step = step if isinstance(step, int) else self._step + 1
+        self._first, self._active = rank * count, True
+        data[_ROW] = torch.arange(count)
+        uid, scores = _plain(data, "uid", None), data.get("token_level_scores", None)
+        # Names of prompts become numbers that agree between processes and runs.
+        numbers = None if uid is None else [crc32(str(u).encode()) & 0x7FFFFFFF for u in uid]
+        self._groups = None if numbers is None else torch.tensor(numbers)
+        self._rewards = None if scores is None else _dense(scores).sum(-1).cpu()
+
+    @contextmanager
+    def micro_batch(self, model_output: Mapping[str, Any], data: Any) -> Iterator[None]:
+        """Know tokens, identity and statistics of a micro-batch while its loss is computed."""
+        self._micro = {}
+        if self._active:
+            self._gather(model_output, data)
+        try:
+            yield
+        finally:
+            self._micro = {}
+
+    @_never_raises
+    def _gather(self, model_output: Mapping[str, Any], data: Any) -> None:
+        padding = import_module("verl.workers.utils.padding")
+        micro: dict[str, Any] = {"tokens": _dense(data["responses"])}
+        if _ROW in data:
+            rows = data[_ROW].cpu()
+            micro["rollouts"] = rows + self._first
+            micro["groups"] = None if self._groups is None else self._groups[rows]
+        for name, given in (("entropy", "entropy"), ("collision", "sum_pi_squared")):
+            values = model_output.get(given)
+            if values is not None:
+                micro[name] = padding.no_padding_2_padding(values.detach(), data)
+        self._micro = micro
+
+    @_never_raises
+    def see(self, old_log_prob: Tensor, log_prob: Tensor, given: Mapping[str, Any]) -> None:
+        """Look at the tensors of one call of a policy loss."""
+        if self.recorder is None or not (self._active and log_prob.requires_grad):
+            return
+        weights, config = given.get("rollout_is_weights"), given.get("config")
+        mask, micro = given["response_mask"], dict(self._micro)
+        shape = log_prob.shape
+        tokens = micro.pop("tokens", None)
+        spread = getattr(config, "global_batch_info", None) or {}
+        self.recorder.watch_batch(
+            log_prob,
+            None if tokens is None else _fit(tokens, shape),
+            mask,
+            given["advantages"],
+            micro.pop("groups", None),
+            logp_old=old_log_prob,
+            # What importance weights of zero leave out is not kept; what is idle beyond that was
+            # stopped by the loss itself.
+            kept=torch.ones_like(mask, dtype=torch.bool) if weights is None else weights != 0,
+            # verl multiplies by the number of data-parallel processes that average gradients.
+            loss_scale=float(spread.get("dp_size") or 1),
+            **micro,
+        )
+
+    @_never_raises
+    def end_step(self) -> None:
+        """Write the step, unless no policy loss was called in it (a critic's update)."""
+        active, self._active = self._active, False
+        if active and self.recorder is not None and self.recorder.watching:
+            self.recorder.finish_step(self._step, reward=self._rewards)
+
+
+def _plain(data: Any, key: str, default: Any) -> Any:
+    """Entry of a TensorDict that is no tensor, unwrapped."""
+    if key not in data:
+        return default
+    return import_module("verl.utils.tensordict_utils").get(data, key, default)
+
+
+def _dense(values: Tensor) -> Tensor:
+    return values.to_padded_tensor(0) if values.is_nested else values
+
+
+def _fit(tokens: Tensor, shape: torch.Size) -> Tensor:
+    """Token ids padded or cut to the width of the log-probabilities."""
+    return torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
+
+
+class VerlWatch:
+    """Watched losses in verl's registry; ``close()`` takes them out again.
+
+    Attributes
+    ----------
+    watcher : VerlWatcher
+    names : list of str
+        Names to give as ``actor.policy_loss.loss_mode``.
+    """
+
+    def __init__(self, watcher: VerlWatcher, names: list[str], patches: Patches) -> None:
+        self.watcher, self.names, self._patches = watcher, names, patches
+
+    def close(self, status: str = "finished") -> None:
+        """Restore verl and end the run; may be called twice."""
+        if self._patches.closed:
+            return
+        self._patches.close()
+        if self.watcher.recorder is not None:
+            self.watcher.recorder.close(status)
+
+
+def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings: Any) -> VerlWatch:
+    """Register a watched form of every policy loss of verl, for this process.
+
+    Parameters
+    ----------
+    path : str
+        Run folder, on a disk that all actor processes share.
+    manifest : mapping, optional
+        Entries of the manifest.
+    **settings
+        ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.capture.torch_loop.Recorder`.
+
+    Returns
+    -------
+    VerlWatch
+        Choose the loss with ``actor.policy_loss.loss_mode=wapo_vanilla`` (or another name).
+
+    Raises
+    ------
+    UserError
+        If verl is absent, has no such registry, or is watched already.
+
+    Notes
+    -----
+    Class needs sum p^2 per token: ``model_output["sum_pi_squared"]``, where the engine gives it.
+    Without it the class is unknown; coef, ratio, clip and (with ``actor.calculate_entropy=True``)
+    entropy are recorded.
+    """
+    try:
+        core = import_module("verl.trainer.ppo.core_algos")
+        worker = import_module("verl.workers.engine_workers").TrainingWorker
+        registry, register = core.POLICY_LOSS_REGISTRY, core.register_policy_loss
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"verl 0.9.1 is needed to watch it: {error}") from error
+    if any(name.startswith(PREFIX) for name in registry):
+        raise UserError("verl is already watched in this process; close that watch first")
+
+    def open_recorder(rank: int, temperature: float) -> Recorder:
+        described = {"source": "verl", **(manifest or {})}
+        return Recorder(path, described, rank=rank, temperature=temperature, **settings)
+
+    watcher, patches = VerlWatcher(open_recorder), Patches()
+    names = []
+    for name, loss in list(registry.items()):
+        register(PREFIX + name)(watched(loss, watcher))
+        patches.on_close(partial(registry.pop, PREFIX + name, None))
+        names.append(PREFIX + name)
+    patches.set(worker, "train_mini_batch", _around_step(worker.train_mini_batch, watcher))
+    patches.set(worker, "set_loss_fn", _around_loss(worker.set_loss_fn, watcher))
+    return VerlWatch(watcher, names, patches)
+
+
+def _around_step(original: Callable[..., Any], watcher: VerlWatcher) -> Callable[..., Any]:
+    @wraps(original)
+    def train_mini_batch(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        watcher.begin_step(self.engine, data)
+        output = original(self, data, *args, **kwargs)
+        watcher.end_step()
+        return output
+
+    return train_mini_batch
+
+
+def _around_loss(original: Callable[..., Any], watcher: VerlWatcher) -> Callable[..., Any]:
+    @wraps(original)
+    def set_loss_fn(self: Any, loss_fn: Callable[..., Any]) -> Any:
+        def loss(model_output: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+            with watcher.micro_batch(model_output, data):
+                return loss_fn(*args, model_output=model_output, data=data, **kwargs)
+
+        return original(self, loss)
+
+    return set_loss_fn

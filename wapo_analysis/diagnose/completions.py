@@ -1,0 +1,132 @@
+"""Detectors of what the policy writes: cut off, repetitive, longer or shorter, always the same."""
+
+import numpy as np
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.levels import LEVEL_SIGMAS, lasting, level_finding, risen
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.series import Series
+
+DRIFT = 0.15
+HALF = 0.5
+LENGTH_RATIO = 1.5
+"""Ratio to the beginning, either way, at which the length has drifted."""
+SAME = 0.25
+"""Rise of the share of answers that other prompts got too."""
+DAPO = "arXiv:2503.14476 (DAPO)"
+LENGTH_BIAS = "arXiv:2503.20783 (length bias of GRPO); arXiv:2503.14476 (DAPO)"
+TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"
+GAMING = "arXiv:2209.13085 (reward hacking); reward-doctor and other verifier audits"
+
+
+def find_truncation(context: Context) -> list[Finding]:
+    """Ever more completions are cut at the length limit, or most of them are."""
+    series = context.series("truncated")
+    return level_finding(
+        series,
+        risen(series, DRIFT, HALF),
+        name="truncation_drift",
+        severity="warning",
+        what="Many completions are cut at the limit",
+        advice="Raise max_new_tokens if they are sound; if they ramble, entropy is the cause: see "
+        "the other findings.",
+        reference=DAPO,
+    )
+
+
+def find_repetition(context: Context) -> list[Finding]:
+    """Completions repeat themselves ever more."""
+    series = context.series("repetition")
+    return level_finding(
+        series,
+        risen(series, DRIFT, HALF),
+        name="repetition_drift",
+        severity="warning",
+        what="Completions repeat themselves",
+        advice="Read completions of these steps; lower lr, or take neg_valley out (exclude_bins = "
+        "neg_valley), which feeds what is already dominant.",
+        reference=TAXONOMY,
+    )
+
+
+def find_length_drift(context: Context) -> list[Finding]:
+    """Completions end 1.5 times longer or shorter than they began.
+
+    Growth that the reward pays for is an info: long reasoning is what it may be learning. Shorter
+    answers with more reward are a warning, as a verifier that can be fooled is fooled that way.
+    """
+    series = context.series("length")
+    if series.level <= 0:
+        return []
+    least = LEVEL_SIGMAS * series.gap_noise
+    longer = lasting(
+        series, series.smooth >= max(LENGTH_RATIO * series.level, series.level + least)
+    )
+    shorter = lasting(
+        series, series.smooth <= min(series.level / LENGTH_RATIO, series.level - least)
+    )
+    begin = longer if longer is not None else shorter
+    reward = context.reward
+    paid = reward is not None and reward.improved
+    return level_finding(
+        series,
+        begin,
+        name="length_drift",
+        severity="info" if longer is not None and paid else "warning",
+        what=f"Completions are ever {'longer' if longer is not None else 'shorter'}",
+        advice=_length_advice(longer is not None, paid),
+        reference=LENGTH_BIAS,
+        share=False,
+        evidence={"ratio": series.end / series.level},
+    )
+
+
+def _length_advice(longer: bool, paid: bool) -> str:
+    if longer:
+        return (
+            "Fine while the reward rises; watch truncation, and max_new_tokens for cost."
+            if paid
+            else "Use a loss without length bias (objective = dr_grpo, or loss_mean_level = "
+            "global), and read the longest completions: nothing is gained by their length."
+        )
+    return (
+        "Read completions: if the reward rises while the work disappears, the verifier is being "
+        "gamed; let it check the form too."
+        if paid
+        else "Read completions: an early end-of-text is often the first sign of collapse; lower lr."
+    )
+
+
+def find_degenerate(context: Context) -> list[Finding]:
+    """Different prompts get the same completion, ever more of them.
+
+    Reads the completions of at most ``SAMPLED_STEPS`` steps. That the answer no longer depends on
+    the question is what collapse to one answer and a gamed verifier have in common.
+    """
+    series = context.sameness
+    begin = degenerate_since(series)
+    reward = context.reward
+    paid = reward is not None and reward.improved
+    return level_finding(
+        series,
+        begin,
+        name="degenerate_completions",
+        severity="warning",
+        what="Different prompts get the same completion",
+        advice=(
+            "The reward rises while answers stop depending on the prompt: audit the verifier on "
+            "these completions before training on."
+            if paid
+            else "Go back to a checkpoint before this step; lower lr, and take out the classes "
+            "that sharpen (exclude_bins = pos_peak,neg_valley)."
+        ),
+        reference=GAMING if paid else TAXONOMY,
+    )
+
+
+def degenerate_since(series: Series) -> int | None:
+    """Index from which the share of shared answers stands above its beginning; None if never."""
+    if not len(series):
+        return None
+    least = max(SAME, LEVEL_SIGMAS * series.smooth_noise)
+    return lasting(series, np.asarray(series.smooth >= series.level + least))

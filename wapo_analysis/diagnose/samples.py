@@ -1,0 +1,86 @@
+"""What detectors read of tokens and completions, from a bounded number of steps."""
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.series import Series
+from wapo_analysis.store import Run
+from wapo_analysis.table import Array
+
+SAMPLED_STEPS = 40
+"""Steps whose token rows or completions are read, so that the cost does not grow with the run."""
+GAP_COLUMNS = ("k3", "ess", "max_dp", "tokens")
+MAX_LOG_RATIO = 60.0
+
+
+def evenly(steps: Array, count: int = SAMPLED_STEPS) -> list[int]:
+    """At most ``count`` of the steps, evenly spread, the first and the last among them.
+
+    Examples
+    --------
+    >>> evenly(np.arange(1, 10), 3)
+    [1, 5, 9]
+    """
+    if len(steps) <= count:
+        return [int(step) for step in steps]
+    chosen = np.linspace(0, len(steps) - 1, count).round().astype(int)
+    return [int(step) for step in steps[chosen]]
+
+
+def first_pass_gap(run: Run) -> pd.DataFrame:
+    """Distance of the first gradient pass of a step from the policy that sampled the tokens.
+
+    With r = exp(logp - logp_old): ``k3`` is the mean of r - ln r - 1, an unbiased estimate of
+    KL(behaviour || policy) in nats; ``ess`` is (sum r)^2 / (n sum r^2), the effective sample size
+    over the n tokens, in (0, 1]; ``max_dp`` is the largest |exp(logp) - exp(logp_old)|.
+
+    Returns
+    -------
+    DataFrame
+        Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that has
+        token rows with both log-probabilities.
+    """
+    rows = run.table("tokens", evenly(np.asarray(run.token_steps())))
+    known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)
+    seen = rows.loc[known, ["step", "logp", "logp_old"]].astype(np.float64)
+    log_ratio = np.minimum(seen["logp"] - seen["logp_old"], MAX_LOG_RATIO)
+    ratio = np.exp(log_ratio)
+    terms = pd.DataFrame(
+        {
+            "k3": np.expm1(log_ratio) - log_ratio,
+            "ratio": ratio,
+            "square": ratio**2,
+            "max_dp": (np.exp(seen["logp"]) - np.exp(seen["logp_old"])).abs(),
+        }
+    )
+    by_step = terms.groupby(seen["step"].astype(np.int64))
+    count, sums = by_step.size(), by_step.sum()
+    gap = {
+        "k3": sums["k3"] / count,
+        "ess": sums["ratio"] ** 2 / (count * sums["square"]),
+        "max_dp": by_step["max_dp"].max(),
+        "tokens": count.astype(np.float64),
+    }
+    return pd.DataFrame(gap, columns=list(GAP_COLUMNS))
+
+
+def shared_answers(run: Run) -> Series:
+    """Share of the completions of a step that a rollout of another prompt has word for word.
+
+    Returns
+    -------
+    Series
+        Over at most ``SAMPLED_STEPS`` steps with completions of two prompts or more; empty if the
+        run stored none.
+    """
+    rows = run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
+    known = rows[rows["completion"].notna()]
+    if known.empty:
+        return Series(np.empty(0, np.int64), np.empty(0))
+    # Equal prompts are one prompt: a batch may hold the same problem in two groups.
+    prompt = known["prompt"].where(known["prompt"].notna(), known["group"].astype(str))
+    known = known.assign(asked=prompt)
+    prompts = known.groupby("step")["asked"].nunique()
+    owners = known.groupby(["step", "completion"])["asked"].transform("nunique")
+    share = (owners > 1).groupby(known["step"]).mean()[prompts > 1]
+    return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))

@@ -1,0 +1,147 @@
+"""Probe rows to small tables: three numbers per class, the sum over a window, how well they agree."""
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.probes.rows import ADDENDS, CLASS_CODES
+from wapo_analysis.probes.verdict import judge
+from wapo_analysis.schema import (
+    ALL_TOKENS,
+    GRADIENT,
+    INTERACTION,
+    MOMENTUM,
+    PART_NAMES,
+    UPDATE,
+    WEIGHT_DECAY,
+)
+from wapo_analysis.table import Array
+
+KEYS = ["step", "minibatch", "tokens_of"]
+
+
+def part_name(code: int) -> str:
+    """Name of a part of an update: a class, or a word for what is no class.
+
+    Examples
+    --------
+    >>> part_name(2), part_name(6)
+    ('neg_peak', 'momentum')
+    """
+    return PART_NAMES[code] if code in PART_NAMES else tax.CLASS_NAMES[code]
+
+
+def set_name(code: int) -> str:
+    """Name of a set of tokens: a class, or ``"all tokens"``."""
+    return "all tokens" if code == ALL_TOKENS else tax.CLASS_NAMES[code]
+
+
+def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
+    """Predicted, counterfactual and measured change of the entropy, per probe and set of tokens.
+
+    Parameters
+    ----------
+    probes : DataFrame
+        Rows of the probes table.
+
+    Returns
+    -------
+    DataFrame
+        One row per probed update and set of tokens (class codes 0..3, 4 all tokens): ``tokens``;
+        ``predicted`` by the taxonomy at the fitted scale; ``counterfactual``, the set's own class
+        applied alone (for all tokens: all classes at once); ``gradient``, all classes at once;
+        ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
+        it; all mean nats; ``verdict``, see :mod:`wapo_analysis.probes.verdict`.
+    """
+    alone = probes.pivot_table(index=KEYS, columns="cls", values="counterfactual_dentropy")
+    alone = alone.reindex(columns=[*CLASS_CODES, GRADIENT, MOMENTUM, WEIGHT_DECAY])
+    whole = probes[probes["cls"] == UPDATE].set_index(KEYS).sort_index()
+    sets = whole.index.get_level_values("tokens_of").to_numpy()
+    own = np.where(sets == ALL_TOKENS, len(CLASS_CODES), sets)
+    table = pd.DataFrame(
+        {
+            "tokens": whole["tokens"],
+            "predicted": whole["predicted_dentropy"],
+            "counterfactual": alone.to_numpy()[np.arange(len(whole)), own],
+            "gradient": alone[GRADIENT],
+            "carried": alone[MOMENTUM] + alone[WEIGHT_DECAY],
+            "measured": whole["measured_dentropy"],
+            "half": whole["half_dentropy"],
+        }
+    )
+    numbers = (table[name] for name in ("predicted", "gradient", "carried", "measured", "half"))
+    return table.assign(verdict=judge(*(n.to_numpy(np.float64) for n in numbers))).reset_index()
+
+
+def window(
+    probes: pd.DataFrame, first: int | None = None, last: int | None = None
+) -> pd.DataFrame:
+    """Rows of the probes of a window of steps; None leaves that side open."""
+    steps = probes["step"]
+    inside = np.ones(len(probes), bool)
+    if first is not None:
+        inside &= (steps >= first).to_numpy()
+    if last is not None:
+        inside &= (steps <= last).to_numpy()
+    return probes[inside]
+
+
+def closure(probes: pd.DataFrame) -> pd.DataFrame:
+    """Entropy change of the probed updates, taken apart; the parts add up to what was measured.
+
+    Parameters
+    ----------
+    probes : DataFrame
+        Rows of the probes table, of the window to be explained.
+
+    Returns
+    -------
+    DataFrame
+        Index part (the classes, momentum, weight decay, interaction, update) and columns
+        ``predicted`` (NaN where the taxonomy is silent) and ``dentropy``: sums over the probed
+        updates of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes.
+    """
+    rows = probes[probes["tokens_of"] == ALL_TOKENS]
+    sums = rows.groupby("cls")[["predicted_dentropy", "counterfactual_dentropy"]]
+    totals = sums.sum(min_count=1).reindex([*ADDENDS, INTERACTION, UPDATE])
+    table = totals.set_axis(["predicted", "dentropy"], axis=1)
+    parts = table["dentropy"].iloc[:-1].abs()
+    return table.assign(share=parts / parts.sum()).rename_axis("part")
+
+
+def closure_error(probes: pd.DataFrame) -> float:
+    """Largest relative gap between the sum of the parts and the measured change, over all rows.
+
+    The interaction is defined as what is left, so this is rounding in storage: below 1e-6.
+    """
+    alone = probes.pivot_table(index=KEYS, columns="cls", values="counterfactual_dentropy")
+    gap = (alone[[*ADDENDS, INTERACTION]].sum(axis=1) - alone[UPDATE]).abs()
+    size = alone[[*ADDENDS, INTERACTION]].abs().sum(axis=1)
+    moved = size > 0
+    return float((gap[moved] / size[moved]).max()) if moved.any() else 0.0
+
+
+def agreement(predicted: Array, measured: Array) -> dict[str, float]:
+    """How well one series of changes foretells another.
+
+    Parameters
+    ----------
+    predicted, measured : ndarray, shape (n,)
+        Pairs; those with a zero or NaN are left out.
+
+    Returns
+    -------
+    dict
+        ``rank_correlation`` (Spearman, NaN for fewer than three pairs), ``sign_agreement`` (share
+        of the pairs with one sign, NaN without pairs), ``pairs``.
+    """
+    pairs = pd.DataFrame({"p": predicted, "m": measured}).astype(np.float64)
+    pairs = pairs[(pairs * 0 == 0).all(axis=1) & (pairs != 0).all(axis=1)]
+    ranks = pairs.rank()
+    flat = len(pairs) < 3 or ranks.nunique().min() < 2
+    same = np.sign(pairs["p"]) == np.sign(pairs["m"])
+    return {
+        "rank_correlation": float("nan") if flat else float(np.corrcoef(ranks.T)[0, 1]),
+        "sign_agreement": float(same.mean()) if len(pairs) else float("nan"),
+        "pairs": float(len(pairs)),
+    }
