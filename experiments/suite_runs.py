@@ -76,11 +76,13 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("pos-peak-large-step", _seeds(4), _large(1.5e-3, "pos_peak")),
     Recipe("neg-valley-large-step", _seeds(4), _large(1e-3, "neg_valley")),
     Recipe("grpo-large-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 40}),
+    Recipe("grpo-huge-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 8}),
     Recipe("wapo-large-step", _seeds(4), {"lr": 1e-3, "warmup_steps": 40, "objective": "wapo"}),
     Recipe("grpo-many-epochs", _seeds(2), {"lr": 3e-4, "epochs": 4}),
     Recipe("wapo-many-epochs", _seeds(2), {"lr": 2e-4, "epochs": 4, "objective": "wapo"}),
     Recipe("grpo-stale", _seeds(2), {"lr": 6e-4}, "stale"),
     Recipe("wapo-stale", _seeds(4), {"lr": 4e-4, "objective": "wapo"}, "stale"),
+    Recipe("grpo-stale-huge-step", _seeds(2), {"lr": 2e-3, "warmup_steps": 8}, "stale"),
     Recipe("coin-grpo", _seeds(2), {"lr": 3e-4}, "coin"),
     Recipe("coin-wapo", _seeds(4), {"lr": 2e-4, "objective": "wapo"}, "coin"),
     Recipe("hacked-grpo", _seeds(4), {"lr": 1.5e-4}, "brief_passes"),
@@ -118,12 +120,13 @@ class SuiteRun:
 
 
 def suite(out: Path) -> list[SuiteRun]:
-    """Every run of the suite, in the order it is trained."""
-    return [
+    """Every run of the suite, in the order it is trained: seed after seed."""
+    runs = [
         SuiteRun(recipe, seed, out / f"{recipe.name}-{seed}")
         for recipe in RECIPES
         for seed in recipe.seeds
     ]
+    return sorted(runs, key=lambda run: run.seed)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -290,11 +293,12 @@ def true_reward(run: Run, task: Task) -> pd.Series:
 def outcome(run: Run) -> Outcome:
     """Label a finished run by its true reward and its entropy.
 
-    diverged: numbers broken up to the end. reward_hacking: the recorded reward ends 0.3 above the
-    true one. stalled: nine groups of ten without signal and the reward where it was. explosion,
-    collapse: entropy ends above twice, below a fifth of its beginning while the reward is lost or
-    was never gained. reward_collapse: the reward is lost without that. healthy: the reward was
-    gained and kept, or stayed. unclear: anything else.
+    diverged: numbers broken up to the end. reward_hacking: the recorded reward has risen and ends
+    0.3 above the true one. stalled: nine groups of ten without signal and the reward where it was.
+    explosion: the entropy ends above twice its beginning and the reward was lost or never gained.
+    collapse: it ends below a half and the reward was lost, or below a fifth and it was never
+    gained. reward_collapse: the reward is lost without that. healthy: the reward was gained and
+    kept, or stayed. unclear: anything else.
     """
     steps, true = run.steps, true_reward(run, get_task(run.manifest["task"]))
     start, end = float(true.head(3).mean()), float(true.tail(EDGE).mean())
@@ -304,20 +308,22 @@ def outcome(run: Run) -> Outcome:
     low = true.rolling(3, min_periods=3).mean() <= np.maximum.accumulate(
         best.fillna(start).clip(lower=start)
     ) - max(stake / 2, GAIN)
-    entropy = steps["entropy"]
+    entropy, seen = steps["entropy"], steps["reward"]
     entropy_start, entropy_end = float(entropy.head(3).mean()), float(entropy.tail(EDGE).mean())
     lost = peak - end >= max(stake / 2, GAIN)
     unpaid = lost or (end - start < GAIN and end < 0.8)
     flat = (steps["groups_all_wrong"] + steps["groups_all_right"]).tail(EDGE).mean() >= 0.9
     if run.manifest.get("status") == "diverged" or (steps["skipped_updates"].tail(EDGE) > 0).all():
         label = "diverged"
-    elif steps["reward"].tail(EDGE).mean() - end >= 0.3:
+    elif (
+        seen.tail(EDGE).mean() - end >= 0.3 and seen.tail(EDGE).mean() - seen.head(3).mean() > GAIN
+    ):
         label = "reward_hacking"
     elif flat and unpaid and abs(end - start) < GAIN:
         label = "stalled"
     elif entropy_end >= 2 * entropy_start and unpaid:
         label = "explosion"
-    elif entropy_end <= 0.2 * entropy_start and unpaid:
+    elif entropy_end <= (0.5 if lost else 0.2) * entropy_start and unpaid:
         label = "collapse"
     elif lost:
         label = "reward_collapse"

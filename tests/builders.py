@@ -15,7 +15,15 @@ import numpy as np
 import wapo_taxonomy as tax
 
 from wapo_analysis.derive import class_totals, derive
-from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
+from wapo_analysis.schema import (
+    GRADIENT,
+    MOMENTUM,
+    ROLLOUTS,
+    TOKENS,
+    UPDATE,
+    WEIGHT_DECAY,
+)
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Array, Records
 
@@ -82,6 +90,7 @@ def write_fake_run(
     temperature: float = 1.0,
     token_every: int = 1,
     rescore_every: int = 1,
+    probe_every: int = 0,
     missing: Iterable[str] = (),
     texts: Mapping[str, str] | None = None,
     manifest: Mapping[str, Any] | None = None,
@@ -100,8 +109,8 @@ def write_fake_run(
         A name in ``DRIFTS``.
     include_bins : iterable of str
         Classes that get a gradient; empty means all.
-    token_every, rescore_every : int
-        Schedule of token rows and of the second scoring; 0 means never.
+    token_every, rescore_every, probe_every : int
+        Schedule of token rows, of the second scoring and of probes; 0 means never.
     missing : iterable of str
         Statistics the source could not give: token columns are NaN, step columns are left out.
     texts : mapping, optional
@@ -132,7 +141,7 @@ def write_fake_run(
         "seed": seed,
         "device": "cpu",
         "versions": {"wapo-analysis": "test"},
-        "config": {"steps": steps},
+        "config": {"steps": steps, "minibatches": 2, "beta1": 0.9, "max_grad_norm": 1.0},
         "token_fraction": 1.0,
         "token_every": token_every,
         "rescore_every": rescore_every,
@@ -153,6 +162,8 @@ def write_fake_run(
         walk = 0.95 * walk + np.sqrt(1 - 0.95**2) * fake.rng.normal(size=walk.shape)
         rescore = rescore_every > 0 and step % rescore_every == 0
         keep_rows = token_every > 0 and (step - 1) % token_every == 0
+        if probe_every > 0 and step % probe_every == 0:
+            writer.write_part(probe(step, seed), step)
         _write_step(writer, fake, step, walk, rescore, keep_rows)
     spelled = fake.texts.get("vocab", "")
     writer.add_vocab({token: spelled or chr(97 + token % 26) for token in range(vocab)})
@@ -193,6 +204,39 @@ def _write_step(
     writer.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
     row = _step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
     writer.append_step({name: value for name, value in row.items() if name not in fake.missing})
+
+
+def probe(step: int, seed: int = 0, tokens: int = 60) -> Records:
+    """Rows of one made-up probe in which every class moves its own tokens as the rule says."""
+    rng = np.random.default_rng([seed, step])
+    cls = np.arange(tokens) % 6  # the four classes, A = 0, and tokens of the step before
+    prob = rng.uniform(0.2, 0.8, tokens)
+    rest = prob * (1 - prob) * np.where(cls % 2 == 0, 0.4, 1.6)
+    coef = np.select([cls < 2, cls < 4], [1.0, -1.0], 0.0) * rng.uniform(0.5, 1.5, tokens)
+    stats = ProbedTokens(
+        cls=cls,
+        coef=coef,
+        logp=np.log(prob),
+        entropy=rng.uniform(0.5, 1.0, tokens),
+        collision_rest=rest,
+        collision_logp_rest=-0.5 * rest,
+    )
+    rule = np.asarray(tax.rule_dentropy_sign(np.where(cls < 4, cls, 4)))
+
+    def change(parts: Iterable[int], shared: float) -> Change:
+        own = np.isin(cls, list(parts)) * rule * 2e-3
+        return Change(1e-3 * stats.dlogp, own + shared * rng.uniform(0.9, 1.1, tokens))
+
+    changes = {code: change([code], 1e-4) for code in range(4)}
+    changes |= {GRADIENT: change(range(4), 4e-4), MOMENTUM: change([], -3e-4)}
+    changes |= {WEIGHT_DECAY: change([], 0.0), UPDATE: change(range(4), 1e-4)}
+    classes = rng.normal(size=(4, 7))
+    gradients = np.vstack([classes, classes.sum(axis=0)])
+    sizes = {
+        code: PartSize(grad_norm=1.0, step_norm=0.1, dots=tuple(classes @ gradients[place]))
+        for place, code in enumerate((0, 1, 2, 3, GRADIENT))
+    }
+    return probe_rows(step, step % 2, stats, changes, change(range(4), 5e-5), sizes, 1e-6)
 
 
 _LATER = frozenset({"logp_after", "entropy_after"})

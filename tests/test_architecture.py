@@ -9,11 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS: dict[str, int] = {
-    "version": 0, "errors": 0, "schema": 0, "table": 1, "stats": 1, "derive": 2, "series": 2, "store": 3,
-    "capture": 4, "diagnose": 4, "compare": 4, "plots": 4,
-    "importers": 5,
-    "watch": 5, "train": 5, "report": 5, "verify": 6,
-    "cli": 7, "__main__": 8,
+    "version": 0, "errors": 0, "schema": 0,
+    "table": 1, "stats": 1,
+    "derive": 2, "series": 2,
+    "store": 3,
+    "probes": 4,
+    "capture": 5, "diagnose": 5, "compare": 5, "plots": 5, "attribute": 5,
+    "train": 6, "report": 6, "watch": 6, "importers": 6,
+    "verify": 7,
+    "cli": 8,
+    "__main__": 9,
 }  # fmt: skip
 # Same level, yet one may use the other: a comparison names the drivers that diagnose finds.
 ALLOWED_BESIDE = {("compare", "diagnose")}

@@ -3,8 +3,14 @@
 import dataclasses
 import gc
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if find_spec("trl") is None:  # pytest imports every file here for its doctests
+    import pytest
+
+    pytest.skip("needs the extra [trl]", allow_module_level=True)
 
 import torch
 from datasets import Dataset

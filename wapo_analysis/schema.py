@@ -224,7 +224,7 @@ PART_NAMES: Mapping[int, str] = {
     WEIGHT_DECAY: "weight decay",
     INTERACTION: "interaction",
 }
-ALL_TOKENS = 4
+ALL_TOKENS, OTHER_TOKENS = 4, 5
 
 PROBES = Table(
     "probes",
@@ -238,7 +238,12 @@ PROBES = Table(
             "6 momentum, 7 weight decay, 8 interaction (what the sum of the parts leaves)",
             "int8",
         ),
-        _key("tokens_of", "tokens scored: class code 0..3, 4 all tokens of the probe", "int8"),
+        _key(
+            "tokens_of",
+            "tokens scored: of the update's own rollouts, class code 0..3 or 4 all; "
+            "5 of the step before, without a part in the update",
+            "int8",
+        ),
         _measured("tokens", "tokens", "tokens in the set", "int64"),
         _measured(
             "predicted_dentropy",

@@ -1,4 +1,4 @@
-"""The trainer end to end: watching changes nothing, seeds repeat, resume is exact, coef is exact."""
+"""The trainer end to end: watching changes nothing, seeds repeat, resume and coef are exact."""
 
 from dataclasses import replace
 from pathlib import Path

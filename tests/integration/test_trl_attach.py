@@ -171,22 +171,23 @@ def test_advantages_may_differ_within_a_rollout(tmp_path: Path) -> None:
 
 
 class FromLogits(WatchedLoss):
-    """Scores as TRL before 1.15 did: whole logits, divided in place; here it returns a dict."""
+    """Scores as TRL before 1.15 did: logits, some rows at a time, divided in place; as a dict."""
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: int, **_: Any
     ) -> Any:
         if self._leaf is not None:
             return {"logps": self._leaf[0], "entropies": self._leaf[1]}
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        logits = logits[:, -logits_to_keep - 1 : -1]
-        with torch.no_grad():
-            logits.div_(self.temperature)
-        logps = torch.log_softmax(logits, -1)
-        own = logps.gather(-1, input_ids[:, -logits_to_keep:].unsqueeze(-1)).squeeze(-1)
-        entropies = -(logps.exp() * logps).sum(-1).detach()
-        self._scored = (own, entropies)
-        return {"logps": own, "entropies": entropies}
+        parts = []
+        for ids, mask in zip(input_ids.split(3), attention_mask.split(3), strict=True):
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, -logits_to_keep - 1 : -1]
+            with torch.no_grad():
+                logits.div_(self.temperature)
+            logps = torch.log_softmax(logits, -1)
+            own = logps.gather(-1, ids[:, -logits_to_keep:].unsqueeze(-1)).squeeze(-1)
+            parts.append((own, -(logps.exp() * logps).sum(-1).detach()))
+        self._scored = tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return dict(zip(("logps", "entropies"), self._scored, strict=True))
 
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         scorer = self._get_per_token_logps_and_entropies

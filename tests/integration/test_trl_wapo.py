@@ -134,10 +134,12 @@ def test_advantages_are_centred_and_not_scaled(tmp_path: Path) -> None:
 
 
 def test_a_flat_group_of_fractional_rewards_is_not_trained_on(tmp_path: Path) -> None:
-    """float32 leaves r - mean(r) of equal rewards like 0.7 at 6e-8; its sign must not matter."""
+    """float32 leaves r - mean(r) of three equal rewards above 0; it must not be trained on."""
+    flat = torch.full((3,), 0.9 / 37)
+    assert (flat - flat.mean()).max() > 0
     trainer = toy_trainer(
         tmp_path / "out", num_generations=3, per_device_train_batch_size=3,
-        reward=lambda completions, **_: [0.7 / 3] * len(completions),
+        reward=lambda completions, **_: [0.9 / 37] * len(completions),
     )  # fmt: skip
     use_wapo(trainer)
     before = {name: t.clone() for name, t in trainer.model.state_dict().items()}

@@ -22,7 +22,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
     folder = tmp_path_factory.mktemp("cases")
 
     def run(name: str, **options: object) -> Run:
-        return open_run(write_fake_run(folder / name, **{"steps": 6, **options}))  # type: ignore[arg-type]
+        return open_run(write_fake_run(folder / name, **{"steps": 6, "probe_every": 2, **options}))  # type: ignore[arg-type]
 
     grpo, wapo = run("grpo"), run("wapo", objective="wapo")
     blind = ("collision_rest", "collision_logp_rest", "entropy_pos", "clip_low", "pass_rate")
@@ -38,7 +38,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
         "one step": [run("short", steps=1), run("short wapo", steps=1, objective="wapo")],
         "diverged, hot": [run("nan", drift="diverged", temperature=2.0)],
         "one is blind": [grpo, run("blind", objective="wapo", missing=blind, rescore_every=0)],
-        "no tokens": [run("quiet", token_every=0), wapo],
+        "no tokens": [run("quiet", token_every=0, probe_every=0), wapo],
         "stalled": [run("stalled", drift="stalled"), wapo],
         "many, bare": [run("bare", manifest=bare)]
         + [run(f"many{i}", label=f"setting {i}", steps=2) for i in range(4)],

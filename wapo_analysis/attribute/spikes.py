@@ -1,6 +1,5 @@
 """Which tokens, rollouts and prompts hold a step's gradient and its predicted entropy flow."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +137,7 @@ def _rows(run: Run, step: int) -> pd.DataFrame:
             + ", ".join(map(str, sorted(near)))
         )
     rows = run.tokens([step])
-    known = rows[np.isfinite(rows["grad_norm"].to_numpy(np.float64))]
+    known: pd.DataFrame = rows[np.isfinite(rows["grad_norm"].to_numpy(np.float64))]
     if known.empty:
         raise UserError(
             f"step {step} of {run.name} has no gradient per token: its source gives no coef or "
@@ -171,9 +170,7 @@ def _grouped(tokens: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return sums.sort_values("mass", ascending=False, kind="stable").reset_index()
 
 
-def _with_text(
-    tokens: pd.DataFrame, rows: pd.DataFrame, vocab: dict[int, str]
-) -> pd.DataFrame:
+def _with_text(tokens: pd.DataFrame, rows: pd.DataFrame, vocab: dict[int, str]) -> pd.DataFrame:
     """Add the token's text, its context with the token in brackets, and its class name."""
     first = rows.drop_duplicates(_TOKEN_KEYS).sort_values(_TOKEN_KEYS)
     lines = {
@@ -197,12 +194,12 @@ def _context(positions: Array, ids: Array, position: int, vocab: dict[int, str])
     place = int(np.searchsorted(positions, position))
     spelled = [vocab.get(int(token), _MISSING_TEXT) for token in ids]
     before, after = spelled[max(0, place - CONTEXT) : place], spelled[place + 1 :][: CONTEXT // 2]
-    return f"{_flat(before)}[{_flat([spelled[place]])}]{_flat(after)}"
+    return one_line(f"{''.join(before)}[{spelled[place]}]{''.join(after)}")
 
 
-def _flat(texts: Sequence[str]) -> str:
-    """One line of text: line breaks and tabs are written as they are spelled."""
-    return "".join(texts).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters, which are written as they are spelled."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,12 @@
 """Attributions as text, Markdown and plain tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 import pandas as pd
 
-from wapo_analysis.attribute.spikes import StepAttribution
+from wapo_analysis.attribute.spikes import StepAttribution, one_line
 from wapo_analysis.probes import MEANINGS, set_name
 
 Rows = list[list[str]]
@@ -68,15 +69,15 @@ def to_markdown(found: StepAttribution) -> str:
 def three_rows(numbers: pd.DataFrame) -> Rows:
     """Table of :func:`wapo_analysis.probes.three_numbers`."""
     rows = [["tokens of", "tokens", "predicted", "class alone", "measured", "verdict"]]
-    for row in numbers.itertuples():
+    for row in numbers.to_dict("records"):
         rows.append(
             [
-                set_name(int(row.tokens_of)),
-                str(int(row.tokens)),
-                signed(row.predicted),
-                signed(row.counterfactual),
-                signed(row.measured),
-                str(row.verdict),
+                set_name(int(row["tokens_of"])),
+                str(int(row["tokens"])),
+                signed(row["predicted"]),
+                signed(row["counterfactual"]),
+                signed(row["measured"]),
+                str(row["verdict"]),
             ]
         )
     return rows
@@ -91,16 +92,16 @@ def _meanings(found: StepAttribution) -> list[str]:
 
 def _token_rows(frame: pd.DataFrame) -> Rows:
     rows = [["gradient", "flow", "class", "p", "rollout", "position", "in context"]]
-    for row in frame.itertuples():
+    for row in frame.to_dict("records"):
         rows.append(
             [
-                percent(row.mass_share),
-                percent(row.flow_share),
-                str(row.cls),
-                f"{row.prob:.3g}",
-                str(row.rollout),
-                str(row.position),
-                row.context,
+                percent(row["mass_share"]),
+                percent(row["flow_share"]),
+                str(row["cls"]),
+                f"{row['prob']:.3g}",
+                str(row["rollout"]),
+                str(row["position"]),
+                row["context"],
             ]
         )
     return rows
@@ -108,28 +109,33 @@ def _token_rows(frame: pd.DataFrame) -> Rows:
 
 def _rollout_rows(frame: pd.DataFrame) -> Rows:
     rows = [["gradient", "flow", "rollout", "prompt", "tokens", "reward", "completion"]]
-    for row in frame.itertuples():
-        numbers = [str(row.rollout), str(row.group), str(row.tokens), f"{row.reward:.3g}"]
-        rows.append([*_shares(row), *numbers, _short(row.completion)])
+    for row in frame.to_dict("records"):
+        numbers = [
+            str(row["rollout"]),
+            str(row["group"]),
+            str(row["tokens"]),
+            f"{row['reward']:.3g}",
+        ]
+        rows.append([*_shares(row), *numbers, _short(row["completion"])])
     return rows
 
 
 def _prompt_rows(frame: pd.DataFrame) -> Rows:
     rows = [["gradient", "flow", "prompt", "tokens", "text"]]
-    for row in frame.itertuples():
-        rows.append([*_shares(row), str(row.group), str(row.tokens), _short(row.prompt)])
+    for row in frame.to_dict("records"):
+        rows.append([*_shares(row), str(row["group"]), str(row["tokens"]), _short(row["prompt"])])
     return rows
 
 
-def _shares(row: object) -> list[str]:
-    return [percent(getattr(row, "mass_share")), percent(getattr(row, "flow_share"))]  # noqa: B009
+def _shares(row: Mapping[Any, Any]) -> list[str]:
+    return [percent(row["mass_share"]), percent(row["flow_share"])]
 
 
 def _short(text: object, limit: int = 60) -> str:
     """One line of a text; a dash where there is none."""
     if not isinstance(text, str):
         return "-"
-    line = text.replace("\n", "\\n").replace("\t", "\\t")
+    line = one_line(text)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 

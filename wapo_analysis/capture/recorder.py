@@ -214,7 +214,9 @@ class Recorder(NullRecorder):
 
     def wants_probe(self, step: int) -> bool:
         """Whether an update of this step is to be taken apart."""
-        return self.failure is None and on_schedule(step, self.probe_every)
+        # Not step 1: AdamW then divides by the first gradient itself, and classes that cancel in it
+        # have shares out of all proportion to the step.
+        return self.failure is None and self.probe_every > 0 and step % self.probe_every == 0
 
     @guarded
     def add_probe(self, rows: Records) -> None:

@@ -10,6 +10,7 @@ D = sqrt(v_t / b2') + eps, v_t being the second moment after the real step,
 Nothing here draws random numbers or touches gradients or optimizer state.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,14 +194,13 @@ def with_sums(parts: dict[int, Tensors], before: Before, after: Tensors) -> dict
 
 def dot(a: Tensors, b: Tensors) -> float:
     """Inner product over all parameters, summed in float64."""
-    return float(
-        sum((x.double().flatten() @ y.double().flatten() for x, y in zip(a, b, strict=True)))
-    )
+    pairs = zip(a, b, strict=True)
+    return float(sum(float(x.double().flatten() @ y.double().flatten()) for x, y in pairs))
 
 
 def norm(a: Tensors) -> float:
     """L2 norm over all parameters, summed in float64."""
-    return dot(a, a) ** 0.5
+    return math.sqrt(dot(a, a))
 
 
 def left_over(parts: dict[int, Tensors]) -> float:

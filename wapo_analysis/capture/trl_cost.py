@@ -82,7 +82,7 @@ def watching_cost(
 
 def _timed(trainer: Any, run: Path, knobs: dict[str, int] | None) -> float:
     """Seconds inside training steps and what follows them, without generation."""
-    # On a CPU its own time, which other processes do not disturb; a GPU needs the clock on the wall.
+    # On a CPU the time this process used, whatever else runs; a GPU needs the clock on the wall.
     on_gpu = trainer.accelerator.device.type == "cuda"
     clock = perf_counter if on_gpu else process_time
     generation, inner = [0.0], trainer._generate_and_score_completions

@@ -16,13 +16,13 @@ from wapo_analysis.capture.trl_source import ClipRule, logps_and_entropies
 from wapo_analysis.capture.trl_stats import Columns
 
 
-@dataclass(frozen=True)
+@dataclass
 class SeenPass:
-    """A recorded gradient pass and how to score its tokens again."""
+    """One gradient pass: how to score its tokens again, and its rows unless recording failed."""
 
-    tokens: TokenPass
-    mask_BT: Tensor
     score: Callable[[], Any]
+    tokens: TokenPass | None = None
+    mask_BT: Tensor | None = None
 
 
 def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
@@ -120,10 +120,15 @@ def take_gradient(tokens: TokenPass, mask_BT: Tensor, grad_BT: Tensor, scale: fl
 
 @torch.no_grad()
 def score_again(model: Any, passes: Sequence[SeenPass]) -> None:
-    """Fill ``logp_after`` and ``entropy_after`` under the present weights, without dropout."""
+    """Fill ``logp_after`` and ``entropy_after`` under the present weights, without dropout.
+
+    A pass without rows is scored all the same: the forward may be a collective of all processes.
+    """
     with _evaluating(model):
         for seen in passes:
             logps_BT, entropies_BT = logps_and_entropies(seen.score())
+            if seen.tokens is None or seen.mask_BT is None:
+                continue
             if logps_BT is not None:
                 seen.tokens.logp_after = logps_BT[seen.mask_BT].float()
             if entropies_BT is not None:

@@ -250,4 +250,4 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
     """
     grams = Counter(zip(*(ids[start:] for start in range(n)), strict=False))
     total = sum(grams.values())
-    return 1 - len(grams) / total if total else 0.0
+    return (total - len(grams)) / total if total else 0.0

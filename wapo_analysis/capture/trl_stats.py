@@ -22,7 +22,8 @@ from wapo_analysis.stats import TokenStats, token_stats
 
 log = logging.getLogger(__name__)
 
-_PROJECTED_ELEMENTS = 1 << 22
+# Elements of one block of logits: what fits a CPU cache well; what keeps a GPU busy.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 25
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.3
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
@@ -141,12 +142,14 @@ class StatsReader:
         call.rows += len(logits_BLV)
         temperature = self._trainer.temperature
         width = call.mask_BT.shape[1]
+        chunk = _chunk_rows(logits_BLV, logits_BLV.shape[-1])
         return _stack(
             [
                 token_stats(
                     logits[-width - 1 : -1][call.mask_BT[row]],
                     call.ids_BT[row][call.mask_BT[row]],
                     temperature,
+                    chunk,
                 )
                 for logits, row in zip(logits_BLV.detach(), rows, strict=True)
             ]
@@ -173,7 +176,10 @@ class StatsReader:
         head = self._model.get_output_embeddings()
         scale, softcap = _logit_transform(self._model.config)
         cast = getattr(self._trainer.args, "cast_lm_head_to_fp32", False)
-        rows = max(1, _PROJECTED_ELEMENTS // head.weight.shape[0])
+        vocabulary = head.weight.shape[0]
+        on_cpu = hidden_ND.device.type == "cpu"
+        rows = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // vocabulary)
+        chunk = _chunk_rows(hidden_ND, vocabulary)
         blocks = []
         with nullcontext() if cast else self._trainer.accelerator.autocast():
             for hidden, ids in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True):
@@ -182,7 +188,7 @@ class StatsReader:
                     logits = logits.float() * scale
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits.float() / softcap)
-                blocks.append(token_stats(logits, ids, self._trainer.temperature))
+                blocks.append(token_stats(logits, ids, self._trainer.temperature, chunk))
         return _stack(blocks)
 
     def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
@@ -227,6 +233,11 @@ class StatsReader:
             highest = complement.square()
             columns["collision_rest"] = rest.clamp(min=highest / others, max=highest).float()
         return columns
+
+
+def _chunk_rows(values: Tensor, vocabulary: int) -> int | None:
+    """Rows that the statistics take at once; None leaves the choice made for CPU caches."""
+    return None if values.device.type == "cpu" else max(1, _GPU_BLOCK // vocabulary)
 
 
 def _stack(parts: list[TokenStats]) -> TokenStats:

@@ -145,12 +145,12 @@ class TrlWatcher:
     ) -> Any:
         if not self._training:
             return original(model, inputs, *args, **kwargs)
-        self._inputs, before = inputs, len(self._passes)
+        self._inputs = inputs
         try:
             loss = original(model, inputs, *args, **kwargs)
         finally:
             self._inputs = None
-        if self._saw_tokens is None and len(self._passes) == before:
+        if self._saw_tokens is None:
             self.guard(self._only_scalars, f"the loss of {type(self._trainer).__name__}")
         return loss
 
@@ -158,14 +158,14 @@ class TrlWatcher:
         inputs, stats = self._inputs, self._stats
         if inputs is None or stats is None or not torch.is_grad_enabled():
             return original(model, *args, **kwargs)
+        seen = SeenPass(lambda: original(model, *args, **kwargs))
         self.guard(self._open, stats, inputs)
         try:
             scored = original(model, *args, **kwargs)
-            self.guard(
-                self._take_pass, stats, inputs, scored, lambda: original(model, *args, **kwargs)
-            )
+            self.guard(self._take_pass, stats, inputs, scored, seen)
         finally:
             stats.cancel()
+        self._passes.append(seen)
         return scored
 
     def _clip_grad_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ class TrlWatcher:
         stats.open(loss_mask(inputs), inputs["completion_ids"], exact)
 
     def _take_pass(
-        self, stats: StatsReader, inputs: dict[str, Any], scored: Any, score: Callable[[], Any]
+        self, stats: StatsReader, inputs: dict[str, Any], scored: Any, seen: SeenPass
     ) -> None:
         logps_BT, entropies_BT = logps_and_entropies(scored)
         if logps_BT is None or not logps_BT.requires_grad:
@@ -195,7 +195,7 @@ class TrlWatcher:
         index = len(self._passes)
         tokens = token_pass(inputs, logps_BT.detach(), columns, numbers, self._clip, index)
         logps_BT.register_hook(lambda grad: self.guard(self._gradient, tokens, mask_BT, grad))
-        self._passes.append(SeenPass(tokens, mask_BT, score))
+        seen.tokens, seen.mask_BT = tokens, mask_BT
         self._recorder.watch(tokens)
 
     def _gradient(self, tokens: TokenPass, mask_BT: Tensor, grad_BT: Tensor) -> None:

@@ -41,7 +41,7 @@ def root(
     """Attach the global options."""
 
 
-for _module in ("training", "reading", "watching", "checking", "importing"):
+for _module in ("training", "reading", "attributing", "watching", "checking", "importing"):
     import_module(f"wapo_analysis.cli.{_module}").register(app)
 
 

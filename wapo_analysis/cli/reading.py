@@ -82,17 +82,31 @@ def diagnose(
         Literal["warning", "critical"] | None,
         Option(help="Exit with code 1 if a finding is at least this severe."),
     ] = None,
+    step: Annotated[
+        int | None,
+        Option(help="Explain this one step: the tokens, rollouts and prompts behind its update."),
+    ] = None,
+    top: Annotated[int, Option(help="Rows of each table, with --step.", min=1)] = 10,
 ) -> None:
     """Say what happened to a run, since when, and which class of updates drives it.
 
-    Entropy is judged both ways against the run's own beginning. Example:
+    Entropy is judged both ways against the run's own beginning. Examples:
 
         wapo diagnose runs/mine --format json --fail-on critical
+
+        wapo diagnose runs/mine --step 41 --top 5
     """
     from wapo_analysis.diagnose import SEVERITIES
     from wapo_analysis.diagnose import diagnose as diagnose_run
 
     (opened,) = open_runs([run]) if (run / "manifest.json").exists() else _only(run)
+    if step is not None:
+        from wapo_analysis.cli.attributing import print_step
+
+        if fail_on is not None:
+            raise UserError("--fail-on judges the whole run; it cannot stand beside --step")
+        print_step(opened, step, top, format)
+        return
     found = diagnose_run(opened)
     if format == "json":
         typer.echo(json.dumps(found.to_dict(), indent=1))

@@ -54,6 +54,12 @@ def train(
     prompts: Annotated[int | None, Option(help="Prompts per batch.")] = None,
     rollouts: Annotated[int | None, Option(help="Completions per prompt.")] = None,
     temperature: Annotated[float | None, Option(help="Softmax temperature.")] = None,
+    optimizer: Annotated[str | None, Option(help="adamw or sgd.")] = None,
+    probe_every: Annotated[
+        int | None,
+        Option(help="Take one update of every n-th step apart by class; 0 never."),
+    ] = None,
+    probe_rows: Annotated[int | None, Option(help="Rollouts that a probe scores.")] = None,
     device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
@@ -69,6 +75,7 @@ def train(
 
         wapo train --objective wapo --steps 100 --out runs/wapo
         wapo train --include-bins neg_peak --epochs 2 --minibatches 2 --out runs/explode
+        wapo train --probe-every 5 --out runs/mine
         wapo train --out runs/wapo --steps 200 --resume
     """
     from wapo_analysis.train.rollout import NonFiniteLogits
@@ -87,6 +94,9 @@ def train(
         "prompts_per_step": prompts,
         "rollouts_per_prompt": rollouts,
         "temperature": temperature,
+        "optimizer": optimizer,
+        "probe_every": probe_every,
+        "probe_rows": probe_rows,
         "device": device,
     }
     changes = {name: value for name, value in given.items() if value is not None}

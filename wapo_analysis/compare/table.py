@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from wapo_analysis.compare.divergence import Divergence, divergence
 from wapo_analysis.compare.metrics import METRICS, Interval, Metric
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
@@ -99,6 +100,26 @@ class Comparison:
         shared = first.index.intersection(second.index)
         return Interval.of((second[shared] - first[shared]).to_numpy())
 
+    @cached_property
+    def divergence(self) -> Divergence | None:
+        """Where the second setting parts from the first; None for one setting alone.
+
+        Runs are paired by seed, or in the order given where no seed is shared. Two runs of one
+        label are compared with each other.
+        """
+        if len(self.labels) < 2 and len(self.runs) != 2:
+            return None
+        sides = (
+            [[run for run in self.runs if run.label == label] for label in self.labels[:2]]
+            if len(self.labels) > 1
+            else [[run] for run in self.runs]
+        )
+        names = self.labels[:2] if len(self.labels) > 1 else [run.name for run in self.runs]
+        by_seed = {run.seed: run for run in sides[1] if run.seed is not None}
+        pairs = [(run, by_seed[run.seed]) for run in sides[0] if run.seed in by_seed]
+        unlike = pairs or list(zip(*sides, strict=False))
+        return divergence((names[0], names[1]), unlike, by_seed=bool(pairs))
+
     def rows(self) -> list[list[str]]:
         """The table as text: a header, then one row per quantity, one column per setting.
 
@@ -133,7 +154,14 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """What the table says in words, and what limits it."""
-        return [*self._verdict_sentences(), *self._pair_sentence(), *self._unlike(), self._note()]
+        parting = self.divergence.sentences() if self.divergence is not None else []
+        return [
+            *self._verdict_sentences(),
+            *self._pair_sentence(),
+            *parting,
+            *self._unlike(),
+            self._note(),
+        ]
 
     def _verdict_sentences(self) -> list[str]:
         found = list(zip(self.runs, self.diagnoses, strict=True))
@@ -197,6 +225,7 @@ class Comparison:
             }
             if len(self.labels) > 1
             else None,
+            "parting": self.divergence.to_dict() if self.divergence is not None else None,
             "sentences": self.sentences(),
         }
 

@@ -135,7 +135,14 @@ def _unpaid_move(context: Context) -> int:
     0 if it does not, or if the reward rose or is solved.
     """
     series = context.series("entropy")
-    if _paid(context) or not len(series) or series.level <= 0 or series.end <= 0:
+    reward = context.reward
+    if (
+        (reward is not None and reward.rising)
+        or _paid(context)
+        or not len(series)
+        or series.level <= 0
+        or series.end <= 0
+    ):
         return 0
     change = np.log(series.end / series.level)
     return int(np.sign(change)) if abs(change) >= np.log(1.5) else 0

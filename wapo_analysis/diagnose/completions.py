@@ -11,6 +11,10 @@ DRIFT = 0.15
 HALF = 0.5
 LENGTH_RATIO = 1.5
 """Ratio to the beginning, either way, at which the length has drifted."""
+PAY = 0.15
+"""Correlation of reward and length within groups, either way, that counts as paying for length."""
+PAID_MOVE = 0.06
+"""Move of the length, relative to the beginning, that shows the pay is taken."""
 SAME = 0.25
 """Rise of the share of answers that other prompts got too."""
 DAPO = "arXiv:2503.14476 (DAPO)"
@@ -95,6 +99,37 @@ def _length_advice(longer: bool, paid: bool) -> str:
         if paid
         else "Read completions: an early end-of-text is often the first sign of collapse; lower lr."
     )
+
+
+def find_length_pay(context: Context) -> list[Finding]:
+    """Within groups the reward goes with the length, and the length has moved the way it pays.
+
+    Reads the completions of at most ``SAMPLED_STEPS`` steps. Shorter is a warning: the cheapest
+    way to game a verifier is to leave the work out. Longer is an info.
+    """
+    series, pay = context.series("length"), context.length_pay
+    if series.level <= 0 or not len(pay):
+        return []
+    way = float(np.sign(pay.end))
+    moved = way * (series.smooth - series.level)
+    begin = lasting(series, moved >= max(PAID_MOVE * series.level, 4 * series.gap_noise))
+    if begin is None or abs(pay.end) < PAY:
+        return []
+    step, words = series.step(begin), "longer" if way > 0 else "shorter"
+    return [
+        Finding(
+            name="reward_pays_for_length",
+            severity="info" if way > 0 else "warning",
+            step=step,
+            message=f"Within groups {words} completions earn more (correlation {pay.end:+.2f}), "
+            f"and from step {step} on they are {words} ({series.level:.3g} to {series.end:.3g} "
+            "tokens).",
+            evidence={"correlation": pay.end, "start": series.level, "end": series.end},
+            advice="Read what earns the reward: if the answer is no better for its length, the "
+            "verifier pays for the form; grade the content, or correct the reward for length.",
+            reference=GAMING,
+        )
+    ]
 
 
 def find_degenerate(context: Context) -> list[Finding]:

@@ -8,12 +8,14 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.samples import first_pass_gap, shared_answers
+from wapo_analysis.diagnose.samples import first_pass_gap, length_pay, shared_answers
 from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
 SOLVED = 0.8
+CALM_STEPS = 8
+"""Steps up to the peak on which the noise of the reward can be measured."""
 SOLVED_SOURCES = ("pass_rate", "reward")
 
 
@@ -51,6 +53,18 @@ class RewardState:
         """It ends above its beginning by more than noise, and did not lose what it had gained."""
         return not self.lost and self.series.end - self.series.level > self.margin
 
+    @property
+    def rising(self) -> bool:
+        """It ends above its beginning by more than chance, short of a clear gain."""
+        return not self.lost and self.series.end - self.series.level > self.margin / 3
+
+    @property
+    def much_gained(self) -> bool:
+        """It lies in [0, 1] and ends a third of the way from its beginning to 1, or further."""
+        values, level = self.series.values, self.series.level
+        bounded = values.min() >= 0 and values.max() <= 1
+        return bool(bounded and self.series.end >= level + (1 - level) / 3)
+
     def gain_since(self, step: int) -> float:
         """Smoothed reward at the end minus the one at a step."""
         index = min(int(np.searchsorted(self.series.steps, step)), len(self.series) - 1)
@@ -73,7 +87,7 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
     smoothed value, so that the best of many noisy steps does not make a loss.
     """
-    level, smooth, noise = series.level, series.smooth, series.smooth_noise
+    level, smooth, noise = series.level, series.smooth, _calm_noise(series)
     peak = np.maximum(np.maximum.accumulate(smooth), level)
     gain, drop = peak - level, peak - smooth
     margin = max(4 * noise, 0.02 * abs(level))
@@ -83,6 +97,15 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
     loss = departure(loose, strict, home, series.persist)
     return RewardState(series, float(peak.max()), margin, loss, solved)
+
+
+def _calm_noise(series: Series) -> float:
+    """Noise of a smoothed value, before the peak alone if that is less: a fall is no noise."""
+    until = int(np.argmax(series.smooth)) + 1
+    if until < CALM_STEPS:
+        return series.smooth_noise
+    before = Series(series.steps[:until], series.values[:until])
+    return min(series.smooth_noise, before.smooth_noise)
 
 
 @dataclass(frozen=True)
@@ -168,6 +191,11 @@ class Context:
         return shared_answers(self.run)
 
     @cached_property
+    def length_pay(self) -> Series:
+        """Correlation of reward and length within groups, over the sampled steps."""
+        return length_pay(self.run)
+
+    @cached_property
     def has_flow(self) -> bool:
         """Whether the class totals hold predicted entropy changes at all."""
         return bool(self.run.classes["pred_dentropy_sum"].notna().any())
@@ -179,6 +207,7 @@ class Context:
             "classes.grad_mass": lambda: not self.gradient_mass.empty,
             "tokens.logp_old": lambda: not self.first_pass.empty,
             "rollouts.completion": lambda: len(self.sameness) > 0,
+            "rollouts.length": lambda: len(self.length_pay) > 0,
         }[part]()
 
     def _per_class(self, column: str) -> pd.DataFrame:

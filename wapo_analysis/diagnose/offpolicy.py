@@ -15,7 +15,8 @@ FIRST_PASS_K3 = 0.01
 FIRST_PASS_ESS = 0.9
 """Effective sample size over the number of tokens below which the ratio is uneven."""
 GROWTH = 10.0
-DRIFT_K3 = 0.02
+DRIFT_K3 = 0.006
+"""k3 estimate over all passes in nats below which drift is how on-policy training looks."""
 LOGP_GAP = 0.05
 """Mean |difference| of log-probabilities between the engines, in nats, for sources without rows."""
 MISMATCH = "arXiv:2510.26788 and trl issue 4159 (train-inference mismatch)"

@@ -31,6 +31,8 @@ NO_SIGNAL = 0.9
 """Share of groups without any reward difference that leaves no gradient."""
 NO_GRADIENT = 1e-3
 """Gradient norm relative to the beginning that counts as none."""
+STALL_STEPS = 10
+"""Steps up to the end without signal that make a stall: a rare class may rest for a few."""
 
 EXPLOSION_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, multi-step behaviour"
 COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WAPO)"
@@ -91,10 +93,14 @@ def _home(series: Series) -> Array:
 
 
 def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> bool:
-    """Whether the reward is worth the entropy that went: solved, or still gaining since it fell."""
+    """Whether the reward is worth the entropy that went.
+
+    Solved, a third of the way to certain success gained, or still gaining since it fell; for a
+    fall that is no collapse yet, any rise is enough.
+    """
     if reward is None or reward.lost:
         return False
-    if reward.solved:
+    if reward.solved or (reward.rising if gone.crossed is None else reward.much_gained):
         return True
     since = entropy.step(gone.crossed if gone.crossed is not None else gone.warned)
     just_now = entropy.step(-1) - since < (entropy.step(-1) - entropy.step(0)) / 10
@@ -270,5 +276,5 @@ def _no_gradient(context: Context) -> tuple[Series, Array]:
 
 def _stretch_to_end(series: Series, mask: Array) -> int | None:
     """First step of the stretch of True that reaches the end, None if there is none."""
-    found = episodes(mask, series.persist) if len(series) else []
+    found = episodes(mask, max(series.persist, STALL_STEPS)) if len(series) else []
     return series.step(found[-1][0]) if found and found[-1][1] == len(series) else None

@@ -96,6 +96,12 @@ DETECTORS: tuple[Detector, ...] = (
     Detector("repetition_drift", completions.find_repetition, needs=("repetition",)),
     Detector("length_drift", completions.find_length_drift, needs=("length",)),
     Detector(
+        "reward_pays_for_length",
+        completions.find_length_pay,
+        needs=("length",),
+        needs_parts=("rollouts.length",),
+    ),
+    Detector(
         "degenerate_completions", completions.find_degenerate, needs_parts=("rollouts.completion",)
     ),
     Detector(

@@ -84,3 +84,33 @@ def shared_answers(run: Run) -> Series:
     owners = known.groupby(["step", "completion"])["asked"].transform("nunique")
     share = (owners > 1).groupby(known["step"]).mean()[prompts > 1]
     return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))
+
+
+def length_pay(run: Run) -> Series:
+    """Correlation of reward and completion length within the groups of a step.
+
+    Pearson's, of what is left of both after the mean of the group is taken off, so that hard
+    prompts that need long answers do not count.
+
+    Returns
+    -------
+    Series
+        In [-1, 1], over at most ``SAMPLED_STEPS`` steps in which both vary within a group; empty
+        if the run stored no rewards and lengths.
+    """
+    rows = run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
+    known = rows[rows["reward"].notna() & rows["length"].notna()]
+    groups = known.groupby(["step", "group"])
+    values = {name: known[name].astype(np.float64) for name in ("reward", "length")}
+    off = {name: x - groups[name].transform("mean").astype(float) for name, x in values.items()}
+    terms = pd.DataFrame(
+        {
+            "both": off["reward"] * off["length"],
+            "reward": off["reward"] ** 2,
+            "length": off["length"] ** 2,
+        }
+    )
+    sums = terms.groupby(known["step"]).sum()
+    sums = sums[(sums["reward"] > 0) & (sums["length"] > 0)]
+    pay: pd.Series = sums["both"] / np.sqrt(sums["reward"] * sums["length"])
+    return Series(pay.index.to_numpy(np.int64), pay.to_numpy(np.float64))

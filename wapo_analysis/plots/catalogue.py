@@ -8,12 +8,14 @@ import pandas as pd
 from wapo_analysis.plots import (
     behaviour,
     bins,
+    calibration,
     classes,
     entropy,
     shift,
     theory,
     theory_map,
     training,
+    waterfall,
 )
 from wapo_analysis.plots.panels import AxesArray
 from wapo_analysis.store import Run
@@ -140,6 +142,26 @@ _SPECS = (
         needs=("tokens.dentropy",),
         prepare=shift.prepare_entropy_shift,
         plot=shift.plot_entropy_shift,
+    ),
+    FigureSpec(
+        name="calibration",
+        title="Is the taxonomy's prediction right?",
+        caption="Look for points near the dashed line: open ones off it are moved by other tokens "
+        "of the same class, filled ones by the other classes and by momentum.",
+        group="shift",
+        needs=("probes.counterfactual_dentropy",),
+        prepare=calibration.prepare_calibration,
+        plot=calibration.plot_calibration,
+    ),
+    FigureSpec(
+        name="waterfall",
+        title="What made up the change of the entropy?",
+        caption="Look for the longest bar: it is the class, or the momentum of earlier batches, "
+        "that moved the entropy; the parts add up to the measured change.",
+        group="entropy",
+        needs=("probes.counterfactual_dentropy",),
+        prepare=waterfall.prepare_waterfall,
+        plot=waterfall.plot_waterfall,
     ),
     FigureSpec(
         name="train_vs_behaviour",

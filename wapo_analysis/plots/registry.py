@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.errors import UserError, unknown_name
@@ -92,7 +93,9 @@ def _lack(run: Run, table: str, column: str) -> str | None:
     """Why a run cannot give a column of a table, or None if it can."""
     if table == "tokens":
         return _token_lack(run, column)
-    frame = run.steps if table == "steps" else run.classes
+    if table == "probes" and run.probes.empty:
+        return f"{run.name} has no probes (recorded with probe_every)"
+    frame: pd.DataFrame = getattr(run, table)
     if frame.empty:
         return f"{run.name} has no {'steps' if table == 'steps' else 'class totals'} yet"
     has = column in frame and finite(frame[column]).notna().any()

@@ -1,4 +1,4 @@
-"""Probe rows to small tables: three numbers per class, the sum over a window, how well they agree."""
+"""Probe rows to small tables: three numbers per class, sums over a window, agreement."""
 
 import numpy as np
 import pandas as pd
@@ -11,6 +11,7 @@ from wapo_analysis.schema import (
     GRADIENT,
     INTERACTION,
     MOMENTUM,
+    OTHER_TOKENS,
     PART_NAMES,
     UPDATE,
     WEIGHT_DECAY,
@@ -32,8 +33,9 @@ def part_name(code: int) -> str:
 
 
 def set_name(code: int) -> str:
-    """Name of a set of tokens: a class, or ``"all tokens"``."""
-    return "all tokens" if code == ALL_TOKENS else tax.CLASS_NAMES[code]
+    """Name of a set of tokens: a class, ``"all tokens"`` or ``"step before"``."""
+    named = {ALL_TOKENS: "all tokens", OTHER_TOKENS: "step before"}
+    return named[code] if code in named else tax.CLASS_NAMES[code]
 
 
 def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
@@ -47,9 +49,10 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per probed update and set of tokens (class codes 0..3, 4 all tokens): ``tokens``;
-        ``predicted`` by the taxonomy at the fitted scale; ``counterfactual``, the set's own class
-        applied alone (for all tokens: all classes at once); ``gradient``, all classes at once;
+        One row per probed update and set of tokens (class codes 0..3, 4 all tokens, 5 tokens of the
+        step before): ``tokens``; ``predicted`` by the taxonomy at the fitted scale (0 for tokens
+        without a part in the update); ``counterfactual``, the set's own class applied alone (where
+        it is no class: all classes at once); ``gradient``, all classes at once;
         ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
         it; all mean nats; ``verdict``, see :mod:`wapo_analysis.probes.verdict`.
     """
@@ -57,7 +60,7 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     alone = alone.reindex(columns=[*CLASS_CODES, GRADIENT, MOMENTUM, WEIGHT_DECAY])
     whole = probes[probes["cls"] == UPDATE].set_index(KEYS).sort_index()
     sets = whole.index.get_level_values("tokens_of").to_numpy()
-    own = np.where(sets == ALL_TOKENS, len(CLASS_CODES), sets)
+    own = np.where(sets >= ALL_TOKENS, len(CLASS_CODES), sets)
     table = pd.DataFrame(
         {
             "tokens": whole["tokens"],
@@ -73,9 +76,7 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     return table.assign(verdict=judge(*(n.to_numpy(np.float64) for n in numbers))).reset_index()
 
 
-def window(
-    probes: pd.DataFrame, first: int | None = None, last: int | None = None
-) -> pd.DataFrame:
+def window(probes: pd.DataFrame, first: int | None = None, last: int | None = None) -> pd.DataFrame:
     """Rows of the probes of a window of steps; None leaves that side open."""
     steps = probes["step"]
     inside = np.ones(len(probes), bool)

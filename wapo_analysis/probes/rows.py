@@ -16,6 +16,7 @@ from wapo_analysis.schema import (
     GRADIENT,
     INTERACTION,
     MOMENTUM,
+    OTHER_TOKENS,
     PROBES,
     UPDATE,
     WEIGHT_DECAY,
@@ -25,7 +26,7 @@ from wapo_analysis.table import Array, Records
 CLASS_CODES = range(len(tax.CLASSES))
 ADDENDS = (*CLASS_CODES, MOMENTUM, WEIGHT_DECAY)
 """Parts whose steps add up to the whole step; their effects leave the interaction over."""
-TOKEN_SETS = (*CLASS_CODES, ALL_TOKENS)
+TOKEN_SETS = (*CLASS_CODES, ALL_TOKENS, OTHER_TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,9 @@ class ProbedTokens:
     Attributes
     ----------
     cls : ndarray of int
-        Class code of the taxonomy.
+        Class code of the taxonomy; ``OTHER_TOKENS`` for tokens that have no part in the update.
     coef : ndarray
-        -dL/dlogp, what the loss put on the token.
+        -dL/dlogp, what the loss put on the token; 0 for tokens that have no part in the update.
     logp, entropy : ndarray
         Log-probability of the sampled token and entropy, nats.
     collision_rest, collision_logp_rest : ndarray
@@ -180,8 +181,9 @@ def probe_rows(
     scale = fit_scale(tokens.dlogp, changes[GRADIENT].dlogp)
     rows = []
     for tokens_of in TOKEN_SETS:
-        chosen = np.ones(len(tokens.cls), bool)
-        if tokens_of != ALL_TOKENS:
+        if tokens_of == ALL_TOKENS:
+            chosen = tokens.cls != OTHER_TOKENS
+        else:
             chosen = tokens.cls == tokens_of
         if chosen.any():
             rows += _set_rows(tokens, changes, half, scale, tokens_of, chosen)
@@ -193,9 +195,7 @@ def probe_rows(
 
 
 def _size_columns(size: PartSize | None) -> dict[str, float]:
-    size = size or PartSize(
-        grad_norm=np.nan, step_norm=np.nan, dots=(np.nan,) * len(tax.CLASSES)
-    )
+    size = size or PartSize(grad_norm=np.nan, step_norm=np.nan, dots=(np.nan,) * len(tax.CLASSES))
     dots = {f"dot_{name}": dot for name, dot in zip(tax.CLASSES, size.dots, strict=True)}
     return {"grad_norm": size.grad_norm, "step_norm": size.step_norm, **dots}
 
@@ -247,5 +247,5 @@ def _own(tokens: ProbedTokens, part: int) -> Array:
     if part in (UPDATE, GRADIENT):
         return np.ones(len(tokens.cls))
     if part in CLASS_CODES:
-        return (tokens.cls == part).astype(np.float64)
+        return np.asarray(tokens.cls == part, np.float64)
     return np.full(len(tokens.cls), np.nan)

@@ -107,8 +107,14 @@ class TrainConfig:
         at_least = {
             1: ("steps", "prompts_per_step", "epochs", "minibatches"),
             2: ("rollouts_per_prompt",),
-            0: ("warmup_steps", "checkpoint_every", "token_every", "rescore_every",
-                "probe_every", "seed"),
+            0: (
+                "warmup_steps",
+                "checkpoint_every",
+                "token_every",
+                "rescore_every",
+                "probe_every",
+                "seed",
+            ),
         }
         for low, names in at_least.items():
             for name in names:

@@ -193,6 +193,7 @@ class Trainer:
         tally = StepTally()
         for update in self._passes(batch):
             self._update(step, update, weights, tally, recorder)
+        self.prober.other = batch.rollouts
         row: dict[str, float] = {"step": step, **batch_statistics(batch), **tally.columns()}
         row |= {"lr": self._lr(step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}

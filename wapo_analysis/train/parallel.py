@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -64,7 +65,15 @@ def train_all(
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        return [future.result() for future in futures]
+        return [_outcome(future) for future in futures]
+
+
+def _outcome(future: "Future[str | None]") -> str | None:
+    """What a job returned; a worker that was killed takes its whole pool with it."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return "its worker process was killed, by the system's memory limit perhaps"
 
 
 def _follow(

@@ -1,4 +1,4 @@
-"""Probing one update of the trainer: what does each class's share of the step do when applied alone?
+"""Probing one update of the trainer: what each class's share of the step does when applied alone.
 
 The probe runs after the optimizer has stepped. It puts the old weights back, splits the step,
 scores a few rollouts after each part of it, and puts the new weights back bit by bit. Gradients,
@@ -7,8 +7,9 @@ optimizer state and random numbers are not touched.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 import torch
 import wapo_taxonomy as tax
@@ -28,7 +29,7 @@ from wapo_analysis.capture.step_parts import (
     with_sums,
 )
 from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
-from wapo_analysis.schema import GRADIENT, UPDATE
+from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.table import Array, Records
 from wapo_analysis.train.config import TrainConfig
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Score = Callable[[Rollouts, bool], TokenStats]
 Watched = Sequence[tuple[TokenPass, Rollouts]]
+Scored = Sequence[tuple[TokenPass | None, Rollouts]]
 
 
 class NullProbe:
@@ -62,14 +64,19 @@ class Prober:
 
     Attributes
     ----------
+    other : Rollouts or None
+        Rollouts of the step before; their tokens show what a step does to text it was not made of.
     seconds : float
         Time spent so far.
+    failed : bool
+        A probe failed, so no more are made.
     """
 
     parameters: Tensors
     optimizer: Optimizer
     config: TrainConfig
     score: Score
+    other: Rollouts | None = None
     seconds: float = 0.0
     failed: bool = False
 
@@ -82,7 +89,7 @@ class Prober:
         updates = self.config.epochs * self.config.minibatches
         if self.failed or not recorder.wants_probe(step):
             return NullProbe()
-        if minibatch != (step - 1) // self.config.probe_every % updates:
+        if minibatch != (step // self.config.probe_every - 1) % updates:
             return NullProbe()
         try:
             return UpdateProbe(self, recorder, step, minibatch)
@@ -143,23 +150,28 @@ class UpdateProbe(NullProbe):
         clip = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
         parts = split_step(prober.parameters, prober.optimizer, before, gradients, clip)
         parts = with_sums(parts, before, after)
-        chosen = _some_rollouts(watched, prober.config.probe_rows)
-        start = self._scored(chosen)
-        changes = {}
-        for code, part in parts.items():
-            moved = (w + d for w, d in zip(before.weights, part, strict=True))
-            put(prober.parameters, after if code == UPDATE else moved)
-            changes[code] = self._change(chosen, start)
-        put(prober.parameters, (w + d / 2 for w, d in zip(before.weights, parts[UPDATE], strict=True)))
+        chosen = self._chosen(watched)
+        start = self._statistics(chosen)
+        changes = {code: self._change(chosen, start, part) for code, part in parts.items()}
         return probe_rows(
             self._step,
             self._minibatch,
             _probed_tokens(chosen, start, prober.config.temperature),
             changes,
-            self._change(chosen, start),
+            self._change(chosen, start, [step / 2 for step in parts[UPDATE]]),
             _sizes(parts, gradients),
             left_over(parts),
         )
+
+    def _chosen(self, watched: Watched) -> Scored:
+        """Rollouts to score: some of the update's own, as many of the step before."""
+        limit, other = self._prober.config.probe_rows, self._prober.other
+        chosen: list[tuple[TokenPass | None, Rollouts]] = [*_some_rollouts(watched, limit)]
+        if other is not None:
+            most = sum(len(rollouts.mask) for _, rollouts in watched)
+            rows = _spread(len(other.mask), min(limit or most, most))
+            chosen.append((None, other.rows(torch.tensor(rows, device=other.mask.device))))
+        return chosen
 
     def _class_gradients(self, watched: Watched) -> list[Tensors]:
         """Gradient of each class over the whole mini-batch, micro-batch by micro-batch."""
@@ -174,24 +186,31 @@ class UpdateProbe(NullProbe):
                 torch._foreach_add_(into, add)
         return total
 
-    def _scored(self, chosen: Watched) -> list[TokenStats]:
+    def _statistics(self, chosen: Scored) -> list[TokenStats]:
         return [self._prober.score(rollouts, False) for _, rollouts in chosen]
 
-    def _change(self, chosen: Watched, start: Sequence[TokenStats]) -> Change:
-        """Change of the tokens from the old weights to those that are in place now."""
-        now = self._scored(chosen)
+    def _change(self, chosen: Scored, start: Sequence[TokenStats], step: Tensors) -> Change:
+        """What a step away from the old weights does to the tokens."""
+        weights = zip(self._before.weights, step, strict=True)
+        put(self._prober.parameters, (old + move for old, move in weights))
+        now = self._statistics(chosen)
         return Change(
             _joined([n.logp for n in now]) - _joined([s.logp for s in start]),
             _joined([n.entropy for n in now]) - _joined([s.entropy for s in start]),
         )
 
 
+def _spread(count: int, limit: int | None) -> list[int]:
+    """At most ``limit`` evenly spaced places among ``count``."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [place * count // limit for place in range(limit)]
+
+
 def _some_rollouts(watched: Watched, limit: int | None) -> list[tuple[TokenPass, Rollouts]]:
     """At most ``limit`` evenly spaced rollouts of the mini-batch, with their tokens."""
     count = sum(len(rollouts.mask) for _, rollouts in watched)
-    picked = set(range(count))
-    if limit is not None and limit < count:
-        picked = {place * count // limit for place in range(limit)}
+    picked = set(_spread(count, limit))
     some, first = [], 0
     for tokens, rollouts in watched:
         here = [row for row in range(len(rollouts.mask)) if first + row in picked]
@@ -204,8 +223,8 @@ def _some_rollouts(watched: Watched, limit: int | None) -> list[tuple[TokenPass,
 
 
 def _select(tokens: TokenPass, keep: Tensor) -> TokenPass:
-    given = {n: v[keep] if isinstance(v, Tensor) else v for n, v in vars(tokens).items()}
-    return TokenPass(**given)
+    kept: dict[str, Any] = {n: v[keep] for n, v in vars(tokens).items() if isinstance(v, Tensor)}
+    return replace(tokens, **kept)
 
 
 def _classes(tokens: TokenPass) -> Tensor:
@@ -220,13 +239,18 @@ def _joined(values: Sequence[Tensor]) -> Array:
     return torch.cat([v.detach().double() for v in values]).cpu().numpy()
 
 
-def _probed_tokens(
-    chosen: Watched, start: Sequence[TokenStats], temperature: float
-) -> ProbedTokens:
-    coefs = [torch.zeros_like(t.logp) if t.coef is None else t.coef for t, _ in chosen]
+def _probed_tokens(chosen: Scored, start: Sequence[TokenStats], temperature: float) -> ProbedTokens:
+    cls, coef = [], []
+    for (tokens, _), stats in zip(chosen, start, strict=True):
+        if tokens is None:
+            cls.append(torch.full_like(stats.logp, OTHER_TOKENS))
+        else:
+            cls.append(_classes(tokens))
+        given = None if tokens is None else tokens.coef
+        coef.append(torch.zeros_like(stats.logp) if given is None else given)
     return ProbedTokens(
-        cls=torch.cat([_classes(tokens) for tokens, _ in chosen]).cpu().numpy(),
-        coef=_joined(coefs),
+        cls=_joined(cls).astype(int),
+        coef=_joined(coef),
         logp=_joined([s.logp for s in start]),
         entropy=_joined([s.entropy for s in start]),
         collision_rest=_joined([s.collision_rest for s in start]),
@@ -236,7 +260,7 @@ def _probed_tokens(
 
 
 def _sizes(parts: dict[int, Tensors], gradients: list[Tensors]) -> dict[int, PartSize]:
-    """Sizes of all parts; those that are no sum of class gradients have no gradient of their own."""
+    """Sizes of all parts; only sums of class gradients have a gradient of their own."""
     whole = [torch.stack(same).sum(0) for same in zip(*gradients, strict=True)]
     own = {**dict(enumerate(gradients)), GRADIENT: whole}
     none = (float("nan"),) * len(gradients)

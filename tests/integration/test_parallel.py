@@ -1,0 +1,48 @@
+"""Several runs at once: results, progress, and what one failure does to the others."""
+
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import open_run
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.parallel import Job, train_all
+
+
+def test_jobs_run_apart_and_one_failure_stops_no_other(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    good = Job(tiny_config, tmp_path / "good")
+    bad = Job(replace(tiny_config, model="absent.gguf"), tmp_path / "bad")
+    seen: list[Sequence[int]] = []
+    failures = train_all([bad, good], workers=1, progress=seen.append)
+    assert failures[0] is not None
+    assert "no model file at absent.gguf" in failures[0]
+    assert failures[1] is None
+    assert open_run(good.out).steps.step.tolist() == [1, 2, 3]
+    assert seen[-1] == [0, 3]
+
+
+def test_a_killed_worker_is_told_and_not_raised(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    import multiprocessing
+
+    def kill(done: Sequence[int]) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None and done[0] >= 1:
+                os.kill(child.pid, signal.SIGKILL)
+
+    job = Job(replace(tiny_config, steps=400), tmp_path / "run")
+    (failure,) = train_all([job], workers=1, progress=kill)
+    assert failure is not None
+    assert "killed" in failure
+    assert len(open_run(job.out).steps) >= 1, "what was written before stays readable"
+
+
+def test_two_jobs_may_not_share_a_folder(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="same folder"):
+        train_all([Job(tiny_config, tmp_path / "a")] * 2)

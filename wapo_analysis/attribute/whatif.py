@@ -1,0 +1,299 @@
+"""How the entropy path of a run would have changed without some classes, from its probes.
+
+A probe says by how much one class moves the mean entropy with its share of one update: of tokens
+of the step before, which had no part in the update, for a step moves its own tokens more than any
+that come after. Summed over the updates of the run that gives the class's part of the path. Two
+things are added that the share
+alone does not hold:
+
+* AdamW keeps (1 - beta1) of a gradient for the present update and spends the rest over the updates
+  that follow. Over its life a gradient does ``(1 - beta1^t) / (1 - beta1)`` times its share.
+* Without a class the rest of the gradient is smaller, and AdamW divides by that smaller size: the
+  remaining classes act ``rho`` times as much, with rho^2 the sum of |g|^2 over that of |g_kept|^2
+  over the probes so far (g clipped to max_grad_norm). SGD rescales by clipping alone.
+
+With kept and all the effect of the kept classes and of all classes, interpolated between probes,
+
+    estimated(t) = H(t) exp( sum_(s <= t) updates life(s) (rho(s) kept(s) - all(s)) / H(s) )
+
+The sum is over relative changes because a push fades with the entropy that is left to push: every
+first-order dH vanishes as p goes to 1. The estimate takes the batches of the recorded run, so it
+cannot know of samples that the changed policy would have drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
+from wapo_analysis.store import Run
+from wapo_analysis.table import Array
+
+MIN_PROBES = 3
+RESAMPLES = 400
+BAND = (0.05, 0.95)
+ENDS = 5
+"""Steps averaged at either end of the path."""
+SMALL_EFFECT = 0.005
+"""Nats; less than two runs of one setting differ by."""
+SMALLEST = 1e-3
+"""Nats; below this entropy relative changes are no longer trusted."""
+_LARGEST_SHIFT = 50.0  # exp of it is far above any ceiling and still finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """Estimated entropy path of a run without some classes.
+
+    Attributes
+    ----------
+    run : str
+        Name of the run.
+    excluded : tuple of str
+        Class names taken out.
+    path : DataFrame
+        ``step``, ``recorded`` and ``estimated`` entropy, ``low`` and ``high`` (90% band of a
+        bootstrap over probes), nats.
+    recorded_change, estimated_change : float
+        Change from the first steps to the last, nats.
+    low, high : float
+        90% band of the estimated change.
+    accounted : float
+        Change of the recorded path according to the probes' whole updates, over the recorded
+        change: near 1 if fixed tokens tell what fresh samples show; NaN if nothing changed.
+    probes : int
+        Probes it rests on.
+    """
+
+    run: str
+    excluded: tuple[str, ...]
+    path: pd.DataFrame
+    recorded_change: float
+    estimated_change: float
+    low: float
+    high: float
+    accounted: float
+    probes: int
+
+    @property
+    def effect(self) -> float:
+        """Estimated minus recorded change: what taking the classes out does, nats."""
+        return self.estimated_change - self.recorded_change
+
+    @property
+    def is_clear(self) -> bool:
+        """The band of the effect does not hold zero, and the effect is worth a word."""
+        inside = self.low <= self.recorded_change <= self.high
+        return not inside and abs(self.effect) >= SMALL_EFFECT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "run": self.run,
+            "excluded": list(self.excluded),
+            "recorded_change": _number(self.recorded_change),
+            "estimated_change": _number(self.estimated_change),
+            "band": [_number(self.low), _number(self.high)],
+            "effect": _number(self.effect),
+            "clear": self.is_clear,
+            "accounted": _number(self.accounted),
+            "probes": self.probes,
+            "path": [
+                {name: _number(value) for name, value in row.items()}
+                for row in self.path.to_dict("records")
+            ],
+        }
+
+    def sentences(self) -> list[str]:
+        """Result and its limits in plain sentences."""
+        without = " and ".join(self.excluded)
+        first, last = self.path["recorded"].iloc[0], self.path["recorded"].iloc[-1]
+        told = [
+            f"recorded: entropy {first:.3f} to {last:.3f} nats, change {self.recorded_change:+.3f}",
+            f"without {without}: change {self.estimated_change:+.3f} "
+            f"(90% band {self.low:+.3f} to {self.high:+.3f}), from {self.probes} probes",
+        ]
+        if not self.is_clear:
+            told.append(f"the probes do not tell on which side of the record {without} would end")
+        else:
+            way = "higher" if self.effect > 0 else "lower"
+            told.append(f"without {without} entropy would end {abs(self.effect):.3f} nats {way}")
+        if np.isfinite(self.accounted):
+            told.append(
+                f"the probed updates account for {self.accounted:.0%} of the recorded change"
+            )
+        return told
+
+
+def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
+    """Estimate the entropy path of a run without some classes; see the head of this module.
+
+    Parameters
+    ----------
+    run : Run
+        A run of the built-in trainer with probes.
+    exclude : sequence of str
+        Classes, regimes or signs, as ``exclude_bins`` takes them.
+
+    Returns
+    -------
+    WhatIf
+
+    Raises
+    ------
+    UserError
+        On an unknown name, or if the run has too few probes.
+    """
+    try:
+        names = tax.expand_bins(tuple(exclude))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not names:
+        raise UserError(f"name the classes to exclude: {', '.join(tax.CLASSES)}, pos, neg, ...")
+    probes = _usable_probes(run)
+    settings = _Settings.of(run)
+    kept = [name not in names for name in tax.CLASSES]
+    table = _effects(probes, settings, np.array(kept))
+    recorded = run.steps[["step", "entropy"]].dropna()
+    steps, entropy = recorded["step"].to_numpy(), recorded["entropy"].to_numpy(np.float64)
+    weights = settings.updates * _shares(table["step"].to_numpy(), steps)
+    extra = table["extra"].to_numpy()
+    relative = np.cumsum(weights / np.maximum(entropy, SMALLEST)[:, None], axis=0)
+    band = np.quantile(_bootstrap(relative, extra), BAND, axis=0)
+    ceiling = log(run.manifest["vocabulary"]) if run.manifest.get("vocabulary") else np.inf
+    path = pd.DataFrame(
+        {
+            "step": steps,
+            "recorded": entropy,
+            "estimated": _moved(entropy, relative @ extra, ceiling),
+            "low": _moved(entropy, band[0], ceiling),
+            "high": _moved(entropy, band[1], ceiling),
+        }
+    )
+    explained = np.cumsum(weights @ table["update"].to_numpy())
+    change = _change(entropy, entropy)
+    return WhatIf(
+        run=run.name,
+        excluded=names,
+        path=path,
+        recorded_change=change,
+        estimated_change=_change(entropy, path["estimated"].to_numpy()),
+        low=_change(entropy, path["low"].to_numpy()),
+        high=_change(entropy, path["high"].to_numpy()),
+        accounted=_change(explained, explained) / change if change else float("nan"),
+        probes=len(table),
+    )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What of the run's settings decides how a gradient acts."""
+
+    updates: int
+    beta1: float
+    adaptive: bool
+    limit: float
+
+    @classmethod
+    def of(cls, run: Run) -> "_Settings":
+        config = run.manifest.get("config", {})
+        adaptive = config.get("optimizer", "adamw") == "adamw"
+        return cls(
+            updates=int(config.get("epochs", 1)) * int(config.get("minibatches", 1)),
+            beta1=float(config.get("beta1", 0.9)) if adaptive else 0.0,
+            adaptive=adaptive,
+            limit=float(config.get("max_grad_norm") or np.inf),
+        )
+
+
+def _usable_probes(run: Run) -> pd.DataFrame:
+    probes = run.probes[run.probes["tokens_of"] == OTHER_TOKENS]
+    found = probes["step"].nunique()
+    if found < MIN_PROBES:
+        raise UserError(
+            f"{run.name} has {found} probes, what-if needs {MIN_PROBES}; record them with "
+            "wapo train --probe-every 5 (docs/attribution.md)"
+        )
+    return probes
+
+
+def _effects(probes: pd.DataFrame, settings: _Settings, kept: Array) -> pd.DataFrame:
+    """Per probe: what one update more would do without the classes, and what it did.
+
+    Returns
+    -------
+    DataFrame
+        ``step``; ``extra``, life times (rho kept - all); ``update``, the measured whole; nats.
+    """
+    by_part = probes.pivot_table(
+        index=["step", "minibatch"], columns="cls", values="counterfactual_dentropy"
+    ).reset_index()
+    count = (by_part["step"] - 1) * settings.updates + by_part["minibatch"] + 1
+    life = (1 - settings.beta1 ** count.to_numpy()) / (1 - settings.beta1)
+    classes = by_part[range(len(tax.CLASSES))].to_numpy()
+    rho = _rescaling(probes, settings, kept)
+    return pd.DataFrame(
+        {
+            "step": by_part["step"],
+            "extra": life * (rho * classes[:, kept].sum(1) - by_part[GRADIENT].to_numpy()),
+            "update": by_part[UPDATE],
+        }
+    )
+
+
+def _rescaling(probes: pd.DataFrame, settings: _Settings, kept: Array) -> Array:
+    """Factor rho of each probe by which the kept classes act more than they did."""
+    classes = probes[probes["cls"].isin(range(len(tax.CLASSES)))].sort_values(["step", "cls"])
+    names = [f"dot_{name}" for name in tax.CLASSES]
+    gram = classes[names].to_numpy().reshape(-1, len(names), len(names))
+    whole = np.sqrt(np.maximum(gram.sum((1, 2)), 0.0))
+    rest = np.sqrt(np.maximum(gram[:, kept][:, :, kept].sum((1, 2)), 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if settings.adaptive:
+            past = np.minimum(whole, settings.limit) ** 2, np.minimum(rest, settings.limit) ** 2
+            rho = np.sqrt(np.cumsum(past[0]) / np.cumsum(past[1]))
+        else:
+            rho = np.minimum(1, settings.limit / rest) / np.minimum(1, settings.limit / whole)
+    return np.where(rest > 0, rho, 0.0)
+
+
+def _shares(probed: Array, steps: Array) -> Array:
+    """How much each probe stands for each step, shape (steps, probes); rows sum to 1.
+
+    Between two probes their effects are interpolated; before the first and after the last the
+    nearest one counts.
+    """
+    basis = np.eye(len(probed))
+    return np.stack([np.interp(steps, probed, row) for row in basis], axis=1)
+
+
+def _moved(entropy: Array, shift: Array, ceiling: float) -> Array:
+    """Entropy after a relative shift, at most ln of the vocabulary."""
+    moved = entropy * np.exp(np.minimum(shift, _LARGEST_SHIFT))
+    return np.asarray(np.minimum(moved, ceiling))
+
+
+def _bootstrap(weights: Array, extra: Array) -> Array:
+    """Shifts of the path when the probes are drawn anew, shape (RESAMPLES, steps)."""
+    rng = np.random.default_rng(0)
+    counts = rng.multinomial(len(extra), np.full(len(extra), 1 / len(extra)), size=RESAMPLES)
+    return np.asarray((counts * extra) @ weights.T)
+
+
+def _change(start: Array, path: Array) -> float:
+    """Mean of the last steps of a path less the first steps of its start."""
+    width = min(ENDS, max(len(path) // 2, 1))
+    return float(path[-width:].mean() - start[:width].mean())
+
+
+def _number(value: Any) -> float | int | None:
+    number = value.item() if isinstance(value, np.generic) else value
+    if isinstance(number, int):
+        return number
+    return float(f"{number:.6g}") if np.isfinite(number) else None
