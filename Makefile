@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint wheel clean
+.PHONY: demo test test-slow test-gpu test-compat lint wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,12 @@ test-slow: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
+
+# Other tools on the same trainer, and every supported TRL in an environment of its own (slow).
+test-compat: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps rldoctor==0.2.0 rlprobe==0.1.0 martingale==0.2.0
+	$(BIN)/python -m pytest -q tests/integration/test_neighbours.py
+	$(BIN)/python tests/compat/run_matrix.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

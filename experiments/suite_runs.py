@@ -92,7 +92,7 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe("nan-gradient", _seeds(2), {"lr": 1e-4}, "nan_gradient"),
     Recipe("nan-weights", _seeds(2), {"lr": 1e-4}, "nan_weights"),
 )
-"""What the suite is made of. Even seeds tune, odd seeds test (:func:`is_test`)."""
+"""What the suite is made of. Even seeds tune, odd seeds test (`SuiteRun.test`)."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,8 @@ def test_missing_statistics_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_steps_without_rows_name_the_nearest(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step 6 of run .* nearest .*: 3, 5, 7, 9, 11"):
-        attribute_step(run, 6)
+    with pytest.raises(UserError, match=r"step 8 of run .* nearest .*: 3, 5, 7, 9, 11"):
+        attribute_step(run, 8)
     bare = open_run(write_fake_run(tmp_path / "bare", steps=2, token_every=0))
     with pytest.raises(UserError, match="bare has no token rows"):
         attribute_step(bare, 1)

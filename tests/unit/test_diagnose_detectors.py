@@ -1,6 +1,7 @@
 """The detectors beside the verdicts: each fires on what it is for, and on nothing else."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,14 @@ import pytest
 from tests.unit.test_diagnose import judge, names, noisy, ramp, write_flows, write_steps
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, diagnose
 from wapo_analysis.diagnose.forecast import TREND_WINDOW, rolling_trend
-from wapo_analysis.diagnose.samples import SAMPLED_STEPS, evenly, first_pass_gap, shared_answers
+from wapo_analysis.diagnose.samples import (
+    SAMPLED_STEPS,
+    completion_rows,
+    evenly,
+    first_pass_gap,
+    length_pay,
+    shared_answers,
+)
 from wapo_analysis.schema import CLASSES, ROLLOUTS, TOKENS
 from wapo_analysis.store import Run, RunWriter, open_run
 from wapo_analysis.table import Records
@@ -96,9 +104,57 @@ def test_answers_that_depend_on_the_prompt_are_fine_also_if_repeated_within_it(
     path = write_steps(tmp_path / "run", {"reward": np.full(STEPS, 0.5)})
     write_answers(path, same_from=STEPS + 1)
     assert "degenerate_completions" not in names(diagnose(open_run(path)))
-    series = shared_answers(open_run(path))
+    series = shared_answers(completion_rows(open_run(path)))
     assert len(series) == SAMPLED_STEPS
     assert series.values.max() == 0
+
+
+def write_lengths(path: Path, lengths: np.ndarray, pays: bool) -> None:
+    """Groups of four rollouts of differing length; the shorter half earns, or a random one."""
+    writer, rng = reopened(path), np.random.default_rng(0)
+    for step, mean in enumerate(lengths, start=1):
+        offset = np.tile([-1, 0, 1, 2], 4)
+        reward = (offset < 1) if pays else rng.random(16) < 0.5
+        columns = {
+            "step": np.full(16, step),
+            "rank": np.zeros(16),
+            "group": np.repeat(np.arange(4), 4),
+            "rollout": np.arange(16),
+            "reward": reward.astype(float),
+            "length": (mean + offset).astype(int),
+        }
+        writer.write_part(Records.build(ROLLOUTS, columns), step)
+    writer.close("finished")
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_shorter_answers_that_earn_more_are_a_warning(tmp_path: Path, pays: bool) -> None:
+    length = noisy(ramp(30, 26, STEPS, 20, 20), 0.1)
+    path = write_steps(tmp_path / "run", {"length": length, "reward": np.full(STEPS, 0.5)})
+    write_lengths(path, length, pays)
+    d = diagnose(open_run(path))
+    assert ("reward_pays_for_length" in names(d)) == pays
+    if pays:
+        found = finding(d, "reward_pays_for_length")
+        assert found.severity == "warning"
+        assert found.evidence["correlation"] == pytest.approx(-0.894, abs=0.01)
+        assert 25 < found.step < 42
+
+
+def test_the_pay_for_length_leaves_out_what_the_prompt_decides(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"reward": np.full(3, 0.5)})
+    columns = {
+        "step": np.ones(4),
+        "rank": np.zeros(4),
+        "group": [0, 0, 1, 1],  # the hard prompt is long and earns little, whatever the rollout
+        "rollout": np.arange(4),
+        "reward": [1.0, 0.8, 0.2, 0.0],
+        "length": [10, 12, 101, 99],
+    }
+    writer = reopened(path)
+    writer.write_part(Records.build(ROLLOUTS, columns), 1)
+    writer.close("finished")
+    assert length_pay(completion_rows(open_run(path))).values == pytest.approx([0.0], abs=1e-4)
 
 
 def test_at_most_forty_steps_are_read() -> None:
@@ -107,7 +163,7 @@ def test_at_most_forty_steps_are_read() -> None:
     assert (len(chosen), chosen[0], chosen[-1]) == (SAMPLED_STEPS, 1, 1000)
 
 
-# ---- another policy than the one that sampled -----------------------------------------------------
+# ---- another policy than the one that sampled ---------------------------------------------------
 
 
 def write_tokens(path: Path, shift: np.ndarray, tokens: int = 200) -> None:
@@ -281,3 +337,137 @@ def test_rolling_trend_is_theil_sen_and_kendall() -> None:
     line[10] = 100.0  # one outlier moves neither far
     assert rolling_trend(line).slope[TREND_WINDOW - 1 :] == pytest.approx(0.5, abs=0.2)
     assert not rolling_trend(np.ones(3)).agree.any()
+
+
+def test_every_detector_says_what_it_needs_and_none_is_listed_twice(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "run", {})
+    writer.close("finished")
+    d = diagnose(open_run(tmp_path / "run"))
+    listed = [s.name for s in d.skipped]
+    assert sorted(set(listed)) == sorted(listed)
+    assert {detector.name for detector in DETECTORS} <= set(listed)
+
+
+def rising(steps: int, onset: int, rate: float, flow: float) -> tuple[np.ndarray, Flows]:
+    """Entropy that grows by a rate from a step on, and the net flow of two classes."""
+    entropy = 0.4 * np.exp(rate * np.clip(np.arange(steps) - onset, 0, None))
+    return noisy(entropy, 0.002), {(-1, 1): np.full(steps, 1.0 + flow), (1, 1): np.full(steps, -1)}
+
+
+def early(tmp_path: Path, entropy: np.ndarray, flows: Flows, reward: np.ndarray) -> Diagnosis:
+    path = write_steps(tmp_path / "run", {"entropy": entropy, "reward": reward})
+    write_flows(path, flows)
+    return diagnose(open_run(path))
+
+
+def test_the_early_warning_comes_before_the_entropy_leaves_its_band(tmp_path: Path) -> None:
+    entropy, flows = rising(28, 20, 0.04, flow=1.0)
+    assert entropy.max() < 1.5 * 0.4
+    d = early(tmp_path, entropy, flows, np.full(28, 0.5))
+    found = finding(d, "early_warning")
+    assert not names(d) & {"entropy_rise", "entropy_explosion"}
+    assert found.severity == "warning"
+    assert 21 <= found.step <= 27
+    assert found.evidence["class"] == "neg_peak"
+    assert found.evidence["flow_agrees"] == 1
+    assert "exclude_bins = neg_peak" in found.advice
+    assert d.first_warning_step == found.step
+
+
+def test_against_the_flow_it_blames_the_step_size(tmp_path: Path) -> None:
+    entropy, flows = rising(30, 20, 0.04, flow=-0.5)
+    found = finding(early(tmp_path, entropy, flows, np.full(30, 0.5)), "early_warning")
+    assert found.evidence["flow_agrees"] == 0
+    assert "too large" in found.message
+    assert found.advice.startswith("Lower lr")
+
+
+def test_a_rise_that_comes_to_nothing_is_taken_back(tmp_path: Path) -> None:
+    entropy, flows = rising(28, 20, 0.04, flow=1.0)
+    settled = np.r_[entropy, noisy(np.full(40, 0.42), 0.002, 1)]
+    flows = {key: np.r_[values, np.zeros(40)] for key, values in flows.items()}
+    assert "early_warning" not in names(early(tmp_path, settled, flows, np.full(68, 0.5)))
+
+
+@pytest.mark.parametrize("end", [0.9, 0.1])
+def test_a_fall_warns_early_only_if_the_reward_falls_with_it(tmp_path: Path, end: float) -> None:
+    entropy = noisy(0.4 * np.exp(-0.05 * np.clip(np.arange(30) - 18, 0, None)), 0.001)
+    flows = {(1, 1): np.full(30, -1.0), (-1, 0): np.full(30, -2.0)}
+    d = early(tmp_path, entropy, flows, noisy(ramp(0.5, end, 30, 18, 10), 0.005, 1))
+    assert ("early_warning" in names(d)) == (end < 0.5)
+    if end < 0.5:
+        assert finding(d, "early_warning").evidence["class"] == "neg_valley"
+
+
+@pytest.mark.parametrize(
+    ("rate", "onset", "reward", "severity"),
+    [
+        (0.038, 30, 0.5, "warning"),
+        (0.038, 30, 0.95, "info"),  # the reward pays
+        (0.02, 20, 0.5, "info"),  # due late
+        (-0.03, 20, 0.5, "info"),
+        (0.0, 20, 0.5, None),
+    ],
+)
+def test_the_step_of_arrival_is_projected(
+    tmp_path: Path, rate: float, onset: int, reward: float, severity: str | None
+) -> None:
+    steps = 40
+    entropy = 0.4 * np.exp(rate * np.clip(np.arange(steps) - onset, 0, None))
+    entropy = entropy * np.exp(noisy(np.zeros(steps), 0.003))
+    d = judge(tmp_path, entropy=entropy, reward=noisy(ramp(0.5, reward, steps, 5, 20), 0.01, 1))
+    assert ("entropy_arrival" in names(d)) == (severity is not None)
+    if severity is not None:
+        found = finding(d, "entropy_arrival")
+        factor = 2 if rate > 0 else 0.2
+        due = onset + 1 + math.log(factor) / rate
+        assert found.evidence["arrival_step"] == pytest.approx(due, rel=0.1)
+        assert found.evidence["target"] == pytest.approx(0.4 * factor, rel=0.02)
+        assert found.severity == severity
+
+
+def test_cost_stays_linear_with_every_column(tmp_path: Path) -> None:
+    import json
+    import time
+
+    from wapo_analysis.store import STEP_LOG
+
+    steps, rng = 100_000, np.random.default_rng(0)
+    columns = {
+        "entropy": noisy(ramp(0.4, 3, steps, 60_000, 10_000), 0.02),
+        "reward": noisy(ramp(0.6, 0.1, steps, 60_000, 10_000), 0.03, 1),
+        "grad_norm": np.exp(noisy(np.zeros(steps), 0.3, 2)),
+        **{
+            name: np.abs(rng.normal(0.1, 0.02, steps))
+            for name in ("kl_old", "clip_low", "clip_high", "truncated", "repetition", "length",
+                         "groups_all_wrong", "groups_all_right")
+        },
+    }  # fmt: skip
+    path = write_steps(tmp_path / "run", {name: values[:1] for name, values in columns.items()})
+    rows = np.round(np.column_stack(list(columns.values())), 5).tolist()
+    (path / STEP_LOG).write_text(
+        "".join(
+            json.dumps({"step": i + 1, **dict(zip(columns, row, strict=True))}) + "\n"
+            for i, row in enumerate(rows)
+        )
+    )
+    write_flows(path, {key: np.ones(steps) for key in ((1, 1), (1, 0), (-1, 1), (-1, 0))})
+    began = time.process_time()
+    d = diagnose(open_run(path))
+    assert time.process_time() - began < 5
+    assert d.verdict == "entropy_explosion"
+
+
+def test_every_finding_is_documented() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "diagnose.md").read_text()
+    source = "".join(f.read_text() for f in (root / "wapo_analysis" / "diagnose").glob("*.py"))
+    named = set(re.findall(r'name="([a-z_]+)"', source)) | {
+        "entropy_explosion", "entropy_rise", "entropy_excursion", "entropy_collapse",
+        "entropy_fall", "entropy_decline", "reward_collapse", "reward_drop", "diverged",
+        "nonfinite_step", "gradient_vanishes", "gradient_grows", "negative_mass_outweighs",
+        "positive_mass_outweighs",
+    }  # fmt: skip
+    assert len(named) > 25
+    for name in named:
+        assert f"| {name} |" in page, name

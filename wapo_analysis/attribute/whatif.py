@@ -283,7 +283,13 @@ def _bootstrap(weights: Array, extra: Array) -> Array:
     """Shifts of the path when the probes are drawn anew, shape (RESAMPLES, steps)."""
     rng = np.random.default_rng(0)
     counts = rng.multinomial(len(extra), np.full(len(extra), 1 / len(extra)), size=RESAMPLES)
-    return np.asarray((counts * extra) @ weights.T)
+    drawn = counts @ weights.T
+    mean = weights @ extra / weights.sum(axis=1)
+    # Before any drawn probe counts, the mean of all stands in for that of the drawn ones.
+    means = np.divide(
+        (counts * extra) @ weights.T, drawn, out=np.tile(mean, (RESAMPLES, 1)), where=drawn > 0
+    )
+    return np.asarray(means * weights.sum(axis=1))
 
 
 def _change(start: Array, path: Array) -> float:

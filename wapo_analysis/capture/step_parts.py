@@ -68,9 +68,13 @@ def check_splits(optimizer: Optimizer) -> None:
     UserError
         If it is neither AdamW (without amsgrad or maximize) nor SGD without momentum.
     """
-    group: dict[str, Any] = optimizer.param_groups[0]
-    plain = not group.get("amsgrad") and not group.get("maximize") and not group.get("momentum")
-    if not isinstance(optimizer, AdamW | SGD) or not plain:
+    odd = [
+        name
+        for group in optimizer.param_groups
+        for name in ("amsgrad", "maximize", "momentum")
+        if group.get(name)
+    ]
+    if not isinstance(optimizer, AdamW | SGD) or odd:
         raise UserError(
             f"a step of {type(optimizer).__name__} with these options cannot be split by class; "
             "allowed: AdamW without amsgrad or maximize, SGD without momentum"
@@ -155,12 +159,13 @@ def split_step(
         Class codes, ``MOMENTUM`` and ``WEIGHT_DECAY``; parameters the optimizer left alone have
         zero parts.
     """
-    group: dict[str, Any] = optimizer.param_groups[0]
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     codes = range(len(gradients))
     parts: dict[int, Tensors] = {code: [] for code in (*codes, MOMENTUM, WEIGHT_DECAY)}
     for number, parameter in enumerate(parameters):
         moved = parameter.grad is not None
-        gain, carry = _gains(parameter, optimizer, moved)
+        group: dict[str, Any] = groups[id(parameter)]
+        gain, carry = _gains(parameter, optimizer, group, moved)
         for code in codes:
             parts[code].append(gain * clip * gradients[code][number])
         parts[MOMENTUM].append(carry * before.momentum[number])
@@ -169,10 +174,11 @@ def split_step(
     return parts
 
 
-def _gains(parameter: Tensor, optimizer: Optimizer, moved: bool) -> tuple[Tensor, Tensor]:
+def _gains(
+    parameter: Tensor, optimizer: Optimizer, group: dict[str, Any], moved: bool
+) -> tuple[Tensor, Tensor]:
     """What this step multiplies a gradient with, and the first moment before it."""
-    group: dict[str, Any] = optimizer.param_groups[0]
-    zero = torch.zeros((), device=parameter.device)
+    zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
     if not moved:
         return zero, zero
     if isinstance(optimizer, SGD):

@@ -7,6 +7,7 @@ from typing import Any
 
 from wapo_analysis.capture.hooks import Patches
 from wapo_analysis.capture.recorder import Recorder
+from wapo_analysis.capture.trl_probe import check_probing
 from wapo_analysis.capture.trl_source import check_trainer, new_manifest
 from wapo_analysis.capture.trl_watcher import TrlWatcher
 from wapo_analysis.errors import UserError
@@ -63,6 +64,8 @@ def attach(
     token_fraction: float = 1.0,
     rescore_every: int = 10,
     exact_every: int | None = None,
+    probe_every: int = 0,
+    probe_rows: int = 16,
     log_metrics: bool = True,
     name: str | None = None,
     label: str | None = None,
@@ -88,6 +91,11 @@ def attach(
         once more on every n-th step, which gives sum p^2 ln p and every digit of near-certain
         tokens; None takes ``token_every``. In between sum p^2 comes from the fused head and
         sum p^2 ln p is missing. With logits every step is exact.
+    probe_every : int
+        Take the update of every n-th step apart by class (docs/attribution.md): some fifteen times
+        the trained weights in memory and about five updates in time while it lasts; 0 never.
+    probe_rows : int
+        Rollouts that a probe scores after each part of the step, whole micro-batches.
     log_metrics : bool
         Add ``wapo/...`` entries to the trainer's own log.
     name, label : str, optional
@@ -122,6 +130,7 @@ def attach(
         )
     if exact_every is not None and exact_every < 0:
         raise UserError("exact_every must be 0 (never) or positive")
+    check_probing(trainer, probe_every, probe_rows)
     accelerator, folder = trainer.accelerator, Path(path)
     rank, several = accelerator.process_index, accelerator.num_processes > 1
     if several and resume_after is None and (folder / "manifest.json").exists():
@@ -134,6 +143,7 @@ def attach(
         token_every=token_every,
         token_fraction=token_fraction,
         rescore_every=rescore_every,
+        probe_every=probe_every,
         temperature=float(getattr(trainer, "temperature", 1.0)),
         rank=rank,
         resume_after=resume_after,
@@ -147,6 +157,7 @@ def attach(
             patches,
             exact_every=token_every if exact_every is None else exact_every,
             log_metrics=log_metrics,
+            probe_rows=probe_rows,
         )
         patches.set(trainer, _MARK, attachment)
     except BaseException:

@@ -124,7 +124,7 @@ def score_again(model: Any, passes: Sequence[SeenPass]) -> None:
 
     A pass without rows is scored all the same: the forward may be a collective of all processes.
     """
-    with _evaluating(model):
+    with evaluating(model):
         for seen in passes:
             logps_BT, entropies_BT = logps_and_entropies(seen.score())
             if seen.tokens is None or seen.mask_BT is None:
@@ -136,7 +136,7 @@ def score_again(model: Any, passes: Sequence[SeenPass]) -> None:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Switch dropout off, so no random number is drawn; then put every module back as it was."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -4,7 +4,6 @@ Every generated batch gets a tensor of rollout numbers. TRL shuffles and splits 
 batch in unison, so each gradient pass still knows its rollouts.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from wapo_analysis.completions import repetition
 
 ID_KEY = "wapo_rollout"
 _ANSWERS = ("answer", "solution", "ground_truth", "label", "target")
@@ -238,16 +239,3 @@ def reward_statistics(rewards: Array, group_size: int) -> dict[str, float]:
         "groups_all_wrong": sum(r <= 0 for r in flat) / len(groups),
         "groups_all_right": sum(r > 0 for r in flat) / len(groups),
     }
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same completion, in [0, 1].
-
-    Examples
-    --------
-    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
-    0.2
-    """
-    grams = Counter(zip(*(ids[start:] for start in range(n)), strict=False))
-    total = sum(grams.values())
-    return (total - len(grams)) / total if total else 0.0

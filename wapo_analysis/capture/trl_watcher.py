@@ -22,6 +22,7 @@ from wapo_analysis.capture.trl_pass import (
     take_gradient,
     token_pass,
 )
+from wapo_analysis.capture.trl_probe import TrlProber
 from wapo_analysis.capture.trl_rollouts import RolloutReader
 from wapo_analysis.capture.trl_scalars import NAMES, log_entries, step_columns, token_sums
 from wapo_analysis.capture.trl_source import SCORER, clip_rule, hidden_tensors, logps_and_entropies
@@ -43,6 +44,8 @@ class TrlWatcher:
         Steps between passes of the hidden states through the head; 0 never.
     log_metrics : bool
         Add entries to the trainer's log.
+    probe_rows : int
+        Rollouts that a probe scores.
     """
 
     def __init__(
@@ -53,10 +56,12 @@ class TrlWatcher:
         *,
         exact_every: int,
         log_metrics: bool,
+        probe_rows: int,
     ) -> None:
         self._trainer, self._recorder = trainer, recorder
         self._exact_every, self._log_metrics = exact_every, log_metrics
         self._rollouts, self._clip = RolloutReader(trainer), clip_rule(trainer)
+        self._prober = TrlProber(trainer, recorder, probe_rows)
         self._several = trainer.accelerator.num_processes > 1
         self._inputs: dict[str, Any] | None = None
         self._training = False
@@ -178,7 +183,7 @@ class TrlWatcher:
 
     def _open(self, stats: StatsReader, inputs: dict[str, Any]) -> None:
         step = int(self._trainer.state.global_step) + 1
-        exact = on_schedule(step, self._exact_every)
+        exact = on_schedule(step, self._exact_every) or self._recorder.wants_probe(step)
         stats.open(loss_mask(inputs), inputs["completion_ids"], exact)
 
     def _take_pass(
@@ -209,6 +214,14 @@ class TrlWatcher:
     def before_update(self) -> None:
         """Note the learning rate; called by the trainer before its optimizer steps."""
         self._row["lr"] = self._trainer.optimizer.param_groups[0]["lr"]
+        self._prober.before_update(int(self._trainer.state.global_step) + 1)
+
+    def after_update(self) -> None:
+        """Take the update apart, if it is its turn; called after the optimizer has stepped."""
+        started = perf_counter()
+        step = int(self._trainer.state.global_step) + 1
+        self._prober.after_update(step, self._passes, self._row.get("grad_norm"))
+        self._row["seconds_probe"] = perf_counter() - started
 
     def end_step(self, step: int) -> None:
         """Score again, write, log; called by the trainer after its optimizer has stepped."""
@@ -275,6 +288,9 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
     class Steps(TrainerCallback):  # type: ignore[misc]
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.guard(watcher.before_update)
+
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watcher.guard(watcher.after_update)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step(int(state.global_step))

@@ -13,6 +13,8 @@ LENGTH_RATIO = 1.5
 """Ratio to the beginning, either way, at which the length has drifted."""
 PAY = 0.15
 """Correlation of reward and length within groups, either way, that counts as paying for length."""
+MIN_PAY_STEPS = 8
+"""Steps over which the correlation is taken, at least; of a long run it is the later half."""
 PAID_MOVE = 0.06
 """Move of the length, relative to the beginning, that shows the pay is taken."""
 SAME = 0.25
@@ -110,10 +112,11 @@ def find_length_pay(context: Context) -> list[Finding]:
     series, pay = context.series("length"), context.length_pay
     if series.level <= 0 or not len(pay):
         return []
-    way = float(np.sign(pay.end))
+    paid = float(np.median(pay.values[-max(MIN_PAY_STEPS, len(pay) // 2) :]))
+    way = float(np.sign(paid))
     moved = way * (series.smooth - series.level)
     begin = lasting(series, moved >= max(PAID_MOVE * series.level, 4 * series.gap_noise))
-    if begin is None or abs(pay.end) < PAY:
+    if begin is None or abs(paid) < PAY:
         return []
     step, words = series.step(begin), "longer" if way > 0 else "shorter"
     return [
@@ -121,10 +124,10 @@ def find_length_pay(context: Context) -> list[Finding]:
             name="reward_pays_for_length",
             severity="info" if way > 0 else "warning",
             step=step,
-            message=f"Within groups {words} completions earn more (correlation {pay.end:+.2f}), "
+            message=f"Within groups {words} completions earn more (correlation {paid:+.2f}), "
             f"and from step {step} on they are {words} ({series.level:.3g} to {series.end:.3g} "
             "tokens).",
-            evidence={"correlation": pay.end, "start": series.level, "end": series.end},
+            evidence={"correlation": paid, "start": series.level, "end": series.end},
             advice="Read what earns the reward: if the answer is no better for its length, the "
             "verifier pays for the form; grade the content, or correct the reward for length.",
             reference=GAMING,

@@ -8,7 +8,12 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.samples import first_pass_gap, length_pay, shared_answers
+from wapo_analysis.diagnose.samples import (
+    completion_rows,
+    first_pass_gap,
+    length_pay,
+    shared_answers,
+)
 from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -186,14 +191,19 @@ class Context:
         return first_pass_gap(self.run)
 
     @cached_property
+    def completions(self) -> pd.DataFrame:
+        """Rows of the rollouts table of a bounded number of steps."""
+        return completion_rows(self.run)
+
+    @cached_property
     def sameness(self) -> Series:
         """Share of completions that another prompt got too, over the sampled steps."""
-        return shared_answers(self.run)
+        return shared_answers(self.completions)
 
     @cached_property
     def length_pay(self) -> Series:
         """Correlation of reward and length within groups, over the sampled steps."""
-        return length_pay(self.run)
+        return length_pay(self.completions)
 
     @cached_property
     def has_flow(self) -> bool:

@@ -1,6 +1,6 @@
 """Detectors of the training signal: groups that teach nothing, tokens the clip stops."""
 
-from wapo_analysis.diagnose.context import SOLVED, Context
+from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 
@@ -26,16 +26,17 @@ def find_too_hard(context: Context) -> list[Finding]:
 
 
 def find_too_easy(context: Context) -> list[Finding]:
-    """Half of the groups or more are all right, to the end; fine once the task is solved."""
+    """Half of the groups or more are all right, to the end; fine once much was gained."""
     series = context.series("groups_all_right")
-    solved = context.reward is not None and context.reward.solved
+    reward = context.reward
+    solved = reward is not None and (reward.solved or reward.much_gained)
     return level_finding(
         series,
         lasting(series, series.smooth >= FLAT_GROUPS),
         name="zero_signal_too_easy",
         severity="info" if solved else "warning",
         what="In half of the groups or more every completion is right, so they teach nothing,",
-        advice=f"Give harder problems, or stop: the pass rate is {SOLVED:.0%} or more."
+        advice="Give harder problems, or stop: most of what can be earned is earned."
         if solved
         else "Give harder problems or leave the solved ones out of the batch.",
         reference=DAPO,

@@ -64,16 +64,24 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
     return pd.DataFrame(gap, columns=list(GAP_COLUMNS))
 
 
-def shared_answers(run: Run) -> Series:
+def completion_rows(run: Run) -> pd.DataFrame:
+    """Rows of the rollouts table of at most ``SAMPLED_STEPS`` steps."""
+    return run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
+
+
+def shared_answers(rows: pd.DataFrame) -> Series:
     """Share of the completions of a step that a rollout of another prompt has word for word.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the rollouts table.
 
     Returns
     -------
     Series
-        Over at most ``SAMPLED_STEPS`` steps with completions of two prompts or more; empty if the
-        run stored none.
+        Over the steps with completions of two prompts or more; empty if there are none.
     """
-    rows = run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
     known = rows[rows["completion"].notna()]
     if known.empty:
         return Series(np.empty(0, np.int64), np.empty(0))
@@ -86,19 +94,23 @@ def shared_answers(run: Run) -> Series:
     return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))
 
 
-def length_pay(run: Run) -> Series:
+def length_pay(rows: pd.DataFrame) -> Series:
     """Correlation of reward and completion length within the groups of a step.
 
     Pearson's, of what is left of both after the mean of the group is taken off, so that hard
     prompts that need long answers do not count.
 
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the rollouts table.
+
     Returns
     -------
     Series
-        In [-1, 1], over at most ``SAMPLED_STEPS`` steps in which both vary within a group; empty
-        if the run stored no rewards and lengths.
+        In [-1, 1], over the steps in which both vary within a group; empty without rewards or
+        lengths.
     """
-    rows = run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
     known = rows[rows["reward"].notna() & rows["length"].notna()]
     groups = known.groupby(["step", "group"])
     values = {name: known[name].astype(np.float64) for name in ("reward", "length")}

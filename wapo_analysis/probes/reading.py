@@ -115,6 +115,8 @@ def closure_error(probes: pd.DataFrame) -> float:
 
     The interaction is defined as what is left, so this is rounding in storage: below 1e-6.
     """
+    if probes.empty:
+        return 0.0
     alone = probes.pivot_table(index=KEYS, columns="cls", values="counterfactual_dentropy")
     gap = (alone[[*ADDENDS, INTERACTION]].sum(axis=1) - alone[UPDATE]).abs()
     size = alone[[*ADDENDS, INTERACTION]].abs().sum(axis=1)

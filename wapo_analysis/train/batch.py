@@ -4,14 +4,13 @@ Shapes: P prompts, R rollouts per prompt, B = P R. Rollout i = k P + p is the k-
 that every run of P rollouts, hence every mini-batch, holds all prompts evenly.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from wapo_analysis.completions import repetition
 from wapo_analysis.train.advantages import group_advantages
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import Policy
@@ -111,16 +110,3 @@ def batch_statistics(batch: Batch) -> dict[str, float]:
         ),
         "tokens": int(lengths.sum()),
     }
-
-
-def repetition(ids: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same completion, in [0, 1].
-
-    Examples
-    --------
-    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
-    0.2
-    """
-    grams = Counter(tuple(ids[i : i + n]) for i in range(len(ids) - n + 1))
-    total = sum(grams.values())
-    return 1 - len(grams) / total if total else 0.0

@@ -1,45 +1,33 @@
-"""Probing one update of the trainer: what each class's share of the step does when applied alone.
-
-The probe runs after the optimizer has stepped. It puts the old weights back, splits the step,
-scores a few rollouts after each part of it, and puts the new weights back bit by bit. Gradients,
-optimizer state and random numbers are not touched.
-"""
+"""Probes in the built-in trainer: which updates are taken apart, and on which tokens."""
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
-import wapo_taxonomy as tax
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wapo_analysis.capture.recorder import NullRecorder, TokenPass
-from wapo_analysis.capture.step_parts import (
-    Before,
-    Tensors,
-    class_gradients,
-    dot,
-    left_over,
-    norm,
-    put,
-    split_step,
-    with_sums,
+from wapo_analysis.capture.probe import (
+    Scorable,
+    Update,
+    clip_factor,
+    select_tokens,
+    spread,
+    take_apart,
 )
-from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
-from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
+from wapo_analysis.capture.recorder import NullRecorder, TokenPass
+from wapo_analysis.capture.step_parts import Before
 from wapo_analysis.stats import TokenStats
-from wapo_analysis.table import Array, Records
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.rollout import Rollouts
 
 log = logging.getLogger(__name__)
 
-Score = Callable[[Rollouts, bool], TokenStats]
+Statistics = Callable[[Rollouts, bool], TokenStats]
 Watched = Sequence[tuple[TokenPass, Rollouts]]
-Scored = Sequence[tuple[TokenPass | None, Rollouts]]
 
 
 class NullProbe:
@@ -59,7 +47,7 @@ class Prober:
         What the optimizer moves.
     optimizer : AdamW or SGD
     config : TrainConfig
-    score : callable
+    statistics : callable
         Rollouts to the statistics of their tokens, with or without a graph.
 
     Attributes
@@ -72,10 +60,10 @@ class Prober:
         A probe failed, so no more are made.
     """
 
-    parameters: Tensors
+    parameters: list[Tensor]
     optimizer: Optimizer
     config: TrainConfig
-    score: Score
+    statistics: Statistics
     other: Rollouts | None = None
     seconds: float = 0.0
     failed: bool = False
@@ -131,86 +119,48 @@ class UpdateProbe(NullProbe):
             Norm of the gradient before clipping.
         """
         started = perf_counter()
-        after = [p.detach().clone() for p in self._prober.parameters]
-        try:
-            if any(tokens.coef is not None for tokens, _ in watched):
-                self._recorder.add_probe(self._rows(watched, grad_norm, after))
-        except Exception as error:
-            self._prober.stop(error)
-        finally:
-            put(self._prober.parameters, after)
-            self._prober.seconds += perf_counter() - started
-
-    def _rows(self, watched: Watched, grad_norm: float, after: Tensors) -> Records:
-        prober, before = self._prober, self._before
-        put(prober.parameters, before.weights)
-        gradients = self._class_gradients(watched)
-        limit = prober.config.max_grad_norm
-        # The factor of torch's clip_grad_norm_, which adds the same 1e-6.
-        clip = min(1.0, limit / (grad_norm + 1e-6)) if limit else 1.0
-        parts = split_step(prober.parameters, prober.optimizer, before, gradients, clip)
-        parts = with_sums(parts, before, after)
-        chosen = self._chosen(watched)
-        start = self._statistics(chosen)
-        changes = {code: self._change(chosen, start, part) for code, part in parts.items()}
-        return probe_rows(
-            self._step,
-            self._minibatch,
-            _probed_tokens(chosen, start, prober.config.temperature),
-            changes,
-            self._change(chosen, start, [step / 2 for step in parts[UPDATE]]),
-            _sizes(parts, gradients),
-            left_over(parts),
+        prober = self._prober
+        update = Update(
+            step=self._step,
+            minibatch=self._minibatch,
+            parameters=prober.parameters,
+            optimizer=prober.optimizer,
+            before=self._before,
+            passes=[self._scorable(rollouts, tokens) for tokens, rollouts in watched],
+            clip=clip_factor(grad_norm, prober.config.max_grad_norm),
+            temperature=prober.config.temperature,
         )
+        try:
+            rows = take_apart(update, self._scored(watched))
+            if rows is not None:
+                self._recorder.add_probe(rows)
+        except Exception as error:
+            prober.stop(error)
+        finally:
+            prober.seconds += perf_counter() - started
 
-    def _chosen(self, watched: Watched) -> Scored:
+    def _scored(self, watched: Watched) -> list[Scorable]:
         """Rollouts to score: some of the update's own, as many of the step before."""
         limit, other = self._prober.config.probe_rows, self._prober.other
-        chosen: list[tuple[TokenPass | None, Rollouts]] = [*_some_rollouts(watched, limit)]
+        scored = [self._scorable(rows, tokens) for tokens, rows in _some_rollouts(watched, limit)]
         if other is not None:
             most = sum(len(rollouts.mask) for _, rollouts in watched)
-            rows = _spread(len(other.mask), min(limit or most, most))
-            chosen.append((None, other.rows(torch.tensor(rows, device=other.mask.device))))
-        return chosen
+            rows = spread(len(other.mask), min(limit or most, most))
+            scored.append(self._scorable(other.rows(torch.tensor(rows, device=other.mask.device))))
+        return scored
 
-    def _class_gradients(self, watched: Watched) -> list[Tensors]:
-        """Gradient of each class over the whole mini-batch, micro-batch by micro-batch."""
-        parameters, count = self._prober.parameters, len(tax.CLASSES)
-        total = [[torch.zeros_like(p) for p in parameters] for _ in range(count)]
-        for tokens, rollouts in watched:
-            if tokens.coef is None:
-                continue
-            logp = self._prober.score(rollouts, True).logp
-            found = class_gradients(logp, tokens.coef, _classes(tokens), parameters, count)
-            for into, add in zip(total, found, strict=True):
-                torch._foreach_add_(into, add)
-        return total
+    def _scorable(self, rollouts: Rollouts, tokens: TokenPass | None = None) -> Scorable:
+        return Scorable(partial(self._score, rollouts), tokens)
 
-    def _statistics(self, chosen: Scored) -> list[TokenStats]:
-        return [self._prober.score(rollouts, False) for _, rollouts in chosen]
-
-    def _change(self, chosen: Scored, start: Sequence[TokenStats], step: Tensors) -> Change:
-        """What a step away from the old weights does to the tokens."""
-        weights = zip(self._before.weights, step, strict=True)
-        put(self._prober.parameters, (old + move for old, move in weights))
-        now = self._statistics(chosen)
-        return Change(
-            _joined([n.logp for n in now]) - _joined([s.logp for s in start]),
-            _joined([n.entropy for n in now]) - _joined([s.entropy for s in start]),
-        )
-
-
-def _spread(count: int, limit: int | None) -> list[int]:
-    """At most ``limit`` evenly spaced places among ``count``."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [place * count // limit for place in range(limit)]
+    def _score(self, rollouts: Rollouts, grad: bool) -> tuple[Tensor, Tensor]:
+        stats = self._prober.statistics(rollouts, grad)
+        return stats.logp, stats.entropy
 
 
 def _some_rollouts(watched: Watched, limit: int | None) -> list[tuple[TokenPass, Rollouts]]:
     """At most ``limit`` evenly spaced rollouts of the mini-batch, with their tokens."""
     count = sum(len(rollouts.mask) for _, rollouts in watched)
-    picked = set(_spread(count, limit))
+    picked = set(spread(count, limit))
     some, first = [], 0
     for tokens, rollouts in watched:
         here = [row for row in range(len(rollouts.mask)) if first + row in picked]
@@ -218,57 +168,5 @@ def _some_rollouts(watched: Watched, limit: int | None) -> list[tuple[TokenPass,
         if here:
             rows = torch.tensor(here, device=rollouts.mask.device)
             of_token = rollouts.mask.nonzero(as_tuple=True)[0]
-            some.append((_select(tokens, torch.isin(of_token, rows)), rollouts.rows(rows)))
+            some.append((select_tokens(tokens, torch.isin(of_token, rows)), rollouts.rows(rows)))
     return some
-
-
-def _select(tokens: TokenPass, keep: Tensor) -> TokenPass:
-    kept: dict[str, Any] = {n: v[keep] for n, v in vars(tokens).items() if isinstance(v, Tensor)}
-    return replace(tokens, **kept)
-
-
-def _classes(tokens: TokenPass) -> Tensor:
-    """Class code of each token, shape (N,)."""
-    assert tokens.collision_rest is not None
-    prob, complement = tokens.logp.exp(), -torch.expm1(tokens.logp)
-    code: Tensor = tax.class_code(tokens.advantage, prob, complement, tokens.collision_rest)
-    return code
-
-
-def _joined(values: Sequence[Tensor]) -> Array:
-    return torch.cat([v.detach().double() for v in values]).cpu().numpy()
-
-
-def _probed_tokens(chosen: Scored, start: Sequence[TokenStats], temperature: float) -> ProbedTokens:
-    cls, coef = [], []
-    for (tokens, _), stats in zip(chosen, start, strict=True):
-        if tokens is None:
-            cls.append(torch.full_like(stats.logp, OTHER_TOKENS))
-        else:
-            cls.append(_classes(tokens))
-        given = None if tokens is None else tokens.coef
-        coef.append(torch.zeros_like(stats.logp) if given is None else given)
-    return ProbedTokens(
-        cls=_joined(cls).astype(int),
-        coef=_joined(coef),
-        logp=_joined([s.logp for s in start]),
-        entropy=_joined([s.entropy for s in start]),
-        collision_rest=_joined([s.collision_rest for s in start]),
-        collision_logp_rest=_joined([s.collision_logp_rest for s in start]),
-        temperature=temperature,
-    )
-
-
-def _sizes(parts: dict[int, Tensors], gradients: list[Tensors]) -> dict[int, PartSize]:
-    """Sizes of all parts; only sums of class gradients have a gradient of their own."""
-    whole = [torch.stack(same).sum(0) for same in zip(*gradients, strict=True)]
-    own = {**dict(enumerate(gradients)), GRADIENT: whole}
-    none = (float("nan"),) * len(gradients)
-    return {
-        code: PartSize(
-            grad_norm=norm(own[code]) if code in own else float("nan"),
-            step_norm=norm(part),
-            dots=tuple(dot(own[code], g) for g in gradients) if code in own else none,
-        )
-        for code, part in parts.items()
-    }
