@@ -99,7 +99,7 @@ def draw(out: Path, file: Path) -> None:
             expected = "falls" if rule_dentropy_sign(CLASS_CODES[cls]) < 0 else "rises"
             axes[0, column].set_title(f"{cls} only", color=CLASS_INK[cls])
             axes[0, column].text(
-                0.97, 0.95, f"predicted: {expected}", ha="right", va="top",
+                0.97, 0.4, f"predicted: {expected}", ha="right", va="top",
                 transform=axes[0, column].transAxes,
             )  # fmt: skip
             axes[1, column].set_xlabel("optimizer step")

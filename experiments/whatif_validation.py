@@ -1,7 +1,7 @@
 """Check what ``wapo whatif`` foretells against runs in which a class is really taken out.
 
 Probed GRPO runs, an estimate for each class from their probes alone, and a re-run of the same seed
-with ``exclude_bins`` set. About six minutes for two seeds on two CPU cores.
+with ``exclude_bins`` set. Three minutes for two seeds on two CPU cores.
 
     python experiments/whatif_validation.py --out runs/whatif
 

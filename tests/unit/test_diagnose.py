@@ -11,9 +11,9 @@ import pytest
 
 from tests.builders import DRIFTS, write_fake_run
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
-from wapo_analysis.series import Series, departure, episodes
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import ALL_TOKENS, CLASSES, PROBES
+from wapo_analysis.series import Series, departure, episodes
 from wapo_analysis.store import STEP_LOG, RunWriter, open_run
 from wapo_analysis.table import Records
 

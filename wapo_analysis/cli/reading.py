@@ -36,7 +36,8 @@ def compare(
 ) -> None:
     """Compare settings side by side, with intervals over seeds.
 
-    Runs that share a label count as seeds of one setting. Example:
+    Runs that share a label count as seeds of one setting. Of the first two settings it also says
+    at which step reward, entropy and class flows part, and which classes are behind it. Example:
 
         wapo compare runs/demo
     """
