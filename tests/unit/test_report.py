@@ -59,6 +59,7 @@ def fake_runs(folder: Path, seeds: int, **settings: object) -> list[Run]:
         open_run(
             write_fake_run(
                 folder / f"{objective}-{seed}",
+                probe_every=8,
                 objective=objective,
                 seed=seed,
                 steps=24,

@@ -14,11 +14,12 @@ alone does not hold:
 
 With kept and all the effect of the kept classes and of all classes, interpolated between probes,
 
-    estimated(t) = H(t) exp( sum_(s <= t) updates life(s) (rho(s) kept(s) - all(s)) / H(s) )
+    estimated(t) = H(t) exp( sum_(s < t) updates life(s) (rho(s) kept(s) - all(s)) / H(s) )
 
-The sum is over relative changes because a push fades with the entropy that is left to push: every
-first-order dH vanishes as p goes to 1. The estimate takes the batches of the recorded run, so it
-cannot know of samples that the changed policy would have drawn.
+The entropy of a step is that of the policy before its updates. The sum is over relative changes
+because a push fades with the entropy that is left to push: every first-order dH vanishes as p goes
+to 1. The estimate takes the batches of the recorded run, so it cannot know of samples that the
+changed policy would have drawn.
 """
 
 from collections.abc import Sequence
@@ -128,6 +129,7 @@ class WhatIf:
             told.append(
                 f"the probed updates account for {self.accounted:.0%} of the recorded change"
             )
+        told.append("direction and order hold better than size, see docs/attribution.md")
         return told
 
 
@@ -164,7 +166,7 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     steps, entropy = recorded["step"].to_numpy(), recorded["entropy"].to_numpy(np.float64)
     weights = settings.updates * _shares(table["step"].to_numpy(), steps)
     extra = table["extra"].to_numpy()
-    relative = np.cumsum(weights / np.maximum(entropy, SMALLEST)[:, None], axis=0)
+    relative = _before(weights / np.maximum(entropy, SMALLEST)[:, None])
     band = np.quantile(_bootstrap(relative, extra), BAND, axis=0)
     ceiling = log(run.manifest["vocabulary"]) if run.manifest.get("vocabulary") else np.inf
     path = pd.DataFrame(
@@ -176,7 +178,7 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
             "high": _moved(entropy, band[1], ceiling),
         }
     )
-    explained = np.cumsum(weights @ table["update"].to_numpy())
+    explained = _before(weights) @ table["update"].to_numpy()
     change = _change(entropy, entropy)
     return WhatIf(
         run=run.name,
@@ -273,6 +275,11 @@ def _shares(probed: Array, steps: Array) -> Array:
     return np.stack([np.interp(steps, probed, row) for row in basis], axis=1)
 
 
+def _before(rows: Array) -> Array:
+    """Sums of the rows above each row, shape as given: zeros in the first."""
+    return np.asarray(np.cumsum(rows, axis=0) - rows)
+
+
 def _moved(entropy: Array, shift: Array, ceiling: float) -> Array:
     """Entropy after a relative shift, at most ln of the vocabulary."""
     moved = entropy * np.exp(np.minimum(shift, _LARGEST_SHIFT))
@@ -284,12 +291,13 @@ def _bootstrap(weights: Array, extra: Array) -> Array:
     rng = np.random.default_rng(0)
     counts = rng.multinomial(len(extra), np.full(len(extra), 1 / len(extra)), size=RESAMPLES)
     drawn = counts @ weights.T
-    mean = weights @ extra / weights.sum(axis=1)
+    size = weights.sum(axis=1)
+    mean = np.divide(weights @ extra, size, out=np.zeros_like(size), where=size > 0)
     # Before any drawn probe counts, the mean of all stands in for that of the drawn ones.
     means = np.divide(
         (counts * extra) @ weights.T, drawn, out=np.tile(mean, (RESAMPLES, 1)), where=drawn > 0
     )
-    return np.asarray(means * weights.sum(axis=1))
+    return np.asarray(means * size)
 
 
 def _change(start: Array, path: Array) -> float:

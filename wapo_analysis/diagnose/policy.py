@@ -44,9 +44,11 @@ def find_entropy_rise(context: Context) -> list[Finding]:
     """Entropy above twice its beginning to the end; a warning where the reward still gains."""
     series = context.series("entropy")
     level, smooth = series.level, series.smooth
+    # Half the sigmas keep a run departed that passed them all: a jump inflates its own noise.
     least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
+    stay = level + max(SIGMAS / 2 * series.gap_noise, MIN_RISE)
     strict = smooth >= max(RISE[1] * level, least)
-    loose = smooth >= max(RISE[0] * level, least)
+    loose = smooth >= max(RISE[0] * level, stay)
     gone = departure(loose, strict, _home(series), series.persist)
     if gone is None:
         return []
