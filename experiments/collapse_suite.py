@@ -2,7 +2,7 @@
 
 Trains a suite of short runs that stay healthy or fail in known ways, labels each by its outcome,
 replays it step by step to every tool, and scores who warned, when, and of what. Seeds split it into
-a tuning half (even) and a test half (odd). About fifteen minutes on two idle CPU cores; a second
+a tuning half (even) and a test half (odd). About thirteen minutes on two idle CPU cores; a second
 call trains only what is missing.
 
     python experiments/collapse_suite.py --out runs/collapse_suite
@@ -25,6 +25,7 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
+from scipy.stats import beta
 
 from experiments.suite_runs import BAD, STEPS, Outcome, SuiteRun, outcome, suite, train_suite
 from wapo_analysis import open_run
@@ -275,6 +276,18 @@ def drivers_line(judged: Sequence[Judged]) -> str:
     return f"{len(right)} of {len(single)} failed single-class runs name their class as the driver."
 
 
+def bound_line(judged: Sequence[Judged]) -> str:
+    """How many false alarms so few healthy runs can rule out (Clopper-Pearson, one-sided 95%)."""
+    found = score(judged, {j.run.name: j.alarms for j in judged}, "warning")
+    upper = 1.0
+    if found.false < found.healthy:
+        upper = float(beta.ppf(0.95, found.false + 1, found.healthy - found.false))
+    return (
+        f"{found.false} false alarms in {found.healthy} healthy runs leave room for a true rate of "
+        f"up to {upper:.0%} (95%, one-sided)."
+    )
+
+
 def misses(judged: Sequence[Judged]) -> str:
     """Every run that was missed, misnamed or falsely alarmed."""
     rows = [
@@ -308,6 +321,7 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
         "labels": labels_table(test),
         "drivers": drivers_line(test),
         "misses": misses(test),
+        "bound": bound_line(test),
         "tuning_tools": tools_table(tuning, others),
     }
     for name, value in parts.items():

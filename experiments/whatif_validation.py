@@ -1,7 +1,7 @@
 """Check what ``wapo whatif`` foretells against runs in which a class is really taken out.
 
 Probed GRPO runs, an estimate for each class from their probes alone, and a re-run of the same seed
-with ``exclude_bins`` set. Three minutes for two seeds on two CPU cores.
+with ``exclude_bins`` set. Three minutes for four seeds on two CPU cores.
 
     python experiments/whatif_validation.py --out runs/whatif
 
@@ -85,7 +85,7 @@ def _same_side(estimated: float, real: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/whatif"))
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=SETTING.steps)
     parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--workers", type=int, default=None)

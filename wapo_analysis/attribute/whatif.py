@@ -3,8 +3,7 @@
 A probe says by how much one class moves the mean entropy with its share of one update: of tokens
 of the step before, which had no part in the update, for a step moves its own tokens more than any
 that come after. Summed over the updates of the run that gives the class's part of the path. Two
-things are added that the share
-alone does not hold:
+things are added that the share alone does not hold:
 
 * AdamW keeps (1 - beta1) of a gradient for the present update and spends the rest over the updates
   that follow. Over its life a gradient does ``(1 - beta1^t) / (1 - beta1)`` times its share.

@@ -92,8 +92,9 @@ def attach(
         tokens; None takes ``token_every``. In between sum p^2 comes from the fused head and
         sum p^2 ln p is missing. With logits every step is exact.
     probe_every : int
-        Take the update of every n-th step apart by class (docs/attribution.md): some fifteen times
-        the trained weights in memory and about five updates in time while it lasts; 0 never.
+        Take the update of every n-th step apart by class (docs/attribution.md); 0 never. While it
+        lasts: some fifteen times the trained weights in memory; one forward and four backward
+        passes over the update, ten forwards over twice ``probe_rows``. One process, float32.
     probe_rows : int
         Rollouts that a probe scores after each part of the step, whole micro-batches.
     log_metrics : bool
