@@ -155,6 +155,8 @@ class Score:
     leads : tuple of int
         Steps from the alarm to the loss of half the gain, of every caught run that lost it;
         negative if the alarm came after.
+    losses : int
+        Failed runs that lost it, caught or not.
     """
 
     caught: int
@@ -162,14 +164,17 @@ class Score:
     false: int
     healthy: int
     leads: tuple[int, ...]
+    losses: int
 
     def cells(self) -> list[str]:
-        """Recall, false alarms and median lead as text."""
+        """Recall, false alarms, median lead and alarms before the loss as text."""
+        early = sum(lead > 0 for lead in self.leads)
         lead = f"{median(self.leads):+.1f} (n={len(self.leads)})" if self.leads else "n/a"
         return [
             f"{self.caught}/{self.bad} ({self.caught / max(self.bad, 1):.0%})",
             f"{self.false}/{self.healthy} ({self.false / max(self.healthy, 1):.0%})",
             lead,
+            f"{early}/{self.losses}",
         ]
 
 
@@ -187,6 +192,7 @@ def score(judged: Sequence[Judged], alarms: dict[str, Alarms], severity: str) ->
         leads=tuple(
             j.outcome.lost_at - first[j.run.name] for j in caught if j.outcome.lost_at is not None
         ),
+        losses=sum(j.outcome.lost_at is not None for j in bad),
     )
 
 
@@ -228,7 +234,7 @@ def tools_table(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) 
     ]
     return markdown(
         ["tool", "alarm from", "recall", "false alarms", "median lead (steps)",
-         "explosions called entropy collapse"],
+         "before the loss", "explosions called entropy collapse"],
         rows,
     )  # fmt: skip
 

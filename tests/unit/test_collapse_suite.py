@@ -122,6 +122,7 @@ def test_scores_count_late_missed_and_false_alarms() -> None:
     found = score(runs, alarms, "warning")
     assert (found.caught, found.bad, found.false, found.healthy) == (3, 4, 1, 2)
     assert sorted(found.leads) == [-4, 8]
+    assert found.cells()[2:] == ["+2.0 (n=2)", "1/3"]
     assert score(runs, alarms, "critical").caught == 0
 
 
