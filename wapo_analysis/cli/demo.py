@@ -36,7 +36,9 @@ def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> No
     UserError
         If a run failed; the others are kept.
     """
-    base = TrainConfig(task=task, steps=steps, device=device, lr=1e-4, checkpoint_every=0)
+    base = TrainConfig(
+        task=task, steps=steps, device=device, lr=5e-5, checkpoint_every=0, probe_every=10
+    )
     jobs = demo_jobs(out, base, seeds)
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps({"steps": steps, "seeds": seeds, "task": task}))

@@ -160,7 +160,7 @@ def demo(
     out: Annotated[Path, Option(help="Folder for the runs, figures and report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, Option(help="Steps of each run.", min=1)] = 100,
+    steps: Annotated[int, Option(help="Steps of each run.", min=1)] = 120,
     seeds: Annotated[int, Option(help="Runs per objective.", min=1)] = 3,
     task: Annotated[str, Option(help="Embedded task: chain-sum or two-hop.")] = "chain-sum",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
