@@ -215,7 +215,7 @@ def _stats(
         token_stats(logits.detach()[r, c], chosen, temperature)
         for r, c, chosen in zip(row.split(size), column.split(size), ids.split(size), strict=True)
     ]
-    stats = TokenStats(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    stats = TokenStats.concat(blocks)
     away = float((stats.logp - logp).abs().nanmean())
     if away > MATCH:
         raise UserError(

@@ -143,7 +143,7 @@ class StatsReader:
         temperature = self._trainer.temperature
         width = call.mask_BT.shape[1]
         chunk = _chunk_rows(logits_BLV, logits_BLV.shape[-1])
-        return _stack(
+        return TokenStats.concat(
             [
                 token_stats(
                     logits[-width - 1 : -1][call.mask_BT[row]],
@@ -163,7 +163,7 @@ class StatsReader:
 
     def _exact(self, call: _Call) -> TokenStats | None:
         if call.from_logits:
-            return _stack(call.from_logits)
+            return TokenStats.concat(call.from_logits)
         if not (call.exact and self._trusted and call.hidden_BLD):
             return None
         width = call.mask_BT.shape[1]
@@ -189,7 +189,7 @@ class StatsReader:
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits.float() / softcap)
                 blocks.append(token_stats(logits, ids, self._trainer.temperature, chunk))
-        return _stack(blocks)
+        return TokenStats.concat(blocks)
 
     def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
         """Trust statistics only as long as their log-probabilities are the trainer's own."""
@@ -238,10 +238,6 @@ class StatsReader:
 def _chunk_rows(values: Tensor, vocabulary: int) -> int | None:
     """Rows that the statistics take at once; None leaves the choice made for CPU caches."""
     return None if values.device.type == "cpu" else max(1, _GPU_BLOCK // vocabulary)
-
-
-def _stack(parts: list[TokenStats]) -> TokenStats:
-    return TokenStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def causal_model(trainer: Any) -> Any:

@@ -98,7 +98,7 @@ def _token_inputs(case: Case, logits: Tensor, advantages: Array) -> _Tokens:
         targets.reshape(-1),
         temperature=case.settings["train_temperature"],
     )
-    stats = TokenStats(*(part.view(rows, length - 1) for part in flat))
+    stats = flat.map(lambda part: part.view(rows, length - 1))
     prob, complement = stats.logp.detach().exp(), -torch.expm1(stats.logp.detach())
     return _Tokens(
         stats=stats,
