@@ -1,95 +1,360 @@
-"""Token statistics from hidden states and the head, without the logits."""
+"""Token statistics from hidden states and the head, without the logits.
 
+Shapes: N tokens, V vocabulary, D hidden width. Forward: blocks of rows against the whole head, for
+the statistics of a row need all of it. Backward: blocks of the vocabulary against all rows, so that
+each block of the head's gradient is written once, by one matrix product.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from wapo_analysis.stats.block import (
-    CHUNK_ELEMENTS,
-    block_stats,
-    check,
-    logit_gradient,
-    stacked,
-    wide,
-)
+from wapo_analysis.errors import UserError
+from wapo_analysis.stats.backends import reducer
+from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows
+from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed, wide
 from wapo_analysis.stats.result import TokenStats
+from wapo_analysis.stats.rows import Rows, check
+
+# Rows that go through the head at once: fewer make the product slow, more only cost memory.
+_CPU_ROWS, _GPU_ROWS = 256, 1024
+# Elements of a block of the backward pass, and of its part that is exponentiated at once: in a
+# CPU's cache; enough to keep a GPU busy.
+_CPU_BLOCK, _GPU_BLOCK = (1 << 20, 1 << 18), (1 << 27, 1 << 25)
+# Powers of two below this are far under any rounding; denormal numbers would be slow.
+_LOWEST = {torch.float32: -90.0, torch.float64: -900.0}
+_NARROWEST = 1024
+_ONCE = "fused_head_stats has a first derivative only"
+_HALF_IN_FLOAT_OUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
-def head_stats(
+def fused_head_stats(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> TokenStats:
-    """Same statistics from hidden states and the head, without ever holding (N, V) logits.
+    """Statistics of tokens straight from hidden states and the head; (N, V) logits never exist.
 
-    Equals ``token_stats(hidden @ weight.T + bias, targets, temperature)``; the backward pass
-    recomputes the logits block by block.
+    Equals, in value and gradient, up to the order of sums,
+
+    >>> import torch
+    >>> from wapo_analysis.stats import token_stats
+    >>> hidden, weight, targets = torch.randn(5, 4), torch.randn(11, 4), torch.arange(5)
+    >>> logits = 30 * torch.tanh(2 * (hidden @ weight.T) / 30)
+    >>> fused = fused_head_stats(hidden, weight, targets, temperature=0.7, scale=2.0, softcap=30.0)
+    >>> torch.allclose(fused.logp, token_stats(logits, targets, 0.7).logp, atol=1e-5)
+    True
 
     Parameters
     ----------
-    hidden : Tensor, shape (N, D)
+    hidden : Tensor, shape (..., D)
+        Last hidden states.
     weight : Tensor, shape (V, D)
-    targets : Tensor of int64, shape (N,)
+        The head; may be tied to the embedding.
+    targets : Tensor of int64, shape (...)
+        Sampled tokens.
     bias : Tensor, shape (V,), optional
+        Bias of the head.
     temperature : float
+        Softmax temperature, > 0.
+    mask : Tensor of bool, shape (...), optional
+        Tokens wanted; the others are dropped before anything is computed.
+    scale : float
+        Factor on the logits, before the soft cap.
+    softcap : float, optional
+        Logits z become ``softcap * tanh(z / softcap)``.
     chunk_rows : int, optional
+        Rows that go through the head at once; a block of (chunk_rows, V) logits is the most that
+        exists.
+
+    Returns
+    -------
+    TokenStats
+        N tokens, flat over the mask. Gradient flows through ``logp`` alone, to whichever of hidden,
+        weight and bias asks for it.
 
     Raises
     ------
-    ValueError
-        On shapes that do not fit or a temperature that is not positive.
+    UserError
+        On shapes that do not fit, a temperature or soft cap that is not positive.
+
+    Notes
+    -----
+    Half precision: the products are made and rounded in it, as the model's own head would do, and
+    everything after them is float32; so is the sum over vocabulary blocks that gives d hidden.
+    Inside autocast its dtype is taken. Forward-mode derivatives (`torch.func.jvp`) of logp and
+    `torch.func.vmap` work; a second derivative is refused.
     """
-    check(hidden, targets, temperature)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit hidden {tuple(hidden.shape)}")
-    rows = chunk_rows or max(1, CHUNK_ELEMENTS // weight.shape[0])
-    return TokenStats(*_FromHidden.apply(hidden, weight, bias, targets, float(temperature), rows))
+    _check(hidden, weight, targets, bias, temperature, mask, scale, softcap)
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if mask is not None:
+        kept = mask.reshape(-1).nonzero().squeeze(1)
+        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+    device, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    fewest = _CPU_ROWS if device == "cpu" else _GPU_ROWS
+    rows = chunk_rows or max(fewest, CPU_ELEMENTS // len(weight))
+    how = _How(float(temperature), float(scale), softcap, dtype, rows)
+    with torch.autocast(device, enabled=False):
+        *columns, _ = _Head.apply(hidden, weight, bias, targets, how)
+    return TokenStats(*columns)
 
 
-class _FromHidden(torch.autograd.Function):
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    check(hidden, targets, temperature, mask)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise UserError(f"weight {tuple(weight.shape)} does not fit hidden {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class _How:
+    """How logits are made of hidden states: everything about a head that is no tensor."""
+
+    temperature: float
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    rows: int
+
+    @property
+    def unit(self) -> float:
+        """Difference of two `bent` logits that is one nat."""
+        return self.temperature / (self.scale if self.softcap is None else 1.0)
+
+    def bent(self, logits: Tensor) -> Tensor:
+        """Logits after the soft cap, float32; without one as they are."""
+        if self.softcap is None:
+            return logits
+        return torch.tanh(wide(logits) * (self.scale / self.softcap)).mul_(self.softcap)
+
+    def slope(self, bent: Tensor) -> Tensor | None:
+        """Derivative of the soft cap; None without one."""
+        return None if self.softcap is None else 1 - (bent / self.softcap).square_()
+
+
+class _Head(torch.autograd.Function):
+    """Statistics, then what the derivative needs: only the first output has one."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        rows: int,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
     ) -> tuple[Tensor, ...]:
-        blocks = [
-            block_stats(wide(_head(h, weight, bias)) / temperature, chosen)
-            for h, chosen in zip(hidden.split(rows), targets.split(rows), strict=True)
-        ]
-        *columns, log_z = stacked(blocks)
-        ctx.save_for_backward(hidden, weight, bias, targets, log_z, columns[0])
-        ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(*columns[1:])
-        return tuple(columns)
+        weight = weight.to(how.dtype)
+        shift = None if bias is None else bias.to(how.dtype)
+        # One buffer for all blocks: fresh memory would cost more than what is computed in it.
+        buffer = hidden.new_empty((min(how.rows, len(hidden)), len(weight)), dtype=how.dtype)
+        # The soft cap makes float32 of half precision: in small parts.
+        size = how.rows if how.softcap is None else block_rows(buffer, None)
+        blocks = []
+        for rows, chosen in zip(hidden.split(how.rows), targets.split(how.rows), strict=True):
+            logits = _product(rows.to(how.dtype), weight, shift, buffer[: len(rows)])
+            parts = zip(logits.split(size), chosen.split(size), strict=True)
+            blocks += [_statistics(how.bent(part), ids, how.unit) for part, ids in parts]
+        return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        hidden, weight, bias, targets, log_z, logp = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=log_z.dtype)
-        d_bias = torch.zeros(weight.shape[0], dtype=log_z.dtype, device=weight.device)
-        parts = (t.split(ctx.rows) for t in (hidden, targets, log_z, logp, grads[0], d_hidden))
-        for h, chosen, z, lp, g, into in zip(*parts, strict=True):
-            scaled = wide(_head(h, weight, bias)) / ctx.temperature
-            grad = logit_gradient(scaled, chosen, z, lp)
-            grad.mul_((g / ctx.temperature).unsqueeze(1))
-            into.copy_(grad.to(weight.dtype) @ weight)
-            d_weight += grad.T @ wide(h)
-            d_bias += grad.sum(0)
-        d_bias_out = None if bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight.to(weight.dtype), d_bias_out, None, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, targets, how = inputs
+        logp, *others, centre = output
+        ctx.how = how
+        ctx.mark_non_differentiable(*others, centre)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, targets, logp, centre)
+        ctx.save_for_forward(hidden, weight, bias, targets, logp, centre)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None:
+            return None, None, None, None, None
+        found = _Gradient.apply(*ctx.saved_tensors, grads[0], ctx.needs_input_grad[:3], ctx.how)
+        return *found, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        """Directional derivative (e_y - p) d scaled, row block by row block."""
+        hidden, weight, bias, targets, logp, centre = ctx.saved_tensors
+        how, (d_hidden, d_weight, d_bias, _, _) = ctx.how, tangents
+        parts = []
+        for rows in _slices(len(hidden), how.rows):
+            moved: Any = 0.0 if d_bias is None else d_bias
+            if d_hidden is not None:
+                moved = moved + d_hidden[rows] @ weight.to(d_hidden.dtype).t()
+            if d_weight is not None:
+                moved = moved + hidden[rows].to(d_weight.dtype) @ d_weight.t()
+            logits = torch.nn.functional.linear(
+                hidden[rows].to(how.dtype),
+                weight.to(how.dtype),
+                None if bias is None else bias.to(how.dtype),
+            )
+            push = _push(logits, targets[rows], centre[rows], logp[rows], how)
+            parts.append((push * moved).sum(1) * (-how.scale / how.temperature))
+        return torch.cat(parts), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Head, info.batch_size, in_dims, args)
 
 
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, bias)
+class _Gradient(torch.autograd.Function):
+    """First derivative of `_Head`, a node of its own so that a second one is refused, not wrong."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
+        *saved, upstream, wanted, how = args
+        with torch.autocast(upstream.device.type, enabled=False):
+            return _gradients(saved, upstream, wanted, how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise NotImplementedError(_ONCE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONCE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradient, info.batch_size, in_dims, args)
+
+
+def _one_by_one(
+    function: Any, count: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """A batch of problems one after the other: their heads may differ."""
+
+    def pick(place: int) -> Iterator[Any]:
+        for value, dim in zip(args, in_dims, strict=True):
+            yield value if not isinstance(dim, int) else value.select(dim, place)
+
+    columns = zip(*(function.apply(*pick(i)) for i in range(count)), strict=True)
+    whole = tuple(None if column[0] is None else torch.stack(column) for column in columns)
+    return whole, tuple(None if column is None else 0 for column in whole)
+
+
+def _statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tensor, ...]:
+    """Statistics of some rows, and the logit whose probability would be 1."""
+    reduced = reducer("auto", logits)(Rows(logits), targets, unit)
+    done, dtype = finish(reduced, unit), torch.promote_types(logits.dtype, torch.float32)
+    centre = done.highest + unit * done.log_z
+    return *narrowed(done, dtype), centre.to(dtype)
+
+
+def _gradients(
+    saved: Sequence[Any], upstream: Tensor, wanted: Sequence[bool], how: _How
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias; None where not wanted.
+
+    With P = (p - e_y) slope and -g the upstream gradient of each row, d weight = P^T (g hidden) and
+    d hidden = g (P weight): g multiplies what has D columns, never what has V.
+    """
+    hidden, weight, bias, targets, logp, centre = saved
+    factor = (upstream * (-how.scale / how.temperature)).unsqueeze(1)
+    rows, weighted = hidden.to(how.dtype), (hidden * factor).to(how.dtype)
+    d_hidden = torch.zeros_like(hidden, dtype=centre.dtype) if wanted[0] else None
+    d_weight = torch.empty_like(weight) if wanted[1] else None
+    d_bias = torch.empty_like(bias) if wanted[2] else None
+    elements = (_CPU_BLOCK if hidden.device.type == "cpu" else _GPU_BLOCK)[0]
+    width = min(len(weight), max(_NARROWEST, elements // max(len(hidden), 1)))
+    buffer = rows.new_empty(len(rows) * width)
+    for block in _slices(len(weight), width):
+        part = weight[block].to(how.dtype)
+        shift = None if bias is None else bias[block].to(how.dtype)
+        logits = _product(
+            rows, part, shift, buffer[: len(rows) * len(part)].view(len(rows), len(part))
+        )
+        push = _push_all(logits, targets - block.start, centre, logp, how)
+        if d_hidden is not None:
+            _add_product(d_hidden, push, part)
+        if d_weight is not None:
+            _put_product(d_weight[block], push.t(), weighted)
+        if d_bias is not None:
+            d_bias[block] = push.t() @ factor.squeeze(1).to(how.dtype)
+    if d_hidden is not None:
+        d_hidden = d_hidden.mul_(factor).to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+def _push_all(logits: Tensor, targets: Tensor, centre: Tensor, logp: Tensor, how: _How) -> Tensor:
+    """`_push` in place, some rows at a time."""
+    elements = (_CPU_BLOCK if logits.device.type == "cpu" else _GPU_BLOCK)[1]
+    for rows in _slices(len(logits), max(1, elements // logits.shape[1])):
+        block = logits[rows]
+        block.copy_(_push(block, targets[rows], centre[rows], logp[rows], how))
+    return logits
+
+
+def _push(logits: Tensor, targets: Tensor, centre: Tensor, logp: Tensor, how: _How) -> Tensor:
+    """(p - e_y) slope over some columns, float32 or float64; may overwrite the logits.
+
+    A target outside of the columns is at home in another block. Its own column is taken from logp,
+    which came from the same rounded logits, so that 1 - p keeps its digits.
+    """
+    bent = how.bent(logits)
+    slope = how.slope(bent)
+    push = wide(bent).sub_(centre.unsqueeze(1)).mul_(LOG2_E / how.unit)
+    # 2^x: on some CPUs exp is several times slower.
+    push = push.clamp_(min=_LOWEST[push.dtype]).exp2_()
+    here = ((targets >= 0) & (targets < push.shape[1])).unsqueeze(1)
+    column = targets.clamp(0, push.shape[1] - 1).unsqueeze(1)
+    own = torch.where(here, torch.expm1(logp).unsqueeze(1), push.gather(1, column))
+    push.scatter_(1, column, own)
+    return push if slope is None else push.mul_(slope)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Logits of some rows and columns, written to ``out``."""
+    if bias is None:
+        return torch.mm(rows, weight.t(), out=out)
+    return torch.addmm(bias, rows, weight.t(), out=out)
+
+
+def _put_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``; on a GPU the product of half precision is not rounded to it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif _HALF_IN_FLOAT_OUT and total.device.type == "cuda":
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    """Blocks of at most ``size``; one empty block of nothing."""
+    for start in range(0, max(length, 1), size):
+        yield slice(start, min(start + size, length))

@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from wapo_analysis.stats.block import (
-    CHUNK_ELEMENTS,
-    block_stats,
-    check,
-    logit_gradient,
-    stacked,
-    wide,
-)
+from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.stats.backends import BACKENDS, reducer
+from wapo_analysis.stats.eager import block_rows
+from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed
 from wapo_analysis.stats.result import TokenStats
+from wapo_analysis.stats.rows import Rows, check
 
 
 def token_stats(
-    logits: Tensor, targets: Tensor, temperature: float = 1.0, chunk_rows: int | None = None
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    topk: int = 0,
+    *,
+    backend: str = "auto",
+    chunk_rows: int | None = None,
 ) -> TokenStats:
     """Statistics of the target tokens under ``softmax(logits / temperature)``.
 
@@ -34,53 +38,124 @@ def token_stats(
 
     Parameters
     ----------
-    logits : Tensor, shape (N, V)
-        Raw logits; half precision is computed in float32, float64 stays. ``-inf`` columns (padded
-        vocabulary) have probability 0. A NaN or +inf makes its own row NaN and no other.
-    targets : Tensor of int64, shape (N,)
+    logits : Tensor, shape (..., V)
+        Raw logits, any strides, only read and never copied as a whole. Half precision is computed
+        in float32, float64 stays. ``-inf`` columns (padded vocabulary) have probability 0. A NaN
+        or +inf makes its own row NaN and no other.
+    targets : Tensor of int64, shape (...)
         Sampled tokens.
     temperature : float
         Softmax temperature, > 0.
+    mask : Tensor of bool, shape (...), optional
+        Rows wanted; the others are never read, nor their targets.
+    topk : int
+        Return this many of the most probable tokens of every row, equal ones by ascending id.
+    backend : {"auto", "eager", "compile", "triton"}
+        How rows are reduced. "auto" takes the Triton kernel for CUDA tensors where Triton is
+        installed, else plain operations in blocks. "compile" builds a kernel with `torch.compile`:
+        seconds once per dtype, and on a CPU it needs a C++ compiler.
     chunk_rows : int, optional
-        Rows per block; working memory is a few blocks, never a second (N, V).
+        Rows of a block of plain operations; working memory is two such blocks in float32.
 
     Returns
     -------
     TokenStats
-        Gradient flows through ``logp`` only: d logp / d logits = (e_y - p) / T.
+        N tokens, flat over the mask. Gradient flows through ``logp`` alone, if the logits ask for
+        it and gradients are enabled: d logp / d logits = (e_y - p) / T, and 0 in rows that the
+        mask hides. The first derivative only, forward (`torch.func.jvp`) or backward.
 
     Raises
     ------
-    ValueError
-        On shapes that do not fit or a temperature that is not positive.
+    UserError
+        On shapes that do not fit, a temperature that is not positive, a ``topk`` that is not in
+        0..V, or a backend that does not exist or cannot run here.
     """
-    check(logits, targets, temperature)
-    rows = chunk_rows or max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    return TokenStats(*_FromLogits.apply(logits, targets, float(temperature), rows))
+    check(logits, targets, temperature, mask)
+    if backend not in BACKENDS:
+        raise unknown_name("backend", backend, BACKENDS)
+    if not 0 <= topk <= logits.shape[-1]:
+        raise UserError(f"topk must be in 0..{logits.shape[-1]}, got {topk}")
+    kept = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
+    flat = targets.reshape(-1).long()
+    chosen = flat if kept is None else flat[kept]
+    columns = _FromLogits.apply(logits, chosen, kept, float(temperature), topk, backend, chunk_rows)
+    return TokenStats(*columns[:7])
 
 
 class _FromLogits(torch.autograd.Function):
+    """Statistics, then what the derivative needs: only the first output has one."""
+
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, rows: int
-    ) -> tuple[Tensor, ...]:
-        blocks = [
-            block_stats(wide(block) / temperature, chosen)
-            for block, chosen in zip(logits.split(rows), targets.split(rows), strict=True)
-        ]
-        *columns, log_z = stacked(blocks)
-        ctx.save_for_backward(logits, targets, log_z, columns[0])
-        ctx.temperature, ctx.rows = temperature, rows
-        ctx.mark_non_differentiable(*columns[1:])
-        return tuple(columns)
+        logits: Tensor,
+        targets: Tensor,
+        kept: Tensor | None,
+        temperature: float,
+        topk: int,
+        backend: str,
+        chunk_rows: int | None,
+    ) -> tuple[Tensor | None, ...]:
+        rows = Rows(logits, kept)
+        reduced = reducer(backend, logits)(rows, targets, temperature, topk, chunk_rows)
+        done = finish(reduced, temperature)
+        dtype = rows.dtype
+        return (
+            *narrowed(done, dtype),
+            None if done.top_logp is None else done.top_logp.to(dtype),
+            done.top_ids,
+            done.highest.to(dtype),
+            (done.log_z * LOG2_E).to(dtype),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        logits, targets, kept, temperature, _, _, chunk_rows = inputs
+        logp, *others = output
+        ctx.mark_non_differentiable(*(part for part in others if part is not None))
+        ctx.set_materialize_grads(False)
+        ctx.temperature, ctx.chunk_rows = temperature, chunk_rows
+        saved = (logits, targets, kept, logp, *others[-2:])
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        logits, targets, log_z, logp = ctx.saved_tensors
-        out = torch.empty_like(logits)
-        parts = (t.split(ctx.rows) for t in (logits, targets, log_z, logp, grads[0], out))
-        for block, chosen, z, lp, g, into in zip(*parts, strict=True):
-            grad = logit_gradient(wide(block) / ctx.temperature, chosen, z, lp)
-            into.copy_(grad.mul_((g / ctx.temperature).unsqueeze(1)))
-        return out, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, *_ = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * 7
+        whole = ctx.saved_tensors[2] is None
+        out = (torch.empty if whole else torch.zeros)(
+            logits.shape, dtype=logits.dtype, device=logits.device
+        )
+        for rows, start, stop, slope in _slopes(ctx):
+            factor = grads[0][start:stop] / ctx.temperature
+            rows.put(out, start, slope.mul_(factor.unsqueeze(1)))
+        return out, *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, moved: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """Directional derivative (e_y - p) . d logits / T."""
+        tangent = Rows(moved, ctx.saved_tensors[2])
+        parts = [
+            (slope * tangent.block(start, stop)).sum(1) / ctx.temperature
+            for _, start, stop, slope in _slopes(ctx)
+        ]
+        logp = ctx.saved_tensors[3]
+        return torch.cat(parts) if parts else torch.zeros_like(logp), *(None,) * 8
+
+
+def _slopes(ctx: Any) -> Any:
+    """Blocks of rows e_y - p, exact in the sampled column, with where each begins and ends."""
+    logits, targets, kept, logp, highest, log2_z = ctx.saved_tensors
+    rows = Rows(logits, kept)
+    size = min(block_rows(logits, ctx.chunk_rows), max(len(rows), 1))
+    buffer = torch.empty((size, logits.shape[-1]), dtype=logp.dtype, device=logits.device)
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
+        slope = buffer[: stop - start].copy_(rows.block(start, stop))
+        slope.sub_(highest[start:stop].unsqueeze(1)).mul_(LOG2_E / ctx.temperature)
+        slope.sub_(log2_z[start:stop].unsqueeze(1)).exp2_().neg_()
+        own = -torch.expm1(logp[start:stop]).unsqueeze(1)
+        slope.scatter_(1, targets[start:stop].unsqueeze(1), own)
+        yield rows, start, stop, slope

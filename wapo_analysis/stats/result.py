@@ -16,15 +16,23 @@ class TokenStats(NamedTuple):
         Log-probability of the target, nats.
     entropy : Tensor, shape (N,)
         Entropy of the whole distribution, nats.
-    collision_rest : Tensor, shape (N,)
+    collision_rest : Tensor of float64, shape (N,)
         Sum of p_v^2 over v != target.
-    collision_logp_rest : Tensor, shape (N,)
+    collision_logp_rest : Tensor of float64, shape (N,)
         Sum of p_v^2 ln p_v over v != target, nats.
     top1 : Tensor of bool, shape (N,)
         The target is (one of) the most probable.
     top_logp, top_ids : Tensor, shape (N, k), optional
-        The k most probable tokens, most probable first: log-probabilities (nats) and ids. None
-        unless asked for.
+        The k most probable tokens, most probable first, equal ones by ascending id:
+        log-probabilities (nats) and ids. None unless asked for.
+
+    Notes
+    -----
+    The other floats are float32, float64 for float64 logits. float32 holds ``logp`` and ``entropy``
+    to its rounding until the rest of the row lies 87 nats below the mode; further down they fade to
+    0, with all else, at 103 nats. Squares of probabilities would fade at half of that, so they are
+    float64. A row with a NaN or +inf, or of nothing but -inf, is NaN throughout, its ``top1`` False
+    and its ``top_ids`` -1.
     """
 
     logp: Tensor

@@ -91,13 +91,9 @@ class _Tokens:
 
 
 def _token_inputs(case: Case, logits: Tensor, advantages: Array) -> _Tokens:
-    rows, length, vocabulary = logits.shape
+    rows, length, _ = logits.shape
     targets = torch.from_numpy(case.arrays["input_ids"][:, 1:].astype(np.int64))
-    flat = token_stats(
-        logits[:, :-1].reshape(-1, vocabulary),
-        targets.reshape(-1),
-        temperature=case.settings["train_temperature"],
-    )
+    flat = token_stats(logits[:, :-1], targets, temperature=case.settings["train_temperature"])
     stats = flat.map(lambda part: part.view(rows, length - 1))
     prob, complement = stats.logp.detach().exp(), -torch.expm1(stats.logp.detach())
     return _Tokens(

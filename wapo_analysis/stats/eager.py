@@ -1,0 +1,119 @@
+"""Rows to `Reduced` in plain torch operations on two reused blocks that stay in a core's cache.
+
+Two loops: blocks of rows, whose every operation finds its data near the core, inside groups of
+blocks, over which the many small operations that find the mode are spread.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from wapo_analysis.stats.formulas import LOG2_E, Reduced
+from wapo_analysis.stats.rows import Rows
+from wapo_analysis.stats.topk import BLOCK, block_maxima, top_columns, upper_end
+
+# Elements of a block: two of them in float32 (2.5 MiB) stay near a CPU's core; a GPU is kept
+# busy by 64 MiB.
+CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 16, 1 << 23
+# Elements of a group: what a CPU's last cache keeps between the two looks at the logits.
+_GROUP_ELEMENTS = 1 << 21
+# Columns of a group that the search for the largest ones opens at once: some MiB with their ids.
+_OPENED_ELEMENTS = 1 << 15
+# Lowest exponent of 2 in a sum: its square is still a normal number, since denormal arithmetic is
+# slow, and what is raised to it (padded columns too) is below the rounding of a sum that holds a 1.
+LOWEST = {torch.float32: -62.0, torch.float64: -140.0}
+
+# (start, stop, origins (n, 1), ids left out (n, 2)) -> the four sums of those n rows, each (n, 1).
+Sums = Callable[[int, int, Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def block_rows(logits: Tensor, chunk_rows: int | None) -> int:
+    """Rows that are worked on at once."""
+    elements = CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
+    return chunk_rows or max(1, elements // max(1, logits.shape[-1]))
+
+
+def reduce_rows(
+    rows: Rows, targets: Tensor, temperature: float, topk: int = 0, chunk_rows: int | None = None
+) -> Reduced:
+    """Reduce N rows block by block.
+
+    Parameters
+    ----------
+    rows : Rows, N of them
+    targets : Tensor of int64, shape (N,)
+    temperature : float
+    topk : int
+        Number of largest columns to return.
+    chunk_rows : int, optional
+        Rows of a block.
+
+    Returns
+    -------
+    Reduced
+        In float32; float64 if the rows are.
+    """
+    size = min(block_rows(rows.logits, chunk_rows), max(len(rows), 1))
+    x, e = rows.logits.new_empty((2, size, rows.logits.shape[-1]), dtype=rows.dtype)
+
+    def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        block = torch.sub(rows.block(start, stop, x), origin, out=x[: stop - start])
+        return _sums(block.scatter_(1, out, -torch.inf), e[: stop - start], LOG2_E / temperature)
+
+    return reduce_by(sums, rows, targets, topk, size, x)
+
+
+def reduce_by(
+    sums: Sums, rows: Rows, targets: Tensor, topk: int, size: int, space: Tensor
+) -> Reduced:
+    """Reduce rows with a given program for the sums.
+
+    Parameters
+    ----------
+    sums : callable
+    rows : Rows, N of them
+    targets : Tensor of int64, shape (N,)
+    topk, size : int
+        Largest columns to return; rows of a block.
+    space : Tensor, shape (size, V)
+        Free before and after each call of ``sums``.
+    """
+    count, vocabulary = len(rows), rows.logits.shape[-1]
+    new = partial(torch.empty, dtype=rows.dtype, device=rows.logits.device)
+    columns, top_values = new((count, 7)), new((count, topk))
+    top_ids = torch.empty_like(top_values, dtype=torch.int64)
+    group = max(1, _GROUP_ELEMENTS // (size * vocabulary)) * size
+    if topk:
+        group = min(group, max(1, _OPENED_ELEMENTS // (BLOCK * topk)))
+    for start, stop in _spans(0, count, group):
+        pick, target = partial(rows.pick, start, stop), targets[start:stop].unsqueeze(1)
+        blocks = (rows.block(*at, space) for at in _spans(start, stop, size))
+        maxima = torch.cat([block_maxima(block) for block in blocks])
+        if topk:
+            found = top_columns(pick, maxima, topk, vocabulary)
+            top_values[start:stop], top_ids[start:stop] = found
+        ends = upper_end(pick, maxima, target, vocabulary)
+        torch.cat(ends[:3], 1, out=columns[start:stop, :3])
+        # Finite, so that -inf columns stay -inf even where nothing else is left.
+        origin = ends.origin.clamp(min=torch.finfo(rows.dtype).min)
+        out = torch.cat((target, ends.mode), 1)
+        for first, last in _spans(start, stop, size):
+            here = slice(first - start, last - start)
+            torch.cat(sums(first, last, origin[here], out[here]), 1, out=columns[first:last, 3:])
+    return Reduced(columns, *((top_values, top_ids) if topk else ()))
+
+
+def _spans(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, size):
+        yield first, min(first + size, stop)
+
+
+def _sums(x: Tensor, e: Tensor, scale: float) -> tuple[Tensor, ...]:
+    """Sums of e = 2^(x scale), e x scale, e^2 and e^2 x scale, each (N, 1)."""
+    x.mul_(scale).clamp_(min=LOWEST[x.dtype])
+    torch.exp2(x, out=e)
+    sum_e, norm_e = e.sum(1, keepdim=True), torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    sum_ex = x.mul_(e).sum(1, keepdim=True)
+    return sum_e, sum_ex, norm_e.square_(), x.mul_(e).sum(1, keepdim=True)

@@ -1,0 +1,142 @@
+"""Which rows of a logits tensor are read, and how, without a copy of the whole."""
+
+import torch
+from torch import Tensor
+
+from wapo_analysis.errors import UserError
+
+
+def check(rows: Tensor, targets: Tensor, temperature: float, mask: Tensor | None = None) -> None:
+    """Refuse shapes that do not fit and a temperature that is not positive.
+
+    Parameters
+    ----------
+    rows : Tensor, shape (..., V) or (..., D)
+        Logits or hidden states.
+    targets : Tensor of int64, shape (...)
+    temperature : float
+    mask : Tensor of bool, shape (...), optional
+
+    Raises
+    ------
+    UserError
+        One line that says what does not fit.
+    """
+    if rows.dim() < 2 or targets.shape != rows.shape[:-1]:
+        raise UserError(
+            "need (..., V) rows and (...) targets, "
+            f"got {tuple(rows.shape)} and {tuple(targets.shape)}"
+        )
+    if mask is not None and (mask.shape != targets.shape or mask.dtype != torch.bool):
+        raise UserError(
+            f"need a bool mask of shape {tuple(targets.shape)}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    if not temperature > 0:
+        raise UserError(f"temperature must be positive, got {temperature}")
+
+
+class Rows:
+    """The N rows of (..., V) logits that a mask keeps, in order, read block by block.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (..., V)
+        Any strides; never copied as a whole.
+    kept : Tensor of int64, shape (N,), optional
+        Numbers of the rows, counted over the leading dimensions, ascending. All rows without it.
+
+    Attributes
+    ----------
+    dtype : torch.dtype
+        What the rows are computed in: float32, or float64 if they are.
+    """
+
+    def __init__(self, logits: Tensor, kept: Tensor | None = None) -> None:
+        self.logits, self.kept = logits, kept
+        self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        self._count = logits[..., 0].numel() if kept is None else len(kept)
+        self._lead = logits.shape[:-1]
+        try:
+            self._flat: Tensor | None = logits.view(-1, logits.shape[-1])
+        except RuntimeError:  # the strides of the leading dimensions do not merge
+            self._flat = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def block(self, start: int, stop: int, space: Tensor | None = None) -> Tensor:
+        """Rows start to stop - 1, shape (stop - start, V): a view if they lie evenly in memory.
+
+        ``space`` takes rows that must be gathered, or converted to its dtype.
+        """
+        if space is None:
+            return self._read(start, stop, None)
+        space = space[: stop - start]
+        if space.dtype == self.logits.dtype:
+            return self._read(start, stop, space)
+        return space.copy_(self._read(start, stop, None))
+
+    def pick(self, start: int, stop: int, ids: Tensor) -> Tensor:
+        """Values of some columns of rows start to stop - 1; ids and values (stop - start, m)."""
+        if self.kept is None and self._flat is not None:
+            return self._flat[start:stop].gather(1, ids)
+        numbers = self._numbers(start, stop).unsqueeze(1)
+        if self._flat is not None:
+            return self._flat[numbers, ids]
+        return self.logits[(*torch.unravel_index(numbers, self._lead), ids)]
+
+    def put(self, out: Tensor, start: int, values: Tensor) -> None:
+        """Write the block that begins at row ``start`` into contiguous ``out`` of logits' shape."""
+        flat, stop = out.view(-1, out.shape[-1]), start + len(values)
+        run = self._run(start, stop)
+        if run is not None:
+            flat[run].copy_(values)
+        else:
+            flat.index_copy_(0, self._numbers(start, stop), values.to(out.dtype))
+
+    def offsets(self) -> Tensor:
+        """Distance of every row from the first element of ``logits``, in elements, shape (N,)."""
+        numbers = self._numbers(0, len(self))
+        index = torch.unravel_index(numbers, self._lead)
+        strides = self.logits.stride()[:-1]
+        total = torch.zeros_like(numbers)
+        for one, stride in zip(index, strides, strict=True):
+            total += one * stride
+        return total
+
+    def _read(self, start: int, stop: int, out: Tensor | None) -> Tensor:
+        run = self._run(start, stop)
+        if run is not None and self._flat is not None:
+            return self._flat[run]
+        if run is not None and run.start // self._lead[-1] == (run.stop - 1) // self._lead[-1]:
+            panel = run.start // self._lead[-1]
+            within = slice(run.start - panel * self._lead[-1], run.stop - panel * self._lead[-1])
+            index: tuple[int | slice, ...] = (*_unravel(panel, self._lead[:-1]), within)
+            return self.logits[index]
+        numbers = self._numbers(start, stop)
+        if self._flat is not None:
+            return torch.index_select(self._flat, 0, numbers, out=out)
+        return self.logits[torch.unravel_index(numbers, self._lead)]
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        if self.kept is not None:
+            return self.kept[start:stop]
+        return torch.arange(start, stop, device=self.logits.device)
+
+    def _run(self, start: int, stop: int) -> slice | None:
+        """Row numbers as a slice, if they follow each other and asking costs no wait."""
+        if self.kept is None:
+            return slice(start, stop)
+        if self.kept.device.type != "cpu" or stop <= start:
+            return None
+        first, last = int(self.kept[start]), int(self.kept[stop - 1])
+        return slice(first, last + 1) if last - first == stop - 1 - start else None
+
+
+def _unravel(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        number, rest = divmod(number, size)
+        index.insert(0, rest)
+    return tuple(index)
