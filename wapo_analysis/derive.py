@@ -95,17 +95,52 @@ def class_totals(tokens: Records) -> Records:
         of the sums they enter, so one missing value does not erase a total; a sum of nothing but
         NaN is NaN.
     """
-    frame = _cell_terms(tokens).groupby(list(_CELL_KEYS), sort=True).sum(min_count=1).reset_index()
-    return Records.build(CLASSES, {name: frame[name].to_numpy() for name in frame.columns})
+    order, starts = _cells(tokens)
+    first = order[starts]
+    keys = {name: tokens[name][first] for name in _CELL_KEYS}
+    sums = {name: _sums(values[order], starts) for name, values in _cell_terms(tokens).items()}
+    return Records.build(CLASSES, {**keys, **sums})
 
 
-def _cell_terms(tokens: Records) -> pd.DataFrame:
-    """One row per token with the terms that the class table adds up."""
+def _cells(tokens: Records) -> tuple[Array, Array]:
+    """Row order that brings the tokens of a cell together, and where in it each cell starts.
+
+    Cells come in the order of their keys, rows of a cell in the order they have.
+    """
+    sign, regime, prob_bin = (tokens[name].astype(np.int16) + 1 for name in _CELL_KEYS[2:])
+    cell = (sign * 3 + regime) * len(PROB_EDGES) + prob_bin
+    cells = 9 * len(PROB_EDGES)
+    for name in ("rank", "step"):
+        values = tokens[name]
+        if len(values) and values.min() != values.max():  # one step of one rank, as a rule
+            shifted = values.astype(np.int64) - values.min()
+            cell = shifted * cells + cell
+            cells *= int(shifted.max()) + 1
+    order = np.argsort(cell, kind="stable")
+    ordered = cell[order]
+    change = np.ones(len(ordered), bool)
+    change[1:] = ordered[1:] != ordered[:-1]
+    return order, np.flatnonzero(change)
+
+
+def _sums(values: Array, starts: Array) -> Array:
+    """Sum of each run of values; NaN is left out, of nothing else it is the sum."""
+    if not len(starts):
+        return values[:0]
+    missing = np.isnan(values) if values.dtype.kind == "f" else None
+    if missing is None or not missing.any():
+        return np.asarray(np.add.reduceat(values, starts))
+    total = np.add.reduceat(np.where(missing, 0.0, values), starts)
+    return np.where(np.logical_and.reduceat(missing, starts), np.nan, total)
+
+
+def _cell_terms(tokens: Records) -> dict[str, Array]:
+    """Terms that the class table adds up, shape (rows,) each."""
     c = tokens.columns
     coef = c["coef"].astype(np.float64)
     moved = c["pred_dentropy"] * c["sign"]
     expected = np.where(c["regime"] == 1, -1.0, 1.0)
-    terms = {
+    return {
         "tokens": np.ones(len(tokens), np.int64),
         "kept": c["kept"].astype(np.int64),
         "clipped": (c["clipped"] & c["kept"]).astype(np.int64),
@@ -122,7 +157,6 @@ def _cell_terms(tokens: Records) -> pd.DataFrame:
         "dprob_sum": c["dprob"],
         "dentropy_sum": c["dentropy"],
     }
-    return pd.DataFrame({**{key: c[key] for key in _CELL_KEYS}, **terms})
 
 
 def with_class(frame: pd.DataFrame) -> pd.DataFrame:

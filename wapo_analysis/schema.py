@@ -183,6 +183,7 @@ STEPS = Table(
         _measured("clip_low", "1", "share of kept tokens stopped by the lower clip", "float64"),
         _measured("clip_high", "1", "share of kept tokens stopped by the upper clip", "float64"),
         _measured("tokens", "tokens", "completion tokens of the step", "int64"),
+        _measured("prompts_cut", "1", "share of prompts whose beginning was cut to fit", "float64"),
         _measured("kept_tokens", "tokens", "tokens that took part in the loss", "int64"),
         _measured("nonfinite", "tokens", "tokens dropped: ratio not finite", "int64"),
         _measured("skipped_updates", "1", "updates skipped: gradient not finite", "int64"),
@@ -191,7 +192,20 @@ STEPS = Table(
         _measured("seconds_rollout", "s", "time spent sampling", "float64"),
         _measured("seconds_probe", "s", "time spent on probing an update", "float64"),
         _measured(
-            "seconds_capture", "s", "time spent recording since the step line before", "float64"
+            "seconds_capture",
+            "s",
+            "time of the training thread spent recording since the step line before",
+            "float64",
+        ),
+        _measured(
+            "seconds_writer", "s", "CPU time of the writer thread since that line", "float64"
+        ),
+        _measured(
+            "token_fraction",
+            "1",
+            "share of the rollouts whose token rows were written; below the setting where the disk "
+            "could not keep up, 0 off schedule",
+            "float64",
         ),
     ),
 )

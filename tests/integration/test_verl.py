@@ -104,6 +104,7 @@ def test_a_watched_loss_is_the_loss_and_its_gradient_is_recorded(
     assert torch.equal(seen["log_prob"].grad, expected)
     assert watcher.failure is None
     assert watcher.recorder is not None
+    watcher.recorder.flush()
     tokens = open_run(tmp_path / "r").tokens()
     chosen = seen["response_mask"]
     np.testing.assert_allclose(tokens.coef, -expected[chosen] / dp_size, rtol=4e-5)

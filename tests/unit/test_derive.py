@@ -31,7 +31,7 @@ def recorded(rows: int = 600, seed: int = 0) -> Records:
             "advantage": advantage,
             "coef": advantage * 0.01,
             "kept": np.ones(rows, bool),
-            **{name: getattr(stats, name).numpy() for name in stats._fields},
+            **{name: getattr(stats, name).numpy() for name in stats._fields if name in TOKENS},
             "logp_after": stats.logp.numpy() + 0.01,
             "entropy_after": stats.entropy.numpy() - 0.02,
         },
@@ -68,6 +68,37 @@ def test_totals_are_the_sums_of_the_rows() -> None:
         np.testing.assert_allclose(cell.pred_dentropy_sum.sum(), mine["pred_dentropy"].sum())
         np.testing.assert_allclose(cell.dentropy_sum.sum(), mine["dentropy"].sum())
     assert totals.rescored.sum() == len(rows)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.2, 1.0])
+def test_totals_equal_a_grouped_data_frame(missing: float) -> None:
+    """The naive program: one data frame, grouped by its five keys, NaN left out of sums."""
+    rng = np.random.default_rng(0)
+    rows = recorded()
+    gone = {n: np.where(rng.random(600) < missing, np.nan, rows[n]) for n in ("coef", "entropy")}
+    gone |= {"clipped": rng.random(600) < 0.3, "kept": rng.random(600) < 0.8}
+    keys = {"step": rng.integers(3, 900, 600), "rank": rng.integers(0, 3, 600)}
+    derived = derive(rows.with_columns({**keys, **gone}), 0.9)
+    frame = derived.to_frame().astype({"entropy": float, "coef": float})
+    terms = {
+        "tokens": 1,
+        "clipped": frame.clipped & frame.kept,
+        "entropy_sum": frame.entropy,
+        "coef_abs_sum": frame.coef.abs(),
+        "grad_mass": frame.grad_norm,
+        "pred_dentropy_sum": frame.pred_dentropy,
+        "rescored": frame.dentropy.notna(),
+    }
+    names = ["step", "rank", "sign", "regime", "prob_bin"]
+    expected = frame[names].assign(**terms).groupby(names).sum(min_count=1).reset_index()
+    found = class_totals(derived)
+    assert len(found) == len(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name].astype(float), rtol=1e-12)
+
+
+def test_no_tokens_give_no_cells() -> None:
+    assert len(class_totals(derive(recorded().select(np.zeros(600, bool)), 1.0))) == 0
 
 
 def test_a_missing_statistic_makes_the_class_unknown_and_no_total_zero() -> None:

@@ -52,6 +52,58 @@ def test_rounding_keeps_special_values() -> None:
     np.testing.assert_array_equal(round_mantissa(values)[:5], values[:5])
 
 
+def test_all_bits_are_kept_on_demand(tmp_path: Path) -> None:
+    for bits in (23, 7):
+        writer = RunWriter(tmp_path / str(bits), {}, store_bits=bits)
+        writer.write_part(token_records(1), 1)
+        writer.close("finished")
+    original = token_records(1)["logp"]
+    full, few = (open_run(tmp_path / str(bits)).tokens().logp for bits in (23, 7))
+    np.testing.assert_array_equal(full, original)
+    np.testing.assert_allclose(few, original, rtol=2**-7)
+    assert not np.allclose(few, original, rtol=2**-12)
+    with pytest.raises(UserError, match="store_bits must be 7 to 23, got 24"):
+        RunWriter(tmp_path / "r", {}, store_bits=24)
+
+
+def test_a_token_takes_at_most_22_bytes(tmp_path: Path) -> None:
+    """All columns but the re-scored ones, 32768 tokens of a near-certain policy, off-policy."""
+    rng = np.random.default_rng(0)
+    rollout, position = np.divmod(np.arange(32_768), 512)
+    rest = np.where(rng.random(32_768) < 0.5, 10 ** rng.uniform(-7, -2, 32_768), rng.random(32_768))
+    logp = np.log1p(-rest)
+    others = rest**2 * rng.uniform(0.1, 1, 32_768)
+    advantage = rng.normal(size=64)[rollout]
+    old = logp + rng.normal(size=32_768) * 1e-2 * rest
+    columns = {
+        "step": np.full(32_768, 9),
+        "minibatch": rollout // 16,
+        "rank": np.zeros(32_768),
+        "group": rollout // 8,
+        "rollout": rollout,
+        "position": position,
+        "token_id": np.minimum(rng.zipf(1.2, 32_768), 49_152),
+        "advantage": advantage,
+        "logp": logp,
+        "logp_old": old,
+        "entropy": rest * rng.uniform(1, 8, 32_768),
+        "collision_rest": others,
+        "collision_logp_rest": others * rng.uniform(-8, -1, 32_768),
+        "coef": advantage * np.exp(logp - old) / 32_768,
+        "clipped": rng.random(32_768) < 0.02,
+        "kept": rng.random(32_768) < 0.98,
+        "top1": rest < 0.5,
+    }
+    sizes = {}
+    for bits in (15, 23):
+        writer = RunWriter(tmp_path / str(bits), {}, store_bits=bits)
+        writer.write_part(Records.build(TOKENS, columns), 9)
+        writer.close("finished")
+        sizes[bits] = (tmp_path / str(bits) / "tokens" / "part-00000009-0.parquet").stat().st_size
+    assert sizes[15] <= 22 * 32_768
+    assert sizes[23] <= 30 * 32_768
+
+
 def test_only_the_wanted_steps_are_read(tmp_path: Path) -> None:
     run = open_run(written_run(tmp_path / "r"))
     assert set(run.tokens([2, 3]).step) == {2, 3}
@@ -81,6 +133,32 @@ def test_a_truncated_part_is_named_and_the_others_stay_readable(tmp_path: Path) 
     with pytest.raises(UserError, match=r"part-00000002-0\.parquet is broken or truncated"):
         open_run(path).tokens()
     assert set(open_run(path).tokens([1, 3]).step) == {1, 3}
+
+
+def test_a_file_takes_its_name_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wapo_analysis.store import files
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    order, seen = [], []
+    fsync, replace = files.os.fsync, files.os.replace
+
+    def renamed(source: Path, target: Path) -> None:
+        order.append("rename")
+        seen.append((source.read_bytes(), target.read_bytes()))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "fsync", lambda n: order.append("fsync") or fsync(n))
+    monkeypatch.setattr(files.os, "replace", renamed)
+    files.write_atomic(path, b"new")
+    assert order == ["fsync", "rename"]
+    assert seen == [(b"new", b"old")]
+    assert path.read_bytes() == b"new"
+    with pytest.raises(TypeError), files.renamed_when_whole(path) as stream:
+        stream.writelines([b"half", "no bytes"])
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"new")]
 
 
 def test_an_unfinished_temporary_file_is_ignored(tmp_path: Path) -> None:

@@ -91,11 +91,11 @@ def test_a_followed_run_equals_the_opened_one_at_every_moment(slow: Slow) -> Non
 
 
 def test_only_what_was_added_is_read(slow: Slow, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wapo_analysis.store import tail as module
+    from wapo_analysis.store import parts as module
 
     opened: list[str] = []
     read = module.read_part
-    monkeypatch.setattr(module, "read_part", lambda p: opened.append(p.name) or read(p))
+    monkeypatch.setattr(module, "read_part", lambda p, *a: opened.append(p.name) or read(p, *a))
     tail = Tail(slow.target)
     for last in range(1, 31):
         slow.steps(last, last)

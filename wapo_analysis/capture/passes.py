@@ -16,8 +16,8 @@ from torch import Tensor
 from wapo_analysis.capture.recorder import TokenPass
 from wapo_analysis.errors import UserError
 from wapo_analysis.stats import TokenStats, token_stats
+from wapo_analysis.table import Records
 
-_BLOCK_ELEMENTS = 1 << 22
 MATCH = 0.1
 """Mean distance in nats beyond which log-probabilities do not belong to the logits."""
 
@@ -118,7 +118,7 @@ def batch_pass(
     ids = _flat(tokens, row, column)
     unknown = torch.full((len(mask),), -1, device=logp.device)
     groups = unknown if groups is None else groups.detach().to(logp.device)
-    stats = _stats(now, ids, logits, row, column, temperature)
+    stats = _stats(now, tokens, logits, mask, temperature)
     given_s = _flat(collision, row, column)
     rest = None if given_s is None else (given_s - now.exp().square()).clamp(min=0)
     return BatchPass(
@@ -190,13 +190,12 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def _stats(
     logp: Tensor,
-    ids: Tensor | None,
+    tokens: Tensor | None,
     logits: Tensor | None,
-    row: Tensor,
-    column: Tensor,
+    mask: Tensor,
     temperature: float,
 ) -> TokenStats | None:
-    """Statistics of the N tokens block by block; None without logits.
+    """Statistics of the N tokens under the mask; None without logits.
 
     Raises
     ------
@@ -206,16 +205,11 @@ def _stats(
     """
     if logits is None:
         return None
-    if ids is None:
+    if tokens is None:
         raise UserError("logits were given without the sampled tokens")
-    if not len(row):
-        return token_stats(logits.detach()[row, column], ids, temperature)
-    size = max(1, _BLOCK_ELEMENTS // logits.shape[-1])
-    blocks = [
-        token_stats(logits.detach()[r, c], chosen, temperature)
-        for r, c, chosen in zip(row.split(size), column.split(size), ids.split(size), strict=True)
-    ]
-    stats = TokenStats.concat(blocks)
+    stats = token_stats(logits.detach(), tokens.detach(), temperature, mask)
+    if not len(logp):
+        return stats
     away = float((stats.logp - logp).abs().nanmean())
     if away > MATCH:
         raise UserError(
@@ -226,8 +220,21 @@ def _stats(
     return stats
 
 
-def pass_columns(passes: Sequence[TokenPass]) -> dict[str, float]:
+def given_in_all(passes: Sequence[TokenPass]) -> frozenset[str]:
+    """Statistics that every one of some passes has."""
+    names = [frozenset(tokens.given()) for tokens in passes]
+    return frozenset.intersection(*names) if names else frozenset()
+
+
+def pass_columns(tokens: Records, given: frozenset[str]) -> dict[str, float]:
     """Step columns that the tokens decide; every token counts once per gradient pass.
+
+    Parameters
+    ----------
+    tokens : Records
+        Token records of the step.
+    given : frozenset of str
+        Statistics that all of its passes have; see `given_in_all`.
 
     Returns
     -------
@@ -237,57 +244,50 @@ def pass_columns(passes: Sequence[TokenPass]) -> dict[str, float]:
         out.
     """
     columns: dict[str, float] = {}
-    if not passes:
-        return columns
-    advantage = _joined(passes, "advantage")
-    entropy, old = _joined(passes, "entropy"), _joined(passes, "logp_old")
-    kept, clipped = _joined(passes, "kept"), _joined(passes, "clipped")
-    assert advantage is not None
-    if entropy is not None:
+    advantage, kept = tokens["advantage"], tokens["kept"]
+    if "entropy" in given:
+        entropy = tokens["entropy"].astype(np.float64)
         columns["entropy"] = _mean(entropy)
         columns["entropy_pos"] = _mean(entropy[advantage > 0])
         columns["entropy_neg"] = _mean(entropy[advantage < 0])
-    now = _joined(passes, "logp")
-    assert now is not None
-    log_ratio = None if old is None else (now - old).clamp(max=60.0)
-    if log_ratio is not None:
-        columns["kl_old"] = _mean(torch.expm1(log_ratio) - log_ratio)
-    if kept is not None:
+    if "kept" in given:
         columns["kept_tokens"] = int(kept.sum())
-    if kept is not None and clipped is not None and log_ratio is not None:
-        stopped = clipped * kept
+    if "logp_old" not in given:
+        return columns
+    log_ratio = tokens["logp"].astype(np.float64) - tokens["logp_old"]
+    log_ratio = np.minimum(log_ratio, 60.0)
+    columns["kl_old"] = _mean(np.expm1(log_ratio) - log_ratio)
+    if {"kept", "clipped"} <= given:
+        stopped = tokens["clipped"] & kept
         count = max(float(kept.sum()), 1.0)
-        columns["clip_low"] = float((stopped * (log_ratio < 0)).sum()) / count
-        columns["clip_high"] = float((stopped * (log_ratio > 0)).sum()) / count
+        columns["clip_low"] = float((stopped & (log_ratio < 0)).sum()) / count
+        columns["clip_high"] = float((stopped & (log_ratio > 0)).sum()) / count
     return columns
 
 
-def _joined(passes: Sequence[TokenPass], name: str) -> Tensor | None:
-    """A statistic of all passes in float64, None if a pass has none."""
-    parts = [getattr(tokens, name) for tokens in passes]
-    return None if any(p is None for p in parts) else torch.cat(parts).double()
-
-
-def _mean(values: Tensor) -> float:
+def _mean(values: np.ndarray[Any, Any]) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
 def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
-    """Rollout, group, advantage and length of every rollout of a step, each once, by number."""
+    """Rollout, group, advantage and length of every rollout of a step, each once, by number.
+
+    One copy brings all of it from the device.
+    """
     if not batches:
         return {}
-    columns = {
-        name: torch.cat([getattr(batch, attribute).detach().double() for batch in batches])
-        for name, attribute in (
-            ("rollout", "rollouts"),
-            ("group", "groups"),
-            ("advantage", "advantages"),
-            ("length", "lengths"),
-        )
+    names = ("rollouts", "groups", "advantages", "lengths")
+    stacked = torch.cat(
+        [torch.stack([getattr(b, name).detach().double() for name in names]) for b in batches], 1
+    )
+    rollout, group, advantage, length = stacked.cpu().numpy()
+    numbers, first = np.unique(rollout, return_index=True)
+    return {
+        "rollout": numbers.astype(np.int64),
+        "group": group[first].astype(np.int64),
+        "advantage": advantage[first],
+        "length": length[first],
     }
-    numbers, first = np.unique(columns["rollout"].cpu().numpy(), return_index=True)
-    table = {name: column.cpu().numpy()[first] for name, column in columns.items()}
-    return {**table, "rollout": numbers.astype(np.int64), "group": table["group"].astype(np.int64)}
 
 
 def reward_columns(

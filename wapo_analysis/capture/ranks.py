@@ -1,11 +1,12 @@
 """Recording from several processes into one run folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.store import RunWriter
+from wapo_analysis.store import PART_TABLES, RunWriter
+from wapo_analysis.store.files import MANTISSA_BITS
 
 
 class PartWriter(RunWriter):
@@ -15,11 +16,15 @@ class PartWriter(RunWriter):
     """
 
     def __init__(
-        self, path: Path, manifest: Mapping[str, Any], resume_after: int | None = None
+        self,
+        path: Path,
+        manifest: Mapping[str, Any],
+        resume_after: int | None = None,
+        store_bits: int = MANTISSA_BITS,
     ) -> None:
-        self.path = path
+        self._set_up(path, store_bits)
         try:
-            for name in ("tokens", "classes", "rollouts"):
+            for name in PART_TABLES:
                 (path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
@@ -30,9 +35,12 @@ class PartWriter(RunWriter):
     def append_step(self, row: Mapping[str, float]) -> None:
         """Leave the step log to rank 0."""
 
-    def missing_vocab(self, ids: Iterable[int]) -> list[int]:
+    def named(self) -> list[int]:
         """Leave the vocabulary to rank 0."""
         return []
+
+    def add_vocab(self, texts: Mapping[int, str]) -> None:
+        """Leave the vocabulary to rank 0."""
 
     def close(self, status: str) -> None:
         """Nothing is open."""

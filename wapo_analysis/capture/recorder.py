@@ -1,134 +1,32 @@
 """The recorder: turns gradient passes into token rows, exact class totals and step lines.
 
 It reads tensors, draws no random numbers and never raises into training: a failure (disk full, a
-bug) is logged once and recording stops while training goes on.
+bug) is logged once and recording stops while training goes on. The training thread only keeps
+references and starts copies; a thread of its own computes and writes.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import wraps
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from wapo_analysis.capture.null_recorder import NullRecorder, RowOf, Texts, guarded, on_schedule
 from wapo_analysis.capture.ranks import PartWriter
-from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.capture.step_job import StepJob, token_records
+from wapo_analysis.capture.step_writer import QUEUE_ROWS, StepWriter
+from wapo_analysis.capture.token_pass import TokenPass, on_host
 from wapo_analysis.errors import UserError
-from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.schema import ROLLOUTS
 from wapo_analysis.store import RunWriter
+from wapo_analysis.store.files import MANTISSA_BITS
 from wapo_analysis.table import Records
 
+__all__ = ["NullRecorder", "Recorder", "TokenPass", "guarded", "on_schedule"]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TokenPass:
-    """Tokens of one gradient pass, flat over the loss mask; every tensor has shape (N,).
-
-    ``coef`` is filled by the backward pass, ``*_after`` by re-scoring. Leave a statistic None if
-    the source cannot give it: it is stored as missing.
-    """
-
-    group: Tensor
-    rollout: Tensor
-    position: Tensor
-    token_id: Tensor
-    advantage: Tensor
-    logp: Tensor
-    logp_old: Tensor | None = None
-    entropy: Tensor | None = None
-    collision_rest: Tensor | None = None
-    collision_logp_rest: Tensor | None = None
-    clipped: Tensor | None = None
-    kept: Tensor | None = None
-    top1: Tensor | None = None
-    coef: Tensor | None = None
-    logp_after: Tensor | None = None
-    entropy_after: Tensor | None = None
-    minibatch: int = field(default=0, kw_only=True)
-
-    def to_columns(self, step: int, rank: int) -> dict[str, np.ndarray[Any, Any]]:
-        """Columns of the token table; the one place where tensors become numpy arrays."""
-        given = {
-            f.name: _to_numpy(getattr(self, f.name))
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        rows = len(given["logp"])
-        for name, value in (("step", step), ("minibatch", self.minibatch), ("rank", rank)):
-            given[name] = np.full(rows, value)
-        if self.kept is None:
-            given["kept"] = np.ones(rows, bool)
-        return given
-
-
-def _to_numpy(values: Tensor) -> np.ndarray[Any, Any]:
-    detached = values.detach()
-    if detached.dtype in (torch.bfloat16, torch.float16):
-        detached = detached.float()  # numpy has no bfloat16
-    return np.asarray(detached.cpu().numpy())
-
-
-F = TypeVar("F", bound=Callable[..., None])
-
-
-def guarded(method: F) -> F:
-    """Let no failure of recording reach the training that is being watched."""
-
-    @wraps(method)
-    def wrapper(self: "Recorder", *args: Any, **kwargs: Any) -> None:
-        if self.failure is not None and method.__name__ != "close":
-            return
-        started = perf_counter()
-        try:
-            method(self, *args, **kwargs)
-        except Exception as error:
-            self.fail(error)
-        finally:
-            self.seconds += perf_counter() - started
-
-    return cast(F, wrapper)
-
-
-class NullRecorder:
-    """Records nothing; what a trainer holds when nobody watches."""
-
-    path: Path | None = None
-    failure: str | None = None
-    seconds = 0.0
-
-    def wants_rescore(self, step: int) -> bool:
-        """Whether tokens of this step are to be scored again after the update."""
-        return False
-
-    def wants_probe(self, step: int) -> bool:
-        """Whether an update of this step is to be taken apart."""
-        return False
-
-    def watch(self, tokens: TokenPass, logp: Tensor) -> None:
-        """Take the tokens of one gradient pass, before its backward pass."""
-
-    def add_probe(self, rows: Records) -> None:
-        """Take the rows of one probed update."""
-
-    def end_step(
-        self,
-        row: Mapping[str, float],
-        rollouts: Mapping[str, Sequence[Any]],
-        texts: Callable[[list[int]], list[str]] | None = None,
-    ) -> None:
-        """Finish a step: class totals, rows and the step line are written."""
-
-    def note(self, **changes: Any) -> None:
-        """Change manifest entries."""
-
-    def close(self, status: str) -> None:
-        """End the run."""
 
 
 class Recorder(NullRecorder):
@@ -155,6 +53,23 @@ class Recorder(NullRecorder):
         Process number, part of every file name.
     resume_after : int, optional
         Continue the run in ``path`` after this step.
+    store_bits : int
+        Mantissa bits that float32 columns keep on disk, 7..23; 23 keeps all.
+    queue_rows : int
+        Token rows that may wait for the disk, about 100 bytes each. If more would, the rows of a
+        step are sampled down, by halves and in the end to none, rather than training held up; see
+        the column ``token_fraction``. Class totals, rollouts and step lines are always written.
+    synchronous : bool
+        Write in the training thread; the files are the same.
+
+    Attributes
+    ----------
+    failure : str or None
+        Why recording stopped.
+    seconds : float
+        Time that recording took of the training thread.
+    tokens : Records or None
+        Derived token records of the last `settle`.
 
     Raises
     ------
@@ -175,6 +90,9 @@ class Recorder(NullRecorder):
         temperature: float = 1.0,
         rank: int = 0,
         resume_after: int | None = None,
+        store_bits: int = MANTISSA_BITS,
+        queue_rows: int = QUEUE_ROWS,
+        synchronous: bool = False,
     ) -> None:
         if min(token_every, rescore_every, probe_every) < 0:
             raise UserError(
@@ -194,18 +112,22 @@ class Recorder(NullRecorder):
             "token_fraction": token_fraction,
             "rescore_every": rescore_every,
             "probe_every": probe_every,
+            "store_bits": store_bits,
         }
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         writer = RunWriter if rank == 0 else PartWriter
-        self._writer = writer(self.path, {**manifest, **settings}, resume_after)
+        self._writer = writer(self.path, {**manifest, **settings}, resume_after, store_bits)
+        self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous)
         self._passes: list[TokenPass] = []
         self._probes: list[Records] = []
+        self._settled: list[Records] = []
         self.tokens: Records | None = None
 
     def fail(self, error: Exception) -> None:
         """Stop recording for good, with one warning; training goes on."""
         if self.failure is None:
             self.failure = f"{type(error).__name__}: {error}"
+            self._steps.abandon()
             log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
 
     def wants_rescore(self, step: int) -> bool:
@@ -248,112 +170,102 @@ class Recorder(NullRecorder):
         self,
         row: Mapping[str, float],
         rollouts: Mapping[str, Sequence[Any]],
-        texts: Callable[[list[int]], list[str]] | None = None,
+        texts: Texts | None = None,
+        row_of: RowOf | None = None,
     ) -> None:
-        """Finish a step: class totals, token rows, rollouts and the step line are written.
+        """Finish a step: class totals, token rows, rollouts and the step line will be written.
 
         Parameters
         ----------
         row : mapping
             Columns of the ``steps`` table, ``step`` among them.
         rollouts : mapping of str to sequence
-            Columns of the ``rollouts`` table without ``step`` and ``rank``.
+            Columns of the ``rollouts`` table without ``step`` and ``rank``; copied.
         texts : callable, optional
-            Token ids to their texts, for the vocabulary of the run.
+            Token ids to their texts, for the vocabulary of the run; called in this thread.
+        row_of : callable, optional
+            Further columns of the ``steps`` table from the step's derived token records, computed
+            by the writer thread; not called for a step without tokens.
         """
-        self._write_step(row, rollouts, texts)
+        self._end_step(row, rollouts, texts, row_of)
 
-    def _write_step(
+    def _end_step(
         self,
         row: Mapping[str, float],
         rollouts: Mapping[str, Sequence[Any]],
-        texts: Callable[[list[int]], list[str]] | None,
+        texts: Texts | None,
+        row_of: RowOf | None = None,
     ) -> None:
         step = int(row["step"])
-        self._settle(step, texts)
+        job = StepJob(
+            dict(row),
+            self.rank,
+            self.temperature,
+            passes=[on_host(tokens) for tokens in self._passes],
+            tokens=self._settled,
+            share=self.token_fraction if on_schedule(step, self.token_every) else 0.0,
+            others=self._beside_tokens(step, rollouts),
+            row_of=row_of,
+        )
+        self._passes, self._settled, self._probes = [], [], []
+        self._steps.put(job, texts if self.rank == 0 else None)
+
+    def _beside_tokens(self, step: int, rollouts: Mapping[str, Sequence[Any]]) -> list[Records]:
+        """Rollouts and probes of the step; what the caller may write again is copied."""
+        others = []
         count = len(rollouts["reward"]) if rollouts else 0
         if count:
             keys = {"step": np.full(count, step), "rank": np.full(count, self.rank)}
-            self._writer.write_part(Records.build(ROLLOUTS, {**keys, **rollouts}), step, self.rank)
-        probes, self._probes = self._probes, []
-        if probes:
-            self._writer.write_part(Records.concat(probes), step, self.rank)
-        # The step line comes last: a step that is in the log has all its parts.
-        self._writer.append_step(row)
+            own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
+            others.append(Records.build(ROLLOUTS, {**keys, **own}))
+        if self._probes:
+            others.append(Records.concat(self._probes))
+        return others
 
     @guarded
-    def settle(self, step: int, texts: Callable[[list[int]], list[str]] | None = None) -> None:
-        """Write the tokens of the passes so far, ahead of `end_step`, which then writes the rest.
+    def settle(self, step: int, texts: Texts | None = None) -> None:
+        """Compute the token records of the passes so far, ahead of `end_step`, in this thread.
 
         Parameters
         ----------
         step : int
-            Step the passes belong to; to be called once for it.
+            Step the passes belong to.
         texts : callable, optional
             Token ids to their texts, for the vocabulary of the run.
 
         Notes
         -----
-        ``tokens`` then holds the step's token records, derived columns included.
+        ``tokens`` then holds these records, derived columns included. It waits for the device; a
+        caller who does not need the numbers now leaves it out, or gives `end_step` a ``row_of``.
         """
-        self._settle(step, texts)
-
-    def _settle(self, step: int, texts: Callable[[list[int]], list[str]] | None) -> None:
-        passes, self._passes = self._passes, []
-        if passes:
-            self._write_tokens(step, passes, texts)
-
-    def _write_tokens(
-        self,
-        step: int,
-        passes: Sequence[TokenPass],
-        texts: Callable[[list[int]], list[str]] | None,
-    ) -> None:
-        tokens = Records.concat(
-            [Records.build(TOKENS, p.to_columns(step, self.rank)) for p in passes]
-        )
-        self.tokens = derive(tokens, self.temperature)
-        self._writer.write_part(class_totals(self.tokens), step, self.rank)
-        if not on_schedule(step, self.token_every):
-            return
-        chosen = tokens
-        if self.token_fraction < 1:
-            chosen = tokens.select(_chosen(tokens["rollout"], step, self.token_fraction))
-        self._writer.write_part(chosen, step, self.rank)
-        if texts is not None:
-            self._name_tokens(np.unique(chosen["token_id"]).tolist(), texts)
+        passes = [on_host(tokens) for tokens in self._passes]
+        self._passes = []
+        built = token_records(passes, step, self.rank, self.temperature)
+        if built:
+            self.tokens = built[0]
+            self._settled += built
+            if texts is not None and self.rank == 0 and on_schedule(step, self.token_every):
+                self._steps.name(built[0]["token_id"], texts)
 
     @guarded
-    def name_tokens(self, ids: Iterable[int], texts: Callable[[list[int]], list[str]]) -> None:
+    def name_tokens(self, ids: Iterable[int], texts: Texts) -> None:
         """Add token ids and their texts to the vocabulary of the run."""
-        self._name_tokens(ids, texts)
-
-    def _name_tokens(self, ids: Iterable[int], texts: Callable[[list[int]], list[str]]) -> None:
-        new = self._writer.missing_vocab(ids)
-        if new:
-            self._writer.add_vocab(dict(zip(new, texts(new), strict=True)))
+        if self.rank == 0:
+            self._steps.name(np.fromiter(ids, np.int64), texts)
 
     @guarded
     def note(self, **changes: Any) -> None:
         """Change manifest entries."""
-        self._writer.update_manifest(**changes)
+        self._steps.note(**changes)
+
+    @guarded
+    def flush(self) -> None:
+        """Wait until every finished step is on disk, as a checkpoint needs that may be resumed."""
+        self._steps.drain()
 
     @guarded
     def close(self, status: str) -> None:
         """End the run; a step that was not finished is dropped."""
-        self._passes, self._probes = [], []
+        self._passes, self._probes, self._settled = [], [], []
+        self._steps.finish()
         self._writer.close(status if self.failure is None else "recording_failed")
-
-
-def on_schedule(step: int, every: int) -> bool:
-    """Steps 1, 1 + every, ... so that the first step always counts."""
-    return every > 0 and (step - 1) % every == 0
-
-
-def _chosen(rollout: np.ndarray[Any, Any], step: int, fraction: float) -> np.ndarray[Any, Any]:
-    """Rows of the chosen rollouts: a multiplicative hash of (step, rollout) below the fraction."""
-    mixed = (rollout.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(step * 0xBF58476D1CE4E5B9 % 2**64)
-    mixed ^= mixed >> np.uint64(31)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    return (mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction

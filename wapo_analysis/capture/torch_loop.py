@@ -24,6 +24,7 @@ from wapo_analysis.capture import recorder as core
 from wapo_analysis.capture.passes import (
     BatchPass,
     batch_pass,
+    given_in_all,
     pass_columns,
     reward_columns,
     rollout_table,
@@ -192,7 +193,7 @@ class Recorder(core.Recorder):
         if any(b.needs_grad and b.tokens.coef is None for b in batches):
             self._warn_once()
         rollouts = rollout_table(batches)
-        row: dict[str, float] = {"step": int(step), **pass_columns(self._passes)}
+        row: dict[str, float] = {"step": int(step)}
         if rollouts:
             row["length"] = float(rollouts["length"].mean())
             row["tokens"] = int(rollouts["length"].sum())
@@ -204,8 +205,14 @@ class Recorder(core.Recorder):
             rollouts |= {name: list(v) for name, v in given.items() if v is not None and rollouts}
             _check_counts(rollouts)
             row |= reward_columns(_numbers(reward), rollouts.get("group"))
-        row |= self._seconds() | {name: _plain(value) for name, value in columns.items()}
-        self._write_step(row, rollouts if "reward" in rollouts else {}, texts)
+        own = {name: _plain(value) for name, value in columns.items()}
+        known = given_in_all(self._passes)
+        self._end_step(
+            row | self._seconds() | own,
+            rollouts if "reward" in rollouts else {},
+            texts,
+            lambda tokens: pass_columns(tokens, known) | own,
+        )
 
     def _seconds(self) -> dict[str, float]:
         """Wall time of the step and what recording took of it."""

@@ -1,6 +1,6 @@
 """Reading a run folder, finished or still being written."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,12 @@ from wapo_analysis.store.files import (
     MANIFEST,
     PART_TABLES,
     STEP_LOG,
-    part_step,
     read_manifest,
-    read_part,
     read_vocab,
     step_lines,
 )
+from wapo_analysis.store.parts import listed_keys, read_rows
+from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
 
 
@@ -109,9 +109,17 @@ class Run:
         columns = {name: frame[name].to_numpy() for name in frame.columns}
         return frame.assign(**derived_columns(columns, self.temperature))
 
+    def summary(self, by: Sequence[str] = ("step", "cls"), engine: Engine = "auto") -> pd.DataFrame:
+        """Tokens, entropy, predicted entropy change and gradient mass of the token rows.
+
+        Parameters and result are those of :func:`wapo_analysis.store.summary.class_summary`. Unlike
+        ``classes``, which is exact over all tokens, it covers the rows that were written.
+        """
+        return class_summary(self.path, self.temperature, engine, by)
+
     def token_steps(self) -> list[int]:
         """Steps that have token rows."""
-        return sorted({part_step(part) for part in (self.path / "tokens").glob("part-*.parquet")})
+        return sorted({step for step, _ in listed_keys(self.path / "tokens")})
 
     def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """Stored columns of a table of parts.
@@ -124,9 +132,8 @@ class Run:
         if name not in PART_TABLES:
             raise unknown_name("table", name, PART_TABLES)
         wanted = None if steps is None else set(steps)
-        parts = sorted((self.path / name).glob("part-*.parquet"))
-        tables = [read_part(part) for part in parts if wanted is None or part_step(part) in wanted]
-        return parts_frame(tables, TABLES[name])
+        rows = read_rows(self.path / name, None if wanted is None else wanted.__contains__)
+        return parts_frame(list(rows.values()), TABLES[name])
 
     def __repr__(self) -> str:
         status = self.manifest.get("status", "?")

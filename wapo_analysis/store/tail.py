@@ -10,7 +10,8 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
-from wapo_analysis.store.files import MANIFEST, STEP_LOG, part_step, read_manifest, read_part
+from wapo_analysis.store.files import MANIFEST, STEP_LOG, read_manifest
+from wapo_analysis.store.parts import Key, read_rows
 from wapo_analysis.store.reader import Run, parts_frame, steps_frame, summed_classes
 
 _FOLLOWED = ("classes", "probes")
@@ -42,7 +43,8 @@ class Tail:
     _manifest: dict[str, Any] = field(default_factory=dict)
     _manifest_seen: tuple[int, int] = (0, 0)
     _rows: list[dict[str, Any]] = field(default_factory=list)
-    _parts: dict[str, set[str]] = field(default_factory=dict)
+    _have: dict[str, set[Key]] = field(default_factory=dict)
+    _broken: dict[str, dict[str, UserError]] = field(default_factory=dict)
     _frames: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,7 +55,8 @@ class Tail:
         self._inode, self._offset, self._lines = inode, 0, 0
         self._rows.clear()
         self.notes.clear()
-        self._parts = {name: set() for name in _FOLLOWED}
+        self._have = {name: set() for name in _FOLLOWED}
+        self._broken = {name: {} for name in _FOLLOWED}
         self._frames = {name: parts_frame([], TABLES[name]) for name in _FOLLOWED}
 
     def exists(self) -> bool:
@@ -139,18 +142,16 @@ class Tail:
             self.notes.append(f"line {self._lines} of {STEP_LOG} is no step record; left out")
 
     def _read_parts(self, name: str) -> None:
-        """Add the parts of a table that have not been read, up to the last step of the log."""
+        """Add the rows of a table that have not been read, up to the last step of the log."""
         last = max((row["step"] for row in self._rows), default=0)
-        names = {part.name for part in (self.path / name).glob("part-*.parquet")}
-        new = sorted(n for n in names - self._parts[name] if part_step(Path(n)) <= last)
-        tables = []
-        for part in new:
-            self._parts[name].add(part)
-            try:
-                tables.append(read_part(self.path / name / part))
-            except UserError as error:
-                self.notes.append(f"{error}; left out")
-        if tables:
-            added = parts_frame(tables, TABLES[name])
+        broken = self._broken[name]
+        before = set(broken)
+        new = read_rows(
+            self.path / name, lambda step: step <= last, have=self._have[name], broken=broken
+        )
+        self._have[name].update(new)
+        self.notes += [f"{error}; left out" for file, error in broken.items() if file not in before]
+        if new:
+            added = parts_frame(list(new.values()), TABLES[name])
             held = self._frames[name]
             self._frames[name] = added if held.empty else pd.concat([held, added])

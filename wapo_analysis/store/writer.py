@@ -1,7 +1,8 @@
 """Writing a run folder."""
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,26 @@ import pyarrow as pa
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import SCHEMA_VERSION, STEPS
 from wapo_analysis.store.files import (
+    FULL_BITS,
     MANIFEST,
+    MANTISSA_BITS,
     PART_TABLES,
     STEP_LOG,
     VOCAB,
     arrow_table,
     parquet_bytes,
-    part_step,
     read_vocab,
     step_lines,
     write_atomic,
 )
+from wapo_analysis.store.merge import merge_parts, replace_files
+from wapo_analysis.store.parts import list_parts, part_name
 from wapo_analysis.table import Records
+
+log = logging.getLogger(__name__)
+
+MERGE_STEPS = 64
+"""Steps between two merges of a run that is being written."""
 
 
 class RunWriter:
@@ -36,6 +45,8 @@ class RunWriter:
         Description of the run (JSON values); schema version is added.
     resume_after : int, optional
         Continue an existing run after this step: later steps and parts are dropped.
+    store_bits : int
+        Mantissa bits that float32 columns keep, 7..23; 23 keeps all.
 
     Raises
     ------
@@ -44,9 +55,13 @@ class RunWriter:
     """
 
     def __init__(
-        self, path: Path, manifest: Mapping[str, Any], resume_after: int | None = None
+        self,
+        path: Path,
+        manifest: Mapping[str, Any],
+        resume_after: int | None = None,
+        store_bits: int = MANTISSA_BITS,
     ) -> None:
-        self.path = path
+        self._set_up(path, store_bits)
         if resume_after is None and (path / MANIFEST).exists():
             raise UserError(
                 f"{path} already holds a run; choose another folder, continue it with --resume, "
@@ -63,6 +78,14 @@ class RunWriter:
             raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
         self._steps = (path / STEP_LOG).open("a", encoding="utf-8")
         self._vocab: dict[int, str] = read_vocab(path)
+
+    def _set_up(self, path: Path, store_bits: int) -> None:
+        """Check and keep what writers of every rank need."""
+        if not 7 <= store_bits <= FULL_BITS:
+            raise UserError(f"store_bits must be 7 to {FULL_BITS}, got {store_bits}")
+        self.path, self._bits = path, store_bits
+        self._loose = 0
+        self._merges = True
 
     def update_manifest(self, **changes: Any) -> None:
         """Change manifest entries and write the manifest anew."""
@@ -81,8 +104,25 @@ class RunWriter:
 
     def write_part(self, records: Records, step: int, rank: int = 0) -> None:
         """Write one whole part of a table for one step and rank."""
-        name = f"part-{step:08d}-{rank}.parquet"
-        write_atomic(self.path / records.table.name / name, parquet_bytes(arrow_table(records)))
+        file = self.path / records.table.name / part_name(step, rank)
+        write_atomic(file, parquet_bytes(arrow_table(records, self._bits)))
+
+    def merge(self, rank: int = 0) -> None:
+        """Merge the parts of a rank once a step of it is whole, every `MERGE_STEPS` calls.
+
+        A failure (a full disk, a broken part) leaves the parts as they are, says so once, and no
+        more is merged.
+        """
+        self._loose += 1
+        if self._loose < MERGE_STEPS or not self._merges:
+            return
+        self._loose = 0
+        try:
+            for name in PART_TABLES:
+                merge_parts(self.path / name, rank, MERGE_STEPS)
+        except Exception as error:
+            self._merges = False
+            log.warning("parts of %s stay unmerged (%s); wapo compact can try", self.path, error)
 
     def add_vocab(self, texts: Mapping[int, str]) -> None:
         """Add token id -> text entries; rewritten only when something is new."""
@@ -95,9 +135,9 @@ class RunWriter:
         )
         write_atomic(self.path / VOCAB, parquet_bytes(table))
 
-    def missing_vocab(self, ids: Iterable[int]) -> list[int]:
-        """Token ids that have no text yet."""
-        return [token for token in ids if token not in self._vocab]
+    def named(self) -> list[int]:
+        """Token ids that have a text."""
+        return list(self._vocab)
 
     def close(self, status: str) -> None:
         """Close the step log and note how the run ended."""
@@ -118,6 +158,8 @@ def _rewind(path: Path, last: int) -> None:
         kept = [line for line, row in step_lines(log) if row["step"] <= last]
         write_atomic(log, "".join(f"{line}\n" for line in kept).encode())
     for name in PART_TABLES:
-        for part in (path / name).glob("part-*.parquet"):
-            if part_step(part) > last:
-                part.unlink()
+        for part in list_parts(path / name):
+            if part.first > last:
+                part.path.unlink(missing_ok=True)
+            elif part.last > last:
+                replace_files(path / name, [part], last)

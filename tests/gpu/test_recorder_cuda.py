@@ -1,0 +1,61 @@
+"""The way from a GPU to the run folder: one copy, nobody waits, the same numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.test_recorder import ROLLOUTS, record, spell, tokens
+from wapo_analysis.capture.recorder import Recorder, TokenPass
+from wapo_analysis.capture.token_pass import DevicePass, on_host
+from wapo_analysis.store import open_run
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+
+def on_gpu(given: TokenPass) -> TokenPass:
+    moved = {name: values.cuda() for name, values in given.given().items()}
+    return TokenPass(**moved, minibatch=given.minibatch)
+
+
+def test_a_pass_from_the_gpu_has_the_numbers_of_the_host() -> None:
+    given = tokens(1)
+    here, there = on_host(given), on_host(on_gpu(given))
+    assert isinstance(there, DevicePass)
+    expected, found = here.columns(1, 0), there.columns(1, 0)
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_starting_the_copy_does_not_wait_for_the_device() -> None:
+    given = on_gpu(tokens(1, rows=1000))
+    DevicePass(given).columns(1, 0)  # pinned memory is allocated once
+    busy = torch.randn(8192, 8192, device="cuda")
+    torch.cuda.synchronize()
+    started = torch.cuda.Event()
+    for _ in range(20):
+        busy = busy @ busy * 1e-4
+    started.record()
+    waiting = DevicePass(given)
+    assert not started.query(), "the copy was started while the device was still at work"
+    assert len(waiting.columns(1, 0)["logp"]) == 1000
+    assert started.query()
+
+
+def test_a_run_recorded_from_the_gpu_equals_that_from_the_host(tmp_path: Path) -> None:
+    host = Recorder(tmp_path / "host", {"name": "r"})
+    record(host, range(1, 5))
+    host.close("finished")
+    device = Recorder(tmp_path / "gpu", {"name": "r"})
+    for step in range(1, 5):
+        for number in range(2):
+            device.watch(on_gpu(tokens(10 * step + number, minibatch=number)))
+        device.end_step({"step": step, "reward": step / 10}, ROLLOUTS, spell)
+    device.close("finished")
+    assert device.failure is None
+    one, other = open_run(tmp_path / "host"), open_run(tmp_path / "gpu")
+    assert one.tokens().equals(other.tokens())
+    assert one.classes.equals(other.classes)
+    assert one.vocab == other.vocab

@@ -1,0 +1,37 @@
+"""``wapo compact``: many small files of a run into few."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(compact)
+
+
+def compact(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN..."),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Also a run that may still be written.")
+    ] = False,
+) -> None:
+    """Merge the part files of finished or crashed runs; what a run says stays the same.
+
+    A run merges its own parts every 64 steps; this does the rest. Example:
+
+        wapo compact runs/mine
+    """
+    from wapo_analysis.store import find_runs
+    from wapo_analysis.store.compact import compact as compact_run
+
+    for folder in dict.fromkeys(folder for path in runs for folder in find_runs(path)):
+        done = compact_run(folder, force)
+        typer.echo(
+            f"{folder}: {done.files_before} files, {done.bytes_before:,} bytes -> "
+            f"{done.files_after} files, {done.bytes_after:,} bytes"
+        )
