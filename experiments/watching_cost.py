@@ -1,8 +1,9 @@
 """What watching a TRL run costs, measured side by side.
 
 A GRPOTrainer on a model of two layers (width 128) with a vocabulary of 49152: plain, class totals
-only, full token rows, and full rows scored again after the update. Arms take turns in one process;
-the time is that of an update without generation. Needs the extra [trl]; about two minutes.
+only, full token rows, full rows scored again after the update, and both with our head in place of
+TRL's (mode="replace"). Arms take turns in one process; the time is that of an update without
+generation. Needs the extra [trl]; about three minutes.
 
     python experiments/watching_cost.py --rounds 5
 """

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
@@ -28,7 +29,8 @@ from wapo_analysis import attach
 
 out = Path(sys.argv[1])
 trainer = toy_trainer(out / "out", max_steps=3, loss_type="grpo", num_iterations=1)
-with attach(trainer, out / "run", token_every=1, rescore_every=1) as attachment:
+mode = "replace" if sys.argv[2] == "replace" else "passive"
+with attach(trainer, out / "run", mode=mode, token_every=1, rescore_every=1) as attachment:
     if sys.argv[2] == "fail" and trainer.accelerator.process_index == 1:
         def full(*_):
             raise OSError(28, "No space left on device")
@@ -85,6 +87,19 @@ def test_one_process_that_cannot_record_does_not_stop_the_other(tmp_path: Path) 
     assert set(found.tokens()["rank"]) == {0}
     assert found.manifest["status"] == "finished"
     assert len(found.steps) == 3
+
+
+@pytest.mark.slow
+def test_replace_mode_in_two_processes_stays_one_model(tmp_path: Path) -> None:
+    pytest.importorskip("trl", minversion="1.15", reason="needs a fused head")
+    two_processes(tmp_path, "replace")
+    found = open_run(tmp_path / "run")
+    assert found.manifest["statistics_from"] == "our head in place of the trainer's"
+    tokens = found.tokens()
+    assert set(tokens["rank"]) == {0, 1}
+    assert np.isfinite(tokens[["coef", "collision_logp_rest", "logp_after"]]).all(axis=None)
+    first, second = (torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_other_ranks_leave_manifest_and_step_log_to_the_first(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ from types import TracebackType
 from typing import Any
 
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.mode import PASSIVE, REPLACE, CaptureMode
 from wapo_analysis.capture.recorder import Recorder
 from wapo_analysis.capture.trl_probe import check_probing
-from wapo_analysis.capture.trl_source import check_trainer, new_manifest
+from wapo_analysis.capture.trl_replace import check_replaceable
+from wapo_analysis.capture.trl_source import check_trainer, hidden_tensors, new_manifest
+from wapo_analysis.capture.trl_stats import causal_model, richer_head
 from wapo_analysis.capture.trl_watcher import TrlWatcher
 from wapo_analysis.errors import UserError
 
@@ -60,6 +63,7 @@ def attach(
     trainer: Any,
     path: str | Path,
     *,
+    mode: str = PASSIVE,
     token_every: int = 10,
     token_fraction: float = 1.0,
     rescore_every: int = 10,
@@ -80,6 +84,10 @@ def attach(
         TRL 0.21 or newer, or a subclass, before ``train()``.
     path : str or Path
         Run folder; every process of a distributed run gives the same one on a shared disk.
+    mode : {"passive", "replace"}
+        "replace" (TRL 1.15 on): the log-probabilities of the loss come from our own head instead of
+        TRL's fused one, so that exact statistics of every step cost next to nothing. Gradients are
+        TRL's up to rounding, no longer bitwise. If our head fails, TRL's takes over for the rest.
     token_every : int
         Write token rows of steps 1, 1 + n, ...; 0 writes class totals alone, of every step.
     token_fraction : float
@@ -114,8 +122,9 @@ def attach(
     Raises
     ------
     UserError
-        If it is no GRPOTrainer, is being watched already, a number is out of range, or the folder
-        cannot be used. Nothing raises later: a failing recorder logs one warning and stops.
+        If it is no GRPOTrainer, is being watched already, a number is out of range, the folder
+        cannot be used, or the mode cannot be had. Nothing raises later: a failing recorder logs one
+        warning and stops.
 
     Notes
     -----
@@ -132,6 +141,7 @@ def attach(
     if exact_every is not None and exact_every < 0:
         raise UserError("exact_every must be 0 (never) or positive")
     check_probing(trainer, probe_every, probe_rows)
+    _check_mode(trainer, mode)
     accelerator, folder = trainer.accelerator, Path(path)
     rank, several = accelerator.process_index, accelerator.num_processes > 1
     if several and resume_after is None and (folder / "manifest.json").exists():
@@ -140,7 +150,11 @@ def attach(
         accelerator.wait_for_everyone()  # so that nobody takes rank 0's new manifest for an old run
     recorder = Recorder(
         folder,
-        {**new_manifest(trainer, name, label), **(manifest or {})},
+        {
+            **new_manifest(trainer, name, label),
+            "capture": CaptureMode(mode, "as set").to_dict(),
+            **(manifest or {}),
+        },
         token_every=token_every,
         token_fraction=token_fraction,
         rescore_every=rescore_every,
@@ -159,9 +173,20 @@ def attach(
             exact_every=token_every if exact_every is None else exact_every,
             log_metrics=log_metrics,
             probe_rows=probe_rows,
+            replace=mode == REPLACE,
         )
         patches.set(trainer, _MARK, attachment)
     except BaseException:
         attachment.close("failed")
         raise
     return attachment
+
+
+def _check_mode(trainer: Any, mode: str) -> None:
+    if mode not in (PASSIVE, REPLACE):
+        raise UserError(f"mode must be {PASSIVE} or {REPLACE}, got {mode!r}")
+    if mode == REPLACE:
+        hidden = hidden_tensors(trainer)
+        if hidden is not None:
+            raise UserError(f'mode="replace" cannot be used with {hidden}; use mode="passive"')
+        check_replaceable(trainer, richer_head(trainer, causal_model(trainer), False) is not None)

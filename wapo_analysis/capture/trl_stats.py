@@ -1,32 +1,33 @@
 """Statistics of the tokens of one TRL gradient pass, from whatever the trainer computes.
 
 Shapes: B rollouts, T completion positions, L positions in all, V vocabulary, D hidden width, N
-tokens of the loss mask. Three sources, told apart by what the model returns:
+tokens of the loss mask. Four sources, told apart by what the model returns:
 
 * logits (TRL 0.21 to 1.14): reduced inside the forward, before the trainer divides them in place;
+* our own head in place of TRL's (replace mode): statistics come with the log-probabilities;
 * hidden states and head: the backbone's output goes through the head once more, in blocks;
 * the fused head (TRL 1.15 on): log sum p^2 comes with the log-probabilities, nearly for free.
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.lm_head import LmHead, inner_model
+from wapo_analysis.capture.trl_replace import TrlHead
 from wapo_analysis.stats import TokenStats, token_stats
 
 log = logging.getLogger(__name__)
 
-# Elements of one block of logits: what fits a CPU cache well; what keeps a GPU busy.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 22, 1 << 25
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _HALF_TOLERANCE = 0.3
-_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 Columns = dict[str, Tensor | None]
 
@@ -39,6 +40,7 @@ class _Call:
     ids_BT: Tensor
     exact: bool
     from_logits: list[TokenStats] = field(default_factory=list)
+    from_own: list[TokenStats] = field(default_factory=list)
     hidden_BLD: list[Tensor] = field(default_factory=list)
     fused: list[Any] = field(default_factory=list)
     rows: int = 0
@@ -56,18 +58,21 @@ class StatsReader:
         ``guard(action, *args)`` runs an action and keeps its exception from the trainer.
     top1 : bool
         Let the fused head tell whether a token was the most probable one; costs another pass.
+    head : TrlHead
+        Who makes the log-probabilities of a fused head; gets installed.
     """
 
     def __init__(
-        self, trainer: Any, patches: Patches, guard: Callable[..., Any], top1: bool
+        self, trainer: Any, patches: Patches, guard: Callable[..., Any], top1: bool, head: TrlHead
     ) -> None:
-        self._trainer, self._guard = trainer, guard
+        self._trainer, self._guard, self._head = trainer, guard, head
         self._model = causal_model(trainer)
-        self._richer = _richer_head(trainer, self._model, top1)
+        self._richer = richer_head(trainer, self._model, top1)
         self._call: _Call | None = None
         self._trusted = True
         self.source = "none"
         patches.wrap(self._model, "forward", self._forward)
+        head.install(self._model, patches)
         backbone = getattr(self._model, "base_model", None)
         if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
             patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
@@ -108,6 +113,11 @@ class StatsReader:
         call, self._call = self._call, None
         assert call is not None
         logp = logps_BT.detach()[call.mask_BT].float()
+        if call.from_own:
+            self.source = "our head in place of the trainer's"
+            return dict(
+                TokenStats.concat(call.from_own).map(partial(_completion, call=call))._asdict()
+            )
         stats = self._exact(call)
         if stats is not None and self._agrees(stats.logp, logp, logps_BT.dtype):
             self.source = "logits" if call.from_logits else "hidden states and head"
@@ -122,7 +132,8 @@ class StatsReader:
         if self._call is None:
             return original(*args, **kwargs)
         # Its extra outputs cost a pass over the logits; where the head is read anyway they idle.
-        wanted = kwargs.get("fused_lm_head") and not (self._call.exact and self._trusted)
+        read = self._head.working or (self._call.exact and self._trusted)
+        wanted = kwargs.get("fused_lm_head") and not read
         out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
         self._guard(self._take, out)
         return out
@@ -130,33 +141,26 @@ class StatsReader:
     def _take(self, out: Any) -> None:
         call = self._call
         assert call is not None
-        if getattr(out, "log_probs", None) is not None:
+        own = self._head.take()
+        if own is not None:
+            call.from_own.append(own)
+        elif getattr(out, "log_probs", None) is not None:
             call.fused.append(out)
         elif getattr(out, "logits", None) is not None:
             call.from_logits.append(self._reduce(out.logits, call))
 
     @torch.no_grad()
     def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
-        """Rollout by rollout, so that no second (N, V) copy exists."""
-        rows = range(call.rows, call.rows + len(logits_BLV))
-        call.rows += len(logits_BLV)
-        temperature = self._trainer.temperature
+        """Statistics of the next rollouts of the pass; prompts and padding are never read."""
+        rows = slice(call.rows, call.rows + len(logits_BLV))
+        call.rows = rows.stop
         width = call.mask_BT.shape[1]
-        chunk = _chunk_rows(logits_BLV, logits_BLV.shape[-1])
-        return TokenStats.concat(
-            [
-                token_stats(
-                    logits[-width - 1 : -1][call.mask_BT[row]],
-                    call.ids_BT[row][call.mask_BT[row]],
-                    temperature,
-                    chunk,
-                )
-                for logits, row in zip(logits_BLV.detach(), rows, strict=True)
-            ]
-        )
+        logits_BTV = logits_BLV.detach()[:, -width - 1 : -1]
+        mask_BT = call.mask_BT[rows]
+        return token_stats(logits_BTV, call.ids_BT[rows], self._trainer.temperature, mask_BT)
 
     def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
-        if self._call is not None and self._call.exact:
+        if self._call is not None and self._call.exact and not self._head.working:
             hidden = getattr(out, "last_hidden_state", None)
             if hidden is not None:
                 self._call.hidden_BLD.append(hidden.detach())
@@ -172,24 +176,15 @@ class StatsReader:
 
     @torch.no_grad()
     def _project(self, hidden_ND: Tensor, ids_N: Tensor) -> TokenStats:
-        """Head and statistics in blocks of rows, as the trainer's own head computes them."""
-        head = self._model.get_output_embeddings()
-        scale, softcap = _logit_transform(self._model.config)
+        """Statistics from hidden states and head, with the precision of the trainer's own head."""
         cast = getattr(self._trainer.args, "cast_lm_head_to_fp32", False)
-        vocabulary = head.weight.shape[0]
-        on_cpu = hidden_ND.device.type == "cpu"
-        rows = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // vocabulary)
-        chunk = _chunk_rows(hidden_ND, vocabulary)
-        blocks = []
-        with nullcontext() if cast else self._trainer.accelerator.autocast():
-            for hidden, ids in zip(hidden_ND.split(rows), ids_N.split(rows), strict=True):
-                logits = head(hidden.float() if cast else hidden)
-                if scale != 1:
-                    logits = logits.float() * scale
-                if softcap is not None:
-                    logits = softcap * torch.tanh(logits.float() / softcap)
-                blocks.append(token_stats(logits, ids, self._trainer.temperature, chunk))
-        return TokenStats.concat(blocks)
+        head = LmHead.of(self._model)
+        with (
+            nullcontext() if cast else self._trainer.accelerator.autocast(),
+            _whole(head.weight, head.bias),
+        ):
+            hidden = hidden_ND.float() if cast else hidden_ND
+            return head.stats(hidden, ids_N, self._trainer.temperature)
 
     def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
         """Trust statistics only as long as their log-probabilities are the trainer's own."""
@@ -213,14 +208,12 @@ class StatsReader:
         """S - p^2 in float64, held within what p allows: (1-p)^2/(V-1) <= rest <= (1-p)^2."""
         if not call.fused:
             return {}
-        width = call.mask_BT.shape[1]
 
         def gathered(name: str) -> Tensor | None:
             parts: list[Any] = [getattr(out, name, None) for out in call.fused]
             if any(part is None for part in parts):
                 return None
-            whole_BT = torch.cat([part[:, -width:] for part in parts])
-            return whole_BT.detach()[call.mask_BT]
+            return _completion(torch.cat(parts).detach(), call)
 
         self.source = "fused head"
         columns: Columns = {"top1": gathered("is_top1")}
@@ -235,19 +228,27 @@ class StatsReader:
         return columns
 
 
-def _chunk_rows(values: Tensor, vocabulary: int) -> int | None:
-    """Rows that the statistics take at once; None leaves the choice made for CPU caches."""
-    return None if values.device.type == "cpu" else max(1, _GPU_BLOCK // vocabulary)
+def _completion(values_BL: Tensor, call: _Call) -> Tensor:
+    """Values of the loss tokens, shape (N,), among those of all predicted positions."""
+    return values_BL[:, -call.mask_BT.shape[1] :][call.mask_BT]
+
+
+def _whole(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
+    """TRL's own context that gathers a head which DeepSpeed has split over processes."""
+    try:
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+    except ImportError:  # before TRL 1.15
+        return nullcontext()
+    gathering: AbstractContextManager[Any] = maybe_gather_lm_head_ctx(weight, bias)
+    return gathering
 
 
 def causal_model(trainer: Any) -> Any:
     """Return the causal language model inside distributed wrappers and PEFT."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    inner = getattr(model, "get_base_model", None)
-    return inner() if callable(inner) else model
+    return inner_model(trainer.accelerator.unwrap_model(trainer.model))
 
 
-def _richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | None:
+def richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | None:
     """Forward of the fused head that also returns log sum p^2; None before TRL 1.15.
 
     None too if somebody has wrapped the trainer's head: replacing it would cut that wrapper off.
@@ -271,14 +272,3 @@ def _richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | N
     finally:
         model.forward = plain
     return richer
-
-
-def _logit_transform(config: Any) -> tuple[float, float | None]:
-    """Scale and soft cap between head and softmax, from the model's configuration."""
-    text = config.get_text_config()
-    scales = [getattr(text, name, None) for name in _SCALES]
-    scale = next((float(value) for value in scales if value is not None), 1.0)
-    if getattr(text, "logits_scaling", None):
-        scale /= float(text.logits_scaling)
-    softcap = getattr(text, "final_logit_softcapping", None)
-    return scale, softcap

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.mode import PASSIVE, CaptureMode
+from wapo_analysis.capture.null_recorder import RowOf
 from wapo_analysis.capture.recorder import Recorder, TokenPass, on_schedule
 from wapo_analysis.capture.trl_pass import (
     SeenPass,
@@ -23,6 +25,7 @@ from wapo_analysis.capture.trl_pass import (
     token_pass,
 )
 from wapo_analysis.capture.trl_probe import TrlProber
+from wapo_analysis.capture.trl_replace import OwnHead, TrlHead
 from wapo_analysis.capture.trl_rollouts import RolloutReader
 from wapo_analysis.capture.trl_scalars import NAMES, log_entries, step_columns, token_sums
 from wapo_analysis.capture.trl_source import SCORER, clip_rule, hidden_tensors, logps_and_entropies
@@ -46,6 +49,8 @@ class TrlWatcher:
         Add entries to the trainer's log.
     probe_rows : int
         Rollouts that a probe scores.
+    replace : bool
+        Let our head make the log-probabilities of the loss.
     """
 
     def __init__(
@@ -57,14 +62,16 @@ class TrlWatcher:
         exact_every: int,
         log_metrics: bool,
         probe_rows: int,
+        replace: bool = False,
     ) -> None:
         self._trainer, self._recorder = trainer, recorder
+        self._head = OwnHead(self._fell_back) if replace else TrlHead()
         self._exact_every, self._log_metrics = exact_every, log_metrics
         self._rollouts, self._clip = RolloutReader(trainer), clip_rule(trainer)
         self._prober = TrlProber(trainer, recorder, probe_rows)
         self._several = trainer.accelerator.num_processes > 1
         self._inputs: dict[str, Any] | None = None
-        self._training = False
+        self._training = self._named = False
         self._saw_tokens: bool | None = None
         self._stats: StatsReader | None = None
         self._spent = self._reported = 0.0
@@ -78,7 +85,7 @@ class TrlWatcher:
         hidden = hidden_tensors(trainer)
         if hidden is None and callable(getattr(trainer, SCORER, None)):
             rows = recorder.token_every > 0
-            self._stats = StatsReader(trainer, patches, self.guard, top1=rows)
+            self._stats = StatsReader(trainer, patches, self.guard, rows, self._head)
             patches.wrap(trainer, "_compute_loss", self._compute_loss)
             patches.wrap(trainer, SCORER, self._scoring)
         else:
@@ -100,6 +107,11 @@ class TrlWatcher:
         )
         self._saw_tokens = False
         self._recorder.note(tokens_hidden_by=reason)
+
+    def _fell_back(self, error: Exception) -> None:
+        step = int(self._trainer.state.global_step) + 1
+        rule = f"our head failed in step {step} ({type(error).__name__}: {error})"
+        self._recorder.note(capture=CaptureMode(PASSIVE, rule).to_dict())
 
     def guard(self, action: Callable[..., Any], *args: Any) -> Any:
         """Run an action of ours; its failure ends the recording and never the training."""
@@ -163,10 +175,15 @@ class TrlWatcher:
         inputs, stats = self._inputs, self._stats
         if inputs is None or stats is None or not torch.is_grad_enabled():
             return original(model, *args, **kwargs)
-        seen = SeenPass(lambda: original(model, *args, **kwargs))
+
+        def score() -> Any:
+            with self._head.scoring():
+                return original(model, *args, **kwargs)
+
+        seen = SeenPass(score)
         self.guard(self._open, stats, inputs)
         try:
-            scored = original(model, *args, **kwargs)
+            scored = score()
             self.guard(self._take_pass, stats, inputs, scored, seen)
         finally:
             stats.cancel()
@@ -229,12 +246,19 @@ class TrlWatcher:
         if on_schedule(step, self._recorder.rescore_every):
             if self._several or self._recorder.failure is None:
                 self._rescore()
-        self.guard(self._settle, step)
-        sums = self.guard(self._sums) or dict.fromkeys(NAMES, 0.0)
-        if self._several:
-            sums = self._over_processes(sums)
-        self.guard(self._write, step, sums)
+        if self._several or self._log_metrics:
+            self.guard(self._settle, step)
+            sums = self.guard(self._sums) or dict.fromkeys(NAMES, 0.0)
+            if self._several:
+                sums = self._over_processes(sums)
+            self.guard(self._write, step, sums)
+        else:
+            self.guard(self._write_later, step)
         self._start_step()
+
+    def flush(self) -> None:
+        """Wait for the disk before the trainer writes a checkpoint, so that it can be resumed."""
+        self._recorder.flush()
 
     def _rescore(self) -> None:
         started = perf_counter()
@@ -248,18 +272,23 @@ class TrlWatcher:
     def _settle(self, step: int) -> None:
         recorder, texts = self._recorder, self._rollouts.texts
         recorder.tokens = None
-        if self._several:
+        if self._several and not self._named:
             # Rank 0 names every token, for it does not see those of the other processes.
+            self._named = True
             recorder.name_tokens(range(len(self._trainer.processing_class)), texts)
         recorder.settle(step, texts)
 
     def _sums(self) -> dict[str, float]:
-        sums = dict.fromkeys(NAMES, 0.0)
+        sums = self._sums_beside_tokens()
         if self._recorder.tokens is not None:
             sums |= token_sums(self._recorder.tokens)
+        return sums
+
+    def _sums_beside_tokens(self) -> dict[str, float]:
+        sums = dict.fromkeys(NAMES, 0.0) | self._rollouts.sums()
         if self._loss is not None:
             sums["loss"] = float(self._loss)
-        return sums | self._rollouts.sums()
+        return sums
 
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         accelerator = self._trainer.accelerator
@@ -269,16 +298,25 @@ class TrlWatcher:
         return dict(zip(NAMES, total, strict=True))
 
     def _write(self, step: int, sums: dict[str, float]) -> None:
-        row = {"step": step, **step_columns(sums, self._trainer.accelerator.num_processes)}
-        row |= {name: float(value) for name, value in self._row.items()}
+        if self._log_metrics and self._saw_tokens:
+            for name, value in log_entries(sums).items():
+                self._trainer._metrics["train"][name].append(value)
+        self._end_step(step, step_columns(sums, self._trainer.accelerator.num_processes))
+
+    def _write_later(self, step: int) -> None:
+        """Leave the sums over tokens to the writer thread: nobody needs them now."""
+        sums = self._sums_beside_tokens()
+        self._end_step(
+            step, step_columns(sums, 1), lambda tokens: step_columns(sums | token_sums(tokens), 1)
+        )
+
+    def _end_step(self, step: int, columns: dict[str, float], row_of: RowOf | None = None) -> None:
+        row = {"step": step, **columns, **{n: float(value) for n, value in self._row.items()}}
         row |= self._rollouts.statistics()
         row |= {"seconds_rollout": self._generating, "seconds": perf_counter() - self._started}
         row["seconds_capture"] = self._spent - self._reported
         self._reported = self._spent
-        if self._log_metrics and self._saw_tokens:
-            for name, value in log_entries(sums).items():
-                self._trainer._metrics["train"][name].append(value)
-        self._recorder.end_step(row, self._rollouts.columns(), self._rollouts.texts)
+        self._recorder.end_step(row, self._rollouts.columns(), self._rollouts.texts, row_of)
 
 
 def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
@@ -294,6 +332,8 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step(int(state.global_step))
+            if control.should_save:
+                watcher.guard(watcher.flush)
 
     callback = Steps()
     trainer.add_callback(callback)
