@@ -1,11 +1,15 @@
 """What a task is: problems to draw, a reward to check and, for pre-training, demonstrations."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
+
+# No step of a run draws from this stream: their seeds are (seed, step, 1), see train/batch.py.
+HELD_OUT_SEED: Final = 2**40 + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +21,17 @@ class Problem:
     prompt : str
         The text the policy continues.
     answer : str
-        The final answer alone, without the intermediate results.
+        The final answer alone, without the intermediate results; empty where only a scorer knows.
+    extra : mapping
+        What the task's scorer needs beside the answer.
+    source : str
+        Where the problem stands in the data, e.g. ``"line 12"``; empty for generated ones.
     """
 
     prompt: str
     answer: str
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    source: str = ""
 
 
 class Task(Protocol):
@@ -40,10 +50,16 @@ class Task(Protocol):
         """Longest completion worth sampling, in tokens, end-of-sequence included."""
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw ``n`` problems; the same generator state gives the same problems."""
+        """Draw ``n`` problems to train on; the same generator state gives the same problems."""
+
+    def held_out_problems(self, n: int) -> list[Problem]:
+        """At most ``n`` problems for evaluation, always the same ones."""
 
     def reward(self, problem: Problem, completion: str) -> float:
         """Grade a completion: a number in [0, 1], deterministic, for any text at all."""
+
+    def data_record(self) -> dict[str, Any]:
+        """What the manifest says of the data: where from, digest, rows; empty if generated."""
 
 
 class EmbeddedTask(Task, Protocol):

@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import HELD_OUT_SEED, Problem, check_count, check_rate
 
 SEPARATOR: Final = ";"
 
@@ -72,6 +72,14 @@ class ChainSum:
         """
         digits = rng.integers(0, 10, size=(check_count(n), self.terms)).tolist()
         return [Problem("+".join(map(str, row)) + "=", str(sum(row))) for row in digits]
+
+    def held_out_problems(self, n: int) -> list[Problem]:
+        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
+        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
+
+    def data_record(self) -> dict[str, Any]:
+        """Nothing: the problems are generated."""
+        return {}
 
     def reward(self, problem: Problem, completion: str) -> float:
         """Give 1 for one whole number per addition, separated by ``;``, the last one the sum.

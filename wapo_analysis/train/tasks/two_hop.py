@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import HELD_OUT_SEED, Problem, check_count, check_rate
 
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 DIGITS: Final = "0123456789"
@@ -82,6 +82,14 @@ class TwoHop:
         facts = [f"{a}{b}" for a, b in zip(heads + bridges, bridges + values, strict=True)]
         shuffled = ",".join(facts[i] for i in rng.permutation(len(facts)))
         return Problem(f"{shuffled};{heads[0]}", values[0])
+
+    def held_out_problems(self, n: int) -> list[Problem]:
+        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
+        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
+
+    def data_record(self) -> dict[str, Any]:
+        """Nothing: the problems are generated."""
+        return {}
 
     def reward(self, problem: Problem, completion: str) -> float:
         """Give 1 for one letter and the right digit, and nothing else.

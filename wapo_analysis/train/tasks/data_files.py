@@ -1,0 +1,187 @@
+"""Rows of a data file or of a hub data set, each with its place; unreadable ones keep theirs.
+
+Reading and judging are apart: this module says what stands where, ``file_task`` what can be used.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from wapo_analysis.errors import UserError
+
+LINES: Final = (".jsonl", ".ndjson")
+SUFFIXES: Final = (*LINES, ".json", ".parquet")
+ALLOWED: Final = (
+    f"allowed: a file ({', '.join(SUFFIXES)}), a folder of them, "
+    "or a hub name NAME[:CONFIG[:SPLIT]]"
+)
+_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the data.
+
+    Attributes
+    ----------
+    where : str
+        ``"line 4"`` of a file of lines, ``"row 4"`` elsewhere; counted from 1.
+    values : dict or None
+        The fields, or None if the row cannot be read.
+    reason : str
+        Why it cannot be read.
+    """
+
+    where: str
+    values: dict[str, Any] | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """All rows of one source.
+
+    Attributes
+    ----------
+    name : str
+        As the user gave it.
+    sha256 : str
+        Of the file's bytes; of the rows as sorted JSON for a folder or a hub name.
+    rows : list of Row
+    """
+
+    name: str
+    sha256: str
+    rows: list[Row]
+
+
+def read_rows(name: str) -> Source:
+    """Read every row of a file, a folder or a hub data set.
+
+    Parameters
+    ----------
+    name : str
+        A ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file, a folder of such files, or a hub
+        name ``NAME[:CONFIG[:SPLIT]]``. The split is ``train`` unless given. The last two are read
+        by the package ``datasets``.
+
+    Returns
+    -------
+    Source
+        Its broken rows are marked, not raised.
+
+    Raises
+    ------
+    UserError
+        If there is no such file, the whole of it cannot be read, or it holds no row.
+    """
+    path = Path(name)
+    if path.suffix.lower() in SUFFIXES or path.is_file():
+        source = _read_file(name, path)
+    else:
+        source = _read_hub(name)
+    if not source.rows:
+        raise UserError(f"{name} holds no row")
+    return source
+
+
+def _read_file(name: str, path: Path) -> Source:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"cannot read {name}: unknown suffix {suffix!r}; {ALLOWED}")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no data file at {name}; {ALLOWED}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    digest = hashlib.sha256(data).hexdigest()
+    if suffix == ".parquet":
+        return Source(name, digest, _parquet(name, data))
+    data = data.removeprefix(_BYTE_ORDER_MARK)
+    rows = list(_lines(data)) if suffix in LINES else _json(name, data)
+    return Source(name, digest, rows)
+
+
+def _lines(data: bytes) -> Iterator[Row]:
+    """JSON objects, one a line; blank lines are no rows."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if line.strip():
+            yield _line(f"line {number}", line)
+
+
+def _line(where: str, line: bytes) -> Row:
+    try:
+        return _row(where, json.loads(line))
+    except (ValueError, RecursionError) as error:
+        return Row(where, None, f"broken JSON ({_first(error).split(':')[0]})")
+
+
+def _row(where: str, values: Any) -> Row:
+    if not isinstance(values, dict):
+        return Row(where, None, f"not a JSON object but {type(values).__name__}")
+    return Row(where, values)
+
+
+def _json(name: str, data: bytes) -> list[Row]:
+    """Rows of a JSON list; a file of JSON lines under the name .json is read as such."""
+    try:
+        whole = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        if data.lstrip().startswith(b"{"):
+            return list(_lines(data))
+        raise UserError(f"{name} is not valid JSON: {_first(error)}") from error
+    if isinstance(whole, list):
+        return [_row(f"row {number}", values) for number, values in enumerate(whole, start=1)]
+    if isinstance(whole, dict) and b"\n" not in data.strip():
+        return [_row("line 1", whole)]
+    raise UserError(f"{name} must hold a list of rows or one JSON object a line")
+
+
+def _parquet(name: str, data: bytes) -> list[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{name} is not valid Parquet: {_first(error)}") from error
+    return [Row(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
+
+
+def _read_hub(name: str) -> Source:
+    """Rows of a folder or hub data set, through the package ``datasets``."""
+    base, config, split = (*name.split(":"), "", "")[:3]
+    if name.count(":") > 2 or not (base and (Path(base).is_dir() or _HUB_NAME.fullmatch(base))):
+        raise UserError(f"no data at {name}; {ALLOWED}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"reading {name} needs the package datasets: pip install 'wapo-analysis[data]'"
+        ) from error
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(base, config or None, split=split or "train")
+        rows = [Row(f"row {n}", dict(values)) for n, values in enumerate(found, start=1)]
+    except Exception as error:  # each hub, builder and file reader has exceptions of its own
+        raise UserError(f"cannot load data set {name}: {_first(error).rstrip('.')}") from error
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
+    return Source(name, digest.hexdigest(), rows)
+
+
+def _first(error: BaseException) -> str:
+    """First line of an exception's message, or its name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
