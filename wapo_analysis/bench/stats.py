@@ -1,0 +1,130 @@
+"""Time of the statistics from given logits against the official three passes; one read as floor.
+
+Large temporaries are mapped anew at every call, as a trainer's process does by default, so the
+official passes pay for touching three tensors of the logits' size. In one process the layout of its
+heap decides by chance whether that happens, so each regime is measured in a process of its own,
+which runs this module.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from wapo_analysis.bench.data import Rows, rlvr_rows
+from wapo_analysis.bench.errors import gate, gate_close
+from wapo_analysis.bench.harness import (
+    Measure,
+    Measures,
+    Timings,
+    Work,
+    in_fresh_process,
+    interleave,
+    keep_memory,
+    map_memory,
+    worst,
+)
+from wapo_analysis.bench.options import Options
+from wapo_analysis.bench.reference import exact_stats, three_pass, trl_selective
+from wapo_analysis.stats import TokenStats, token_stats
+
+_CASES = ((512, 49_152), (256, 151_936))
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_TOP_K = 20
+_LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats; a reference keeps its own rounding
+_MODULE = "wapo_analysis.bench.stats"
+
+
+def measure(options: Options) -> Measures:
+    """Ratios at both vocabularies, the worse one of each dtype; keys of bfloat16 end in _bf16.
+
+    A full bench adds, with keys that end in _kept, what a process gives that keeps freed memory.
+    """
+    dtypes = ["float32"] if options.quick else list(_DTYPES)
+    found = _in_process("mapped", dtypes, options)
+    if not options.quick:
+        kept = _in_process("kept", dtypes, options)
+        found |= {f"{key}_kept": kept[key] for key in kept if "vs_reference" in key}
+    found["stats_speedup_vs_reference"] = found["stats_time_vs_reference"].inverse()
+    return found
+
+
+def _in_process(memory: str, dtypes: Sequence[str], options: Options) -> Measures:
+    """All ratios, measured in a process of its own whose allocator is told what to do."""
+    options.say(f"stats: {', '.join(dtypes)}, temporaries {memory}")
+    rounds = options.rounds_or(3, 7)
+    compiled = "no" if options.quick else "compiled"
+    arguments = [memory, compiled, str(rounds), str(options.scale), *dtypes]
+    return {key: Measure(**found) for key, found in in_fresh_process(_MODULE, arguments).items()}
+
+
+def ratios(dtypes: Sequence[str], options: Options) -> Measures:
+    """Ratios of all cases in this process, as it is."""
+    found: Measures = {}
+    for name in dtypes:
+        cases = []
+        for rows, vocabulary in _CASES:
+            given = rlvr_rows(options.size(rows), vocabulary, dtype=_DTYPES[name])
+            times = _timed(given, options)
+            cases.append(_ratios(times, f"{options.size(rows)} x {vocabulary} {name}"))
+        suffix = "" if name == "float32" else "_bf16"
+        found |= {f"{key}{suffix}": worst(case[key] for case in cases) for key in cases[0]}
+        for case, (_, vocabulary) in zip(cases, _CASES, strict=True):
+            found[f"stats_time_vs_reference_{vocabulary}{suffix}"] = case["stats_time_vs_reference"]
+    return found
+
+
+def _timed(given: Rows, options: Options) -> Timings:
+    """Times of all variants on the same rows, each one checked before."""
+    logits, targets, temperature = given.logits, given.targets, given.temperature
+    exact = exact_stats(logits, targets, temperature)
+
+    def ours(topk: int = 0, backend: str = "auto") -> TokenStats:
+        return token_stats(logits, targets, temperature, topk=topk, backend=backend)
+
+    variants: dict[str, Work] = {
+        "official": lambda: three_pass(logits, targets, temperature),
+        "ours": ours,
+        "logp only": lambda: trl_selective(logits, targets),
+        "read": lambda: [block.sum() for block in logits.split(4)],
+        "top-k": lambda: ours(topk=_TOP_K),
+    }
+    if not options.quick:
+        variants["compiled"] = lambda: ours(backend="compile")
+    with torch.no_grad():
+        for name in ("ours", "top-k", "compiled"):
+            if name in variants:
+                gate(name, variants[name](), exact)
+        official = variants["official"]()
+        gate_close("official logp", official[0], exact.logp, _LOOSE[logits.dtype])
+        gate_close("official entropy", official[1], exact.entropy, _LOOSE[logits.dtype])
+        return interleave(variants, options.rounds_or(3, 7))
+
+
+def _ratios(times: Timings, note: str) -> Measures:
+    found = {
+        "stats_time_vs_reference": times.ratio("ours", "official", note),
+        "stats_time_vs_logp_only": times.ratio("ours", "logp only", note),
+        "stats_time_vs_read": times.ratio("ours", "read", note),
+        "topk_extra_vs_stats": times.ratio("top-k", "ours", note).shifted(-1.0),
+    }
+    if "compiled" in times.seconds:
+        found["compiled_time_vs_reference"] = times.ratio("compiled", "official", note)
+        found["compiled_time_vs_read"] = times.ratio("compiled", "read", note)
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write all ratios as JSON: ``mapped|kept compiled|no ROUNDS SCALE DTYPE...``."""
+    memory, compiled, rounds, scale, *dtypes = arguments
+    torch.set_num_threads(1)
+    (map_memory if memory == "mapped" else keep_memory)()
+    options = Options(quick=compiled == "no", rounds=int(rounds), scale=float(scale))
+    found = ratios(dtypes, options)
+    sys.stdout.write(json.dumps({key: asdict(measure) for key, measure in found.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
