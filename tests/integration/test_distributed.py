@@ -1,0 +1,528 @@
+"""Two processes train as one would: same losses, weights and run folder; none waits for ever.
+
+The two-process runs of the fast tests are made by one pair of processes.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from wapo_analysis import open_run
+from wapo_analysis.cli import run as wapo
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import Run
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.distributed import ALONE, World
+from wapo_analysis.train.launched import check_processes, joined_processes, launched
+from wapo_analysis.train.loop import train
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "prompts_per_step": 4,
+    "rollouts_per_prompt": 4,
+    "minibatches": 2,
+    "steps": 3,
+    "lr": 1e-4,
+    "device": "cpu",
+    "store_bits": 23,
+}
+KEPT = {"objective": "dapo", "normalize_by_kept_tokens": True, "exclude_bins": ["pos_peak"]}
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {"epochs": 2, "rescore_every": 1, "eval_every": 2, "eval_prompts": 5},
+    "wapo": {"objective": "wapo", "microbatch_size": 3, "token_fraction": 0.5},
+    "kept-seq": {**KEPT, "loss_mean_level": "seq", "microbatch_size": 3},
+    "kept-group": {**KEPT, "loss_mean_level": "group", "epochs": 2},
+    "kept-global": {**KEPT, "loss_mean_level": "global", "microbatch_size": 3},
+    "bins": {"include_bins": ["neg_valley"], "normalize_by_kept_tokens": True},
+    "gspo": {"objective": "gspo", "optimizer": "sgd", "lr": 0.01},
+    "official": {"objective": "wapo", "official": True},
+    "few": {
+        "objective": "dr_grpo",
+        "prompts_per_step": 2,
+        "rollouts_per_prompt": 2,
+        "minibatches": 1,
+        "steps": 1,
+        "lr": 2e-4,
+        "seed": 2,
+    },
+}
+# Every test of the pair's runs reads what this script leaves behind.
+PAIR = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import RunWriter
+from wapo_analysis.train import loop
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.launched import joined_processes
+from wapo_analysis.train.rollout import NonFiniteLogits
+
+torch.set_num_threads(1)
+out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+said = {}
+
+
+def told(name, do):
+    try:
+        said[name] = do()
+    except Exception as error:
+        said[name] = [type(error).__name__, str(error)]
+
+
+def save(policy, name):
+    weights = {key: value.clone() for key, value in policy.module.state_dict().items()}
+    save_file(weights, out / f"{name}-{world.rank}.safetensors")
+
+
+with joined_processes("cpu") as world:
+    for name, job in jobs.items():
+        config, folder = TrainConfig.from_dict(job["settings"]), out / name
+        policy = loop.train(
+            config, folder if job["watched"] else None, resume=job["resume"], world=world
+        )
+        save(policy, name)
+
+    def fails(error):
+        with world.together():
+            if world.rank == 1:
+                raise error
+
+    for error in (UserError("no"), NonFiniteLogits("nan"), KeyError("k")):
+        told(f"together {type(error).__name__}", lambda: fails(error))
+    told("turns", lambda: world.in_turn(lambda: world.rank))
+
+    # Both have a gradient, one has, none has.
+    parameters = [torch.nn.Parameter(torch.full((3,), float(i))) for i in range(3)]
+    parameters[0].grad = torch.full((3,), 1.0 + world.rank)
+    if world.rank == 1:
+        parameters[1].grad = torch.full((3,), 5.0)
+    world.sum_gradients(parameters)
+    said["gradients"] = [None if p.grad is None else p.grad.tolist() for p in parameters]
+
+    tensor = torch.full((2,), 1.0 + world.rank, dtype=torch.bfloat16)
+    told("other weights", lambda: world.check_alike([tensor]))
+    world.start_alike([tensor])
+    told("same weights", lambda: world.check_alike([tensor]))
+    said["tensor"] = tensor.tolist()
+
+    draw = loop.draw_batch
+
+    def poisoned(policy, task, config, step, world):
+        if step == 2 and world.rank == 1:
+            next(policy.module.parameters()).data.fill_(float("nan"))
+        return draw(policy, task, config, step, world)
+
+    loop.draw_batch = poisoned
+    config = TrainConfig.from_dict(jobs["grpo"]["settings"])
+    told("diverged", lambda: loop.train(config, out / "diverged", world=world))
+    loop.draw_batch = draw
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if world.rank == 1:
+        RunWriter.write_part = full
+    policy = loop.train(config, out / "full-disk", world=world)
+    save(policy, "full-disk")
+    told("old folder", lambda: loop.train(config, out / "grpo", world=world))
+(out / f"said-{world.rank}.json").write_text(json.dumps(said))
+"""
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    return {**TINY, **CASES[name]}
+
+
+def started(command: list[str], places: int | None = 2, **options: Any) -> list[subprocess.Popen]:
+    """Start a command in two processes that find each other, or once (a launcher)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(places or 1):
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'taxonomy'}", "OMP_NUM_THREADS": "1"}
+        env |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+        if places:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": places, "MASTER_PORT": port}
+            env |= {name: str(value) for name, value in place.items()}
+            env["MASTER_ADDR"] = "127.0.0.1"
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        workers.append(subprocess.Popen(command, env=env, **options))
+    return workers
+
+
+def ended(workers: list[subprocess.Popen], timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of each; whoever is left when the time is up is killed."""
+    try:
+        found = []
+        for worker in workers:
+            printed, errors = worker.communicate(timeout=timeout)
+            found.append((worker.returncode, printed, errors))
+        return found
+    finally:
+        stop(workers)
+
+
+def stop(workers: list[subprocess.Popen]) -> None:
+    """Kill who still runs, wait for all, close their pipes."""
+    for worker in workers:
+        with worker:
+            worker.kill()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two processes made of every case."""
+    out = tmp_path_factory.mktemp("pair")
+    jobs = {
+        name: {"settings": settings_of(name), "watched": True, "resume": False} for name in CASES
+    }
+    jobs["plain"] = {**jobs["grpo"], "watched": False}
+    train(TrainConfig.from_dict({**settings_of("grpo"), "steps": 2}), out / "continued")
+    jobs["continued"] = {**jobs["grpo"], "resume": True}
+    script = [sys.executable, "-W", "ignore", "-c", PAIR, str(out), json.dumps(jobs)]
+    for code, _, errors in ended(started(script)):
+        assert code == 0, errors[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Run, dict]]:
+    """Run and weights that one process makes of a case."""
+    out = tmp_path_factory.mktemp("alone")
+    made: dict[str, tuple[Run, dict]] = {}
+
+    def make(name: str) -> tuple[Run, dict]:
+        if name not in made:
+            policy = train(TrainConfig.from_dict(settings_of(name)), out / name)
+            made[name] = open_run(out / name), dict(policy.module.state_dict())
+        return made[name]
+
+    return make
+
+
+def weights(pair: Path, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(pair / f"{name}-{rank}.safetensors")
+
+
+def in_order(frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    return frame.sort_values([*keys]).reset_index(drop=True).drop(columns="rank", errors="ignore")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one(name: str, pair: Path, alone: Callable) -> None:
+    one, expected = alone(name)
+    two = open_run(pair / name)
+    taken = [c for c in one.steps if not c.startswith("seconds") and c != "eval/seconds"]
+    pd.testing.assert_frame_equal(
+        two.steps[taken], one.steps[taken], rtol=1e-4, atol=5e-7, check_dtype=False
+    )
+    np.testing.assert_allclose(two.steps["loss"], one.steps["loss"], rtol=0, atol=1e-5)
+    assert one.steps["loss"].abs().max() > 1e-4
+    ours = weights(pair, name)
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-5)
+    # Far less than training moved them, so the bound above means something.
+    start = load_file(ROOT / "wapo_analysis" / "assets" / "base" / "model.safetensors")
+    assert max((start[key] - ours[key]).abs().max() for key in start) > 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_folder_reads_as_one_run(name: str, pair: Path, alone: Callable) -> None:
+    one, two = alone(name)[0], open_run(pair / name)
+    assert (two.manifest["status"], two.manifest["processes"]) == ("finished", 2)
+    rollouts = [in_order(run.rollouts, "step", "rollout") for run in (one, two)]
+    pd.testing.assert_frame_equal(*rollouts)
+    keys = ["step", "minibatch", "rollout", "position"]
+    expected, found = (in_order(run.tokens(), *keys) for run in (one, two))
+    exact = [*keys, "group", "token_id", "advantage", "kept", "clipped"]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    for column in ("logp", "entropy", "coef", "grad_norm"):
+        np.testing.assert_allclose(
+            found[column], expected[column], rtol=1e-3, atol=1e-6, err_msg=column
+        )
+    assert set(two.tokens()["rank"]) == {0, 1}
+    # A token on the border between two bins or regimes may fall on either side of it.
+    for column in ("tokens", "grad_mass"):
+        by_step = [run.classes.groupby("step")[column].sum() for run in (one, two)]
+        np.testing.assert_allclose(*by_step, rtol=1e-4)
+    sides = [run.classes.groupby(["step", "sign"])["tokens"].sum() for run in (one, two)]
+    pd.testing.assert_series_equal(*sides)
+    assert two.vocab == one.vocab
+    assert set(found["token_id"]) <= set(two.vocab)
+
+
+@pytest.mark.parametrize("name", [*CASES, "plain", "continued"])
+def test_processes_end_with_the_same_weights_bit_by_bit(name: str, pair: Path) -> None:
+    first, second = weights(pair, name, 0), weights(pair, name, 1)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_tokens_that_only_another_process_saw_have_their_text(pair: Path) -> None:
+    run = open_run(pair / "few")
+    first, second = (set(rows["token_id"]) for _, rows in run.tokens().groupby("rank"))
+    assert second - first
+    assert second <= set(run.vocab)
+
+
+def test_watching_two_processes_changes_nothing(pair: Path) -> None:
+    plain, watched = weights(pair, "plain"), weights(pair, "grpo")
+    assert all(torch.equal(plain[key], watched[key]) for key in plain)
+
+
+def test_two_processes_continue_what_one_began(pair: Path, alone: Callable) -> None:
+    expected, found = alone("grpo"), weights(pair, "continued")
+    for key, value in expected[1].items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
+    run = open_run(pair / "continued")
+    assert run.steps["step"].tolist() == [1, 2, 3]
+    assert (run.manifest["processes"], len(run.manifest["resumed"])) == (2, 1)
+    assert len(run.tokens()) == len(expected[0].tokens())
+
+
+def test_one_process_continues_what_two_began(pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair / "wapo", tmp_path / "run")
+    longer = TrainConfig.from_dict({**settings_of("wapo"), "steps": 5})
+    whole = train(longer, tmp_path / "whole")
+    continued = train(longer, tmp_path / "run", resume=True)
+    for a, b in zip(continued.module.parameters(), whole.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    tokens = open_run(tmp_path / "run").tokens()
+    assert set(tokens[tokens["step"] <= 3]["rank"]) == {0, 1}
+    assert set(tokens[tokens["step"] > 3]["rank"]) == {0}
+
+
+def test_diagnosis_reads_a_run_of_two_processes(
+    pair: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert wapo(["diagnose", str(pair / "grpo")]) == 0
+    assert capfd.readouterr().out
+
+
+def said(pair: Path, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((pair / f"said-{rank}.json").read_text())
+    return found
+
+
+def test_an_error_of_one_process_ends_all_with_its_words(pair: Path) -> None:
+    first, second = said(pair, 0), said(pair, 1)
+    assert first["together UserError"] == second["together UserError"] == ["UserError", "no"]
+    assert first["together NonFiniteLogits"] == ["NonFiniteLogits", "nan"]
+    assert first["together KeyError"] == ["ProcessFailed", "process 1 failed (KeyError: 'k')"]
+    assert second["together KeyError"][0] == "KeyError"
+    assert (first["turns"], second["turns"]) == (0, 1)
+    for words in (first["old folder"], second["old folder"]):
+        assert words[0] == "UserError"
+        assert "already holds a run" in words[1]
+
+
+def test_a_policy_that_breaks_on_one_process_closes_the_run_as_diverged(pair: Path) -> None:
+    words = ["NonFiniteLogits", "the policy gives logits that are NaN or infinite"]
+    assert said(pair, 0)["diverged"] == said(pair, 1)["diverged"] == words
+    run = open_run(pair / "diverged")
+    assert run.manifest["status"] == "diverged"
+    assert run.steps["step"].tolist() == [1]
+
+
+def test_a_full_disk_under_one_process_is_told_and_stops_no_training(pair: Path) -> None:
+    run = open_run(pair / "full-disk")
+    assert run.manifest["status"] == "recording_failed"
+    assert run.steps["step"].tolist() == [1, 2, 3]
+    assert set(run.tokens()["rank"]) == {0}
+    found, expected = weights(pair, "full-disk", 1), weights(pair, "grpo")
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_gradients_are_summed_and_none_stays_none(pair: Path) -> None:
+    for rank in range(2):
+        assert said(pair, rank)["gradients"] == [[3.0] * 3, [5.0] * 3, None]
+
+
+def test_weights_that_differ_are_noticed_and_can_be_made_alike(pair: Path) -> None:
+    for rank in range(2):
+        found = said(pair, rank)
+        words = ["ProcessFailed", "processes 0 and 1 no longer hold the same weights"]
+        assert found["other weights"] == words
+        assert found["same weights"] is None
+        assert found["tensor"] == [1.0, 1.0]
+
+
+# ---- without other processes --------------------------------------------------------------------
+
+
+class Place(World):
+    """The arithmetic of one process among several, without the others."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4))
+def test_shares_split_every_run_evenly_in_order(run: int, runs: int, size: int) -> None:
+    rows = run * size * runs
+    shares = [Place(rank, size).share(rows, runs) for rank in range(size)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(rows))
+    for share in shares:
+        assert share.tolist() == sorted(share.tolist())
+        assert torch.bincount(share // (run * size), minlength=runs).tolist() == [run] * runs
+
+
+def test_one_process_shares_with_nobody() -> None:
+    assert ALONE.share(6, 3).tolist() == list(range(6))
+    placed = ALONE.collect(torch.tensor([True]), torch.tensor([2]), 3)
+    assert placed.tolist() == [False, False, True]
+    assert ALONE.in_turn(lambda: 7) == ALONE.longest(7) == ALONE.gather(7)[0] == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "8 rollouts .* split evenly over 3 processes"),
+        ({"minibatches": 1, "prompts_per_step": 3, "probe_every": 2}, "probe_every works with one"),
+        (
+            {"prompts_per_step": 3, "eval_every": 1, "eval_prompts": 1, "eval_samples": 2},
+            "too small for 3 processes",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_shared_are_refused(settings: dict[str, Any], words: str) -> None:
+    config = TrainConfig.from_dict({**TINY, **settings})
+    check_processes(config, ALONE)
+    with pytest.raises(UserError, match=words):
+        check_processes(config, Place(0, 3))
+    with pytest.raises(UserError, match=words):
+        train(config, world=Place(0, 3))
+
+
+def test_only_a_launcher_makes_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launched() == (0, 1)
+    with joined_processes("cpu") as world:
+        assert world is ALONE
+    for name, value in {"RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == (3, 4)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in {**places, "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with (
+        pytest.raises(UserError, match="4 processes on a machine with 1 GPU; start at most 1"),
+        joined_processes("auto"),
+    ):
+        pass
+
+
+# ---- through the command line -------------------------------------------------------------------
+
+TRAIN = [sys.executable, "-W", "ignore", "-m", "wapo_analysis", "train"]
+SMALL = ["--prompts", "4", "--rollouts", "4", "--minibatches", "2", "--device", "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_train_and_the_report_is_drawn(launcher: str, tmp_path: Path) -> None:
+    if launcher == "torchrun":
+        start = ["torch.distributed.run", "--nproc-per-node", "2"]
+    else:
+        pytest.importorskip("accelerate")
+        start = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-W", "ignore", "-m", *start, "-m", "wapo_analysis", "train"]
+    command += [*SMALL, "--steps", "2", "--out", str(tmp_path / "run")]
+    [(code, printed, errors)] = ended(started(command, None))
+    assert code == 0, errors[-3000:]
+    assert printed.count("run: ") == 1
+    run = open_run(tmp_path / "run")
+    assert (run.manifest["status"], run.manifest["processes"]) == ("finished", 2)
+    assert wapo(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_split_is_told_once(tmp_path: Path) -> None:
+    command = [*TRAIN, *SMALL, "--prompts", "3", "--minibatches", "4"]
+    first, second = ended(started([*command, "--out", str(tmp_path / "run")]))
+    assert (first[0], second[0]) == (2, 2)
+    assert first[2].strip() == (
+        "wapo: a mini-batch of 3 rollouts (prompts_per_step 3 x rollouts_per_prompt 4 / "
+        "minibatches 4) cannot be split evenly over 2 processes"
+    )
+    assert second[1] == second[2] == ""
+    assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def training(out: Path, command: list[str], places: int | None) -> Iterator[list[subprocess.Popen]]:
+    """A long run, once it has made a step."""
+    arguments = [*SMALL, "--steps", "100000", "--set", "checkpoint_every=1", "--out", str(out)]
+    workers = started([*command, *arguments], places)
+    try:
+        before = monotonic()
+        while not (out / "checkpoints").is_dir() or not list((out / "checkpoints").glob("step*")):
+            assert all(worker.poll() is None for worker in workers)
+            assert monotonic() - before < 200
+            sleep(0.1)
+        yield workers
+    finally:
+        stop(workers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_other(rank: int, tmp_path: Path) -> None:
+    with training(tmp_path / "run", TRAIN, 2) as workers:
+        workers[rank].kill()
+        code, _, errors = ended([workers[1 - rank]], timeout=60)[0]
+    assert code == 1
+    assert "stopped: another process of this run has ended" in errors
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == ("failed" if rank == 1 else "running")
+    assert len(run.steps) >= 1
+    assert len(run.tokens()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["torchrun", "one process"])
+def test_an_interrupt_ends_all_after_a_whole_step(through: str, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "wapo_analysis", "train"] if through == "torchrun" else TRAIN
+    places = None if through == "torchrun" else 2
+    with training(tmp_path / "run", command, places) as workers:
+        workers[-1].send_signal(signal.SIGINT)
+        found = ended(workers, timeout=60)
+    if through == "one process":
+        assert [code for code, *_ in found] == [130, 130]
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "interrupted"
+    last = run.steps["step"].max()
+    for table in (run.tokens(), run.rollouts):
+        assert set(table[table["step"] == last]["rank"]) == {0, 1}
+    config = replace(TrainConfig.from_dict(run.manifest["config"]), steps=int(last) + 1)
+    train(config, tmp_path / "run", resume=True)
+    assert open_run(tmp_path / "run").manifest["status"] == "finished"
