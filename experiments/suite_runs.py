@@ -162,28 +162,26 @@ def _stale(draw: Draw, lag: int = 12) -> Draw:
     """Batches sampled ``lag`` steps ago, as an asynchronous trainer that lags behind uses them."""
     waiting: deque[Any] = deque()
 
-    def late(policy: Any, task: Task, config: TrainConfig, step: int) -> Any:
+    def late(policy: Any, task: Task, config: TrainConfig, step: int, *world: Any) -> Any:
         while len(waiting) <= lag:
-            waiting.append(draw(policy, task, config, step + len(waiting)))
+            waiting.append(draw(policy, task, config, step + len(waiting), *world))
         return waiting.popleft()
 
     return late
 
 
 def _graded(verdict: Callable[[Task, Problem, str], float]) -> Callable[[Draw], Draw]:
-    return lambda draw: (
-        lambda policy, task, config, step: draw(policy, _GradedAs(task, verdict), config, step)
-    )
+    return lambda draw: lambda policy, task, *rest: draw(policy, _GradedAs(task, verdict), *rest)
 
 
 def _broken(break_policy: Callable[[Any], None]) -> Callable[[Draw], Draw]:
     """From step ``BREAK_AT`` on something in the policy is not a number."""
 
     def broken(draw: Draw) -> Draw:
-        def breaking(policy: Any, task: Task, config: TrainConfig, step: int) -> Any:
+        def breaking(policy: Any, task: Task, config: TrainConfig, step: int, *world: Any) -> Any:
             if step == BREAK_AT:
                 break_policy(next(policy.module.parameters()))
-            return draw(policy, task, config, step)
+            return draw(policy, task, config, step, *world)
 
         return breaking
 

@@ -16,13 +16,13 @@ LEVELS: dict[str, int] = {
     "probes": 4,
     "capture": 5, "diagnose": 5, "compare": 5, "plots": 5, "attribute": 5,
     "train": 6, "report": 6, "watch": 6, "importers": 6,
-    "verify": 7,
+    "verify": 7, "bench": 7,
     "cli": 8,
     "__main__": 9,
 }  # fmt: skip
 # Same level, yet one may use the other: a comparison names the drivers that diagnose finds.
 ALLOWED_BESIDE = {("compare", "diagnose")}
-TORCH_ALLOWED = {"stats", "capture", "train", "verify"}
+TORCH_ALLOWED = {"stats", "capture", "train", "verify", "bench"}
 SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
 
 

@@ -41,7 +41,18 @@ def root(
     """Attach the global options."""
 
 
-for _module in ("training", "reading", "attributing", "watching", "checking", "importing"):
+for _module in (
+    "training",
+    "evaluating",
+    "reading",
+    "attributing",
+    "watching",
+    "checking",
+    "importing",
+    "benching",
+    "storing",
+    "tasking",
+):
     import_module(f"wapo_analysis.cli.{_module}").register(app)
 
 

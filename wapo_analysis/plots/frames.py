@@ -56,7 +56,7 @@ def step_frame(runs: Sequence[Run], columns: Iterable[str]) -> pd.DataFrame:
     names = list(columns)
     parts = []
     for place, run in enumerate(runs):
-        values = {name: finite(run.steps[name]) for name in names}
+        values = {name: finite(run.steps.get(name, pd.Series(dtype=float))) for name in names}
         parts.append(_with_keys(pd.DataFrame({"step": run.steps["step"], **values}), run, place))
     return _stack(parts, ("step", *names))
 

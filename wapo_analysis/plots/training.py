@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.plots.draw import label_legend, label_lines, mark_missing
-from wapo_analysis.plots.frames import keep_labels, step_frame
+from wapo_analysis.plots.frames import keep_labels, run_label, step_frame
 from wapo_analysis.plots.panels import AxesArray, fit_steps, log_y, step_axis
 from wapo_analysis.plots.style import new_figure
 from wapo_analysis.schema import axis_label
@@ -22,19 +22,33 @@ HEALTH = {
 }
 
 
+HELD_OUT = "eval/pass@1"
+
+
 def prepare_reward(runs: Sequence[Run]) -> pd.DataFrame:
-    """Reward and pass rate per run and step.
+    """Reward and pass rate per run and step, and the pass rate on held-out prompts.
 
     Returns
     -------
     DataFrame
-        ``label, seed, run, step, reward, pass_rate``.
+        ``label, seed, run, step, reward, pass_rate, eval/pass@1``; an evaluation before training
+        stands at step 0.
     """
-    return keep_labels(step_frame(runs, ("reward", "pass_rate")), runs)
+    frame = step_frame(runs, ("reward", "pass_rate", HELD_OUT))
+    before = [
+        {"label": run_label(run), "seed": run.seed, "run": place, "step": 0, HELD_OUT: value}
+        for place, run in enumerate(runs)
+        if (value := run.manifest.get("eval_before", {}).get(HELD_OUT)) is not None
+    ]
+    if before:
+        frame = pd.concat([frame, pd.DataFrame(before)], ignore_index=True)
+    return keep_labels(frame.sort_values(["run", "step"], ignore_index=True), runs)
 
 
 def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Mean reward over the steps, and the pass rate beside it where it is another number.
+    """Mean reward over the steps; beside it the pass rate where it is another number.
+
+    Runs that were evaluated on held-out prompts have one more panel.
 
     Parameters
     ----------
@@ -45,16 +59,22 @@ def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
 
     Returns
     -------
-    ndarray of Axes, shape (1,) or (2,)
+    ndarray of Axes, shape (1,) to (3,)
     """
+    trained, evaluated = frame[frame["step"] > 0], frame.dropna(subset=HELD_OUT)
     gap = (frame["reward"] - frame["pass_rate"]).abs()
     same = not (gap > 1e-9).any()
     columns = ["reward"] if same and frame["reward"].notna().any() else ["reward", "pass_rate"]
     figure = figure or new_figure(4.0)
-    axes: AxesArray = figure.subplots(1, len(columns), sharex=True, squeeze=False)[0]
-    for ax, column in zip(axes, columns, strict=True):
-        label_lines(ax, frame, column)
-        mark_missing(ax, frame, column)
+    panels = len(columns) + (not evaluated.empty)
+    axes: AxesArray = figure.subplots(1, panels, sharex=True, squeeze=False)[0]
+    if not evaluated.empty:
+        label_lines(axes[-1], evaluated, HELD_OUT)
+        axes[-1].set_ylabel("pass@1 on held-out prompts")
+        axes[-1].set_ylim(-0.02, 1.02)
+    for ax, column in zip(axes[: len(columns)], columns, strict=True):
+        label_lines(ax, trained, column)
+        mark_missing(ax, trained, column)
         ax.set_ylabel(axis_label("steps", column, f"mean {column.replace('_', ' ')} of the batch"))
         if frame[column].between(0, 1).any() and not (frame[column].abs() > 1).any():
             ax.set_ylim(-0.02, 1.02)

@@ -9,86 +9,184 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from wapo_analysis.completions import repetition
+from wapo_analysis.errors import UserError
 from wapo_analysis.train.advantages import group_advantages
+from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.objectives import OBJECTIVES
 from wapo_analysis.train.rollout import Rollouts, sample
 from wapo_analysis.train.tasks import Problem, Task
 
 _PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
+_OF_TOKENS = ("completion_ids", "mask", "logp_old", "entropy")  # of rollouts, shape (B, T)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sampled and graded rollouts of one step.
+    """Sampled and graded rollouts of one step, those of all processes.
 
     Attributes
     ----------
     problems : list of Problem, length B
+    prompts : list of Prompt, length B
+        What the model saw.
     rollouts : Rollouts
     completions : list of str, length B
     rewards, advantages : ndarray of float64, shape (B,)
     group : ndarray of int64, shape (B,)
         Prompt of each rollout, 0..P-1.
+    mine : ndarray of int64, shape (b,)
+        Rollouts that this process sampled and trains on.
     """
 
     problems: list[Problem]
+    prompts: list[Prompt]
     rollouts: Rollouts
     completions: list[str]
     rewards: np.ndarray[Any, np.dtype[np.float64]]
     advantages: np.ndarray[Any, np.dtype[np.float64]]
     group: np.ndarray[Any, np.dtype[np.int64]]
+    mine: np.ndarray[Any, np.dtype[np.int64]]
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Completion tokens of each rollout, shape (B,)."""
         return np.asarray(self.rollouts.mask.sum(dim=1).cpu().numpy())
 
 
-def draw_batch(policy: Policy, task: Task, config: TrainConfig, step: int) -> Batch:
+def draw_batch(
+    policy: Policy, task: Task, config: TrainConfig, step: int, world: World = ALONE
+) -> Batch:
     """Draw the prompts of a step, sample and grade their completions.
 
     The prompts depend on (seed, step) alone: two objectives with one seed see the same prompts,
-    and a resumed run sees those it would have seen.
+    and a resumed run sees those it would have seen. Of several processes each samples and grades
+    its share of every mini-batch, with the noise one process would give it; all get the whole.
 
     Raises
     ------
     NonFiniteLogits
         If the policy cannot be sampled from.
+    UserError
+        If a prompt does not fit the model.
     """
     prompts, repeats = config.prompts_per_step, config.rollouts_per_prompt
     rng = np.random.default_rng([config.seed, step, _PROMPTS])
-    problems = task.problems(rng, prompts) * repeats
+    drawn = task.problems(rng, prompts)
+    problems = drawn * repeats
+    total, mine = len(problems), world.share(len(problems), config.minibatches)
     stream = np.random.SeedSequence([config.seed, step, _SAMPLING]).generate_state(1, np.uint64)
     generator = torch.Generator(policy.device).manual_seed(int(stream[0] >> 1))
-    encoded = [policy.encode(problem.prompt) for problem in problems]
-    limit = config.max_new_tokens or task.max_new_tokens
-    rollouts = sample(policy, encoded, limit, config.temperature, generator)
-    ids, lengths = rollouts.completion_ids.tolist(), rollouts.mask.sum(dim=1).tolist()
-    completions = [policy.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
-    rewards = np.array(
-        [task.reward(p, c) for p, c in zip(problems, completions, strict=True)], np.float64
-    )
+    with world.together():
+        encoded = encode_problems(policy, drawn, task, config) * repeats
+        own = sample(
+            policy,
+            [prompt.ids for prompt in encoded],
+            config.max_new_tokens or task.max_new_tokens,
+            config.temperature,
+            generator,
+            at_once=config.sample_batch_size,
+            rows=mine,
+        )
+        graded = graded_texts(policy, task, own, [problems[row] for row in mine.tolist()])
+    rollouts = whole_rollouts(world, own, mine, total, policy.pad_id)
+    completions, rewards = whole_grades(world, graded, mine)
     group = np.tile(np.arange(prompts), repeats)
     kind = OBJECTIVES[config.objective].advantage
     advantages = group_advantages(kind, rewards, group, official=config.official)
-    return Batch(problems, rollouts, completions, rewards, advantages, group)
+    return Batch(problems, encoded, rollouts, completions, rewards, advantages, group, mine.numpy())
+
+
+def encode_problems(
+    policy: Policy, problems: list[Problem], task: Task, config: TrainConfig
+) -> list[Prompt]:
+    """Encode the prompts of problems so that prompt and completion fit the model.
+
+    Raises
+    ------
+    UserError
+        If one does not fit and ``max_prompt_tokens`` does not allow to cut it.
+    """
+    longest = config.max_new_tokens or task.max_new_tokens
+    prompts = [policy.format.encode(p.prompt, config.max_prompt_tokens) for p in problems]
+    for prompt, problem in zip(prompts, problems, strict=True):
+        if policy.context and len(prompt.ids) + longest > policy.context:
+            where = f" ({problem.source})" if problem.source else ""
+            raise UserError(
+                f"a prompt of {len(prompt.ids)} tokens{where} and {longest} new tokens do not fit "
+                f"the model's {policy.context}; set max_prompt_tokens or a lower max_new_tokens"
+            )
+    return prompts
+
+
+def completion_texts(policy: Policy, rollouts: Rollouts) -> list[str]:
+    """Text of every completion without special tokens."""
+    ids, lengths = rollouts.completion_ids.tolist(), rollouts.mask.sum(dim=1).tolist()
+    return [policy.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+
+
+def graded_texts(
+    policy: Policy, task: Task, rollouts: Rollouts, problems: list[Problem]
+) -> list[tuple[str, float]]:
+    """Completion and reward of each rollout; ``problems`` are theirs."""
+    texts = completion_texts(policy, rollouts)
+    return [(c, task.reward(p, c)) for p, c in zip(problems, texts, strict=True)]
+
+
+def whole_rollouts(world: World, own: Rollouts, rows: Tensor, total: int, pad_id: int) -> Rollouts:
+    """Rollouts of all processes, padded to the longest completion.
+
+    Parameters
+    ----------
+    world : World
+    own : Rollouts
+        Those of this process, b of them.
+    rows : Tensor of int64, shape (b,)
+        Which of the whole they are.
+    total : int
+        Rollouts of the whole.
+    pad_id : int
+    """
+    if world.size == 1:
+        return own
+    missing = world.longest(own.mask.shape[1]) - own.mask.shape[1]
+    whole: dict[str, Any] = {}
+    for name in own.__dataclass_fields__:
+        values = getattr(own, name)
+        if values is not None and name in _OF_TOKENS:
+            values = pad(values, (0, missing), value=pad_id if name == "completion_ids" else 0)
+        whole[name] = None if values is None else world.collect(values, rows, total)
+    return Rollouts(**whole)
+
+
+def whole_grades(
+    world: World, graded: list[tuple[str, float]], rows: Tensor
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
+    """Completions and rewards of all processes; ``rows`` says which of them ``graded`` are."""
+    parts = world.gather(dict(zip(rows.tolist(), graded, strict=True)))
+    by_row = {row: grade for part in parts for row, grade in part.items()}
+    texts, rewards = zip(*(by_row[row] for row in sorted(by_row)), strict=True)
+    return list(texts), np.array(rewards, np.float64)
 
 
 def rollout_columns(batch: Batch) -> dict[str, Any]:
-    """Columns of the rollouts table."""
+    """Columns of the rollouts table, of the rollouts of this process."""
+    rows = batch.mine
     return {
-        "group": batch.group,
-        "rollout": np.arange(len(batch.rewards)),
-        "prompt": [p.prompt for p in batch.problems],
-        "completion": batch.completions,
-        "answer": [p.answer for p in batch.problems],
-        "reward": batch.rewards,
-        "advantage": batch.advantages,
-        "length": batch.lengths(),
-        "finish_reason": np.where(batch.rollouts.stopped.cpu().numpy(), "stop", "length"),
+        "group": batch.group[rows],
+        "rollout": rows,
+        "prompt": [batch.prompts[row].text for row in rows],
+        "completion": [batch.completions[row] for row in rows],
+        "answer": [batch.problems[row].answer for row in rows],
+        "reward": batch.rewards[rows],
+        "advantage": batch.advantages[rows],
+        "length": batch.lengths()[rows],
+        "finish_reason": np.where(batch.rollouts.stopped.cpu().numpy(), "stop", "length")[rows],
     }
 
 
@@ -109,4 +207,5 @@ def batch_statistics(batch: Batch) -> dict[str, float]:
             np.mean([repetition(row[:n]) for row, n in zip(ids, lengths, strict=True)])
         ),
         "tokens": int(lengths.sum()),
+        "prompts_cut": float(np.mean([prompt.cut for prompt in batch.prompts])),
     }

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.train.limits import LIMITS
 from wapo_analysis.train.objectives import ObjectiveConfig
-from wapo_analysis.train.tasks import get_task
+from wapo_analysis.train.tasks import Task, check_task, get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +44,38 @@ class TrainConfig:
     """Reproduce the official implementation's quirks, see docs/objectives.md."""
 
     task: str = "chain-sum"
-    """Embedded task."""
+    """What is trained on: embedded, a data format, or a reward of your own; see docs/tasks.md."""
+    data: str | None = None
+    """Data of the task: a file, a folder or a hub name; settings of a reasoning-gym data set."""
+    eval_data: str | None = None
+    """Held-out problems, in the form of data; None holds out a part of data."""
+    eval_fraction: float = 0.05
+    """Share of data held out where there is no eval_data."""
+    context_words: int = 800
+    """hotpotqa: most words of paragraphs in a prompt."""
     model: str = "base"
-    """Policy to start from: "base" (shipped), a model folder or hub name, or a .gguf file."""
+    """Policy to start from: "base" (shipped), a folder, a hub name, a .gguf file, or "smollm2"."""
     dtype: str = "float32"
-    """Weights: float32 or bfloat16."""
+    """Weights: float32 or bfloat16 (LoRA adapters are float32 always)."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, same update, a third more time."""
+    lora_rank: int | None = None
+    """Train low-rank adapters of this rank beside frozen weights; None trains all weights."""
+    lora_alpha: float | None = None
+    """Adapters count alpha / rank times; None takes twice the rank."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Layers that get adapters, by name; all-linear is every linear layer but the output head."""
+
+    chat: str = "auto"
+    """Use the tokenizer's chat template: on, off, or auto (if there is one)."""
+    system_prompt: str | None = None
+    """System prompt of the chat template; None leaves the template's own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion, beside the model's end tokens."""
+    max_prompt_tokens: int | None = None
+    """Longer prompts lose their beginning; None refuses one that does not fit the model."""
+    sample_batch_size: int | None = None
+    """Rollouts sampled at once; None takes all. Does not change the samples."""
     temperature: float = 1.0
     """Softmax temperature of sampling and training."""
     max_new_tokens: int | None = None
@@ -70,6 +98,8 @@ class TrainConfig:
 
     lr: float = 5e-5
     """Peak learning rate."""
+    lr_schedule: str = "constant"
+    """After the warm-up: constant, or falling to zero over steps: linear, cosine."""
     optimizer: str = "adamw"
     """adamw, or sgd without momentum (betas are then not used)."""
     warmup_steps: int = 0
@@ -89,13 +119,28 @@ class TrainConfig:
     """auto, cpu or cuda."""
     checkpoint_every: int = 50
     """Steps between checkpoints; 0 keeps only the last one."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept; older ones are deleted."""
+    log_to: str = "none"
+    """Copy the step log to none, tensorboard, wandb or both."""
     label: str | None = None
     """Name in figures; runs that share it count as seeds of one setting."""
+
+    eval_every: int = 0
+    """Steps between evaluations on held-out prompts (one before, one after training); 0 never."""
+    eval_prompts: int = 64
+    """Held-out prompts of an evaluation."""
+    eval_samples: int = 4
+    """Completions of each held-out prompt; pass@1, pass@2, pass@4 ... up to this number."""
 
     token_every: int = 1
     """Write token rows of every n-th step; class totals are exact at every step."""
     token_fraction: float = 1.0
     """Share of rollouts whose token rows are written."""
+    store_bits: int = 15
+    """Mantissa bits that float32 columns keep on disk, 7 to 23; 23 keeps all."""
+    capture_mode: str = "passive"
+    """Read statistics off the logits (passive), or make no logits at all (replace); or auto."""
     rescore_every: int = 10
     """Score tokens again after the update on every n-th step; 0 never."""
     probe_every: int = 0
@@ -104,42 +149,19 @@ class TrainConfig:
     """Rollouts that a probe scores; None takes the whole mini-batch."""
 
     def __post_init__(self) -> None:
-        at_least = {
-            1: ("steps", "prompts_per_step", "epochs", "minibatches"),
-            2: ("rollouts_per_prompt",),
-            0: (
-                "warmup_steps",
-                "checkpoint_every",
-                "token_every",
-                "rescore_every",
-                "probe_every",
-                "seed",
-            ),
-        }
-        for low, names in at_least.items():
-            for name in names:
-                _require(self, name, getattr(self, name) >= low, f"at least {low}")
-        for name in ("max_new_tokens", "max_seq_len", "microbatch_size", "probe_rows"):
-            value = getattr(self, name)
-            _require(self, name, value is None or value >= 1, "at least 1")
-        for name in ("lr", "temperature"):
-            _require(self, name, 0 < getattr(self, name) < float("inf"), "positive and finite")
-        for name in ("weight_decay", "max_grad_norm"):
-            _require(self, name, getattr(self, name) >= 0, "0 or positive")
-        for name in ("beta1", "beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        _require(self, "token_fraction", 0 < self.token_fraction <= 1, "in (0, 1]")
-        _require(self, "dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-        _require(self, "optimizer", self.optimizer in ("adamw", "sgd"), "adamw or sgd")
+        for field in fields(self):
+            value, limit = getattr(self, field.name), LIMITS.get(field.name)
+            if limit is None or (value is None and "None" in str(field.type)):
+                continue
+            _require(self, field.name, limit.holds(value), limit.allowed)
         if self.probe_every and self.dtype != "float32":
             raise UserError(
                 "probe_every needs dtype float32: bfloat16 weights do not resolve the share of "
                 "one class in a step"
             )
-        _require(self, "device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         rollouts = self.prompts_per_step * self.rollouts_per_prompt
         _require(self, "minibatches", rollouts % self.minibatches == 0, f"a divisor of {rollouts}")
-        get_task(self.task)
+        check_task(self.task, self.data, self.eval_data, self.eval_fraction)
         self.objective_config(max_new_tokens=1)  # checks its own fields
 
     def objective_config(self, max_new_tokens: int) -> ObjectiveConfig:
@@ -156,6 +178,22 @@ class TrainConfig:
             normalize_by_kept_tokens=self.normalize_by_kept_tokens,
             max_seq_len=self.max_seq_len or max_new_tokens,
             official=self.official,
+        )
+
+    def load_task(self) -> Task:
+        """The task with its data; read once as long as the files stay as they are.
+
+        Raises
+        ------
+        UserError
+            If the data cannot be used.
+        """
+        return get_task(
+            self.task,
+            self.data,
+            eval_data=self.eval_data,
+            eval_fraction=self.eval_fraction,
+            context_words=self.context_words,
         )
 
     @property

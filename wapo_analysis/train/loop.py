@@ -5,30 +5,46 @@ Shapes: B rollouts of a mini-batch, b of a micro-batch, T completion positions, 
 
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture.recorder import NullRecorder, Recorder, TokenPass
-from wapo_analysis.stats import TokenStats, token_stats
-from wapo_analysis.store import open_run
-from wapo_analysis.train.batch import Batch, batch_statistics, draw_batch, rollout_columns
+from wapo_analysis.capture.recorder import NullRecorder, Recorder, TokenPass, on_schedule
+from wapo_analysis.stats import TokenStats
+from wapo_analysis.store import open_run, read_manifest
+from wapo_analysis.train.batch import batch_statistics, draw_batch, rollout_columns
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.distributed import ALONE, World
+from wapo_analysis.train.evaluate import evaluate, evaluation_due
+from wapo_analysis.train.interrupt import stop_between_steps
+from wapo_analysis.train.launched import check_processes
+from wapo_analysis.train.loggers import check_loggers, open_loggers
 from wapo_analysis.train.loss import keep_tokens, policy_loss
 from wapo_analysis.train.manifest import new_manifest, resumed_manifest
-from wapo_analysis.train.models import Policy, load_policy, pick_device
+from wapo_analysis.train.minibatch import MiniBatch, mini_batches
+from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.objectives import ObjectiveConfig
 from wapo_analysis.train.probe import Prober
-from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts, completion_logits
+from wapo_analysis.train.recompute import recomputing
+from wapo_analysis.train.resume import check_resumed
+from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts
+from wapo_analysis.train.schedule import learning_rate
+from wapo_analysis.train.scoring import capture_mode, score
 from wapo_analysis.train.tally import StepTally
-from wapo_analysis.train.tasks import get_task
-from wapo_analysis.train.weights import BatchWeights, batch_weights, minibatch_weights
+from wapo_analysis.train.weights import (
+    BatchWeights,
+    batch_weights,
+    kept_token_weights,
+    minibatch_weights,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +58,7 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
+    world: World = ALONE,
 ) -> Policy:
     """Train a policy and, if ``out`` is given, record the run there.
 
@@ -56,6 +73,9 @@ def train(
         Called with the step's row after every step.
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
+    world : World
+        The processes that train together (`launched.joined_processes`); each makes this call,
+        with the same settings and folder.
 
     Returns
     -------
@@ -68,27 +88,40 @@ def train(
         On a bad setting, an unusable folder, or nothing to resume.
     NonFiniteLogits
         If the policy can no longer be sampled from; the run is closed as ``diverged``.
+    ProcessFailed
+        If another process has ended or failed.
+    KeyboardInterrupt
+        On Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    check_processes(config, world)
     run = Path(out) if out is not None else None
-    started_at, weights = 0, None
-    if resume and run is not None:
-        weights, started_at = last_checkpoint(run)
-    policy = load_policy(config.model, pick_device(config.device), config.dtype, weights)
-    trainer = Trainer(policy, config)
-    if weights is not None:
-        load_optimizer(weights, policy, trainer.optimizer)
-    recorder = _recorder(run, config, policy, started_at if resume else None)
+    started_at, weights, earlier = 0, None, None
+    with world.together():
+        if resume and run is not None:
+            weights, started_at = last_checkpoint(run)
+            check_resumed(run, config)
+            earlier = read_manifest(run)
+        policy = configured_policy(config, weights)
+        trainer = Trainer(policy, config, earlier, world)
+        if weights is not None:
+            load_optimizer(weights, policy, trainer.optimizer)
+        check_loggers(config.log_to)
+    trainer.start_alike()
+    resume_after = started_at if resume else None
+    recorder = world.in_turn(partial(_recorder, run, trainer, resume_after))
+    loggers = open_loggers(config.log_to, run if world.first else None, config, resume_after)
     status = "failed"
     try:
-        for step in range(started_at + 1, config.steps + 1):
-            row = trainer.step(step, recorder)
+        if run is not None and resume_after is None and config.eval_every:
+            before = evaluate(policy, trainer.task, config, world)
+            recorder.note(eval_before=before.columns())
+        for row in _steps(trainer, started_at, run, recorder):
+            loggers.log(row)
             if progress is not None:
                 progress(row)
-            if run is not None and _checkpoint_due(config, step):
-                save_checkpoint(run, step, policy, trainer.optimizer)
-        status = "finished"
+        status = "finished" if trainer.recorded else "recording_failed"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -97,7 +130,30 @@ def train(
         raise
     finally:
         recorder.close(status)
+        loggers.close(status)
     return policy
+
+
+def _steps(
+    trainer: "Trainer", done: int, run: Path | None, recorder: NullRecorder
+) -> Iterator[dict[str, float]]:
+    """Train the steps after ``done``, with checkpoints; yields their rows.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        When the run was asked to stop, once the step is whole and in a checkpoint.
+    """
+    config = trainer.config
+    with stop_between_steps(trainer.world.first) as stop:
+        for step in range(done + 1, config.steps + 1):
+            row = trainer.step(step, recorder)
+            stopping = trainer.world.longest(int(stop.asked)) > 0
+            if run is not None and (_checkpoint_due(config, step) or stopping):
+                trainer.checkpoint(run, step, recorder)
+            yield row
+            if stopping and step < config.steps:
+                raise KeyboardInterrupt
 
 
 def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
@@ -116,36 +172,26 @@ def _checkpoint_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or (every > 0 and step % every == 0)
 
 
-def _recorder(
-    run: Path | None, config: TrainConfig, policy: Policy, resume_after: int | None
-) -> NullRecorder:
+def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) -> NullRecorder:
     if run is None:
         return NullRecorder()
+    config, capture = trainer.config, trainer.capture
     if resume_after is None:
-        manifest = new_manifest(config, policy)
+        manifest = new_manifest(config, trainer.policy, capture)
     else:
-        manifest = resumed_manifest(open_run(run), config)
+        manifest = resumed_manifest(open_run(run), config, capture)
     return Recorder(
         run,
-        manifest,
+        {**manifest, "processes": trainer.world.size},
         token_every=config.token_every,
         token_fraction=config.token_fraction,
+        store_bits=config.store_bits,
         rescore_every=config.rescore_every,
         probe_every=config.probe_every,
         temperature=config.temperature,
+        rank=trainer.world.rank,
         resume_after=resume_after,
     )
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One mini-batch on its way through the loss."""
-
-    index: int
-    rollouts: Rollouts
-    advantage: Tensor  # (B,)
-    group: Tensor  # (B,)
-    rows: Tensor  # (B,) rollout numbers
 
 
 class Trainer:
@@ -156,18 +202,55 @@ class Trainer:
     policy : Policy
         Trained in place.
     config : TrainConfig
+    manifest : mapping, optional
+        Of the run that is resumed.
+    world : World
+        Processes that train together.
+
+    Attributes
+    ----------
+    recorded : bool
+        No process's recording had failed at the last checkpoint.
     """
 
-    def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        self.policy, self.config = policy, config
-        self.task = get_task(config.task)
-        self.objective: ObjectiveConfig = config.objective_config(
-            config.max_new_tokens or self.task.max_new_tokens
-        )
-        self.parameters: list[Tensor] = [p for p in policy.module.parameters() if p.requires_grad]
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        manifest: Mapping[str, Any] | None = None,
+        world: World = ALONE,
+    ) -> None:
+        self.policy, self.config, self.world = policy, config, world
+        self.recorded = True
+        self.task = config.load_task()
+        longest = config.max_new_tokens or self.task.max_new_tokens
+        self.capture = capture_mode(policy, config, longest, manifest)
+        self.objective: ObjectiveConfig = config.objective_config(longest)
+        self.parameters: list[Tensor] = list(policy.trainable().values())
         self.optimizer = _optimizer(self.parameters, config)
         self.prober = Prober(self.parameters, self.optimizer, config, self._score)
         self._captured = self._probed = 0.0
+
+    def start_alike(self) -> None:
+        """Take over the first process's weights and decisions."""
+        self.world.start_alike(list(self.policy.module.parameters()))
+        self.capture = self.world.gather(self.capture)[0]
+
+    def checkpoint(self, run: Path, step: int, recorder: NullRecorder) -> None:
+        """Write a checkpoint, once every process has recorded every step before it.
+
+        Raises
+        ------
+        ProcessFailed
+            If the processes do not hold the same weights.
+        """
+        recorder.flush()
+        self.recorded = not any(self.world.gather(recorder.failure))
+        self.world.check_alike(self.parameters)
+        keep = self.config.keep_checkpoints
+        with self.world.together():
+            if self.world.first:
+                save_checkpoint(run, step, self.policy, self.optimizer, keep)
 
     def step(self, step: int, recorder: NullRecorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
@@ -179,8 +262,8 @@ class Trainer:
         """
         started = perf_counter()
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self._lr(step)
-        batch = draw_batch(self.policy, self.task, self.config, step)
+            parameters["lr"] = learning_rate(self.config, step)
+        batch = draw_batch(self.policy, self.task, self.config, step, self.world)
         sampled = perf_counter()
         weights = batch_weights(
             self.objective,
@@ -189,50 +272,42 @@ class Trainer:
             batch.group,
             self.config.rollouts_per_prompt,
             self.config.minibatches,
+            # Sums over processes are what one would have; the published code takes means of them.
+            self.world.size if self.objective.official else 1,
         )
         tally = StepTally()
-        for update in self._passes(batch):
+        for update in mini_batches(batch, self.config, self.policy.device):
             self._update(step, update, weights, tally, recorder)
         self.prober.other = batch.rollouts
-        row: dict[str, float] = {"step": step, **batch_statistics(batch), **tally.columns()}
-        row |= {"lr": self._lr(step), "seconds_rollout": sampled - started}
+        row: dict[str, float] = {"step": step, **batch_statistics(batch)}
+        row |= tally.columns(self.world.total)
+        row |= {"lr": learning_rate(self.config, step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
         row |= {"seconds_capture": recorder.seconds - self._captured}
         row |= {"seconds_probe": self.prober.seconds - self._probed}
         self._captured, self._probed = recorder.seconds, self.prober.seconds
+        if evaluation_due(self.config, step):
+            row |= evaluate(self.policy, self.task, self.config, self.world).columns()
+        if self.world.size > 1 and on_schedule(step, self.config.token_every):
+            seen = batch.rollouts.completion_ids[batch.rollouts.mask]
+            recorder.name_tokens(seen.unique().tolist(), self.policy.texts)
         recorder.end_step(row, rollout_columns(batch), self.policy.texts)
         return row
-
-    def _lr(self, step: int) -> float:
-        return self.config.lr * min(1.0, step / max(self.config.warmup_steps, 1))
-
-    def _passes(self, batch: Batch) -> Iterator[_Pass]:
-        """Mini-batches in order, epoch after epoch: consecutive runs of rollouts."""
-        device = self.policy.device
-        rows = torch.arange(len(batch.rewards), device=device)
-        advantage = torch.from_numpy(batch.advantages).to(device)
-        group = torch.from_numpy(batch.group).to(device)
-        chunks = rows.split(len(rows) // self.config.minibatches)
-        for index in range(self.config.epochs * len(chunks)):
-            chosen = chunks[index % len(chunks)]
-            yield _Pass(
-                index, batch.rollouts.rows(chosen), advantage[chosen], group[chosen], chosen
-            )
 
     def _update(
         self,
         step: int,
-        update: _Pass,
+        update: MiniBatch,
         weights: BatchWeights,
         tally: StepTally,
         recorder: NullRecorder,
     ) -> None:
         """One optimizer update on one mini-batch, accumulated over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        watched = [
-            self._backward(micro, scaled, tally, recorder)
-            for micro, scaled in self._weighted_micro_batches(update, weights)
-        ]
+        pieces = list(self._weighted_micro_batches(update, weights))
+        with self.world.together():
+            watched = [self._backward(*piece, tally, recorder) for piece in pieces]
+        self.world.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.config.max_grad_norm or math.inf
         )
@@ -247,32 +322,24 @@ class Trainer:
                 tokens.logp_after, tokens.entropy_after = after.logp, after.entropy
 
     def _weighted_micro_batches(
-        self, update: _Pass, weights: BatchWeights
-    ) -> Iterator[tuple[_Pass, BatchWeights]]:
+        self, update: MiniBatch, weights: BatchWeights
+    ) -> Iterator[tuple[MiniBatch, BatchWeights]]:
         """Micro-batches with their weights.
 
         With kept-token normalisation the weights depend on which tokens of the whole mini-batch
         are kept, so a split mini-batch is first scored without gradient.
         """
-        size = self.config.microbatch_size or len(update.rows)
-        parts = torch.arange(len(update.rows), device=update.rows.device).split(size)
-        micro = [
-            replace(
-                update,
-                rollouts=update.rollouts.rows(part),
-                advantage=update.advantage[part],
-                group=update.group[part],
-                rows=update.rows[part],
-            )
-            for part in parts
-        ]
+        micro = update.split(self.config.microbatch_size)
         whole = None
         if self.objective.normalize_by_kept_tokens and not self.objective.official:
-            keep = torch.cat([self._keep(m, self._score(m.rollouts, grad=False)) for m in micro])
-            whole = minibatch_weights(self.objective, weights, update.rows, keep, update.group)
-        for part, piece in zip(parts, micro, strict=True):
+            with self.world.together():
+                kept = [self._keep(m, self._score(m.rollouts, grad=False)) for m in micro]
+            # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
+            keep = self.world.collect(torch.cat(kept), update.rows, len(update.groups))
+            whole = kept_token_weights(self.objective, keep, update.groups, weights)
+        for piece in micro:
             if whole is not None:
-                scaled = replace(whole, sequence_weight=whole.sequence_weight[part])
+                scaled = replace(whole, sequence_weight=whole.sequence_weight[piece.rows])
             else:
                 keep = piece.rollouts.mask
                 if self.objective.normalize_by_kept_tokens:
@@ -282,14 +349,10 @@ class Trainer:
 
     def _score(self, rollouts: Rollouts, grad: bool) -> TokenStats:
         """Statistics of the N completion tokens, flat over the mask."""
-        with torch.set_grad_enabled(grad):
-            logits = completion_logits(self.policy, rollouts)
-            flat = logits[rollouts.mask]
-            return token_stats(
-                flat, rollouts.completion_ids[rollouts.mask], self.config.temperature
-            )
+        with torch.set_grad_enabled(grad), recomputing(self.policy.module, grad):
+            return score(self.policy, rollouts, self.config.temperature, self.capture.mode)
 
-    def _keep(self, update: _Pass, stats: TokenStats) -> Tensor:
+    def _keep(self, update: MiniBatch, stats: TokenStats) -> Tensor:
         """Tokens of the mini-batch that enter the loss, shape (B, T)."""
         mask = update.rollouts.mask
         prob, complement = stats.logp.detach().exp(), -torch.expm1(stats.logp.detach())
@@ -298,7 +361,7 @@ class Trainer:
         return keep_tokens(self.objective, update.advantage, mask, peak)
 
     def _backward(
-        self, update: _Pass, weights: BatchWeights, tally: StepTally, recorder: NullRecorder
+        self, update: MiniBatch, weights: BatchWeights, tally: StepTally, recorder: NullRecorder
     ) -> tuple[TokenPass, Rollouts]:
         """Forward and backward of one micro-batch; the recorder sees the pass in between."""
         rollouts, mask = update.rollouts, update.rollouts.mask
@@ -316,32 +379,10 @@ class Trainer:
             keep,
             weights.sequence_weight,
         )
-        tokens = _token_pass(update, stats, out.kept, out.clipped)
+        tokens = update.token_pass(stats, out.kept, out.clipped)
         recorder.watch(tokens, stats.logp)
-        loss = out.loss * weights.multiplier
+        loss = out.loss * (weights.multiplier / weights.world_size)
         tally.add_tokens(tokens, out.ratio[mask], loss, int(out.nonfinite))
         if loss.requires_grad:
             loss.backward()
         return tokens, rollouts
-
-
-def _token_pass(update: _Pass, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
-    """Rows of the token table for the N completion tokens of a micro-batch."""
-    rollouts, mask = update.rollouts, update.rollouts.mask
-    row, position = mask.nonzero(as_tuple=True)
-    return TokenPass(
-        group=update.group[row],
-        rollout=update.rows[row],
-        position=position,
-        token_id=rollouts.completion_ids[mask],
-        advantage=update.advantage[row],
-        logp=stats.logp.detach(),
-        logp_old=rollouts.logp_old[mask],
-        entropy=stats.entropy,
-        collision_rest=stats.collision_rest,
-        collision_logp_rest=stats.collision_logp_rest,
-        clipped=clipped[mask],
-        kept=kept[mask],
-        top1=stats.top1,
-        minibatch=update.index,
-    )

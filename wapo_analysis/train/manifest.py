@@ -6,15 +6,16 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from wapo_analysis.capture.mode import CaptureMode
+from wapo_analysis.errors import UserError
 from wapo_analysis.store import Run
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import Policy
-from wapo_analysis.train.tasks import get_task
 
 
-def new_manifest(config: TrainConfig, policy: Policy) -> dict[str, Any]:
+def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> dict[str, Any]:
     """Manifest of a new run: what was trained, on what, with which versions."""
-    task = get_task(config.task)
+    task = config.load_task()
     objective = config.objective_config(config.max_new_tokens or task.max_new_tokens)
     packages = ("wapo-analysis", "torch", "transformers", "numpy", "pandas", "pyarrow")
     return {
@@ -23,19 +24,36 @@ def new_manifest(config: TrainConfig, policy: Policy) -> dict[str, Any]:
         "source": "built-in",
         "objective": {**asdict(objective), "bounds": [objective.bounds.low, objective.bounds.high]},
         "task": config.task,
+        "data": task.data_record(),
         "model": config.model,
         "tokenizer": type(policy.tokenizer).__name__,
         "vocabulary": int(policy.model.config.vocab_size),
         "parameters": sum(p.numel() for p in policy.module.parameters()),
+        "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
         "seed": config.seed,
         "device": str(policy.device),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "config": config.to_dict(),
+        "capture": capture.to_dict(),
     }
 
 
-def resumed_manifest(run: Run, config: TrainConfig) -> dict[str, Any]:
-    """Manifest of a continued run; a changed step count is the only change it may carry."""
+def resumed_manifest(run: Run, config: TrainConfig, capture: CaptureMode) -> dict[str, Any]:
+    """Manifest of a continued run; a changed step count is the only change it may carry.
+
+    Raises
+    ------
+    UserError
+        If the task's data are not those the run began with.
+    """
+    before, now = run.manifest.get("data", {}), config.load_task().data_record()
+    for name in ("sha256", "reward_sha256", "train", "held_out"):
+        if before and before.get(name) != now.get(name):
+            raise UserError(
+                f"cannot resume: the data of task {config.task} changed since the run began "
+                f"({name} was {str(before.get(name))[:12]}, is {str(now.get(name))[:12]})"
+            )
     resumed = [*run.manifest.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
-    return {**run.manifest, "config": config.to_dict(), "resumed": resumed}
+    changes = {"config": config.to_dict(), "capture": capture.to_dict(), "resumed": resumed}
+    return {**run.manifest, **changes}

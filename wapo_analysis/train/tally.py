@@ -1,6 +1,7 @@
 """Running sums over the updates of one step, and the step columns they give."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,23 +54,31 @@ class StepTally:
         """Add one optimizer update with its gradient norm before clipping."""
         self._norms.append(grad_norm)
 
-    def columns(self) -> dict[str, float]:
-        """Columns of the steps table; NaN where no token of the kind was seen."""
+    def columns(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Columns of the steps table; NaN where no token of the kind was seen.
+
+        Parameters
+        ----------
+        total : callable
+            Adds a tensor up over processes (`distributed.World.total`).
+        """
         assert self._sums is not None
         assert self._kl is not None
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        own = self._sums.new_tensor([self._loss, self._nonfinite])
+        *summed, kl, loss, nonfinite = total(torch.cat([self._sums, self._kl[None], own])).tolist()
+        sums = dict(zip(_SUMS, summed, strict=True))
         finite = [norm for norm in self._norms if math.isfinite(norm)]
         return {
-            "loss": self._loss,
+            "loss": loss,
             "grad_norm": _ratio(sum(finite), len(finite)),
             "entropy": _ratio(sums["entropy"], sums["tokens"]),
             "entropy_pos": _ratio(sums["entropy_pos"], sums["pos"]),
             "entropy_neg": _ratio(sums["entropy_neg"], sums["neg"]),
-            "kl_old": _ratio(float(self._kl), sums["tokens"]),
+            "kl_old": _ratio(kl, sums["tokens"]),
             "clip_low": _ratio(sums["low"], sums["kept"]),
             "clip_high": _ratio(sums["high"], sums["kept"]),
             "kept_tokens": int(sums["kept"]),
-            "nonfinite": self._nonfinite,
+            "nonfinite": int(nonfinite),
             "skipped_updates": len(self._norms) - len(finite),
             "updates": len(self._norms),
         }

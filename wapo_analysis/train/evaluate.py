@@ -1,0 +1,194 @@
+"""Evaluation on held-out prompts: pass@k, reward, entropy and length, without touching training.
+
+The prompts are the task's held-out ones, always the same. The noise of sampling has its own stream,
+the same at every evaluation, so that two evaluations of one run differ by the policy alone.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import read_manifest
+from wapo_analysis.train.batch import (
+    encode_problems,
+    graded_texts,
+    whole_grades,
+    whole_rollouts,
+)
+from wapo_analysis.train.checkpoint import checkpoint_at, last_checkpoint
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.distributed import ALONE, World
+from wapo_analysis.train.models import Policy, configured_policy
+from wapo_analysis.train.rollout import sample
+from wapo_analysis.train.tasks import Problem, Task
+
+_EVALUATION = 3  # stream of random numbers, beside those of the training batch
+_AT_ONCE = 64  # rows, if sample_batch_size does not say
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of ``k`` completions is right, estimated without bias.
+
+    1 - C(n - c, k) / C(n, k) with c of n completions right (Chen et al., arXiv 2107.03374).
+
+    Examples
+    --------
+    >>> pass_at_k(samples=4, correct=1, k=2)
+    0.5
+    """
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def ks(samples: int) -> list[int]:
+    """Numbers of tries that are reported: powers of two up to the samples, and these.
+
+    Examples
+    --------
+    >>> ks(6)
+    [1, 2, 4, 6]
+    """
+    powers = [2**n for n in range(samples.bit_length())]
+    return sorted({*powers, samples})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Graded completions of held-out prompts.
+
+    Attributes
+    ----------
+    problems : list of Problem, length P
+    completions : list of str, length P n
+        Completion j n + i is the i-th of prompt j.
+    rewards : ndarray of float64, shape (P, n)
+    entropy : float
+        Mean over all sampled positions, nats.
+    length, truncated, seconds : float
+    """
+
+    problems: list[Problem]
+    completions: list[str]
+    rewards: np.ndarray[Any, np.dtype[np.float64]]
+    entropy: float
+    length: float
+    truncated: float
+    seconds: float
+
+    def passes(self) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
+        """For every number of tries k, pass@k of each prompt, shape (P,)."""
+        samples = self.rewards.shape[1]
+        right = (self.rewards >= 1).sum(axis=1).tolist()
+        return {k: np.array([pass_at_k(samples, c, k) for c in right]) for k in ks(samples)}
+
+    def columns(self) -> dict[str, float]:
+        """Columns of the step log."""
+        return {
+            **{f"eval/pass@{k}": float(values.mean()) for k, values in self.passes().items()},
+            "eval/reward": float(self.rewards.mean()),
+            "eval/entropy": self.entropy,
+            "eval/length": self.length,
+            "eval/truncated": self.truncated,
+            "eval/prompts": len(self.problems),
+            "eval/seconds": self.seconds,
+        }
+
+
+def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALONE) -> Evaluation:
+    """Sample and grade ``eval_samples`` completions of each of ``eval_prompts`` held-out prompts.
+
+    Several processes share the work and all get the result.
+
+    Raises
+    ------
+    NonFiniteLogits
+        If the policy cannot be sampled from.
+    UserError
+        If the task has no held-out problems, or a prompt does not fit the model.
+    """
+    started = perf_counter()
+    problems = task.held_out_problems(config.eval_prompts)
+    if not problems:
+        raise UserError(f"task {task.name} has no held-out problems; set eval_every to 0")
+    samples = config.eval_samples
+    asked = [problem for problem in problems for _ in range(samples)]
+    mine = world.share(len(asked))
+    stream = np.random.SeedSequence([config.seed, 0, _EVALUATION]).generate_state(1, np.uint64)
+    with world.together():
+        prompts = encode_problems(policy, problems, task, config)
+        own = sample(
+            policy,
+            [prompt.ids for prompt in prompts for _ in range(samples)],
+            config.max_new_tokens or task.max_new_tokens,
+            config.temperature,
+            torch.Generator(policy.device).manual_seed(int(stream[0] >> 1)),
+            at_once=config.sample_batch_size or _AT_ONCE,
+            entropy=True,
+            rows=mine,
+        )
+        graded = graded_texts(policy, task, own, [asked[row] for row in mine.tolist()])
+    rollouts = whole_rollouts(world, own, mine, len(asked), policy.pad_id)
+    completions, rewards = whole_grades(world, graded, mine)
+    assert rollouts.entropy is not None
+    return Evaluation(
+        problems=problems,
+        completions=completions,
+        rewards=rewards.reshape(len(problems), samples),
+        entropy=float(rollouts.entropy.double().sum() / rollouts.mask.sum()),
+        length=float(rollouts.mask.sum(dim=1).double().mean()),
+        truncated=float((~rollouts.stopped).double().mean()),
+        seconds=perf_counter() - started,
+    )
+
+
+def evaluate_run(
+    run: Path, step: int | None = None, threads: int | None = None, **changes: Any
+) -> tuple[Evaluation, TrainConfig, int]:
+    """Evaluate a checkpoint of a run.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder.
+    step : int, optional
+        Step of the checkpoint, 0 for the policy before training; None takes the last one.
+    threads : int, optional
+        CPU threads of this process; None leaves torch's own choice.
+    **changes
+        Settings to replace, those that are None left out.
+
+    Returns
+    -------
+    Evaluation, TrainConfig, int
+        The result, the settings it was made with, the step.
+
+    Raises
+    ------
+    UserError
+        If the folder is no run, the checkpoint is not there, or a setting is not allowed.
+    NonFiniteLogits
+        If the policy cannot be sampled from.
+    """
+    settings = TrainConfig.from_dict(read_manifest(run).get("config", {}))
+    given = {name: value for name, value in changes.items() if value is not None}
+    config = TrainConfig.from_dict(given, settings)
+    weights = None
+    if step is None:
+        weights, step = last_checkpoint(run)
+    elif step > 0:
+        weights = checkpoint_at(run, step)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    policy = configured_policy(config, weights)
+    return evaluate(policy, config.load_task(), config), config, step
+
+
+def evaluation_due(config: TrainConfig, step: int) -> bool:
+    """Whether a step ends with an evaluation: every n-th and the last one."""
+    every = config.eval_every
+    return every > 0 and (step % every == 0 or step == config.steps)

@@ -1,0 +1,175 @@
+"""Copies of the step log in TensorBoard and Weights & Biases.
+
+The run folder stays the truth. A logger that fails is switched off with one warning; training goes
+on.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+_PROJECT = "wapo-analysis"
+_WANDB_ID = "wandb-id"
+
+
+class Sink(Protocol):
+    """Where scalars go."""
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Take the scalars of a step."""
+
+    def close(self, status: str) -> None:
+        """Flush and end."""
+
+
+class Loggers:
+    """The loggers of a run; none is a valid number of them.
+
+    Parameters
+    ----------
+    sinks : mapping of str to Sink
+        By the name a warning uses.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink] | None = None) -> None:
+        self._sinks = dict(sinks or {})
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Copy a row of the step table; numbers that are not finite are left out."""
+        step = int(row["step"])
+        scalars = {
+            _tag(name): float(value)
+            for name, value in row.items()
+            if name != "step" and math.isfinite(value)
+        }
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.write(scalars, step)
+            except Exception as error:
+                self._drop(name, error)
+
+    def close(self, status: str) -> None:
+        """End every logger; ``status`` is the run's."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                sink.close(status)
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        del self._sinks[name]
+        log.warning("logging to %s stopped (%s: %s)", name, type(error).__name__, error)
+
+
+def check_loggers(kind: str) -> None:
+    """Check that the packages of the loggers are installed.
+
+    Raises
+    ------
+    UserError
+        If one is not.
+    """
+    for package in _wanted(kind):
+        if find_spec(package) is None:
+            raise UserError(
+                f"log_to {kind} needs {package}, which is not installed: "
+                f'pip install "wapo-analysis[{package}]"'
+            )
+
+
+def open_loggers(
+    kind: str, run: Path | None, config: TrainConfig, after: int | None = None
+) -> Loggers:
+    """Open the loggers of a run; one that cannot be opened is left out with a warning.
+
+    Parameters
+    ----------
+    kind : {"none", "tensorboard", "wandb", "both"}
+    run : Path, optional
+        Run folder; without one nothing is logged.
+    config : TrainConfig
+        Settings, given to W&B as its config.
+    after : int, optional
+        The run is continued after this step; what was logged of later ones is replaced.
+    """
+    sinks: dict[str, Sink] = {}
+    for name in _wanted(kind) if run is not None else ():
+        assert run is not None
+        try:
+            sinks[name] = _OPENED[name](run, config, after)
+        except Exception as error:
+            log.warning("cannot log to %s (%s: %s)", name, type(error).__name__, error)
+    return Loggers(sinks)
+
+
+def _wanted(kind: str) -> tuple[str, ...]:
+    return {"none": (), "both": ("tensorboard", "wandb")}.get(kind, (kind,))
+
+
+def _tag(column: str) -> str:
+    """Name of a column in a logger: grouped by what it is about."""
+    if "/" in column:
+        return column
+    return f"seconds/{column}" if column.startswith("seconds") else f"train/{column}"
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, run: Path, config: TrainConfig, after: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if after is None else after + 1
+        self._writer = SummaryWriter(run / "tensorboard", purge_step=purge)
+        if after is None:
+            settings = "\n".join(f"    {k} = {v!r}" for k, v in config.to_dict().items())
+            self._writer.add_text("settings", settings)
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self, status: str) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """A run of Weights & Biases; its own variables (WANDB_MODE, WANDB_PROJECT ...) decide where."""
+
+    def __init__(self, run: Path, config: TrainConfig, after: int | None) -> None:
+        import wandb
+
+        held = run / _WANDB_ID
+        known = held.read_text().strip() if after is not None and held.exists() else None
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", _PROJECT),
+            name=f"{config.shown_label} seed {config.seed}",
+            group=config.shown_label,
+            dir=run,
+            config=config.to_dict(),
+            id=known,
+            resume="allow" if known else None,
+        )
+        held.write_text(f"{self._run.id}\n")
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self, status: str) -> None:
+        self._run.finish(exit_code=0 if status in ("finished", "interrupted") else 1)
+
+
+_OPENED: Mapping[str, Callable[[Path, TrainConfig, int | None], Sink]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
+}
