@@ -289,8 +289,8 @@ def bound_line(judged: Sequence[Judged]) -> str:
     if found.false < found.healthy:
         upper = float(beta.ppf(0.95, found.false + 1, found.healthy - found.false))
     return (
-        f"{found.false} false alarms in {found.healthy} healthy runs leave room for a true rate of "
-        f"up to {upper:.0%} (95%, one-sided)."
+        f"False alarms in {found.false} of {found.healthy} healthy runs leave room for a true rate "
+        f"of up to {upper:.0%} (95%, one-sided)."
     )
 
 

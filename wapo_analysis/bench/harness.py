@@ -128,7 +128,7 @@ def keep_memory() -> bool:
 
 def map_memory() -> bool:
     """Let this process map large temporaries anew at every call, as glibc does by default."""
-    return _mallopt(_MMAP_THRESHOLD, 1 << 20)
+    return _mallopt(_MMAP_MAX, 1 << 16) and _mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _mallopt(option: int, value: int) -> bool:
