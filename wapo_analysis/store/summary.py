@@ -27,8 +27,9 @@ _ENGINES = ("auto", "pyarrow", "duckdb")
 _STATISTICS = ("advantage", "logp", "entropy", "collision_rest", "collision_logp_rest", "coef")
 _CODES = 6
 """Class codes -1..4, shifted to 0..5."""
-# Rows at a time: a dozen float64 columns of it stay in the second-level cache.
-_BLOCK = 1 << 12
+# Rows at a time: a dozen float64 columns of it stay in the second-level cache, and each is below
+# the size (128 KiB) from which glibc maps memory anew.
+_BLOCK = 1 << 13
 _DUCKDB_CPUS = 4
 
 Source = tuple[Path, frozenset[int] | None]
