@@ -132,17 +132,22 @@ def map_memory() -> bool:
 
 
 def _mallopt(option: int, value: int) -> bool:
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    return bool(ctypes.CDLL(None).mallopt(option, value))
+    return _glibc() and bool(ctypes.CDLL(None).mallopt(option, value))
+
+
+def _glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 def peak_bytes(work: Work) -> int:
     """Peak of resident memory during the work above that before it, in this process.
 
     Linux resets its high-water mark on request; where it does not, memory touched before the call
-    hides a part of the peak.
+    hides a part of the peak. What the allocator holds of freed memory is given back first: work
+    that takes it again would seem to need none.
     """
+    if _glibc():
+        ctypes.CDLL(None).malloc_trim(0)
     reset = Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")
