@@ -4,11 +4,9 @@ Exit codes: 0 done; 1 a finding at or above --fail-on, or a failed proof; 2 a us
 in one line; 130 interrupted.
 """
 
-import atexit
 import os
 import sys
 from importlib import import_module
-from typing import NoReturn
 
 import typer
 
@@ -60,22 +58,7 @@ for _module in (
 
 def main() -> None:
     """Entry point of the ``wapo`` command."""
-    code = run(sys.argv[1:])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _leave(code)
-    sys.exit(code)
-
-
-def _leave(code: int) -> NoReturn:
-    """End one of several processes at once, its exit functions done and its output written.
-
-    gloo's threads are still there when the interpreter takes itself apart, and now and then abort
-    a process that has finished.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:

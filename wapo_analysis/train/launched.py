@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Final
 
 import torch
@@ -50,6 +51,10 @@ def joined_processes(device: str) -> Iterator[World]:
     cuda = pick_device(device).type == "cuda"
     if cuda:
         _take_gpu(size)
+    # This module takes the group of the moment as default of its functions. Imported later (by
+    # torch._dynamo), it would keep the group and its threads beyond the end, and a thread that
+    # still frees a tensor while the interpreter ends aborts the process.
+    import_module("torch.distributed.nn")
     # Numbers and words of the bookkeeping go by the CPU, gradients by the device they are on.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
     lost = False
