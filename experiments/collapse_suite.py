@@ -2,8 +2,8 @@
 
 Trains a suite of short runs that stay healthy or fail in known ways, labels each by its outcome,
 replays it step by step to every tool, and scores who warned, when, and of what. Seeds split it into
-a tuning half (even) and a test half (odd). About thirteen minutes on two idle CPU cores; a second
-call trains only what is missing.
+a tuning half (even) and a test half (odd). About half an hour on two idle CPU cores; a second call
+trains only what is missing.
 
     python experiments/collapse_suite.py --out runs/collapse_suite
     rivals/bin/python experiments/suite_rivals.py runs/collapse_suite
@@ -318,6 +318,7 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
     test = [j for j in judged if j.run.test]
     tuning = [j for j in judged if not j.run.test]
     text = (Path(__file__).parent / "collapse_suite.md").read_text()
+    unseen = [j for j in test if j.run.unseen]
     parts = {
         "runs": len(judged),
         "steps": STEPS,
@@ -328,6 +329,9 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
         "drivers": drivers_line(test),
         "misses": misses(test),
         "bound": bound_line(test),
+        "unseen": len(unseen),
+        "unseen_tools": tools_table(unseen, others),
+        "unseen_drivers": drivers_line(unseen),
         "tuning_tools": tools_table(tuning, others),
     }
     for name, value in parts.items():
@@ -349,12 +353,13 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         judged = list(pool.map(watch, chosen))
     others = rivals(options.out)
-    for half, mine in (
-        ("tuning", [j for j in judged if not j.run.test]),
-        ("test", [j for j in judged if j.run.test]),
+    for part, mine in (
+        ("tuning half", [j for j in judged if not j.run.test]),
+        ("test half", [j for j in judged if j.run.test]),
+        ("test half, unseen seeds", [j for j in judged if j.run.unseen]),
     ):
         if mine:
-            print(f"\n{half} half\n\n{tools_table(mine, others)}\n\n{labels_table(mine)}\n")
+            print(f"\n{part}\n\n{tools_table(mine, others)}\n\n{labels_table(mine)}\n")
             print(f"{drivers_line(mine)}\n\n{misses(mine)}")
     if options.doc is not None:
         options.doc.write_text(page(judged, others))

@@ -46,6 +46,11 @@ class Recipe:
     fault: str = ""
 
     @property
+    def first_drawn(self) -> int:
+        """Number of seeds of the first draw, whose test half was seen before rules were changed."""
+        return len(self.seeds) // 2
+
+    @property
     def one_class(self) -> str | None:
         """The class it trains on, if it is one alone."""
         bins = self.settings.get("include_bins", ())
@@ -63,34 +68,34 @@ def _seeds(count: int, first: int = 0) -> tuple[int, ...]:
 
 RECIPES: tuple[Recipe, ...] = (
     *(
-        Recipe(f"{task}-{name}-{lr:g}", _seeds(2), {"task": task, "objective": name, "lr": lr})
+        Recipe(f"{task}-{name}-{lr:g}", _seeds(4), {"task": task, "objective": name, "lr": lr})
         for task in ("chain-sum", "two-hop")
         for name in ("grpo", "wapo")
         for lr in (3e-5, 6e-5, 1e-4)
     ),
-    Recipe("neg-peak", _seeds(6), {"lr": 1.5e-5, "include_bins": ("neg_peak",), **ONE_CLASS}),
-    Recipe("pos-valley", _seeds(4), {"lr": 3e-5, "include_bins": ("pos_valley",), **ONE_CLASS}),
-    Recipe("negatives", _seeds(2), {"lr": 3e-5, "include_bins": ("neg",), **ONE_CLASS}),
-    Recipe("pos-peak", _seeds(2), {"lr": 5e-5, "include_bins": ("pos_peak",), **ONE_CLASS}),
-    Recipe("neg-valley", _seeds(2), {"lr": 5e-5, "include_bins": ("neg_valley",), **ONE_CLASS}),
-    Recipe("pos-peak-large-step", _seeds(4), _large(1.5e-3, "pos_peak")),
-    Recipe("neg-valley-large-step", _seeds(4), _large(1e-3, "neg_valley")),
-    Recipe("grpo-large-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 40}),
-    Recipe("grpo-huge-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 8}),
-    Recipe("wapo-large-step", _seeds(4), {"lr": 1e-3, "warmup_steps": 40, "objective": "wapo"}),
-    Recipe("grpo-many-epochs", _seeds(2), {"lr": 3e-4, "epochs": 4}),
-    Recipe("wapo-many-epochs", _seeds(2), {"lr": 2e-4, "epochs": 4, "objective": "wapo"}),
-    Recipe("grpo-stale", _seeds(2), {"lr": 6e-4}, "stale"),
-    Recipe("wapo-stale", _seeds(4), {"lr": 4e-4, "objective": "wapo"}, "stale"),
-    Recipe("grpo-stale-huge-step", _seeds(2), {"lr": 2e-3, "warmup_steps": 8}, "stale"),
-    Recipe("coin-grpo", _seeds(2), {"lr": 3e-4}, "coin"),
-    Recipe("coin-wapo", _seeds(4), {"lr": 2e-4, "objective": "wapo"}, "coin"),
-    Recipe("hacked-grpo", _seeds(4), {"lr": 1.5e-4}, "brief_passes"),
-    Recipe("hacked-wapo", _seeds(2), {"lr": 1.5e-4, "objective": "wapo"}, "brief_passes"),
-    Recipe("no-reward", _seeds(2), {"lr": 1e-4}, "no_reward"),
-    Recipe("all-the-same", _seeds(2), {"lr": 1e-4}, "all_the_same"),
-    Recipe("nan-gradient", _seeds(2), {"lr": 1e-4}, "nan_gradient"),
-    Recipe("nan-weights", _seeds(2), {"lr": 1e-4}, "nan_weights"),
+    Recipe("neg-peak", _seeds(12), {"lr": 1.5e-5, "include_bins": ("neg_peak",), **ONE_CLASS}),
+    Recipe("pos-valley", _seeds(8), {"lr": 3e-5, "include_bins": ("pos_valley",), **ONE_CLASS}),
+    Recipe("negatives", _seeds(4), {"lr": 3e-5, "include_bins": ("neg",), **ONE_CLASS}),
+    Recipe("pos-peak", _seeds(4), {"lr": 5e-5, "include_bins": ("pos_peak",), **ONE_CLASS}),
+    Recipe("neg-valley", _seeds(4), {"lr": 5e-5, "include_bins": ("neg_valley",), **ONE_CLASS}),
+    Recipe("pos-peak-large-step", _seeds(8), _large(1.5e-3, "pos_peak")),
+    Recipe("neg-valley-large-step", _seeds(8), _large(1e-3, "neg_valley")),
+    Recipe("grpo-large-step", _seeds(8), {"lr": 2e-3, "warmup_steps": 40}),
+    Recipe("grpo-huge-step", _seeds(8), {"lr": 2e-3, "warmup_steps": 8}),
+    Recipe("wapo-large-step", _seeds(8), {"lr": 1e-3, "warmup_steps": 40, "objective": "wapo"}),
+    Recipe("grpo-many-epochs", _seeds(4), {"lr": 3e-4, "epochs": 4}),
+    Recipe("wapo-many-epochs", _seeds(4), {"lr": 2e-4, "epochs": 4, "objective": "wapo"}),
+    Recipe("grpo-stale", _seeds(4), {"lr": 6e-4}, "stale"),
+    Recipe("wapo-stale", _seeds(8), {"lr": 4e-4, "objective": "wapo"}, "stale"),
+    Recipe("grpo-stale-huge-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 8}, "stale"),
+    Recipe("coin-grpo", _seeds(4), {"lr": 3e-4}, "coin"),
+    Recipe("coin-wapo", _seeds(8), {"lr": 2e-4, "objective": "wapo"}, "coin"),
+    Recipe("hacked-grpo", _seeds(8), {"lr": 1.5e-4}, "brief_passes"),
+    Recipe("hacked-wapo", _seeds(4), {"lr": 1.5e-4, "objective": "wapo"}, "brief_passes"),
+    Recipe("no-reward", _seeds(4), {"lr": 1e-4}, "no_reward"),
+    Recipe("all-the-same", _seeds(4), {"lr": 1e-4}, "all_the_same"),
+    Recipe("nan-gradient", _seeds(4), {"lr": 1e-4}, "nan_gradient"),
+    Recipe("nan-weights", _seeds(4), {"lr": 1e-4}, "nan_weights"),
 )
 """What the suite is made of. Even seeds tune, odd seeds test (`SuiteRun.test`)."""
 
@@ -112,6 +117,11 @@ class SuiteRun:
     def test(self) -> bool:
         """It belongs to the test half: its seed is odd."""
         return self.seed % 2 == 1
+
+    @property
+    def unseen(self) -> bool:
+        """No rule was changed after a look at it: a test run whose seed is of the second draw."""
+        return self.test and self.seed >= self.recipe.first_drawn
 
     @property
     def config(self) -> TrainConfig:

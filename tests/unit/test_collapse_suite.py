@@ -18,7 +18,7 @@ from experiments.suite_runs import (
     suite,
 )
 from tests.builders import write_fake_run
-from tests.unit.test_diagnose import ramp
+from tests.step_logs import ramp
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.schema import ROLLOUTS
 from wapo_analysis.store import Run, RunWriter, open_run

@@ -3,19 +3,17 @@
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.builders import DRIFTS, write_fake_run
+from tests.step_logs import judge, names, noisy, ramp, write_flows, write_steps
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.schema import ALL_TOKENS, CLASSES, PROBES
 from wapo_analysis.series import Series, departure, episodes
 from wapo_analysis.store import STEP_LOG, RunWriter, open_run
-from wapo_analysis.table import Records
 
 VERDICTS = {
     "healthy",
@@ -26,37 +24,6 @@ VERDICTS = {
     "diverged",
     "insufficient_data",
 }
-Columns = Mapping[str, Sequence[float] | np.ndarray]
-
-
-def write_steps(path: Path, columns: Columns) -> Path:
-    """Run folder with a step log alone."""
-    writer = RunWriter(path, {"name": path.name, "objective": {"name": "grpo"}})
-    length = len(next(iter(columns.values())))
-    for i in range(length):
-        row = {"step": i + 1} | {name: float(values[i]) for name, values in columns.items()}
-        writer.append_step(row)
-    writer.close("finished")
-    return path
-
-
-def judge(tmp_path: Path, **columns: Sequence[float] | np.ndarray) -> Diagnosis:
-    return diagnose(open_run(write_steps(tmp_path / "run", columns)))
-
-
-def ramp(start: float, end: float, steps: int, onset: int, length: int) -> np.ndarray:
-    """Level, then a straight line from step ``onset + 1`` on, then level again."""
-    u = np.clip((np.arange(steps) - onset) / length, 0, 1)
-    return start + (end - start) * u
-
-
-def noisy(values: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
-    return values + np.random.default_rng(seed).normal(0, sigma, len(values))
-
-
-def names(diagnosis: Diagnosis) -> set[str]:
-    return {finding.name for finding in diagnosis.findings}
-
 
 # ---- entropy, both ways -------------------------------------------------------------------------
 
@@ -289,106 +256,6 @@ def test_pure_noise_is_silent(tmp_path: Path, steps: int, seed: int) -> None:
     )
     assert d.verdict == "healthy"
     assert not d.findings
-
-
-# ---- drivers ------------------------------------------------------------------------------------
-
-
-def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
-    """Add class totals: (sign, regime) to the predicted entropy flow of each step."""
-    cells = [(s, k, v) for k, values in flows.items() for s, v in enumerate(values, start=1)]
-    records = Records.build(
-        CLASSES,
-        {
-            "step": [step for step, _, _ in cells],
-            "rank": [0] * len(cells),
-            "sign": [key[0] for _, key, _ in cells],
-            "regime": [key[1] for _, key, _ in cells],
-            "prob_bin": [4] * len(cells),
-            "tokens": [10] * len(cells),
-            "pred_dentropy_sum": [value for _, _, value in cells],
-        },
-    )
-    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
-    writer.write_part(records, 1)
-    writer.close("finished")
-
-
-def exploding(tmp_path: Path) -> Path:
-    """Explosion from step 41 on that neg_peak drives; before it pos_valley pushes more."""
-    path = write_steps(
-        tmp_path / "run",
-        {"entropy": ramp(0.4, 3, 100, 40, 20), "reward": ramp(0.5, 0, 100, 40, 20)},
-    )
-    late = np.arange(100) >= 40
-    write_flows(
-        path,
-        {
-            (-1, 1): np.where(late, 3.0, 0.1),
-            (1, 0): np.full(100, 1.0),
-            (1, 1): np.full(100, -2.0),
-            (-1, 0): np.zeros(100),
-        },
-    )
-    return path
-
-
-def test_drivers_are_summed_around_the_onset_and_ranked_by_their_push(tmp_path: Path) -> None:
-    d = diagnose(open_run(exploding(tmp_path)))
-    assert [driver.cls for driver in d.drivers] == ["neg_peak", "pos_valley", "pos_peak"]
-    first, second, against = d.drivers
-    assert first.share == pytest.approx(0.75)
-    assert second.share == pytest.approx(0.25)
-    assert against.share == pytest.approx(-0.5)
-    assert first.predicted_dentropy / second.predicted_dentropy == pytest.approx(3)
-    assert first.counterfactual_dentropy is None
-    assert "neg_peak" in d.sentence
-    assert "exclude_bins = neg_peak" in d.findings[0].advice
-    assert "drivers" not in {s.name for s in d.skipped}
-
-
-def test_probes_give_the_counterfactual(tmp_path: Path) -> None:
-    path = exploding(tmp_path)
-    probes = {
-        "step": [2, 45, 45],
-        "minibatch": [0, 0, 0],
-        "cls": [2, 2, 0],
-        "tokens_of": [ALL_TOKENS] * 3,
-        "tokens": [5, 5, 5],
-        "counterfactual_dentropy": [9.0, 0.25, math.nan],
-    }
-    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
-    writer.write_part(Records.build(PROBES, probes), 45)
-    writer.close("finished")
-    alone = {x.cls: x.counterfactual_dentropy for x in diagnose(open_run(path)).drivers}
-    assert alone == {"neg_peak": 0.25, "pos_valley": None, "pos_peak": None}
-
-
-def test_a_class_that_carries_all_the_flow_is_named(tmp_path: Path) -> None:
-    d = diagnose(open_run(exploding(tmp_path)))
-    assert "one_class_dominates" not in names(d)
-    path = write_fake_run(tmp_path / "only", include_bins=("neg_valley",), drift="noise", steps=30)
-    found = {f.name: f for f in diagnose(open_run(path)).findings}
-    assert found["one_class_dominates"].evidence["class"] == "neg_valley"
-    assert found["one_class_dominates"].severity == "info"
-
-
-def test_one_class_that_pulls_an_unpaid_fall_is_a_warning(tmp_path: Path) -> None:
-    columns = {"entropy": ramp(0.4, 0.2, 60, 20, 20), "reward": np.full(60, 0.3)}
-    path = write_steps(tmp_path / "run", columns)
-    write_flows(path, {(-1, 0): np.full(60, -1.0), (1, 1): np.full(60, -0.01)})
-    found = {f.name: f for f in diagnose(open_run(path)).findings}
-    assert found["one_class_dominates"].severity == "warning"
-    assert found["one_class_dominates"].evidence["predicted_dentropy"] == pytest.approx(-60)
-
-
-def test_missing_statistics_skip_the_drivers_by_name(tmp_path: Path) -> None:
-    path = write_fake_run(tmp_path / "run", drift="explosion", missing=("collision_logp_rest",))
-    d = diagnose(open_run(path))
-    assert d.verdict == "entropy_explosion"
-    assert d.drivers == ()
-    missing = {s.name: s.missing for s in d.skipped}
-    assert missing["drivers"] == ("classes.pred_dentropy_sum",)
 
 
 # ---- whole runs, forms and robustness ------------------------------------------------------------

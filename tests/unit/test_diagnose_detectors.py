@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.unit.test_diagnose import judge, names, noisy, ramp, write_flows, write_steps
+from tests.step_logs import judge, names, noisy, ramp, write_flows, write_steps
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, diagnose
 from wapo_analysis.diagnose.forecast import TREND_WINDOW, rolling_trend
 from wapo_analysis.diagnose.samples import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.builders import write_fake_run
-from tests.unit.test_diagnose import noisy, ramp, write_flows, write_steps
+from tests.step_logs import noisy, ramp, write_flows, write_steps
 from wapo_analysis.compare import compare
 from wapo_analysis.compare.divergence import PERSIST, WINDOW, Gap, divergence, flow_shares, part
 from wapo_analysis.schema import ROLLOUTS

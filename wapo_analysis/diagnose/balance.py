@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.context import CALM_STEPS, Context
 from wapo_analysis.diagnose.drivers import CLASS_ADVICE
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
@@ -132,14 +132,14 @@ def _one_class_wanted(context: Context) -> bool:
 def _unpaid_move(context: Context) -> int:
     """1 or -1 if the entropy ends 1.5 times above or below its beginning without a gain in reward.
 
-    0 if it does not, or if the reward rose or is solved.
+    0 if it does not, if the reward rose or is solved, or while too few steps are known to tell.
     """
     series = context.series("entropy")
     reward = context.reward
     if (
-        (reward is not None and reward.rising)
+        len(series) < CALM_STEPS
+        or (reward is not None and (reward.rising or len(reward.series) < CALM_STEPS))
         or _paid(context)
-        or not len(series)
         or series.level <= 0
         or series.end <= 0
     ):

@@ -22,6 +22,10 @@ GRAVEST_FIRST: tuple[Verdict, ...] = (
     "reward_collapse",
     "stalled",
 )
+AGAINST = (
+    "All classes pushed the entropy {}, yet it {}: momentum, shared parameters or the size of the "
+    "steps outweighed the law of the first order (probe_every tells which)."
+)
 DIRECTION = {"entropy_explosion": 1, "entropy_collapse": -1}
 
 
@@ -57,7 +61,7 @@ def diagnose(run: Run) -> Diagnosis:
     main = critical[verdict] if verdict else None
     known = max(len(context.series(name)) for name in ("entropy", "reward"))
     fallback: Verdict = "healthy" if known >= MIN_STEPS else "insufficient_data"
-    drivers = _drivers(context, main)
+    drivers, note = _drivers(context, main)
     if not context.has_flow:
         skipped.append(Skipped("drivers", ("classes.pred_dentropy_sum",)))
     warned = [f.warned if f.warned is not None else f.step for f in findings if _warns(f)]
@@ -69,18 +73,23 @@ def diagnose(run: Run) -> Diagnosis:
         drivers=drivers,
         findings=tuple(sorted(findings, key=lambda f: (f is not main, *_rank(f)))),
         skipped=tuple(skipped),
-        sentence=main.message if main else _calm_sentence(context, fallback, findings),
+        sentence=(main.message if main else _calm_sentence(context, fallback, findings)) + note,
     )
 
 
-def _drivers(context: Context, main: Finding | None) -> tuple[Driver, ...]:
-    """Drivers over the departure that led to the verdict, else over the whole run."""
-    if main is None or main.name == "stalled":
-        return entropy_drivers(context, None, None, _way(context))
-    if main.name == "diverged":
-        return entropy_drivers(context, main.step, main.step, _way(context))
-    way = DIRECTION.get(main.name, _way(context))
-    return entropy_drivers(context, main.step, main.until, way)
+def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...], str]:
+    """Drivers over the departure that led to the verdict, else over the whole run, and a remark.
+
+    Where no class pushes the way the entropy went, they are ranked by the push they do have.
+    """
+    first, last, way = None, None, _way(context)
+    if main is not None and main.name != "stalled":
+        first, last = main.step, main.step if main.name == "diverged" else main.until
+        way = DIRECTION.get(main.name, way)
+    drivers = entropy_drivers(context, first, last, way)
+    if drivers or not (drivers := entropy_drivers(context, first, last, 0)):
+        return drivers, ""
+    return drivers, " " + AGAINST.format(*(("down", "rose") if way > 0 else ("up", "fell")))
 
 
 def _way(context: Context) -> int:

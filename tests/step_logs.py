@@ -1,0 +1,62 @@
+"""Run folders written from columns: a step log, class totals."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from wapo_analysis.diagnose import Diagnosis, diagnose
+from wapo_analysis.schema import CLASSES
+from wapo_analysis.store import RunWriter, open_run
+from wapo_analysis.table import Records
+
+Columns = Mapping[str, Sequence[float] | np.ndarray]
+
+
+def write_steps(path: Path, columns: Columns) -> Path:
+    """Run folder with a step log alone."""
+    writer = RunWriter(path, {"name": path.name, "objective": {"name": "grpo"}})
+    length = len(next(iter(columns.values())))
+    for i in range(length):
+        row = {"step": i + 1} | {name: float(values[i]) for name, values in columns.items()}
+        writer.append_step(row)
+    writer.close("finished")
+    return path
+
+
+def judge(tmp_path: Path, **columns: Sequence[float] | np.ndarray) -> Diagnosis:
+    return diagnose(open_run(write_steps(tmp_path / "run", columns)))
+
+
+def ramp(start: float, end: float, steps: int, onset: int, length: int) -> np.ndarray:
+    """Level, then a straight line from step ``onset + 1`` on, then level again."""
+    u = np.clip((np.arange(steps) - onset) / length, 0, 1)
+    return start + (end - start) * u
+
+
+def noisy(values: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
+    return values + np.random.default_rng(seed).normal(0, sigma, len(values))
+
+
+def names(diagnosis: Diagnosis) -> set[str]:
+    return {finding.name for finding in diagnosis.findings}
+
+
+def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
+    """Add class totals: (sign, regime) to the predicted entropy flow of each step."""
+    cells = [(s, k, v) for k, values in flows.items() for s, v in enumerate(values, start=1)]
+    records = Records.build(
+        CLASSES,
+        {
+            "step": [step for step, _, _ in cells],
+            "rank": [0] * len(cells),
+            "sign": [key[0] for _, key, _ in cells],
+            "regime": [key[1] for _, key, _ in cells],
+            "prob_bin": [4] * len(cells),
+            "tokens": [10] * len(cells),
+            "pred_dentropy_sum": [value for _, _, value in cells],
+        },
+    )
+    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
+    writer.write_part(records, 1)
+    writer.close("finished")
