@@ -41,51 +41,50 @@ def byte_tokenizer(template: str | None = TEMPLATE, **options: Any) -> PreTraine
 
 def save_tiny_llama(folder: Path, *, dropout: float = 0.0, window: int = 256) -> Path:
     """Two layers, width 32, in a folder that loads like any model of the hub."""
-    tokenizer = byte_tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=window,
-                initializer_range=0.3,
-                attention_dropout=dropout,
-                bos_token_id=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return _save(
+        folder,
+        LlamaForCausalLM,
+        LlamaConfig,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=window,
+        attention_dropout=dropout,
+    )
 
 
 def save_tiny_gpt2(folder: Path, *, dropout: float = 0.0, window: int = 256) -> Path:
     """Two layers, width 32, absolute positions and a tied head; see `save_tiny_llama`."""
+    return _save(
+        folder,
+        GPT2LMHeadModel,
+        GPT2Config,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=window,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+
+
+def _save(folder: Path, model: type, config: type, **sizes: float) -> Path:
     tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(
-            GPT2Config(
+        made = model(
+            config(
                 vocab_size=len(tokenizer),
-                n_embd=32,
-                n_layer=2,
-                n_head=4,
-                n_positions=window,
                 initializer_range=0.3,
-                resid_pdrop=dropout,
-                embd_pdrop=dropout,
-                attn_pdrop=dropout,
                 bos_token_id=None,
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
+                **sizes,
             )
         )
-    model.save_pretrained(folder)
+    made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

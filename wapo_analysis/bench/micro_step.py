@@ -220,22 +220,17 @@ class MicroStep:
                 self._end_step(watcher)
 
     def _token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
-        mask = self.mask
-        row, position = mask.nonzero(as_tuple=True)
-        return TokenPass(
-            group=torch.zeros_like(row),
-            rollout=row,
-            position=position,
-            token_id=self.targets[mask],
-            advantage=self.advantage[row],
-            logp=stats.logp.detach(),
-            logp_old=self.logp_old[mask],
-            entropy=stats.entropy,
-            collision_rest=stats.collision_rest,
-            collision_logp_rest=stats.collision_logp_rest,
-            clipped=clipped[mask],
-            kept=kept[mask],
-            top1=stats.top1,
+        rollouts = torch.arange(len(self.mask))
+        return TokenPass.of_rollouts(
+            self.mask,
+            stats,
+            group=torch.zeros_like(rollouts),
+            rollout=rollouts,
+            advantage=self.advantage,
+            token_id=self.targets,
+            logp_old=self.logp_old,
+            clipped=clipped,
+            kept=kept,
         )
 
     def _end_step(self, watcher: Watcher) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wapo_analysis.stats import TokenStats
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -39,6 +41,48 @@ class TokenPass:
     logp_after: Tensor | None = None
     entropy_after: Tensor | None = None
     minibatch: int = field(default=0, kw_only=True)
+
+    @classmethod
+    def of_rollouts(
+        cls,
+        mask: Tensor,
+        stats: TokenStats,
+        *,
+        group: Tensor,
+        rollout: Tensor,
+        advantage: Tensor,
+        token_id: Tensor,
+        logp_old: Tensor,
+        clipped: Tensor,
+        kept: Tensor,
+        minibatch: int = 0,
+    ) -> "TokenPass":
+        """Pick the tokens of B rollouts of T positions that a mask wants.
+
+        Parameters
+        ----------
+        mask : Tensor of bool, shape (B, T)
+        stats : TokenStats, flat over the mask
+        group, rollout, advantage : Tensor, shape (B,)
+        token_id, logp_old, clipped, kept : Tensor, shape (B, T)
+        """
+        row, position = mask.nonzero(as_tuple=True)
+        return cls(
+            group=group[row],
+            rollout=rollout[row],
+            position=position,
+            token_id=token_id[mask],
+            advantage=advantage[row],
+            logp=stats.logp.detach(),
+            logp_old=logp_old[mask],
+            entropy=stats.entropy,
+            collision_rest=stats.collision_rest,
+            collision_logp_rest=stats.collision_logp_rest,
+            clipped=clipped[mask],
+            kept=kept[mask],
+            top1=stats.top1,
+            minibatch=minibatch,
+        )
 
     def given(self) -> dict[str, Tensor]:
         """Statistics that are there, without their graph."""

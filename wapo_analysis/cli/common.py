@@ -14,6 +14,12 @@ RunsArgument = Annotated[
     list[Path], typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN...")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
+DataOption = Annotated[
+    str | None, typer.Option(help="Data of the task: file, folder, hub name, or settings.")
+]
+EvalDataOption = Annotated[
+    str | None, typer.Option(help="Held-out problems.  [default: a part of --data]")
+]
 Format = Literal["text", "json", "markdown"]
 
 

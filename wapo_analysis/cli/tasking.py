@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from wapo_analysis.cli.common import DataOption, EvalDataOption
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,12 +22,8 @@ def tasks(
     task: Annotated[
         str | None, typer.Argument(help="A task, or reasoning-gym for its data sets.")
     ] = None,
-    data: Annotated[
-        str | None, Option(help="Data of the task: file, folder, hub name, or settings.")
-    ] = None,
-    eval_data: Annotated[
-        str | None, Option(help="Held-out problems.  [default: a part of --data]")
-    ] = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
     eval_fraction: Annotated[float, Option(help="Share of --data held out.")] = 0.05,
     context_words: Annotated[
         int, Option(help="hotpotqa: most words of paragraphs in a prompt.")

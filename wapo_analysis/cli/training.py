@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import check_new, console_error
+from wapo_analysis.cli.common import DataOption, EvalDataOption, check_new, console_error
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,12 +45,8 @@ def train(
     task: Annotated[
         str | None, Option(help="What to train on; wapo tasks lists them.  [default: chain-sum]")
     ] = None,
-    data: Annotated[
-        str | None, Option(help="Data of the task: file, folder, hub name, or settings.")
-    ] = None,
-    eval_data: Annotated[
-        str | None, Option(help="Held-out problems.  [default: a part of --data]")
-    ] = None,
+    data: DataOption = None,
+    eval_data: EvalDataOption = None,
     model: Annotated[
         str | None, Option(help="base (shipped), a model folder, a hub name, or a .gguf file.")
     ] = None,

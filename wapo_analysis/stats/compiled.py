@@ -14,22 +14,7 @@ from wapo_analysis.stats.rows import Rows
 def reduce_compiled(
     rows: Rows, targets: Tensor, temperature: float, topk: int = 0, chunk_rows: int | None = None
 ) -> Reduced:
-    """Reduce N rows as `reduce_rows` does, with the four sums in one sweep that stores nothing.
-
-    Parameters
-    ----------
-    rows : Rows, N of them
-    targets : Tensor of int64, shape (N,)
-    temperature : float
-    topk : int
-        Number of largest columns to return.
-    chunk_rows : int, optional
-        Rows of a block.
-
-    Returns
-    -------
-    Reduced
-    """
+    """Reduce N rows as `reduce_rows` does, with the four sums in one sweep that stores nothing."""
     logits = rows.logits
     scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=logits.device)
     size = min(block_rows(logits, chunk_rows), max(len(rows), 1))

@@ -61,22 +61,17 @@ class MiniBatch:
         stats : TokenStats, flat over the mask
         kept, clipped : Tensor of bool, shape (B, T)
         """
-        rollouts, mask = self.rollouts, self.rollouts.mask
-        row, position = mask.nonzero(as_tuple=True)
-        return TokenPass(
-            group=self.group[row],
-            rollout=self.rows[row],
-            position=position,
-            token_id=rollouts.completion_ids[mask],
-            advantage=self.advantage[row],
-            logp=stats.logp.detach(),
-            logp_old=rollouts.logp_old[mask],
-            entropy=stats.entropy,
-            collision_rest=stats.collision_rest,
-            collision_logp_rest=stats.collision_logp_rest,
-            clipped=clipped[mask],
-            kept=kept[mask],
-            top1=stats.top1,
+        rollouts = self.rollouts
+        return TokenPass.of_rollouts(
+            rollouts.mask,
+            stats,
+            group=self.group,
+            rollout=self.rows,
+            advantage=self.advantage,
+            token_id=rollouts.completion_ids,
+            logp_old=rollouts.logp_old,
+            clipped=clipped,
+            kept=kept,
             minibatch=self.index,
         )
 

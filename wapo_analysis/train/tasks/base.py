@@ -1,5 +1,6 @@
 """What a task is: problems to draw, a reward to check and, for pre-training, demonstrations."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -50,13 +51,31 @@ class Task(Protocol):
         """Longest completion worth sampling, in tokens, end-of-sequence included."""
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw ``n`` problems to train on; the same generator state gives the same problems."""
+        """Draw problems to train on; the same generator state gives the same problems.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        n : int
+            How many problems, 0 or more.
+
+        Returns
+        -------
+        list of Problem
+            ``n`` problems, in the order drawn.
+
+        Raises
+        ------
+        UserError
+            If ``n`` is negative or there is nothing to draw from.
+        """
 
     def held_out_problems(self, n: int) -> list[Problem]:
         """At most ``n`` problems for evaluation, always the same ones."""
 
     def reward(self, problem: Problem, completion: str) -> float:
-        """Grade a completion: a number in [0, 1], deterministic, for any text at all."""
+        """Grade a completion, any text at all without special tokens: in [0, 1], deterministic."""
 
     def data_record(self) -> dict[str, Any]:
         """What the manifest says of the data: where from, digest, rows; empty if generated."""
@@ -70,7 +89,45 @@ class EmbeddedTask(Task, Protocol):
         """Probability of an error at each decision of the demonstrations used in pre-training."""
 
     def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
-        """Write a completion that errs with probability ``error_rate`` at each decision."""
+        """Write a completion that errs with probability ``error_rate`` at each decision.
+
+        Parameters
+        ----------
+        problem : Problem
+            A problem of this task.
+        rng : numpy.random.Generator
+            Source of randomness; advanced by the call.
+        error_rate : float
+            In [0, 1]; 0 gives the correct completion.
+
+        Returns
+        -------
+        str
+            The completion, without end-of-sequence.
+
+        Raises
+        ------
+        UserError
+            If ``error_rate`` is not in [0, 1].
+        """
+
+
+class Generated(ABC):
+    """What tasks have in common whose problems are made on the spot."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
+        """Draw problems; see `Task.problems`."""
+
+    def held_out_problems(self, n: int) -> list[Problem]:
+        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
+        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
+
+    def data_record(self) -> dict[str, Any]:
+        """Nothing: the problems are generated."""
+        return {}
 
 
 def check_count(n: int) -> int:

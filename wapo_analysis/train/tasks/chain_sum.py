@@ -2,18 +2,18 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import HELD_OUT_SEED, Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import Generated, Problem, check_count, check_rate
 
 SEPARATOR: Final = ";"
 
 
 @dataclass(frozen=True, slots=True)
-class ChainSum:
+class ChainSum(Generated):
     """Add single digits from left to right and write down every running sum.
 
     ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``.
@@ -51,53 +51,15 @@ class ChainSum:
         return (self.terms - 1) * (len(str(9 * self.terms)) + 1)
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw problems with independent uniform digits.
-
-        Parameters
-        ----------
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        n : int
-            How many problems, 0 or more.
-
-        Returns
-        -------
-        list of Problem
-            ``n`` problems, in the order drawn.
-
-        Raises
-        ------
-        UserError
-            If ``n`` is negative.
-        """
+        """Draw problems with independent uniform digits."""
         digits = rng.integers(0, 10, size=(check_count(n), self.terms)).tolist()
         return [Problem("+".join(map(str, row)) + "=", str(sum(row))) for row in digits]
-
-    def held_out_problems(self, n: int) -> list[Problem]:
-        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
-        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
-
-    def data_record(self) -> dict[str, Any]:
-        """Nothing: the problems are generated."""
-        return {}
 
     def reward(self, problem: Problem, completion: str) -> float:
         """Give 1 for one whole number per addition, separated by ``;``, the last one the sum.
 
         Only the final number is judged for truth; the format keeps the policy from skipping the
         work. Running sums that are wrong but cancel out earn the reward, as in any outcome reward.
-
-        Parameters
-        ----------
-        problem : Problem
-            A problem of this task.
-        completion : str
-            Any text, special tokens removed.
-
-        Returns
-        -------
-        float
-            1.0 or 0.0.
         """
         fields = completion.split(SEPARATOR)
         if len(fields) != problem.prompt.count("+") or fields[-1] != problem.answer:
@@ -109,25 +71,6 @@ class ChainSum:
 
         A wrong sum is any other number that many digits can add up to, all equally likely, and the
         error carries on into the sums that follow, as it does when a person slips.
-
-        Parameters
-        ----------
-        problem : Problem
-            A problem of this task.
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        error_rate : float
-            In [0, 1]; 0 gives the correct completion.
-
-        Returns
-        -------
-        str
-            The completion, without end-of-sequence.
-
-        Raises
-        ------
-        UserError
-            If ``error_rate`` is not in [0, 1].
         """
         check_rate(error_rate)
         total, *rest = map(int, problem.prompt.removesuffix("=").split("+"))

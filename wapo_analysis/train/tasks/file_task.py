@@ -59,25 +59,7 @@ class FileTask:
         return self.form.max_new_tokens
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw ``n`` training problems, all different unless there are fewer than ``n``.
-
-        Parameters
-        ----------
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        n : int
-            How many problems, 0 or more.
-
-        Returns
-        -------
-        list of Problem
-            ``n`` problems; successive calls draw independently.
-
-        Raises
-        ------
-        UserError
-            If ``n`` is negative.
-        """
+        """Draw ``n`` training problems, all different unless there are fewer than ``n``."""
         drawn: list[Problem] = []
         while len(drawn) < check_count(n):
             order = rng.choice(len(self.train), min(n - len(drawn), len(self.train)), replace=False)

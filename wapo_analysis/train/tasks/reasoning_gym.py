@@ -131,20 +131,7 @@ class ReasoningGym:
         return Problem(prompt, item["answer"] or "", {"index": index}, f"entry {index}")
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw ``n`` training problems.
-
-        Parameters
-        ----------
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        n : int
-            How many problems, 0 or more.
-
-        Raises
-        ------
-        UserError
-            If ``n`` is negative or no entry is left to train on.
-        """
+        """Draw ``n`` training problems."""
         return [self._draw(rng) for _ in range(check_count(n))]
 
     def _draw(self, rng: np.random.Generator) -> Problem:

@@ -2,19 +2,19 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import HELD_OUT_SEED, Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import Generated, Problem, check_count, check_rate
 
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 DIGITS: Final = "0123456789"
 
 
 @dataclass(frozen=True, slots=True)
-class TwoHop:
+class TwoHop(Generated):
     """Follow two facts of the prompt: from a letter to its bridge, from the bridge to a digit.
 
     A fact ``am`` says that ``a`` leads to ``m``. ``k3,am,bk,m7;a`` asks where ``a`` leads in two
@@ -54,25 +54,7 @@ class TwoHop:
         return 6
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw problems with distinct letters and distinct digits, facts shuffled.
-
-        Parameters
-        ----------
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        n : int
-            How many problems, 0 or more.
-
-        Returns
-        -------
-        list of Problem
-            ``n`` problems, in the order drawn.
-
-        Raises
-        ------
-        UserError
-            If ``n`` is negative.
-        """
+        """Draw problems with distinct letters and distinct digits, facts shuffled."""
         return [self._problem(rng) for _ in range(check_count(n))]
 
     def _problem(self, rng: np.random.Generator) -> Problem:
@@ -83,31 +65,11 @@ class TwoHop:
         shuffled = ",".join(facts[i] for i in rng.permutation(len(facts)))
         return Problem(f"{shuffled};{heads[0]}", values[0])
 
-    def held_out_problems(self, n: int) -> list[Problem]:
-        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
-        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
-
-    def data_record(self) -> dict[str, Any]:
-        """Nothing: the problems are generated."""
-        return {}
-
     def reward(self, problem: Problem, completion: str) -> float:
         """Give 1 for one letter and the right digit, and nothing else.
 
         Only the final digit is judged for truth: the right answer after a wrong bridge is rewarded,
         as in any outcome reward.
-
-        Parameters
-        ----------
-        problem : Problem
-            A problem of this task.
-        completion : str
-            Any text, special tokens removed.
-
-        Returns
-        -------
-        float
-            1.0 or 0.0.
         """
         match = re.fullmatch(r"[a-z]([0-9])", completion)
         return float(match is not None and match[1] == problem.answer)
@@ -117,25 +79,6 @@ class TwoHop:
 
         A wrong hop lands on another bridge or another digit of the prompt; after a wrong bridge the
         second hop starts from there.
-
-        Parameters
-        ----------
-        problem : Problem
-            A problem of this task.
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        error_rate : float
-            In [0, 1]; 0 gives the correct completion.
-
-        Returns
-        -------
-        str
-            The completion, without end-of-sequence.
-
-        Raises
-        ------
-        UserError
-            If ``error_rate`` is not in [0, 1].
         """
         check_rate(error_rate)
         facts, asked = problem.prompt.split(";")
