@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from wapo_analysis.diagnose import Diagnosis, diagnose
+from wapo_analysis.diagnose import Diagnosis, Finding, diagnose
 from wapo_analysis.schema import CLASSES
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.table import Records
 
 Columns = Mapping[str, Sequence[float] | np.ndarray]
+Flows = Mapping[tuple[int, int], np.ndarray]
 
 
 def write_steps(path: Path, columns: Columns) -> Path:
@@ -39,7 +40,16 @@ def noisy(values: np.ndarray, sigma: float, seed: int = 0) -> np.ndarray:
 
 
 def names(diagnosis: Diagnosis) -> set[str]:
-    return {finding.name for finding in diagnosis.findings}
+    return {found.name for found in diagnosis.findings}
+
+
+def finding(diagnosis: Diagnosis, name: str) -> Finding:
+    return next(f for f in diagnosis.findings if f.name == name)
+
+
+def reopened(path: Path) -> RunWriter:
+    """Writer that adds parts to a run folder."""
+    return RunWriter(path, open_run(path).manifest, resume_after=10**6)
 
 
 def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
@@ -57,6 +67,6 @@ def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) ->
             "pred_dentropy_sum": [value for _, _, value in cells],
         },
     )
-    writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
+    writer = reopened(path)
     writer.write_part(records, 1)
     writer.close("finished")

@@ -24,6 +24,7 @@ from tests.trl_toy import (
     toy_model,
     toy_trainer,
 )
+from tests.trl_watched import recorded
 from wapo_analysis import UserError, attach, open_run, use_wapo
 from wapo_analysis.capture import trl_replace
 from wapo_analysis.stats import head
@@ -78,10 +79,6 @@ def replaced(tmp_path: Path, **settings: Any) -> tuple[Any, list[Any], dict[str,
         weights = run(trainer)
     assert attachment.recorder.failure is None
     return trainer, steps, weights
-
-
-def recorded(steps: list[Any], name: str) -> np.ndarray:
-    return np.concatenate([tokens[name] for tokens in steps])
 
 
 def moved(weights: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from wapo_analysis.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from wapo_analysis.compare import Comparison
+    from wapo_analysis.diagnose import Diagnosis
     from wapo_analysis.store import Run
 
 Option = typer.Option
@@ -113,9 +114,21 @@ def diagnose(
         typer.echo(json.dumps(found.to_dict(), indent=1))
     else:
         typer.echo(found.to_markdown() if format == "markdown" else found.to_text())
+        if format == "text" and (found.culprits or found.drivers):
+            typer.echo(f"\nnext: {_next_commands(opened, found)}")
     if fail_on is not None and found.worst_severity is not None:
         if SEVERITIES.index(found.worst_severity) >= SEVERITIES.index(fail_on):
             raise typer.Exit(1)
+
+
+def _next_commands(run: "Run", found: "Diagnosis") -> str:
+    """Commands that go on from a diagnosis: its tokens, what leaving the class out would do."""
+    commands = [f"wapo report {run.path}"]
+    if not run.probes.empty and found.drivers:
+        commands.insert(0, f"wapo whatif {run.path} --exclude-bins {found.drivers[0].cls}")
+    if found.culprits:
+        commands.insert(0, f"wapo diagnose {run.path} --step {found.culprits.steps[0]}")
+    return "   |   ".join(commands)
 
 
 def _only(path: Path) -> "list[Run]":

@@ -7,17 +7,19 @@
 
 from wapo_analysis.diagnose.judge import diagnose
 from wapo_analysis.diagnose.registry import DETECTORS, Detector
-from wapo_analysis.diagnose.result import SEVERITIES, Diagnosis, Driver, Finding, Skipped
-from wapo_analysis.diagnose.words import VERDICT_WORDS
+from wapo_analysis.diagnose.result import SEVERITIES, Culprits, Diagnosis, Driver, Finding, Skipped
+from wapo_analysis.diagnose.words import VERDICT_WORDS, culprit_words
 
 __all__ = [
     "DETECTORS",
     "SEVERITIES",
     "VERDICT_WORDS",
+    "Culprits",
     "Detector",
     "Diagnosis",
     "Driver",
     "Finding",
     "Skipped",
+    "culprit_words",
     "diagnose",
 ]

@@ -15,6 +15,8 @@ from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes
 from wapo_analysis.table import Array
 
+EARLY = "early_warning"
+"""Name of the finding that comes before the entropy leaves its band."""
 TREND_WINDOW = 6
 """Steps over which the early warning takes the trend."""
 AGREE = 0.7
@@ -141,7 +143,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
         else "the class flows point the other way, so the steps are too large for first order"
     )
     return Finding(
-        name="early_warning",
+        name=EARLY,
         severity="warning",
         step=step,
         message=f"Entropy {way} steadily at step {step} ({series.level:.3g} to {now:.3g} nats) and "

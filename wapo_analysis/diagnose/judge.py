@@ -1,12 +1,17 @@
 """The verdict on a run: the gravest critical finding, its onset, and the classes that drive it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.culprits import find_culprits
 from wapo_analysis.diagnose.drivers import entropy_drivers
+from wapo_analysis.diagnose.forecast import EARLY, TREND_WINDOW
 from wapo_analysis.diagnose.registry import MIN_STEPS, run_detectors
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
+    Culprits,
     Diagnosis,
     Driver,
     Finding,
@@ -71,6 +76,7 @@ def diagnose(run: Run) -> Diagnosis:
         onset_step=main.step if main else None,
         first_warning_step=min(warned, default=None),
         drivers=drivers,
+        culprits=_culprits(context, drivers, main, findings),
         findings=tuple(sorted(findings, key=lambda f: (f is not main, *_rank(f)))),
         skipped=tuple(skipped),
         sentence=(main.message if main else _calm_sentence(context, fallback, findings)) + note,
@@ -90,6 +96,24 @@ def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...]
     if drivers or not (drivers := entropy_drivers(context, first, last, 0)):
         return drivers, ""
     return drivers, " " + AGAINST.format(*(("down", "rose") if way > 0 else ("up", "fell")))
+
+
+def _culprits(
+    context: Context, drivers: Sequence[Driver], main: Finding | None, findings: Sequence[Finding]
+) -> Culprits | None:
+    """What pushed before the verdict, or, while there is none, before an early warning."""
+    if main is not None:
+        if main.name in ("stalled", "diverged") or not drivers:
+            return None
+        last = main.step if main.until is None else main.until
+        way = int(np.sign(drivers[0].predicted_dentropy))
+        return find_culprits(context.run, main.name, drivers[0].cls, main.step, last, way)
+    early = next((f for f in findings if f.name == EARLY and "class" in f.evidence), None)
+    if early is None:
+        return None
+    way = 1 if early.evidence["direction"] == "up" else -1
+    cls, first = str(early.evidence["class"]), early.step - TREND_WINDOW + 1
+    return find_culprits(context.run, early.name, cls, first, early.step, way)
 
 
 def _way(context: Context) -> int:

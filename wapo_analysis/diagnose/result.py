@@ -63,6 +63,43 @@ class Driver:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Culprits:
+    """Tokens and rollouts that the push of one class came from.
+
+    Attributes
+    ----------
+    finding : str
+        Name of the finding they stand behind.
+    cls : str
+        Class name of the taxonomy.
+    steps : tuple of int
+        Steps whose token rows were read.
+    tokens : tuple of (str, float)
+        Texts of the tokens and their shares of the class's push, largest first.
+    rollouts : tuple of (int, int, float)
+        Steps, numbers and shares of rollouts, largest first.
+    """
+
+    finding: str
+    cls: str
+    steps: tuple[int, ...]
+    tokens: tuple[tuple[str, float], ...]
+    rollouts: tuple[tuple[int, int, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "class": self.cls,
+            "token_steps": list(self.steps),
+            "tokens": [{"token": text, "share": plain_number(s)} for text, s in self.tokens],
+            "rollouts": [
+                {"step": step, "rollout": number, "share": plain_number(s)}
+                for step, number, s in self.rollouts
+            ],
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """One thing seen in a run.
@@ -140,6 +177,9 @@ class Diagnosis:
         First step beyond any warning threshold, whatever came of it.
     drivers : tuple of Driver
         Classes, the one that pushes most in the direction of the verdict first.
+    culprits : Culprits or None
+        Tokens and rollouts behind the push of the driving class; None without a verdict or an early
+        warning, or without token rows near it.
     findings : tuple of Finding
         The one behind the verdict first, then most severe first, then by step.
     skipped : tuple of Skipped
@@ -153,6 +193,7 @@ class Diagnosis:
     onset_step: int | None
     first_warning_step: int | None
     drivers: tuple[Driver, ...]
+    culprits: Culprits | None = None
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...]
     sentence: str
@@ -185,9 +226,16 @@ class Diagnosis:
             "onset_step": self.onset_step,
             "first_warning_step": self.first_warning_step,
             "drivers": [driver.to_dict() for driver in self.drivers],
-            "findings": [finding.to_dict() for finding in self.findings],
+            "findings": [self._finding_dict(finding) for finding in self.findings],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
         }
+
+    def _finding_dict(self, finding: Finding) -> dict[str, Any]:
+        """A finding, with the tokens and rollouts behind it in its evidence."""
+        form = finding.to_dict()
+        if self.culprits is not None and self.culprits.finding == finding.name:
+            form["evidence"] |= self.culprits.to_dict()
+        return form
 
     def to_text(self) -> str:
         """Plain text for a terminal."""

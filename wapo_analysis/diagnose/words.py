@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wapo_analysis.diagnose.result import Diagnosis, Driver, Finding, Number
+    from wapo_analysis.diagnose.result import Culprits, Diagnosis, Driver, Finding, Number
 
 VERDICT_WORDS = {
     "healthy": "healthy",
@@ -14,6 +14,10 @@ VERDICT_WORDS = {
     "diverged": "diverged",
     "insufficient_data": "insufficient data",
 }
+
+
+_SPREAD = 0.03
+"""Share below which no rollout is worth naming."""
 
 
 def short(value: "Number") -> str:
@@ -41,6 +45,8 @@ def as_text(diagnosis: "Diagnosis") -> str:
         lines += ["", "  entropy flow by class (predicted, nats per unit learning rate)"]
         lines += [f"    {_driver_row(driver)}" for driver in diagnosis.drivers]
         lines += [f"    {net_words(diagnosis.drivers)}"]
+    if diagnosis.culprits:
+        lines += ["", f"  {culprit_words(diagnosis.culprits)}"]
     for finding in diagnosis.findings:
         lines += ["", *(f"  {line}" for line in _finding_lines(finding))]
     if diagnosis.skipped:
@@ -56,6 +62,20 @@ def net_words(drivers: "tuple[Driver, ...]") -> str:
         f"{'sum':<11}{net:>+11.3g}  first order, each position for itself; shared parameters can "
         "turn it"
     )
+
+
+def culprit_words(culprits: "Culprits") -> str:
+    """One sentence with tokens, rollouts and their shares."""
+    several = len(culprits.steps) > 1
+    tokens = ", ".join(f"{text!r} {percent(share)}" for text, share in culprits.tokens)
+    rollouts = "rollouts " + ", ".join(
+        f"{number}{f' of step {step}' if several else ''} {percent(share)}"
+        for step, number, share in culprits.rollouts
+    )
+    if culprits.rollouts[0][2] < _SPREAD:
+        rollouts = f"spread over many rollouts, none above {culprits.rollouts[0][2]:.1%}"
+    when = f"step{'s' if several else ''} {', '.join(map(str, culprits.steps))}"
+    return f"The {culprits.cls} push at {when}: tokens {tokens}; {rollouts}."
 
 
 def _driver_row(driver: "Driver") -> str:
@@ -96,6 +116,8 @@ def as_markdown(diagnosis: "Diagnosis") -> str:
             f"| {percent(d.share)} |"
             for d in diagnosis.drivers
         ]
+    if diagnosis.culprits:
+        lines += ["", _escaped(culprit_words(diagnosis.culprits))]
     for finding in diagnosis.findings:
         numbers = ", ".join(f"{key} {short(value)}" for key, value in finding.evidence.items())
         lines += [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wapo_analysis.compare import Comparison
-from wapo_analysis.diagnose import SEVERITIES, VERDICT_WORDS, Diagnosis, Driver
+from wapo_analysis.diagnose import SEVERITIES, VERDICT_WORDS, Diagnosis, Driver, culprit_words
 from wapo_analysis.report.samples import Sample, pick_samples
 from wapo_analysis.store import Run
 
@@ -44,6 +44,7 @@ class Card:
     advice: str
     drivers: tuple[Driver, ...]
     drivers_title: str
+    culprits: str
 
 
 def verdict_cards(comparison: Comparison) -> list[Card]:
@@ -70,6 +71,7 @@ def _card(label: str, diagnoses: list[Diagnosis]) -> Card:
         advice=warning.advice if warning else "",
         drivers=one.drivers,
         drivers_title=_drivers_title(one),
+        culprits="" if one.culprits is None else culprit_words(one.culprits),
     )
 
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
+from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, culprit_words
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.store import Run
 from wapo_analysis.watch.band import Band, entropy_band
@@ -190,6 +190,8 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
         title.append(driver.cls, CLASS_STYLES.get(driver.cls, ""))
         title.append(f" ({driver.share:.0%} of the push)")
     lines: list[RenderableType] = [title, Text(diagnosis.sentence)]
+    if diagnosis.culprits:
+        lines.append(Text(culprit_words(diagnosis.culprits)))
     for finding in diagnosis.findings[:_MAX_FINDINGS]:
         line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
         line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
