@@ -40,6 +40,9 @@ _METHOD = """## What is compared
   that over the CPU time of the rest of the same step: forward, backward and AdamW of a
   SmolLM2-135M-shaped model on about 500 tokens. `wapo train` itself pays less, because there the
   statistics supply the log-probability.
+- **Fused head** (6): it never holds the logits, so it makes them twice: four matrix products
+  against the base's three. `head_products_vs_no_capture` below is what the four take alone; where
+  products are slow beside memory (CPUs without matrix units), that is most of it.
 - **Errors** (8): g = sqrt((1-p)^2 + C_o) and B = p(1-p)(ln p + H) - (Q_o + C_o H), the change of
   the entropy per unit step with reversed sign, both from the stored statistics as on reading a
   run. B is a sum of four products that passes through zero, where no relative error exists: its
