@@ -36,19 +36,23 @@ EDGE = 5
 BAD = ("explosion", "collapse", "reward_collapse", "reward_hacking", "stalled", "diverged")
 
 
+TEST_SEEDS = 100
+"""First seed of the test part; seeds below it are there to choose thresholds on."""
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train, with the seeds it is run with."""
+    """One way to train, and how often it is tested."""
 
     name: str
-    seeds: tuple[int, ...]
+    runs: int
     settings: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
 
     @property
-    def first_drawn(self) -> int:
-        """Number of seeds of the first draw, whose test half was seen before rules were changed."""
-        return len(self.seeds) // 2
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the tuning runs, twice as many, and of the test runs."""
+        return (*range(2 * self.runs), *range(TEST_SEEDS, TEST_SEEDS + self.runs))
 
     @property
     def one_class(self) -> str | None:
@@ -62,42 +66,38 @@ def _large(lr: float, cls: str) -> dict[str, Any]:
     return {"lr": lr, "warmup_steps": 40, "include_bins": (cls,), **ONE_CLASS}
 
 
-def _seeds(count: int, first: int = 0) -> tuple[int, ...]:
-    return tuple(range(first, first + count))
-
-
 RECIPES: tuple[Recipe, ...] = (
     *(
-        Recipe(f"{task}-{name}-{lr:g}", _seeds(4), {"task": task, "objective": name, "lr": lr})
+        Recipe(f"{task}-{name}-{lr:g}", 2, {"task": task, "objective": name, "lr": lr})
         for task in ("chain-sum", "two-hop")
         for name in ("grpo", "wapo")
         for lr in (3e-5, 6e-5, 1e-4)
     ),
-    Recipe("neg-peak", _seeds(12), {"lr": 1.5e-5, "include_bins": ("neg_peak",), **ONE_CLASS}),
-    Recipe("pos-valley", _seeds(8), {"lr": 3e-5, "include_bins": ("pos_valley",), **ONE_CLASS}),
-    Recipe("negatives", _seeds(4), {"lr": 3e-5, "include_bins": ("neg",), **ONE_CLASS}),
-    Recipe("pos-peak", _seeds(4), {"lr": 5e-5, "include_bins": ("pos_peak",), **ONE_CLASS}),
-    Recipe("neg-valley", _seeds(4), {"lr": 5e-5, "include_bins": ("neg_valley",), **ONE_CLASS}),
-    Recipe("pos-peak-large-step", _seeds(8), _large(1.5e-3, "pos_peak")),
-    Recipe("neg-valley-large-step", _seeds(8), _large(1e-3, "neg_valley")),
-    Recipe("grpo-large-step", _seeds(8), {"lr": 2e-3, "warmup_steps": 40}),
-    Recipe("grpo-huge-step", _seeds(8), {"lr": 2e-3, "warmup_steps": 8}),
-    Recipe("wapo-large-step", _seeds(8), {"lr": 1e-3, "warmup_steps": 40, "objective": "wapo"}),
-    Recipe("grpo-many-epochs", _seeds(4), {"lr": 3e-4, "epochs": 4}),
-    Recipe("wapo-many-epochs", _seeds(4), {"lr": 2e-4, "epochs": 4, "objective": "wapo"}),
-    Recipe("grpo-stale", _seeds(4), {"lr": 6e-4}, "stale"),
-    Recipe("wapo-stale", _seeds(8), {"lr": 4e-4, "objective": "wapo"}, "stale"),
-    Recipe("grpo-stale-huge-step", _seeds(4), {"lr": 2e-3, "warmup_steps": 8}, "stale"),
-    Recipe("coin-grpo", _seeds(4), {"lr": 3e-4}, "coin"),
-    Recipe("coin-wapo", _seeds(8), {"lr": 2e-4, "objective": "wapo"}, "coin"),
-    Recipe("hacked-grpo", _seeds(8), {"lr": 1.5e-4}, "brief_passes"),
-    Recipe("hacked-wapo", _seeds(4), {"lr": 1.5e-4, "objective": "wapo"}, "brief_passes"),
-    Recipe("no-reward", _seeds(4), {"lr": 1e-4}, "no_reward"),
-    Recipe("all-the-same", _seeds(4), {"lr": 1e-4}, "all_the_same"),
-    Recipe("nan-gradient", _seeds(4), {"lr": 1e-4}, "nan_gradient"),
-    Recipe("nan-weights", _seeds(4), {"lr": 1e-4}, "nan_weights"),
+    Recipe("neg-peak", 6, {"lr": 1.5e-5, "include_bins": ("neg_peak",), **ONE_CLASS}),
+    Recipe("pos-valley", 4, {"lr": 3e-5, "include_bins": ("pos_valley",), **ONE_CLASS}),
+    Recipe("negatives", 2, {"lr": 3e-5, "include_bins": ("neg",), **ONE_CLASS}),
+    Recipe("pos-peak", 2, {"lr": 5e-5, "include_bins": ("pos_peak",), **ONE_CLASS}),
+    Recipe("neg-valley", 2, {"lr": 5e-5, "include_bins": ("neg_valley",), **ONE_CLASS}),
+    Recipe("pos-peak-large-step", 4, _large(1.5e-3, "pos_peak")),
+    Recipe("neg-valley-large-step", 4, _large(1e-3, "neg_valley")),
+    Recipe("grpo-large-step", 4, {"lr": 2e-3, "warmup_steps": 40}),
+    Recipe("grpo-huge-step", 4, {"lr": 2e-3, "warmup_steps": 8}),
+    Recipe("wapo-large-step", 4, {"lr": 1e-3, "warmup_steps": 40, "objective": "wapo"}),
+    Recipe("grpo-many-epochs", 2, {"lr": 3e-4, "epochs": 4}),
+    Recipe("wapo-many-epochs", 2, {"lr": 2e-4, "epochs": 4, "objective": "wapo"}),
+    Recipe("grpo-stale", 2, {"lr": 6e-4}, "stale"),
+    Recipe("wapo-stale", 4, {"lr": 4e-4, "objective": "wapo"}, "stale"),
+    Recipe("grpo-stale-huge-step", 2, {"lr": 2e-3, "warmup_steps": 8}, "stale"),
+    Recipe("coin-grpo", 2, {"lr": 3e-4}, "coin"),
+    Recipe("coin-wapo", 4, {"lr": 2e-4, "objective": "wapo"}, "coin"),
+    Recipe("hacked-grpo", 4, {"lr": 1.5e-4}, "brief_passes"),
+    Recipe("hacked-wapo", 2, {"lr": 1.5e-4, "objective": "wapo"}, "brief_passes"),
+    Recipe("no-reward", 2, {"lr": 1e-4}, "no_reward"),
+    Recipe("all-the-same", 2, {"lr": 1e-4}, "all_the_same"),
+    Recipe("nan-gradient", 2, {"lr": 1e-4}, "nan_gradient"),
+    Recipe("nan-weights", 2, {"lr": 1e-4}, "nan_weights"),
 )
-"""What the suite is made of. Even seeds tune, odd seeds test (`SuiteRun.test`)."""
+"""What the suite is made of."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,8 @@ class SuiteRun:
 
     @property
     def test(self) -> bool:
-        """It belongs to the test half: its seed is odd."""
-        return self.seed % 2 == 1
-
-    @property
-    def unseen(self) -> bool:
-        """No rule was changed after a look at it: a test run whose seed is of the second draw."""
-        return self.test and self.seed >= self.recipe.first_drawn
+        """It belongs to the test part, which no threshold was chosen on."""
+        return self.seed >= TEST_SEEDS
 
     @property
     def config(self) -> TrainConfig:
@@ -306,7 +301,7 @@ def outcome(run: Run) -> Outcome:
     explosion: the entropy ends above twice its beginning and the reward was lost or never gained.
     collapse: it ends below a half and the reward was lost, or below a fifth and it was never
     gained. reward_collapse: the reward is lost without that. healthy: the reward was gained and
-    kept, or stayed. unclear: anything else.
+    kept all along, or stayed. unclear: anything else, as a reward half lost and won back.
     """
     steps, true = run.steps, true_reward(run, get_task(run.manifest["task"]))
     start, end = float(true.head(3).mean()), float(true.tail(EDGE).mean())
@@ -336,6 +331,6 @@ def outcome(run: Run) -> Outcome:
     elif lost:
         label = "reward_collapse"
     else:
-        label = "healthy" if end >= start - GAIN / 2 else "unclear"
+        label = "healthy" if end >= start - GAIN / 2 and not low.any() else "unclear"
     lost_at = int(low.index[low.to_numpy().argmax()]) if lost and low.any() else None
     return Outcome(label, lost_at, entropy_start, entropy_end, start, peak, end)

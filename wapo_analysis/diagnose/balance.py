@@ -7,6 +7,7 @@ import wapo_taxonomy as tax
 from wapo_analysis.diagnose.context import CALM_STEPS, Context
 from wapo_analysis.diagnose.drivers import CLASS_ADVICE
 from wapo_analysis.diagnose.levels import lasting, level_finding
+from wapo_analysis.diagnose.policy import FALL, RISE
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 
@@ -16,7 +17,7 @@ TAKEOVER = 0.7
 """Share of the gradient mass at which a class has taken over."""
 ONE_SIGN = 0.8
 """Share of the gradient mass at which one sign of the advantage outweighs the other."""
-RISE = 0.2
+SHARE_RISE = 0.2
 """Rise of a share above its own beginning without which it is how the run is built."""
 BUILT_IN = 0.02
 """A sign with no more than this at the beginning is left out by the objective."""
@@ -63,7 +64,7 @@ def find_takeover(context: Context) -> list[Finding]:
     why, what = CLASS_ADVICE[top]
     return level_finding(
         series,
-        lasting(series, series.smooth >= max(TAKEOVER, series.level + RISE)),
+        lasting(series, series.smooth >= max(TAKEOVER, series.level + SHARE_RISE)),
         name="one_class_takes_the_gradient",
         severity="info" if _one_class_wanted(context) or _paid(context) else "warning",
         what=f"{top} tokens carry ever more of the gradient",
@@ -83,8 +84,8 @@ def find_imbalance(context: Context) -> list[Finding]:
     series = _share(mass, negative)
     if not len(series) or not BUILT_IN < series.level < 1 - BUILT_IN:
         return []
-    heavy = lasting(series, series.smooth >= max(ONE_SIGN, series.level + RISE))
-    light = lasting(series, series.smooth <= min(1 - ONE_SIGN, series.level - RISE))
+    heavy = lasting(series, series.smooth >= max(ONE_SIGN, series.level + SHARE_RISE))
+    light = lasting(series, series.smooth <= min(1 - ONE_SIGN, series.level - SHARE_RISE))
     side = "negative" if heavy is not None else "positive"
     names = negative if heavy is not None else tuple(set(tax.CLASSES) - set(negative))
     top = str(mass[list(names)].tail(max(3, len(mass) // 10)).sum().idxmax())
@@ -130,7 +131,7 @@ def _one_class_wanted(context: Context) -> bool:
 
 
 def _unpaid_move(context: Context) -> int:
-    """1 or -1 if the entropy ends 1.5 times above or below its beginning without a gain in reward.
+    """1 or -1 if the entropy ends above or below its detectors' band and the reward gained nothing.
 
     0 if it does not, if the reward rose or is solved, or while too few steps are known to tell.
     """
@@ -144,5 +145,5 @@ def _unpaid_move(context: Context) -> int:
         or series.end <= 0
     ):
         return 0
-    change = np.log(series.end / series.level)
-    return int(np.sign(change)) if abs(change) >= np.log(1.5) else 0
+    ratio = series.end / series.level
+    return 1 if ratio >= RISE[0] else -1 if ratio <= FALL[0] else 0

@@ -10,7 +10,7 @@ from scipy import stats
 
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
-from wapo_analysis.diagnose.policy import FALL, RISE
+from wapo_analysis.diagnose.policy import FALL, RISE, find_entropy_fall
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes
 from wapo_analysis.table import Array
@@ -84,7 +84,8 @@ def find_early_warning(context: Context) -> list[Finding]:
 
     Reported while it lasts, or if the departure it announced came. A trend the flows agree with
     needs less evidence and names the class; one against them says that the steps are too large for
-    the first-order law. Downward it counts only while the reward does not pay.
+    the first-order law. Downward it counts only while the reward does not pay: not for what it paid
+    for on the whole, either.
     """
     series = context.series("entropy")
     if series.values.min() <= 0:
@@ -99,11 +100,14 @@ def find_early_warning(context: Context) -> list[Finding]:
 
 
 def _paid(context: Context) -> bool:
+    """A fall is no loss: solved, the reward at its best, or a decline that it paid for."""
     reward = context.reward
     if reward is None:
         return False
     falls = reward.series.end < reward.peak - reward.margin
-    return reward.solved or not falls
+    if reward.solved or not falls:
+        return True
+    return any(finding.name == "entropy_decline" for finding in find_entropy_fall(context))
 
 
 def _announced(context: Context, series: Series, direction: int) -> int | None:

@@ -124,10 +124,11 @@ def _what_broke(names: list[str]) -> str:
 
 
 def find_gradient_spikes(context: Context) -> list[Finding]:
-    """Gradient norms far above their neighbours; a smooth rise is no spike.
+    """Gradient norms far above their neighbours and the beginning; a smooth rise is no spike.
 
-    A spike is three times the median of its neighbourhood and eight robust standard deviations of
-    the logarithm above it.
+    A spike is three times the median of its neighbourhood, or the beginning if that is more, and
+    eight robust standard deviations of the logarithm above it: a gradient that has become small and
+    comes back to its old size for a step, as where all but a few groups are solved, is none.
     """
     series = context.series("grad_norm")
     steps, values = series.steps[series.values > 0], series.values[series.values > 0]
@@ -135,8 +136,8 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
         return []
     logs = np.log(values)
     near = pd.Series(logs).rolling(SPIKE_WINDOW, center=True, min_periods=1).median().to_numpy()
-    excess = logs - near
-    threshold = max(np.log(SPIKE_RATIO), SPIKE_SIGMAS * robust_sigma(excess))
+    threshold = max(np.log(SPIKE_RATIO), SPIKE_SIGMAS * robust_sigma(logs - near))
+    excess = logs - np.maximum(near, np.log(series.level)) if series.level > 0 else logs - near
     spikes = np.flatnonzero(excess > threshold)
     if not len(spikes):
         return []
@@ -152,7 +153,7 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
             step=int(steps[spikes[0]]),
             message=(
                 f"{len(spikes)} gradient {'spike' if len(spikes) == 1 else 'spikes'}, the largest "
-                f"{ratio:.1f} times its neighbours at step {steps[top]}{owner}."
+                f"{ratio:.1f} times its neighbours or the beginning at step {steps[top]}{owner}."
             ),
             evidence={
                 "spikes": len(spikes),
