@@ -59,6 +59,7 @@ def graded_run(
 
 LEVEL, UP, DOWN = np.full(40, 0.4), ramp(0.4, 0.9, 40, 5, 20), ramp(0.4, 0.0, 40, 15, 10)
 LOST = UP - ramp(0.0, 0.6, 40, 28, 4)
+DIPPED = UP - np.where((np.arange(40) >= 26) & (np.arange(40) < 31), 0.5, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ LOST = UP - ramp(0.0, 0.6, 40, 28, 4)
         ("stalled", LEVEL, LEVEL, {"groups_all_wrong": 1.0}),
         ("diverged", UP, LEVEL, {"skipped_updates": 2}),
         ("unclear", ramp(0.4, 0.3, 40, 5, 20), LEVEL, {}),
+        ("unclear", DIPPED, LEVEL, {}),
     ],
 )
 def test_labels_come_from_the_outcome(

@@ -233,6 +233,17 @@ def test_gradient_spikes_are_found_but_a_smooth_rise_is_none(tmp_path: Path) -> 
     assert finding.evidence["spikes"] == 2
 
 
+def test_a_small_gradient_that_is_back_at_its_old_size_is_no_spike(tmp_path: Path) -> None:
+    grad = np.exp(noisy(ramp(0.0, -3.0, 100, 10, 40), 0.1))
+    grad[[70, 80, 90]] = (1.0, 1.5, 2.0)
+    reward = np.full(100, 0.5)
+    assert not judge(tmp_path / "back", grad_norm=grad, reward=reward).findings
+    grad[80] = 12.0
+    (finding,) = judge(tmp_path / "above", grad_norm=grad, reward=reward).findings
+    assert (finding.name, finding.severity) == ("gradient_spikes", "warning")
+    assert (finding.step, finding.evidence["spikes"]) == (81, 1)
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("steps", [8, 30, 200])
 def test_pure_noise_is_silent(tmp_path: Path, steps: int, seed: int) -> None:

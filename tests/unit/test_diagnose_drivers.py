@@ -91,6 +91,14 @@ def test_missing_statistics_skip_the_drivers_by_name(tmp_path: Path) -> None:
     assert missing["drivers"] == ("classes.pred_dentropy_sum",)
 
 
+def test_a_fall_inside_the_band_is_no_warning(tmp_path: Path) -> None:
+    columns = {"entropy": ramp(0.4, 0.24, 60, 20, 20), "reward": np.full(60, 0.3)}
+    path = write_steps(tmp_path / "run", columns)
+    write_flows(path, {(1, 1): np.full(60, -1.0)})
+    found = {f.name: f.severity for f in diagnose(open_run(path)).findings}
+    assert found["one_class_dominates"] == "info"
+
+
 def test_an_unpaid_fall_is_told_once_there_are_steps_to_tell(tmp_path: Path) -> None:
     severity = {}
     for steps in (4, 7, 8):

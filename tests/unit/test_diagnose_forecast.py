@@ -74,6 +74,17 @@ def test_a_fall_warns_early_only_if_the_reward_falls_with_it(tmp_path: Path, end
         assert finding(d, "early_warning").evidence["class"] == "neg_valley"
 
 
+def test_a_fall_the_reward_paid_for_is_not_announced_when_the_reward_wobbles(
+    tmp_path: Path,
+) -> None:
+    entropy = noisy(0.4 * np.exp(-0.03 * np.arange(50)), 0.001)
+    reward = noisy(ramp(0.3, 0.75, 50, 0, 40), 0.005, 1)
+    reward[-5:] -= 0.1
+    d = early(tmp_path, entropy, {(1, 1): np.full(50, -1.0)}, reward)
+    assert "entropy_decline" in names(d)
+    assert "early_warning" not in names(d)
+
+
 @pytest.mark.parametrize(
     ("rate", "onset", "reward", "severity"),
     [
