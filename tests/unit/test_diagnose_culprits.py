@@ -8,7 +8,7 @@ import pytest
 import wapo_taxonomy as tax
 
 from tests.builders import write_fake_run
-from tests.step_logs import ramp, write_flows, write_steps
+from tests.step_logs import names, ramp, write_flows, write_steps
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.diagnose.culprits import find_culprits
@@ -106,14 +106,30 @@ def test_many_small_rollouts_are_not_named(tmp_path: Path) -> None:
     assert "none above 2.0%" in text
 
 
-def test_an_early_warning_names_them_too(tmp_path: Path) -> None:
+def test_what_has_no_number_is_not_named(tmp_path: Path) -> None:
+    path = exploding(tmp_path / "run", ())
+    write_tokens(path, 43, [(-1, -1, -3.0), (-1, -1, -1.0)])
+    d = diagnose(open_run(path))
+    assert d.culprits.tokens == d.culprits.rollouts == ()
+    assert "The neg_peak push at step 43: unknown tokens." in d.to_text()
+    write_tokens(path, 44, [(-1, 7, -4.0)])
+    text = diagnose(open_run(path)).to_text()
+    assert "The neg_peak push at steps 43, 44: tokens '\\n\\n' 50%." in text
+
+
+@pytest.mark.parametrize("flow", [1.0, -1.0])
+def test_an_early_warning_names_them_where_the_flow_agrees(tmp_path: Path, flow: float) -> None:
     entropy = 0.4 * 1.05 ** np.clip(np.arange(30) - 20, 0, None)
     columns = {"entropy": entropy, "reward": np.full(30, 0.5)}
     path = write_steps(tmp_path / "run", columns)
-    write_flows(path, {(-1, 1): np.full(30, 1.0)})
+    write_flows(path, {(-1, 1): np.full(30, 1.0), (1, 1): np.full(30, flow - 1.0)})
     write_tokens(path, 24, [(14, 7, -3.0)])
     d = diagnose(open_run(path))
     assert d.verdict == "healthy"
+    assert "early_warning" in names(d)
+    if flow < 0:
+        assert d.culprits is None
+        return
     assert d.culprits.finding == "early_warning"
     assert d.culprits.tokens == (("\n\n", 1.0),)
 

@@ -119,3 +119,12 @@ def test_where_the_entropy_moves_against_all_classes_their_push_is_named(tmp_pat
     assert [driver.cls for driver in d.drivers] == ["pos_peak", "neg_valley"]
     assert d.drivers[0].share == pytest.approx(2 / 3)
     assert "All classes pushed the entropy down, yet it rose" in d.sentence
+
+
+def test_a_calm_run_gets_no_remark_on_a_move_of_nothing(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"entropy": np.linspace(0.4, 0.41, 30)})
+    write_flows(path, {(1, 1): np.full(30, -1.0)})
+    d = diagnose(open_run(path))
+    assert d.verdict == "healthy"
+    assert [driver.cls for driver in d.drivers] == ["pos_peak"]
+    assert "All classes" not in d.sentence

@@ -41,7 +41,8 @@ def find_culprits(
     Returns
     -------
     Culprits or None
-        None without token rows near the window, or with none that push.
+        None without token rows near the window, or with none that push. Tokens and rollouts whose
+        number the source could not give (-1) are not named.
     """
     steps = _steps(run.token_steps(), first, last)
     if not steps:
@@ -54,8 +55,9 @@ def find_culprits(
     push, rows = push[mine], rows[mine]
     total = float(push.sum())
     vocab = run.vocab
-    by_token = _largest(push.groupby(rows["token_id"]).sum())
-    by_rollout = _largest(push.groupby([rows["step"], rows["rollout"]]).sum()).reset_index()
+    by_token = _largest(push[rows["token_id"] >= 0].groupby(rows["token_id"]).sum())
+    named = push[rows["rollout"] >= 0].groupby([rows["step"], rows["rollout"]]).sum()
+    by_rollout = _largest(named).reset_index()
     return Culprits(
         finding=finding,
         cls=cls,

@@ -93,7 +93,7 @@ def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...]
         first, last = main.step, main.step if main.name == "diverged" else main.until
         way = DIRECTION.get(main.name, way)
     drivers = entropy_drivers(context, first, last, way)
-    if drivers or not (drivers := entropy_drivers(context, first, last, 0)):
+    if drivers or not (drivers := entropy_drivers(context, first, last, 0)) or main is None:
         return drivers, ""
     return drivers, " " + AGAINST.format(*(("down", "rose") if way > 0 else ("up", "fell")))
 
@@ -108,8 +108,8 @@ def _culprits(
         last = main.step if main.until is None else main.until
         way = int(np.sign(drivers[0].predicted_dentropy))
         return find_culprits(context.run, main.name, drivers[0].cls, main.step, last, way)
-    early = next((f for f in findings if f.name == EARLY and "class" in f.evidence), None)
-    if early is None:
+    early = next((f for f in findings if f.name == EARLY), None)
+    if early is None or "class" not in early.evidence or not early.evidence["flow_agrees"]:
         return None
     way = 1 if early.evidence["direction"] == "up" else -1
     cls, first = str(early.evidence["class"]), early.step - TREND_WINDOW + 1

@@ -68,14 +68,17 @@ def culprit_words(culprits: "Culprits") -> str:
     """One sentence with tokens, rollouts and their shares."""
     several = len(culprits.steps) > 1
     tokens = ", ".join(f"{text!r} {percent(share)}" for text, share in culprits.tokens)
-    rollouts = "rollouts " + ", ".join(
+    rollouts = ", ".join(
         f"{number}{f' of step {step}' if several else ''} {percent(share)}"
         for step, number, share in culprits.rollouts
     )
-    if culprits.rollouts[0][2] < _SPREAD:
-        rollouts = f"spread over many rollouts, none above {culprits.rollouts[0][2]:.1%}"
+    parts = [f"tokens {tokens}"] if tokens else []
+    if rollouts:
+        top = culprits.rollouts[0][2]
+        spread = f"spread over many rollouts, none above {top:.1%}"
+        parts.append(spread if top < _SPREAD else f"rollouts {rollouts}")
     when = f"step{'s' if several else ''} {', '.join(map(str, culprits.steps))}"
-    return f"The {culprits.cls} push at {when}: tokens {tokens}; {rollouts}."
+    return f"The {culprits.cls} push at {when}: {'; '.join(parts) or 'unknown tokens'}."
 
 
 def _driver_row(driver: "Driver") -> str:
