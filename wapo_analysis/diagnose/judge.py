@@ -1,6 +1,7 @@
 """The verdict on a run: the gravest critical finding, its onset, and the classes that drive it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from wapo_analysis.diagnose.result import (
     Skipped,
     Verdict,
 )
+from wapo_analysis.diagnose.settings import in_names_of
 from wapo_analysis.store import Run
 
 GRAVEST_FIRST: tuple[Verdict, ...] = (
@@ -60,7 +62,9 @@ def diagnose(run: Run) -> Diagnosis:
     of reward, and nothing critical, it is insufficient_data.
     """
     context = Context(run)
-    findings, skipped = run_detectors(context)
+    found, skipped = run_detectors(context)
+    source = run.manifest.get("source")
+    findings = [replace(f, advice=in_names_of(source, f.advice)) for f in found]
     critical = {f.name: f for f in findings if f.severity == "critical"}
     verdict = next((name for name in GRAVEST_FIRST if name in critical), None)
     main = critical[verdict] if verdict else None
