@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.test_recorder import ROLLOUTS, record, spell, tokens
+from tests.recorder_passes import ROLLOUTS, record, spell, tokens
+from wapo_analysis.bench.micro_step import MicroStep, Shape, Watcher
 from wapo_analysis.capture.recorder import Recorder, TokenPass
 from wapo_analysis.capture.token_pass import DevicePass, on_host
 from wapo_analysis.store import open_run
@@ -59,3 +60,11 @@ def test_a_run_recorded_from_the_gpu_equals_that_from_the_host(tmp_path: Path) -
     assert one.tokens().equals(other.tokens())
     assert one.classes.equals(other.classes)
     assert one.vocab == other.vocab
+
+
+def test_a_watched_step_on_the_gpu_holds_its_tokens(tmp_path: Path) -> None:
+    step = MicroStep(Shape(300, 32, 64, 2, 2, 2, "tiny"), batch=2, length=9, device="cuda")
+    step.beside(Watcher.into(tmp_path / "run"))
+    rows = open_run(tmp_path / "run").tokens()
+    assert len(rows) == step.tokens
+    assert set(rows["rollout"]) == {0, 1}

@@ -220,7 +220,7 @@ class MicroStep:
                 self._end_step(watcher)
 
     def _token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
-        rollouts = torch.arange(len(self.mask))
+        rollouts = torch.arange(len(self.mask), device=self.mask.device)
         return TokenPass.of_rollouts(
             self.mask,
             stats,

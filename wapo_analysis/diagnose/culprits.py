@@ -49,7 +49,7 @@ def find_culprits(
         return None
     rows = run.tokens(steps)
     push = direction * rows["pred_dentropy"].astype(np.float64)
-    mine = (rows["cls"] == tax.CLASSES.index(cls)) & (push > 0)
+    mine = (rows["cls"] == tax.CLASS_CODES[cls]) & (push > 0)
     if not mine.any():
         return None
     push, rows = push[mine], rows[mine]
