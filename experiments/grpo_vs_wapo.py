@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.cli.reading import print_comparison, write_figures
+from wapo_analysis.cli.compare import print_comparison
+from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import compare
 from wapo_analysis.errors import UserError
 from wapo_analysis.report.build import build_report

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from wapo_analysis.capture.trl_cost import watching_cost
+from wapo_analysis.capture.trl.cost import watching_cost
 
 VOCABULARY = 49152
 

@@ -10,7 +10,7 @@ from wapo_analysis.train.config import TrainConfig
 torch.set_num_threads(1)
 
 # Scripts for other environments: they import what this one need not have.
-collect_ignore = ["compat", "unit/triton_cases.py"]
+collect_ignore = ["compat", "unit/stats/triton_cases.py"]
 
 TINY = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 3}
 

@@ -10,19 +10,19 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.version import __version__
 
 if TYPE_CHECKING:
-    from wapo_analysis.capture.torch_loop import Recorder
-    from wapo_analysis.capture.trl import attach
+    from wapo_analysis.capture.loop import Recorder
+    from wapo_analysis.capture.trl.attachment import attach
+    from wapo_analysis.capture.trl.objective import use_wapo
     from wapo_analysis.store import Run, open_run
     from wapo_analysis.train.config import TrainConfig
-    from wapo_analysis.train.trl_wapo import use_wapo
 
 _LAZY = {
-    "Recorder": "wapo_analysis.capture.torch_loop",
+    "Recorder": "wapo_analysis.capture.loop",
     "Run": "wapo_analysis.store",
     "TrainConfig": "wapo_analysis.train.config",
-    "attach": "wapo_analysis.capture.trl",
+    "attach": "wapo_analysis.capture.trl.attachment",
     "open_run": "wapo_analysis.store",
-    "use_wapo": "wapo_analysis.train.trl_wapo",
+    "use_wapo": "wapo_analysis.capture.trl.objective",
 }
 
 __all__ = [

@@ -27,7 +27,7 @@ logging.disable(logging.INFO)
 import numpy as np
 import torch
 
-from tests.trl_toy import (
+from tests.support.trl_toy import (
     LOSSES,
     WatchedLoss,
     collect_tokens,

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from tests.trl_toy import run, toy_tokenizer, toy_trainer
+from tests.support.trl_toy import run, toy_tokenizer, toy_trainer
 from wapo_analysis import attach, open_run
 
 STEPS = 10

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.recorder_passes import ROLLOUTS, record, spell, tokens
+from tests.support.recorder_passes import ROLLOUTS, record, spell, tokens
 from wapo_analysis.bench.micro_step import MicroStep, Shape, Watcher
-from wapo_analysis.capture.recorder import Recorder, TokenPass
-from wapo_analysis.capture.token_pass import DevicePass, on_host
+from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.tokens import DevicePass, on_host
 from wapo_analysis.store import open_run
 
 pytestmark = [

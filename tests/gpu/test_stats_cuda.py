@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.exact_stats import assert_close, by_float64, consequences, drawn, some_targets
+from tests.support.exact_stats import assert_close, by_float64, consequences, drawn, some_targets
 from wapo_analysis.stats import TokenStats, token_stats
 
 pytestmark = [

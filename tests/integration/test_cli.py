@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.builders import write_fake_run
+from tests.support.builders import write_fake_run
 from wapo_analysis.cli import run
 from wapo_analysis.store import open_run
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ended, started
+from tests.support.processes import ended, started
 from wapo_analysis import open_run
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.store import Run

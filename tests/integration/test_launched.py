@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.processes import ended, started, stop
+from tests.support.processes import ended, started, stop
 from wapo_analysis import open_run
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError

@@ -11,7 +11,10 @@ import wapo_taxonomy as tax
 
 from tests.integration.test_training import assert_same_weights
 from wapo_analysis.attribute import attribute_step, what_if
-from wapo_analysis.capture.step_parts import (
+from wapo_analysis.cli import run as wapo
+from wapo_analysis.errors import UserError
+from wapo_analysis.probes import closure_error, three_numbers
+from wapo_analysis.probes.split import (
     Before,
     check_splits,
     class_gradients,
@@ -19,9 +22,6 @@ from wapo_analysis.capture.step_parts import (
     split_step,
     with_sums,
 )
-from wapo_analysis.cli import run as wapo
-from wapo_analysis.errors import UserError
-from wapo_analysis.probes import closure_error, three_numbers
 from wapo_analysis.schema import ALL_TOKENS, GRADIENT, INTERACTION, OTHER_TOKENS, UPDATE
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
@@ -112,7 +112,7 @@ def test_a_failing_probe_lets_training_go_on(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from wapo_analysis.capture import probe
+    from wapo_analysis.probes import measure as probe
 
     def full(*_: object) -> None:
         raise MemoryError("no room for copies")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.word_problems import write_word_problems
+from tests.support.word_problems import write_word_problems
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.stats import token_stats
 from wapo_analysis.store import Run, open_run

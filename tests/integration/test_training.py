@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from wapo_analysis.capture.recorder import NullRecorder, TokenPass
+from wapo_analysis.objectives.config import OBJECTIVES
+from wapo_analysis.record.recorder import NullRecorder, TokenPass
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import Trainer, train
 from wapo_analysis.train.models import Policy, load_policy, pick_device
-from wapo_analysis.train.objectives import OBJECTIVES
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 import wapo_analysis
-from tests.trl_toy import run, toy_dataset, toy_model, toy_trainer
-from tests.trl_watched import expected_coef, recorded, watched_run
+from tests.support.trl_toy import run, toy_dataset, toy_model, toy_trainer
+from tests.support.trl_watched import expected_coef, recorded, watched_run
 from wapo_analysis import UserError, attach, open_run
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.

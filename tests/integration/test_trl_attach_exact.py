@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
-from tests.trl_toy import (
+from tests.support.trl_toy import (
     LOSSES,
     WatchedLoss,
     collect_tokens,
@@ -21,7 +21,7 @@ from tests.trl_toy import (
     toy_model,
     toy_trainer,
 )
-from tests.trl_watched import expected_coef, recorded, watched_run
+from tests.support.trl_watched import expected_coef, recorded, watched_run
 from wapo_analysis import attach, open_run
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.

@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
-from tests.trl_toy import run, toy_trainer
-from tests.trl_watched import watched_run
+from tests.support.trl_toy import run, toy_trainer
+from tests.support.trl_watched import watched_run
 from wapo_analysis import attach, open_run
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.

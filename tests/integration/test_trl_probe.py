@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
-from tests.trl_toy import run, toy_trainer
+from tests.support.trl_toy import run, toy_trainer
 from wapo_analysis import UserError, attach, open_run
 from wapo_analysis.probes import closure_error, three_numbers
 from wapo_analysis.schema import GRADIENT, MOMENTUM, OTHER_TOKENS, UPDATE

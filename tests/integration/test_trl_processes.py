@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
 from wapo_analysis import open_run
-from wapo_analysis.capture.recorder import Recorder
+from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store.files import MANIFEST
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.
@@ -24,7 +24,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from tests.trl_toy import run, toy_trainer
+from tests.support.trl_toy import run, toy_trainer
 from wapo_analysis import attach
 
 out = Path(sys.argv[1])

@@ -15,7 +15,7 @@ pytest.importorskip("trl", minversion="1.15", reason="needs the extra [trl] with
 from peft import LoraConfig
 from trl.trainer import utils
 
-from tests.trl_toy import (
+from tests.support.trl_toy import (
     WatchedLoss,
     collect_tokens,
     full_softmax,
@@ -24,9 +24,9 @@ from tests.trl_toy import (
     toy_model,
     toy_trainer,
 )
-from tests.trl_watched import recorded
+from tests.support.trl_watched import recorded
 from wapo_analysis import UserError, attach, open_run, use_wapo
-from wapo_analysis.capture import trl_replace
+from wapo_analysis.capture.trl import replace as trl_replace
 from wapo_analysis.stats import head
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.

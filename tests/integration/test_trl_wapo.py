@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
-from tests.trl_toy import WatchedLoss, collect_tokens, mask_of, run, toy_trainer
+from tests.support.trl_toy import WatchedLoss, collect_tokens, mask_of, run, toy_trainer
 from wapo_analysis import UserError, attach, open_run, use_wapo
-from wapo_analysis.train.loss import keep_tokens, policy_loss
-from wapo_analysis.train.objectives import ObjectiveConfig
-from wapo_analysis.train.weights import batch_weights, minibatch_weights
+from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.loss import keep_tokens, policy_loss
+from wapo_analysis.objectives.weights import batch_weights, minibatch_weights
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -166,7 +166,7 @@ def test_close_gives_the_plain_trainer_back(tmp_path: Path) -> None:
 
 
 def test_evaluation_runs_under_wapo(tmp_path: Path) -> None:
-    from tests.trl_toy import toy_dataset
+    from tests.support.trl_toy import toy_dataset
 
     trainer = toy_trainer(
         tmp_path / "out", eval_dataset=toy_dataset().select(range(4)), eval_strategy="steps",

@@ -12,7 +12,7 @@ from wapo_analysis.bench.harness import Measure, Measures, Work, interleave
 from wapo_analysis.bench.micro_step import Shape, llama
 from wapo_analysis.bench.options import Options
 from wapo_analysis.bench.reference import trl_selective
-from wapo_analysis.capture.step_parts import class_gradients
+from wapo_analysis.probes.split import class_gradients
 
 _SMALL = Shape(2000, 256, 1024, 4, 4, 4, "small")
 _BATCH, _LENGTH = 16, 128

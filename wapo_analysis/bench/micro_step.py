@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.bench.reference import chunked_entropy, trl_selective
-from wapo_analysis.capture.recorder import Recorder, TokenPass
+from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.loss import policy_loss
+from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.stats import TokenStats, fused_head_stats, token_stats
-from wapo_analysis.train.loss import policy_loss
-from wapo_analysis.train.objectives import ObjectiveConfig
 
 _PROMPT, _LENGTH, _BATCH = 16, 127, 4
 

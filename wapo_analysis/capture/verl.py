@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.torch_loop import Recorder
+from wapo_analysis.capture.loop import Recorder
 from wapo_analysis.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
     manifest : mapping, optional
         Entries of the manifest.
     **settings
-        ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.capture.torch_loop.Recorder`.
+        ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.capture.loop.Recorder`.
 
     Returns
     -------

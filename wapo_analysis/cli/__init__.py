@@ -41,18 +41,24 @@ def root(
     """Attach the global options."""
 
 
-for _module in (
-    "training",
-    "evaluating",
-    "reading",
-    "attributing",
-    "watching",
-    "checking",
-    "importing",
-    "benching",
-    "storing",
-    "tasking",
-):
+_COMMANDS = (
+    "demo",
+    "train",
+    "eval",
+    "compare",
+    "diagnose",
+    "figures",
+    "report",
+    "schema",
+    "whatif",
+    "watch",
+    "verify",
+    "import_",
+    "bench",
+    "compact",
+    "tasks",
+)
+for _module in _COMMANDS:
     import_module(f"wapo_analysis.cli.{_module}").register(app)
 
 

@@ -1,5 +1,6 @@
 """What several commands share: arguments, opening runs, error lines."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -8,6 +9,8 @@ import typer
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from wapo_analysis.store import Run
 
 RunsArgument = Annotated[
@@ -46,3 +49,27 @@ def check_new(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
+
+
+def progress() -> "Progress":
+    """Progress display on stderr; a bar's field ``now`` says where it stands."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+        console=Console(stderr=True),
+        expand=False,
+    )
+
+
+def progress_over(names: Sequence[str], steps: int) -> "Progress":
+    """Progress display with one bar for each named run."""
+    bar = progress()
+    for name in names:
+        bar.add_task(name, total=steps, now="")
+    return bar

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import in_names_of
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.culprits import find_culprits
+from wapo_analysis.diagnose.detectors.forecast import EARLY, TREND_WINDOW
+from wapo_analysis.diagnose.detectors.registry import MIN_STEPS, run_detectors
 from wapo_analysis.diagnose.drivers import entropy_drivers
-from wapo_analysis.diagnose.forecast import EARLY, TREND_WINDOW
-from wapo_analysis.diagnose.registry import MIN_STEPS, run_detectors
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
     Culprits,
@@ -19,7 +20,6 @@ from wapo_analysis.diagnose.result import (
     Skipped,
     Verdict,
 )
-from wapo_analysis.diagnose.settings import in_names_of
 from wapo_analysis.store import Run
 
 GRAVEST_FIRST: tuple[Verdict, ...] = (

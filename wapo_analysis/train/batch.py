@@ -14,12 +14,12 @@ from torch.nn.functional import pad
 
 from wapo_analysis.completions import repetition
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.advantages import group_advantages
+from wapo_analysis.objectives.advantages import group_advantages
+from wapo_analysis.objectives.config import OBJECTIVES
 from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy
-from wapo_analysis.train.objectives import OBJECTIVES
 from wapo_analysis.train.rollout import Rollouts, sample
 from wapo_analysis.train.tasks import Problem, Task
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.train.limits import LIMITS
-from wapo_analysis.train.objectives import ObjectiveConfig
 from wapo_analysis.train.tasks import Task, check_task, get_task
 
 

@@ -16,7 +16,15 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture.recorder import NullRecorder, Recorder, TokenPass, on_schedule
+from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.loss import keep_tokens, policy_loss
+from wapo_analysis.objectives.weights import (
+    BatchWeights,
+    batch_weights,
+    kept_token_weights,
+    minibatch_weights,
+)
+from wapo_analysis.record.recorder import NullRecorder, Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import open_run, read_manifest
 from wapo_analysis.train.batch import batch_statistics, draw_batch, rollout_columns
@@ -27,11 +35,9 @@ from wapo_analysis.train.evaluate import evaluate, evaluation_due
 from wapo_analysis.train.interrupt import stop_between_steps
 from wapo_analysis.train.launched import check_processes
 from wapo_analysis.train.loggers import check_loggers, open_loggers
-from wapo_analysis.train.loss import keep_tokens, policy_loss
 from wapo_analysis.train.manifest import new_manifest, resumed_manifest
 from wapo_analysis.train.minibatch import MiniBatch, mini_batches
 from wapo_analysis.train.models import Policy, configured_policy
-from wapo_analysis.train.objectives import ObjectiveConfig
 from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.recompute import recomputing
 from wapo_analysis.train.resume import check_resumed
@@ -39,12 +45,6 @@ from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts
 from wapo_analysis.train.schedule import learning_rate
 from wapo_analysis.train.scoring import capture_mode, score
 from wapo_analysis.train.tally import StepTally
-from wapo_analysis.train.weights import (
-    BatchWeights,
-    batch_weights,
-    kept_token_weights,
-    minibatch_weights,
-)
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.recorder import TokenPass
+from wapo_analysis.record.recorder import TokenPass
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.batch import Batch
 from wapo_analysis.train.config import TrainConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from wapo_analysis.capture.probe import (
+from wapo_analysis.probes.measure import (
     Scorable,
     Update,
     clip_factor,
@@ -18,8 +18,8 @@ from wapo_analysis.capture.probe import (
     spread,
     take_apart,
 )
-from wapo_analysis.capture.recorder import NullRecorder, TokenPass
-from wapo_analysis.capture.step_parts import Before
+from wapo_analysis.probes.split import Before
+from wapo_analysis.record.recorder import NullRecorder, TokenPass
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.rollout import Rollouts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.recorder import TokenPass
+from wapo_analysis.record.recorder import TokenPass
 
 _SUMS = ("tokens", "entropy", "pos", "entropy_pos", "neg", "entropy_neg", "kept", "low", "high")
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wapo_analysis.train.advantages import group_advantages
-from wapo_analysis.train.objectives import OBJECTIVES, ObjectiveConfig
-from wapo_analysis.train.weights import batch_weights
+from wapo_analysis.objectives.advantages import group_advantages
+from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
+from wapo_analysis.objectives.weights import batch_weights
 from wapo_analysis.verify import official_metrics as metrics
 from wapo_analysis.verify.compare import Check, check
 from wapo_analysis.verify.gold_files import Case

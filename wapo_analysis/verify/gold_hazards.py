@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wapo_analysis.train.loss import LossOutput, keep_tokens, policy_loss
-from wapo_analysis.train.weights import BatchWeights, minibatch_weights
+from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
+from wapo_analysis.objectives.weights import BatchWeights, minibatch_weights
 from wapo_analysis.verify import official_metrics as metrics
 from wapo_analysis.verify.gold_replay import objective_config
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wapo_analysis.train.objectives import ObjectiveConfig
+from wapo_analysis.objectives.config import ObjectiveConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,14 @@
 from dataclasses import dataclass
 
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.policy import FALL, FALL_LOST, FALL_UNPAID, MIN_RISE, RISE, SIGMAS
+from wapo_analysis.diagnose.detectors.policy import (
+    FALL,
+    FALL_LOST,
+    FALL_UNPAID,
+    MIN_RISE,
+    RISE,
+    SIGMAS,
+)
 
 
 @dataclass(frozen=True, slots=True)

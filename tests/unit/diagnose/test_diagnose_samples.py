@@ -1,0 +1,226 @@
+"""Detectors of completions, and of another policy than the one that sampled."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.step_logs import finding, judge, names, noisy, ramp, reopened, write_steps
+from wapo_analysis.diagnose import diagnose
+from wapo_analysis.diagnose.samples import (
+    SAMPLED_STEPS,
+    completion_rows,
+    evenly,
+    first_pass_gap,
+    length_pay,
+    shared_answers,
+)
+from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.store import Run, open_run
+from wapo_analysis.table import Records
+
+STEPS = 60
+
+
+# ---- completions --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "reward", "severity", "advice"),
+    [
+        (ramp(20, 60, STEPS, 20, 20), np.full(STEPS, 0.3), "warning", "length bias"),
+        (ramp(20, 60, STEPS, 20, 20), ramp(0.3, 0.7, STEPS, 20, 20), "info", "reward rises"),
+        (ramp(20, 8, STEPS, 20, 20), np.full(STEPS, 0.3), "warning", "end-of-text"),
+        (ramp(20, 8, STEPS, 20, 20), ramp(0.3, 0.9, STEPS, 20, 20), "warning", "verifier"),
+    ],
+)
+def test_length_drifts_both_ways(
+    tmp_path: Path, length: np.ndarray, reward: np.ndarray, severity: str, advice: str
+) -> None:
+    d = judge(tmp_path, length=noisy(length, 0.5), reward=noisy(reward, 0.02, 1))
+    found = finding(d, "length_drift")
+    assert found.severity == severity
+    assert advice in found.advice
+    assert 20 < found.step <= 45
+    assert found.evidence["ratio"] == pytest.approx(length[-1] / 20, rel=0.1)
+
+
+def test_a_length_that_wanders_within_its_noise_is_silent(tmp_path: Path) -> None:
+    length = np.random.default_rng(0).normal(20, 6, STEPS)
+    assert not judge(tmp_path, length=length, reward=np.full(STEPS, 0.3)).findings
+
+
+def write_answers(path: Path, same_from: int, prompts: int = 4, rollouts: int = 4) -> None:
+    """Completions that depend on the prompt until a step, and no longer from it on."""
+    writer = reopened(path)
+    for step in range(1, STEPS + 1):
+        cells = [(g, r) for g in range(prompts) for r in range(rollouts)]
+        texts = ["7" if step >= same_from else f"{g}:{r}:{step}" for g, r in cells]
+        columns = {
+            "step": [step] * len(cells),
+            "rank": [0] * len(cells),
+            "group": [g for g, _ in cells],
+            "rollout": list(range(len(cells))),
+            "prompt": [f"question {g}" for g, _ in cells],
+            "completion": texts,
+            "reward": [0.5] * len(cells),
+        }
+        writer.write_part(Records.build(ROLLOUTS, columns), step)
+    writer.close("finished")
+
+
+def test_the_same_answer_to_every_prompt_is_found_and_voids_the_reward(tmp_path: Path) -> None:
+    columns = {
+        "reward": noisy(ramp(0.4, 0.95, STEPS, 20, 15), 0.01),
+        "entropy": noisy(ramp(0.4, 0.01, STEPS, 20, 15), 0.001, 1),
+    }
+    path = write_steps(tmp_path / "run", columns)
+    assert diagnose(open_run(path)).verdict == "healthy"
+    write_answers(path, same_from=30)
+    d = diagnose(open_run(path))
+    assert d.verdict == "entropy_collapse"
+    found = finding(d, "degenerate_completions")
+    assert found.evidence == {"start": 0.0, "end": 1.0}
+    assert 28 <= found.step <= 34
+    assert "verifier" in found.advice
+
+
+def test_answers_that_depend_on_the_prompt_are_fine_also_if_repeated_within_it(
+    tmp_path: Path,
+) -> None:
+    path = write_steps(tmp_path / "run", {"reward": np.full(STEPS, 0.5)})
+    write_answers(path, same_from=STEPS + 1)
+    assert "degenerate_completions" not in names(diagnose(open_run(path)))
+    series = shared_answers(completion_rows(open_run(path)))
+    assert len(series) == SAMPLED_STEPS
+    assert series.values.max() == 0
+
+
+def write_lengths(path: Path, lengths: np.ndarray, pays: bool) -> None:
+    """Groups of four rollouts of differing length; the shorter half earns, or a random one."""
+    writer, rng = reopened(path), np.random.default_rng(0)
+    for step, mean in enumerate(lengths, start=1):
+        offset = np.tile([-1, 0, 1, 2], 4)
+        reward = (offset < 1) if pays else rng.random(16) < 0.5
+        columns = {
+            "step": np.full(16, step),
+            "rank": np.zeros(16),
+            "group": np.repeat(np.arange(4), 4),
+            "rollout": np.arange(16),
+            "reward": reward.astype(float),
+            "length": (mean + offset).astype(int),
+        }
+        writer.write_part(Records.build(ROLLOUTS, columns), step)
+    writer.close("finished")
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_shorter_answers_that_earn_more_are_a_warning(tmp_path: Path, pays: bool) -> None:
+    length = noisy(ramp(30, 26, STEPS, 20, 20), 0.1)
+    path = write_steps(tmp_path / "run", {"length": length, "reward": np.full(STEPS, 0.5)})
+    write_lengths(path, length, pays)
+    d = diagnose(open_run(path))
+    assert ("reward_pays_for_length" in names(d)) == pays
+    if pays:
+        found = finding(d, "reward_pays_for_length")
+        assert found.severity == "warning"
+        assert found.evidence["correlation"] == pytest.approx(-0.894, abs=0.01)
+        assert 25 < found.step < 42
+
+
+def test_the_pay_for_length_leaves_out_what_the_prompt_decides(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"reward": np.full(3, 0.5)})
+    columns = {
+        "step": np.ones(4),
+        "rank": np.zeros(4),
+        "group": [0, 0, 1, 1],  # the hard prompt is long and earns little, whatever the rollout
+        "rollout": np.arange(4),
+        "reward": [1.0, 0.8, 0.2, 0.0],
+        "length": [10, 12, 101, 99],
+    }
+    writer = reopened(path)
+    writer.write_part(Records.build(ROLLOUTS, columns), 1)
+    writer.close("finished")
+    assert length_pay(completion_rows(open_run(path))).values == pytest.approx([0.0], abs=1e-4)
+
+
+def test_at_most_forty_steps_are_read() -> None:
+    assert evenly(np.arange(1, 10)) == list(range(1, 10))
+    chosen = evenly(np.arange(1, 1001))
+    assert (len(chosen), chosen[0], chosen[-1]) == (SAMPLED_STEPS, 1, 1000)
+
+
+# ---- another policy than the one that sampled ---------------------------------------------------
+
+
+def write_tokens(path: Path, shift: np.ndarray, tokens: int = 200) -> None:
+    """Token rows whose behaviour log-probability is off by a normal of the step's spread."""
+    writer, rng = reopened(path), np.random.default_rng(0)
+    for step, sigma in enumerate(shift, start=1):
+        logp = np.log(rng.uniform(0.2, 0.9, tokens))
+        # Centred so that the ratio has mean 1, as that of two distributions has.
+        old = logp + rng.normal(0, sigma, tokens) + sigma**2 / 2
+        late = np.arange(tokens) % 2
+        columns = {
+            "step": np.full(tokens, step),
+            "minibatch": late,
+            "rank": np.zeros(tokens),
+            "group": np.zeros(tokens),
+            "rollout": np.zeros(tokens),
+            "position": np.arange(tokens),
+            "token_id": np.zeros(tokens),
+            "advantage": np.ones(tokens),
+            "logp": logp,
+            "logp_old": np.where(late == 0, old, logp + 1.0),  # later passes may drift
+        }
+        writer.write_part(Records.build(TOKENS, columns), step)
+    writer.close("finished")
+
+
+def off_policy(tmp_path: Path, shift: np.ndarray) -> Run:
+    path = write_steps(tmp_path / "run", {"reward": np.full(len(shift), 0.5)})
+    write_tokens(path, shift)
+    return open_run(path)
+
+
+def test_a_gap_from_the_first_step_on_is_a_mismatch_of_engines(tmp_path: Path) -> None:
+    d = diagnose(off_policy(tmp_path, np.full(30, 0.3)))
+    found = finding(d, "train_inference_mismatch")
+    assert "staleness" not in names(d)
+    assert found.step == 1
+    assert found.evidence["start"] == pytest.approx(0.3**2 / 2, rel=0.3)
+    assert found.evidence["ess"] == pytest.approx(math.exp(-(0.3**2)), abs=0.05)
+    assert 0.05 < found.evidence["max_dp"] < 1
+
+
+def test_a_gap_that_grows_from_nothing_is_staleness(tmp_path: Path) -> None:
+    d = diagnose(off_policy(tmp_path, ramp(0.0, 0.4, 30, 10, 10)))
+    assert "train_inference_mismatch" not in names(d)
+    assert 11 <= finding(d, "staleness").step <= 20
+
+
+def test_on_policy_first_passes_are_silent(tmp_path: Path) -> None:
+    run = off_policy(tmp_path, np.full(30, 0.003))
+    assert not names(diagnose(run)) & {"train_inference_mismatch", "staleness"}
+    gap = first_pass_gap(run)
+    assert gap["tokens"].tolist() == [100.0] * 30
+    assert gap["k3"].max() < 1e-4
+    assert gap["ess"].min() > 0.999
+
+
+def test_a_logged_gap_serves_where_there_are_no_token_rows(tmp_path: Path) -> None:
+    column = "sampling/sampling_logp_difference/mean"
+    columns = {"reward": np.full(STEPS, 0.5), column: ramp(0.01, 0.2, STEPS, 20, 10)}
+    d = judge(tmp_path, **columns)
+    assert 20 < finding(d, "train_inference_mismatch").step <= 30
+    skipped = {s.name: s.missing for s in judge(tmp_path / "b", reward=[0.5] * 10).skipped}
+    assert skipped["train_inference_mismatch"] == (f"tokens.logp_old or {column}",)
+    assert skipped["staleness"] == ("tokens.logp_old",)
+
+
+def test_drift_within_the_batch_is_judged_against_its_beginning(tmp_path: Path) -> None:
+    reward = np.full(STEPS, 0.5)
+    d = judge(tmp_path, kl_old=ramp(0.002, 0.1, STEPS, 20, 20), reward=reward)
+    assert 20 < finding(d, "off_policy_drift").step <= 40
+    assert not judge(tmp_path / "always", kl_old=np.full(STEPS, 0.1), reward=reward).findings

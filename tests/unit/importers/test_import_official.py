@@ -1,0 +1,226 @@
+"""Official WAPO output: what its aggregates determine is exact, the rest is missing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.importers import import_run
+from wapo_analysis.importers.official_classes import StepCounts
+from wapo_analysis.store import Run, open_run
+
+SOURCE = Path(__file__).parents[2] / "data" / "official_run"
+DATA = SOURCE / "plots" / "toy-wapo" / "data"
+STEPS = range(1, 7)
+SIGNS = {"pos": 1, "neg": -1}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("official") / "run"
+    import_run(SOURCE, out)
+    return open_run(out)
+
+
+def counts(step: int) -> dict[str, int]:
+    lines = (DATA / "token_bins" / "token_bins.jsonl").read_text().splitlines()
+    return next(r["counts"] for r in map(json.loads, lines) if r["step"] == step - 1)
+
+
+def test_class_counts_are_exact(imported: Run) -> None:
+    for step in STEPS:
+        given, rows = counts(step), imported.classes.query("step == @step and regime >= 0")
+        found = rows.groupby(["sign", "regime"])[["tokens", "kept"]].sum()
+        for name, regime in (("peak", 1), ("valley", 0)):
+            kept, eligible = given[f"pos_{name}_kept"], given[f"pos_{name}_eligible"]
+            assert found.loc[(1, regime)].tolist() == [kept, kept]
+            assert found.loc[(0, regime)].tolist() == [eligible - kept, 0]
+            assert found.loc[(-1, regime)].tolist() == [given[f"neg_{name}_eligible"], 0]
+
+
+def test_positive_counts_agree_with_the_trainers_own_count_by_probability(imported: Run) -> None:
+    for step in STEPS:
+        stored = np.load(DATA / "token_count" / f"step_{step - 1}.npz")
+        rows = imported.classes.query("step == @step and sign == 1")
+        assert rows["tokens"].sum() == stored["pos"].sum()  # no p = 1 in this run
+        assert imported.classes.query("step == @step")["tokens"].sum() == sum(
+            n for name, n in counts(step).items() if name.endswith("eligible")
+        )
+
+
+def test_bin_sums_are_mean_times_count_and_the_rest_is_missing(imported: Run) -> None:
+    for step in STEPS:
+        mass = np.load(DATA / "grad_mass" / f"step_{step - 1}.npz")
+        number = np.load(DATA / "token_count" / f"step_{step - 1}.npz")
+        for name, sign in SIGNS.items():
+            rows = imported.classes.query(
+                "step == @step and sign == @sign and prob_bin >= 0",
+                local_dict={"step": step, "sign": sign},
+            )
+            full = number[name] > 0
+            assert rows["prob_bin"].tolist() == np.flatnonzero(full).tolist()
+            np.testing.assert_allclose(
+                rows["grad_mass_proxy"], (mass[name] * number[name])[full], rtol=1e-12
+            )
+            assert rows["tokens"].isna().all(), "tokens are counted once, in the class rows"
+    for column in ("grad_mass", "coef_sum", "clipped", "rule_breaks", "pred_dentropy_sum"):
+        assert imported.classes[column].isna().all(), column
+
+
+def test_token_rows_are_the_scatter(imported: Run) -> None:
+    stored = np.load(DATA / "scatter_step_2.npz")
+    rows = imported.tokens([3])
+    np.testing.assert_allclose(rows["logp"], np.log(stored["prob_train"]), rtol=2e-5)
+    np.testing.assert_allclose(rows["logp_old"], np.log(stored["prob_inference"]), rtol=2e-5)
+    np.testing.assert_allclose(rows["advantage"], stored["advantages"], rtol=2e-5)
+    for column in ("entropy", "token_id", "rollout", "kept", "clipped", "coef"):
+        assert rows[column].isna().all(), column
+
+
+def test_steps_come_from_the_log_one_later_than_the_files(imported: Run) -> None:
+    state = json.loads(
+        (SOURCE / "checkpoints/toy-wapo/checkpoint-6/trainer_state.json").read_text()
+    )
+    steps = imported.steps.set_index("step")
+    assert steps.index.tolist() == list(STEPS)
+    for row in state["log_history"]:
+        got = steps.loc[row["step"]]
+        for ours, theirs in (
+            ("reward", "reward"), ("reward_std", "reward/std"), ("entropy", "entropy"),
+            ("lr", "learning_rate"), ("kl_old", "mismatch_kl"), ("length", "tokens/completion"),
+            ("tv", "tv_distance"),
+        ):  # fmt: skip
+            name = ours if ours != "tv" else "official/tv_distance"
+            assert got[name] == row[theirs], name
+    rewards = np.load(DATA / "rewards" / "reward_step_3.npy")
+    assert steps.loc[4, "pass_rate"] == (rewards >= 1).mean()
+    assert steps.loc[4, "kept_tokens"] == sum(v for k, v in counts(4).items() if "kept" in k)
+    mean = np.load(DATA / "grad_mass" / "step_3.npz")["pos"][4]
+    assert steps.loc[4, "official/grad_mass/pos/0.5-1.0"] == mean
+
+
+def test_completions_and_evaluation(imported: Run) -> None:
+    written = json.loads((SOURCE / "completions/toy-wapo/step_3.json").read_text())
+    rows = imported.rollouts
+    assert len(rows) == len(written) == 64
+    assert rows["reward"].tolist() == [row["reward"] for row in written]
+    assert rows["completion"][5] == written[5]["completion"][0]["content"]
+    assert rows["group"].tolist() == [i % 8 for i in range(64)], "members are 8 apart"
+    assert rows["length"].isna().all()
+    evaluated = json.loads((SOURCE / "eval/toy-wapo/step_3.json").read_text())
+    steps = imported.steps.set_index("step")
+    assert steps.loc[3, "eval/reward"] == np.mean([row["reward"] for row in evaluated])
+
+
+def test_manifest_says_what_is_missing_and_why(imported: Run) -> None:
+    told = imported.manifest["import"]
+    assert imported.manifest["source"] == "import"
+    assert "(1 - p) proxy" in told["cannot_feed"]["gradient_mass"]
+    assert "class_share" not in told["cannot_feed"]
+    assert "completions: exact_match" in told["unknown_keys"]
+    assert "chi_squared" in told["kept_keys"]
+    assert any("empty" in note for note in told["notes"]), "the last completions file is []"
+
+
+def copied(tmp_path: Path) -> Path:
+    target = tmp_path / "source"
+    shutil.copytree(SOURCE, target)
+    return target
+
+
+def test_steps_repeated_after_a_resume_count_once_the_last_wins(tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    log = source / "plots/toy-wapo/data/token_bins/token_bins.jsonl"
+    again = json.loads(log.read_text().splitlines()[4])
+    again["counts"]["neg_peak_eligible"] = 777
+    with log.open("a") as stream:
+        stream.write(json.dumps(again) + "\n" + '{"step": 5, "coun')
+    report = import_run(source, tmp_path / "run")
+    assert report.repeated_steps == {5}
+    assert report.half_lines == ["token_bins.jsonl"]
+    assert "repeated steps (resume): 5" in report.to_text()
+    rows = open_run(tmp_path / "run").classes.query("step == 5 and sign == -1 and regime == 1")
+    assert rows["tokens"].tolist() == [777]
+
+
+def test_zero_advantages_that_cannot_be_told_apart_are_said(tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    log = source / "plots/toy-wapo/data/token_bins/token_bins.jsonl"
+    rows = [json.loads(text) for text in log.read_text().splitlines()]
+    for row in rows:  # a trainer without a gate keeps everything
+        row["counts"] |= {
+            name.replace("eligible", "kept"): n
+            for name, n in row["counts"].items()
+            if name.endswith("eligible")
+        }
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = import_run(source, tmp_path / "run")
+    # In step 4 every sequence has an advantage, which the other files show.
+    told = report.counts["steps whose pos counts include tokens without advantage (A >= 0)"]
+    assert told == 5
+    cells = open_run(tmp_path / "run").classes
+    found = cells.query("step == 1 and sign == 1 and regime == 1")
+    assert found["tokens"].tolist() == [counts(1)["pos_peak_eligible"]]
+    assert 0 not in set(cells.query("step == 1")["sign"]), "none is unknown there, not empty"
+    assert cells.query("step == 4 and sign == 0")["tokens"].tolist() == [0, 0]
+
+
+def test_a_gate_is_not_read_from_steps_with_chosen_bins() -> None:
+    bins = {"neg_peak_eligible": 5, "neg_peak_kept": 0}
+    assert StepCounts.gated([StepCounts(bins=bins)])
+    assert not StepCounts.gated([StepCounts(bins=bins, filtered=True)])
+    assert not StepCounts.gated(
+        [StepCounts(bins=bins), StepCounts(bins=bins | {"neg_peak_kept": 2})]
+    )
+    assert not StepCounts.gated([])
+
+
+def test_without_class_counts_the_bins_count_the_tokens(tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    shutil.rmtree(source / "plots/toy-wapo/data/token_bins")
+    import_run(source, tmp_path / "run")
+    stored = np.load(DATA / "token_count" / "step_0.npz")
+    rows = open_run(tmp_path / "run").classes.query("step == 1")
+    assert rows["tokens"].sum() == stored["pos"].sum() + stored["neg"].sum()
+    assert set(rows["regime"]) == {-1}
+
+
+def test_the_layout_without_the_word_checkpoints(tmp_path: Path) -> None:
+    source, flat = copied(tmp_path), tmp_path / "outputs" / "toy"
+    shutil.copytree(source / "plots/toy-wapo", flat)
+    shutil.copytree(source / "checkpoints/toy-wapo", flat, dirs_exist_ok=True)
+    rows = json.loads((source / "completions/toy-wapo/step_3.json").read_text())
+    (flat / "step_2.json").write_text(json.dumps(rows))
+    shutil.copy(source / "eval/toy-wapo/step_3.json", flat / "step_3.json")
+    report = import_run(flat, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert set(run.rollouts["step"]) == {2}
+    assert any("step_3.json holds evaluation rows" in note for note in report.notes)
+    assert len(run.steps) == 6
+
+
+@pytest.mark.parametrize("part", ["plots", "plots/toy-wapo", "plots/toy-wapo/data", "."])
+def test_any_folder_of_the_run_may_be_named(part: str, tmp_path: Path) -> None:
+    report = import_run(SOURCE / part, tmp_path / "run")
+    assert (report.format, report.steps, report.rollouts) == ("official", 6, 64)
+
+
+def test_a_broken_archive_is_named_and_the_others_read(tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    file = source / "plots/toy-wapo/data/scatter_step_2.npz"
+    file.write_bytes(file.read_bytes()[:500])
+    (source / "completions/toy-wapo/step_3.json").write_text('[{"step"')
+    report = import_run(source, tmp_path / "run")
+    assert {text.split(":")[0] for text in report.broken} == {"scatter_step_2.npz", "step_3.json"}
+    assert open_run(tmp_path / "run").token_steps() == [1, 2, 4, 5, 6]
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    source = copied(tmp_path)
+    shutil.copytree(source / "plots/toy-wapo", source / "plots/other")
+    with pytest.raises(UserError, match="several official runs here.*other.*toy-wapo"):
+        import_run(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,172 @@
+"""prime-rl: token exports, and the file monitor with annotated traces."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.import_sources import (
+    STEPS,
+    write_lines,
+    write_prime_exports,
+    write_prime_monitor,
+)
+from wapo_analysis.errors import UserError
+from wapo_analysis.importers import import_run
+from wapo_analysis.store import open_run
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in file.read_text().splitlines()]
+
+
+def exported(source: Path, step: int) -> list[dict[str, Any]]:
+    files = sorted(source.glob(f"token_exports/step_{step}/rank_*.jsonl"))
+    return [record for file in files for record in records(file)]
+
+
+def test_exported_tokens_come_through_token_for_token(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run")
+    report = import_run(source, tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    rows = run.tokens([3])
+    sequences = exported(source, 3)
+    for ours, theirs in (("logp", "trainer_logprobs"), ("logp_old", "inference_logprobs"),
+                         ("entropy", "entropy"), ("advantage", "advantages"),
+                         ("token_id", "token_ids"), ("clipped", "is_masked")):  # fmt: skip
+        wanted = [v for r in sequences for v, m in zip(r[theirs], r["loss_mask"], strict=True) if m]
+        np.testing.assert_allclose(rows[ours].astype(float), wanted, rtol=2e-5, err_msg=ours)
+    assert rows["rollout"].nunique() == 6
+    assert rows["position"].tolist() == [i for _ in range(2) for n in (4, 5, 6) for i in range(n)]
+    assert rows["kept"].all()
+    assert report.format == "prime-rl"
+    assert set(report.unknown_keys) == {"env_name"}
+
+
+def test_class_totals_and_step_columns_add_up(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run")
+    import_run(source, tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    rows, totals = run.tokens([2]), run.classes.query("step == 2")
+    assert totals["tokens"].sum() == totals["kept"].sum() == len(rows) == 30
+    assert totals["clipped"].sum() == rows["clipped"].sum()
+    assert totals["logp_sum"].sum() == pytest.approx(rows["logp"].sum(), rel=1e-4)
+    assert totals["rule_breaks"].isna().all(), "without collision sums no rule can be checked"
+    step = run.steps.set_index("step").loc[2]
+    ratio = rows["logp"] - rows["logp_old"]
+    assert step["kl_old"] == pytest.approx((np.exp(ratio) - 1 - ratio).mean(), rel=1e-2)
+    assert step["entropy"] == pytest.approx(rows["entropy"].mean(), rel=1e-4)
+    up = rows[rows["advantage"] > 0]
+    assert step["entropy_pos"] == pytest.approx(up["entropy"].mean(), rel=1e-4)
+    assert step["clip_high"] == pytest.approx(up["clipped"].sum() / len(rows))
+    assert math.isnan(step["reward"])
+
+
+def test_a_step_without_its_mark_is_left_out_and_said(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run")
+    (source / "token_exports/step_9/STABLE").unlink()
+    report = import_run(source, tmp_path / "out")
+    assert open_run(tmp_path / "out").token_steps() == list(range(9))
+    assert any("step_9 has no STABLE mark" in note for note in report.notes)
+
+
+def test_broken_records_are_named_and_the_others_kept(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run")
+    file = source / "token_exports/step_1/rank_0.jsonl"
+    good = file.read_text().splitlines()
+    short = json.loads(good[1])
+    short["entropy"] = short["entropy"][:-1]
+    absent = json.loads(good[2])
+    absent["trainer_logprobs"][3] = None
+    file.write_text("\n".join([good[0], json.dumps(short), "{", json.dumps(absent), good[2][:40]]))
+    report = import_run(source, tmp_path / "out")
+    assert report.broken_lines == 2
+    assert sorted(text.split(":")[1] for text in report.broken) == ["2", "3"]
+    assert report.half_lines == ["rank_0.jsonl"]
+    rows = open_run(tmp_path / "out").tokens([1])
+    assert int(rows["logp"].isna().sum()) == 1, "null stays null"
+    assert rows.loc[rows["logp"].isna(), "cls"].tolist() == [-1]
+
+
+@pytest.mark.parametrize("where", ["monitors/file", "."])
+def test_traces_are_joined_with_their_annotations(where: str, tmp_path: Path) -> None:
+    source = write_prime_monitor(tmp_path / "run", where=where)
+    if where == ".":  # the metrics file is told by its place, so here only traces remain
+        (source / "metrics.jsonl").unlink()
+    report = import_run(source, tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    monitor = source / where / "traces"
+    updates = [
+        json.loads(t) for t in (monitor / "annotations/trainer.jsonl").read_text().splitlines()
+    ]
+    stream = [json.loads(t) for t in (monitor / "stream.jsonl").read_text().splitlines()]
+    rows = run.tokens([4])
+    wanted = [
+        v for u in updates if u["info"]["train"]["trained_at_step"] == 4
+        for v in u["branches"][0]["trainer_logprobs"] if v is not None
+    ]  # fmt: skip
+    np.testing.assert_allclose(rows["logp"], wanted, rtol=2e-5)
+    sampled = [v for e in stream[12:16] for v in e["traces"][0]["nodes"][1]["logprobs"]]
+    np.testing.assert_allclose(rows["logp_old"], sampled, rtol=2e-5)
+    assert rows["advantage"].tolist() == [-0.5] * 5 + [0.5] * 5 + [-0.5] * 5 + [0.5] * 5
+    assert rows["group"].tolist() == [0] * 10 + [1] * 10
+    done = run.rollouts.query("step == 4")
+    assert done["reward"].tolist() == [0, 2, 0, 2], "score times weight"
+    assert done["completion"].tolist() == [f"say t4-{i}" for i in range(4)]
+    assert done["finish_reason"].tolist() == ["stop"] * 4
+    assert report.counts["traces that were not trained on left out"] == 1
+
+
+def test_metrics_of_both_producers_are_merged(tmp_path: Path) -> None:
+    report = import_run(write_prime_monitor(tmp_path / "run"), tmp_path / "out")
+    steps = open_run(tmp_path / "out").steps.set_index("step")
+    assert steps.loc[3, ["grad_norm", "entropy", "reward", "seconds"]].tolist() == pytest.approx(
+        [0.3, 1.03, 0.15, 3.0]
+    )
+    assert steps.loc[3, "orchestrator/time/step"] == 99.0
+    assert "off_policy/mean" in report.kept_keys
+    assert report.counts["metric rows without a step left out"] == 1
+    assert not report.repeated_steps
+    assert len(steps) == STEPS
+
+
+def test_the_newest_annotation_wins(tmp_path: Path) -> None:
+    source = write_prime_monitor(tmp_path / "run")
+    log = source / "monitors/file/traces/annotations/trainer.jsonl"
+    again = {"version": 1, "trace_id": "t1-0", "info": {"train": {"trained_at_step": 2}},
+             "branches": [{"index": 0, "trainer_logprobs": [None] * 3 + [-0.125] * 5,
+                           "entropies": [None] * 3 + [0.5] * 5, "values": [1.0]}]}  # fmt: skip
+    with log.open("a") as stream:
+        stream.write(json.dumps(again) + "\n")
+    report = import_run(source, tmp_path / "out")
+    rows = open_run(tmp_path / "out").tokens([2])
+    assert rows["logp"].tolist()[:5] == [-0.125] * 5
+    assert len(rows) == 25
+    assert set(report.unknown_keys) == {"values"}
+
+
+def test_a_folder_with_nothing_stable_is_refused(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run", steps=2)
+    for mark in source.glob("token_exports/*/STABLE"):
+        mark.unlink()
+    with pytest.raises(UserError, match="nothing to import.*no STABLE mark"):
+        import_run(source, tmp_path / "out")
+
+
+def test_single_exported_file_and_numbered_parts_of_a_stream(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run")
+    report = import_run(source / "token_exports/step_1/rank_0.jsonl", tmp_path / "one")
+    assert report.token_rows == 15
+    monitor = write_prime_monitor(tmp_path / "m") / "monitors/file/traces"
+    lines = (monitor / "stream.jsonl").read_text().splitlines()
+    (monitor / "stream.jsonl").unlink()
+    write_lines(monitor / "stream/00000.jsonl", map(json.loads, lines[:7]))
+    write_lines(monitor / "stream/00001.jsonl", map(json.loads, lines[7:]))
+    assert import_run(tmp_path / "m", tmp_path / "two").rollouts == 4 * STEPS
+    (monitor / "stream/00000.jsonl").rename(monitor / "stream/00000.jsonl.zst")
+    told = import_run(tmp_path / "m", tmp_path / "three")
+    assert told.rollouts == 4 * STEPS - 7
+    assert any("1 sealed parts" in note for note in told.notes)

@@ -1,0 +1,164 @@
+"""The list of figures, when one can be drawn, and that each survives every kind of run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.builders import DRIFTS, write_fake_run
+from wapo_analysis.errors import UserError
+from wapo_analysis.plots import FIGURES, FORMATS, encode_figure, get_figure, render, unavailable
+from wapo_analysis.schema import TABLES
+from wapo_analysis.store import Run, open_run
+
+ROOT = Path(__file__).parents[3]
+RUN_FIGURES = [name for name, spec in FIGURES.items() if spec.needs]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Run]]:
+    folder = tmp_path_factory.mktemp("cases")
+
+    def run(name: str, **options: object) -> Run:
+        return open_run(write_fake_run(folder / name, **{"steps": 6, "probe_every": 2, **options}))  # type: ignore[arg-type]
+
+    grpo, wapo = run("grpo"), run("wapo", objective="wapo")
+    blind = ("collision_rest", "collision_logp_rest", "entropy_pos", "clip_low", "pass_rate")
+    bare = {"seed": None, "label": None, "objective": {}}
+    return {
+        "two labels": [grpo, wapo],
+        "seeds": [
+            grpo,
+            run("grpo1", seed=1, steps=8),
+            wapo,
+            run("wapo1", objective="wapo", seed=1),
+        ],
+        "one step": [run("short", steps=1), run("short wapo", steps=1, objective="wapo")],
+        "diverged, hot": [run("nan", drift="diverged", temperature=2.0)],
+        "one is blind": [grpo, run("blind", objective="wapo", missing=blind, rescore_every=0)],
+        "no tokens": [run("quiet", token_every=0, probe_every=0), wapo],
+        "stalled": [run("stalled", drift="stalled"), wapo],
+        "many, bare": [run("bare", manifest=bare)]
+        + [run(f"many{i}", label=f"setting {i}", steps=2) for i in range(4)],
+    }
+
+
+CASES = ("two labels", "seeds", "one step", "diverged, hot", "one is blind", "no tokens",
+         "stalled", "many, bare")  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", RUN_FIGURES)
+def test_every_figure_draws_every_kind_of_run(
+    name: str, case: str, cases: dict[str, list[Run]]
+) -> None:
+    runs = cases[case]
+    reason = unavailable(FIGURES[name], runs)
+    if reason is not None:
+        assert "no" in reason.split()
+        return
+    figure = render(name, runs)
+    assert figure.get_suptitle() == FIGURES[name].title
+    if case not in ("many, bare", "one step"):
+        figure.set_layout_engine("none")  # the layout takes most of the time
+    figure.draw_without_rendering()
+    words = " ".join(ax.get_xlabel() + ax.get_ylabel() for ax in figure.axes)
+    assert words.strip(), "axes need labels"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_in_every_format(name: str, cases: dict[str, list[Run]]) -> None:
+    figure = render(name, cases["two labels"])
+    for kind in FORMATS:
+        assert 5_000 < len(encode_figure(figure, kind)) < 700_000
+
+
+@pytest.mark.parametrize("name", RUN_FIGURES)
+def test_full_runs_can_feed_every_figure(name: str, cases: dict[str, list[Run]]) -> None:
+    assert unavailable(FIGURES[name], cases["seeds"]) is None
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_entropy_figures_of_every_course(drift: str, tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "a", drift=drift, steps=8))
+    for name in ("entropy", "entropy_flow", "class_share"):
+        assert render(name, [run]).axes
+
+
+def test_specs_are_complete() -> None:
+    for name, spec in FIGURES.items():
+        assert spec.name == name
+        assert spec.title.endswith("?"), "a title states the question"
+        assert spec.caption.endswith(".")
+        assert not re.search(r"[.!?] [A-Z]", spec.caption), "a caption is one sentence"
+        assert spec.caption.startswith("Look ")
+        for need in spec.needs:
+            for choice in need.split("|"):
+                table, column = choice.split(".")
+                assert column in TABLES[table]
+    assert sum(not spec.needs for spec in FIGURES.values()) == 3
+
+
+def test_unknown_figure_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown figure 'entropie'; allowed: reward, entropy,"):
+        get_figure("entropie")
+
+
+def test_reason_says_what_is_missing(cases: dict[str, list[Run]], tmp_path: Path) -> None:
+    blind = cases["one is blind"][1:]
+    assert unavailable(FIGURES["entropy"], []) == "it needs at least one run"
+    assert (
+        unavailable(FIGURES["bin_mass"], blind) == "blind has no 'grad_mass' in its classes table"
+    )
+    assert "no token that was re-scored" in str(unavailable(FIGURES["prob_shift"], blind))
+    assert "no token rows" in str(unavailable(FIGURES["rule_breaks"], cases["no tokens"][:1]))
+    with pytest.raises(UserError, match="figure 'bin_mass' cannot be drawn: blind has no"):
+        render("bin_mass", blind)
+    empty = open_run(write_fake_run(tmp_path / "empty", steps=0))
+    assert unavailable(FIGURES["reward"], [empty]) == "empty has no steps yet"
+    assert unavailable(FIGURES["class_share"], [empty]) == "empty has no class totals yet"
+
+
+def test_one_run_that_can_is_enough(cases: dict[str, list[Run]]) -> None:
+    assert unavailable(FIGURES["bin_mass"], cases["one is blind"]) is None
+
+
+def test_a_run_in_progress_can_be_drawn(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "live", steps=4, status="running")
+    with (path / "steps.jsonl").open("a") as log:
+        log.write('{"step": 5, "rew')
+    assert render("reward", [open_run(path)]).axes
+
+
+def test_every_figure_has_a_short_script() -> None:
+    scripts = {path.stem: path for path in (ROOT / "figures").glob("[!_]*.py")}
+    assert set(scripts) == {*FIGURES, "make_all"}
+    for path in scripts.values():
+        assert len(path.read_text().splitlines()) <= 40
+
+
+def test_script_writes_the_formats(tmp_path: Path, cases: dict[str, list[Run]]) -> None:
+    script, run = ROOT / "figures" / "entropy.py", cases["two labels"][0].path
+    command = [sys.executable, str(script), str(run), "--out", str(tmp_path)]
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'taxonomy'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "entropy.pdf", "entropy.png", "entropy.svg",
+    ]  # fmt: skip
+    command[2] = str(tmp_path / "absent")
+    failed = subprocess.run(command, capture_output=True, text=True, env=path, check=False)
+    assert failed.returncode != 0
+    assert failed.stderr.startswith("error: no run folder at")
+
+
+def test_gallery_page_lists_every_figure_with_its_question() -> None:
+    page = (ROOT / "figures" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", page, re.M))
+    assert rows == {name: spec.title for name, spec in FIGURES.items()}
+    shown = re.findall(r"\]\((gallery/\w+\.png)\)", page)
+    sizes = [(ROOT / "figures" / file).stat().st_size for file in shown]
+    assert len(shown) == len(set(shown)) >= 6
+    assert sum(sizes) < 1_500_000

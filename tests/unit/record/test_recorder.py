@@ -1,0 +1,167 @@
+"""The recorder beside training: packing, order, the same files from another thread."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.recorder_passes import (
+    ROLLOUTS,
+    ROWS,
+    record,
+    spell,
+    stuck,
+    tokens,
+    without_times,
+)
+from wapo_analysis.record import recorder as module
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.tokens import DevicePass, HostPass
+from wapo_analysis.store import open_run
+
+ROOT = Path(__file__).parents[3]
+
+# ---- the way to the host ------------------------------------------------------------------------
+
+
+def test_a_packed_pass_has_the_bits_of_the_plain_one() -> None:
+    given = tokens(1)
+    given.entropy = given.entropy.to(torch.bfloat16)  # type: ignore[union-attr]
+    given.coef = given.coef.double()  # type: ignore[union-attr]
+    given.group = torch.full_like(given.group, -1)
+    given.rollout = given.rollout.flip(0)[::1]
+    given.logp_after, given.kept = torch.full((ROWS,), torch.nan), None
+    plain, packed = HostPass(given).columns(7, 3), DevicePass(given).columns(7, 3)
+    assert set(plain) == set(packed)
+    for name, values in plain.items():
+        wanted = values.astype(packed[name].dtype)
+        assert wanted.tobytes() == packed[name].tobytes(), name
+    assert packed["kept"].all()
+    assert (packed["step"] == 7).all()
+
+
+def test_a_pass_on_the_host_is_not_copied() -> None:
+    given = tokens(1)
+    assert np.shares_memory(HostPass(given).columns(1, 0)["logp"], given.logp.numpy())
+
+
+def test_a_packed_pass_takes_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = []
+    real = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **k: copies.append(1) or real(*a, **k))
+    DevicePass(tokens(1))
+    assert len(copies) == 1
+
+
+# ---- same files, another thread -----------------------------------------------------------------
+
+
+def test_the_thread_writes_the_same_bytes_as_the_caller_would(tmp_path: Path) -> None:
+    for name, synchronous in (("caller", True), ("thread", False)):
+        recorder = Recorder(
+            tmp_path / name, {"name": "r"}, token_fraction=0.6, synchronous=synchronous
+        )
+        record(recorder, range(1, 9))
+        recorder.close("finished")
+        assert recorder.failure is None
+    here, there = tmp_path / "caller", tmp_path / "thread"
+    files = sorted(f.relative_to(here) for f in here.rglob("*.parquet"))
+    assert len(files) == 8 * 3 + 1
+    assert files == sorted(f.relative_to(there) for f in there.rglob("*.parquet"))
+    for file in files:
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
+    assert without_times(open_run(here)).equals(without_times(open_run(there)))
+
+
+def test_what_a_step_holds(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, token_every=2, token_fraction=0.5)
+    record(recorder, range(1, 4))
+    recorder.flush()
+    run = open_run(tmp_path / "r")
+    assert run.classes.tokens.sum() == 3 * 2 * ROWS, "written before the end"
+    assert run.token_steps() == [1, 3]
+    assert 0 < len(run.tokens()) < 2 * 2 * ROWS
+    assert run.steps.token_fraction.tolist() == [0.5, 0.0, 0.5]
+    assert (run.steps.seconds_writer > 0).all()
+    assert set(run.tokens().token_id) <= set(run.vocab)
+    assert run.vocab[int(run.tokens().token_id[0])] == f"<{run.tokens().token_id[0]}>"
+    recorder.close("finished")
+
+
+def test_settling_early_changes_no_file(tmp_path: Path) -> None:
+    for name in ("early", "late"):
+        recorder = Recorder(tmp_path / name, {"name": "r"})
+        recorder.watch(tokens(1))
+        if name == "early":
+            recorder.settle(1, spell)
+            assert recorder.tokens is not None
+            assert np.isfinite(recorder.tokens["grad_norm"]).all()
+        recorder.watch(tokens(2, minibatch=1))
+        recorder.end_step({"step": 1}, ROLLOUTS, spell)
+        recorder.close("finished")
+    early, late = open_run(tmp_path / "early"), open_run(tmp_path / "late")
+    assert early.tokens().equals(late.tokens())
+    assert early.classes.equals(late.classes)
+    assert early.vocab == late.vocab
+
+
+def test_columns_from_the_tokens_are_computed_in_the_thread(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def row_of(records: Any) -> dict[str, float]:
+        seen.append(threading.current_thread().name)
+        return {"entropy": float(records["entropy"].mean())}
+
+    with_thread = Recorder(tmp_path / "r", {"name": "r"})
+    with_thread.watch(tokens(1))
+    with_thread.end_step({"step": 1, "entropy": 9.0, "reward": 0.5}, {}, None, row_of)
+    with_thread.end_step({"step": 2, "entropy": 9.0}, {}, None, row_of)
+    with_thread.close("finished")
+    steps = open_run(tmp_path / "r").steps
+    assert steps.entropy.tolist() == pytest.approx([float(tokens(1).entropy.mean()), 9.0])
+    assert steps.reward[0] == 0.5
+    assert seen == ["wapo-writer"]
+
+
+def test_tokens_that_come_from_a_device_are_named_by_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "on_host", DevicePass)
+    threads: list[str] = []
+
+    def named(ids: list[int]) -> list[str]:
+        threads.append(threading.current_thread().name)
+        return spell(ids)
+
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    for step in range(1, 4):
+        recorder.watch(tokens(step))
+        recorder.end_step({"step": step}, {}, named)
+        recorder.flush()
+    recorder.close("finished")
+    assert len(threads) == 3
+    assert set(threads) == {threading.current_thread().name}
+    run = open_run(tmp_path / "r")
+    assert set(run.tokens().token_id) == set(run.vocab)
+
+
+def test_threads_and_random_state_of_torch_are_left_alone(tmp_path: Path) -> None:
+    before, count = torch.get_rng_state(), torch.get_num_threads()
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, token_fraction=0.5)
+    record(recorder, range(1, 5))
+    recorder.close("finished")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == count
+
+
+def test_arrays_the_caller_writes_again_are_copied(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    reward = np.array([1.0, 0.5], np.float32)
+    with stuck(recorder):
+        recorder.end_step({"step": 1}, {"group": [0, 0], "rollout": [0, 1], "reward": reward})
+        reward[:] = 7
+    recorder.close("finished")
+    assert open_run(tmp_path / "r").rollouts.reward.tolist() == [1.0, 0.5]

@@ -1,0 +1,209 @@
+"""The recorder where the disk is slow, full or gone, and processes end in every way."""
+
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.recorder_passes import ROWS, record, stuck, tokens
+from wapo_analysis.record.queue import WriterThread
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.store import open_run
+
+ROOT = Path(__file__).parents[3]
+
+# ---- a disk that is slow, full, or gone ---------------------------------------------------------
+
+
+def test_a_slow_disk_thins_rows_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=5 * ROWS)
+    with stuck(recorder):
+        started = time.perf_counter()
+        record(recorder, range(1, 21), passes=1)
+        assert time.perf_counter() - started < 10, "training does not wait"
+        assert recorder._steps._thread.held <= 5 * ROWS
+    record(recorder, range(21, 22), passes=1)
+    recorder.close("finished")
+    assert recorder.failure is None
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == list(range(1, 22))
+    assert run.classes.groupby("step").tokens.sum().tolist() == [ROWS] * 21
+    assert len(run.rollouts) == 42
+    share = run.steps.token_fraction
+    assert (share[:5] == 1).all()
+    assert share[5] < 1
+    assert set(np.log2(share[share > 0])) <= set(range(-6, 1))
+    rows = run.tokens().groupby("step").size().reindex(run.steps.step, fill_value=0)
+    assert (rows[:5] == ROWS).all()
+    assert rows.sum() < 10 * ROWS
+    assert (rows.to_numpy() <= np.where(share > 0, ROWS, 0)).all()
+    exact = Recorder(tmp_path / "exact", {"name": "r"}, synchronous=True)
+    record(exact, range(1, 22), passes=1)
+    exact.close("finished")
+    assert open_run(tmp_path / "exact").classes.equals(run.classes)
+    assert run.manifest["thinned_steps"] == int((share < 1).sum())
+    assert sum("sampled down" in r.message for r in caplog.records) == 1
+
+
+def test_a_step_larger_than_the_queue_is_written_whole_if_nothing_waits(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=10)
+    for step in (1, 2):
+        record(recorder, range(step, step + 1))
+        recorder.flush()
+    recorder.close("finished")
+    assert len(open_run(tmp_path / "r").tokens()) == 2 * 2 * ROWS
+
+
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_a_full_disk_ends_the_recording_with_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: int
+) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    written = iter(range(after))
+
+    def fsync(_: int) -> None:
+        if next(written, None) is None:
+            raise OSError(28, "No space left on device")
+
+    with caplog.at_level(logging.WARNING), monkeypatch.context() as patch:
+        patch.setattr("wapo_analysis.store.files.os.fsync", fsync)
+        record(recorder, range(1, 6))
+        recorder.close("finished")
+    assert recorder.failure == "OSError: [Errno 28] No space left on device"
+    assert [r.message for r in caplog.records] == [
+        f"recording to {tmp_path / 'r'} stopped ({recorder.failure}); training goes on"
+    ]
+    run = open_run(tmp_path / "r")
+    assert len(run.steps) < 5
+    assert set(run.steps.step) <= set(run.classes.step)
+    recorder.watch(tokens(1))
+    recorder.close("finished")
+    assert not [p for p in (tmp_path / "r").rglob(".*") if p.is_file()], "no half files"
+
+
+def test_a_failure_in_the_training_thread_drops_what_waits(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    with stuck(recorder):
+        record(recorder, range(1, 4))
+        recorder.end_step({"step": 4}, {"reward": [1.0], "no such": [1]})
+        assert recorder.failure is not None
+        assert "no such" in recorder.failure
+    recorder.close("finished")
+    assert open_run(tmp_path / "r").manifest["status"] == "recording_failed"
+
+
+def test_jobs_end_with_the_first_error() -> None:
+    done: list[Any] = []
+    thread = WriterThread(lambda error: done.append(str(error)))
+    go = threading.Event()
+    thread.put(lambda: done.append(go.wait(10)))
+    thread.put(lambda: [][0], rows=5)
+    thread.put(lambda: done.append("never"), rows=7)
+    assert thread.held == 12
+    go.set()
+    thread.drain()
+    thread.put(lambda: done.append("never"))
+    thread.close()
+    assert done == [True, "list index out of range"]
+    assert thread.held == 0
+
+
+# ---- processes that end in every way ------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time, random
+from pathlib import Path
+from tests.support.recorder_passes import record
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.store import writer
+import itertools
+
+out, mode = Path(sys.argv[1]), sys.argv[2]
+writer.MERGE_STEPS = 3
+if mode == "kill":
+    random.seed(3)
+    for number in range(6):
+        child = os.fork()
+        if child == 0:
+            record(Recorder(out / str(number), {"name": "r"}), itertools.count(1), passes=1)
+        log, wanted = out / str(number) / "steps.jsonl", random.randint(1, 7)
+        while not log.exists() or log.read_bytes().count(b"\\n") < wanted:
+            time.sleep(0.001)
+        time.sleep(0.03 * random.random())
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+elif mode == "forget":
+    recorder = Recorder(out / "r", {"name": "r"})
+    record(recorder, range(1, 30), passes=1)
+else:
+    recorder = Recorder(out / "r", {"name": "r"})
+    record(recorder, range(1, 4), passes=1)
+    child = os.fork()
+    if child == 0:
+        record(recorder, range(50, 53), passes=1)
+        recorder.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    record(recorder, range(4, 6), passes=1)
+    recorder.close("finished")
+"""
+
+
+def in_a_process(out: Path, mode: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, str(out), mode],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'taxonomy'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_a_killed_run_opens_and_is_resumed(tmp_path: Path) -> None:
+    in_a_process(tmp_path, "kill")
+    merged = 0
+    for path in sorted(tmp_path.iterdir()):
+        run = open_run(path)
+        steps = run.steps.step.tolist()
+        assert steps == list(range(1, len(steps) + 1))
+        # A step in the log has all its parts; at most one more has begun.
+        for found in (
+            run.tokens().groupby("step").size(),
+            run.classes.groupby("step").tokens.sum(),
+        ):
+            assert set(found.index) - set(steps) <= {len(steps) + 1}
+            assert (found.loc[steps] == ROWS).all()
+        assert set(steps) <= set(run.rollouts.step)
+        merged += len(list((path / "tokens").glob("merged-*")))
+        last = len(steps) // 2
+        recorder = Recorder(path, run.manifest, resume_after=last)
+        record(recorder, range(last + 1, last + 3), passes=1)
+        recorder.close("finished")
+        again = open_run(path)
+        assert again.steps.step.tolist() == list(range(1, last + 3))
+        assert again.tokens().groupby("step").size().tolist() == [ROWS] * (last + 2)
+    assert merged > 0, "some were killed after a merge"
+
+
+def test_a_process_that_forgets_to_close_has_written_every_finished_step(tmp_path: Path) -> None:
+    in_a_process(tmp_path, "forget")
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == list(range(1, 30))
+    assert len(run.tokens()) == 29 * ROWS
+    assert run.manifest["status"] == "running"
+
+
+def test_a_forked_child_writes_nothing_and_does_not_hang(tmp_path: Path) -> None:
+    in_a_process(tmp_path, "fork")
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == [1, 2, 3, 4, 5]
+    assert run.manifest["status"] == "finished"

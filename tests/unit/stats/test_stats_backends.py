@@ -1,0 +1,85 @@
+"""Every backend gives the eager numbers; Triton in its interpreter, where it is installed."""
+
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.exact_stats import assert_close, by_float64, drawn, some_targets
+from wapo_analysis import UserError
+from wapo_analysis.stats import token_stats
+
+ROOT = Path(__file__).parents[3]
+# torch.compile uses what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+INTERPRETED = """
+import sys, pytest
+options = ["-q", "-p", "no:cacheprovider", "-m", ""]
+sys.exit(pytest.main([*options, "tests/unit/stats/triton_cases.py"]))
+"""
+
+
+@needs_triton
+def test_the_triton_kernel_in_its_interpreter() -> None:
+    """In a process of its own: the interpreter is chosen when the kernel is defined."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="triton is installed")
+def test_without_triton_asking_for_it_says_so() -> None:
+    with pytest.raises(UserError, match="'triton' cannot run here: triton is not installed"):
+        token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="triton")
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter takes CPU tensors")
+@needs_triton
+def test_on_a_cpu_asking_for_triton_says_what_is_missing() -> None:
+    with pytest.raises(UserError, match="the logits are on cpu, not on a CUDA device"):
+        token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="triton")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_compiled_kernel_equals_float64(dtype: torch.dtype) -> None:
+    for rows, vocabulary, temperature, gap in ((40, 5000, 1.0, 15.0), (7, 5000, 0.5, 35.0)):
+        logits = drawn(rows, vocabulary, rows, gap).to(dtype)
+        logits[:, -50:] = -torch.inf
+        logits[1, 3], logits[2, 4] = torch.nan, torch.inf
+        targets = some_targets(logits[:, :-50], 1)
+        good = torch.ones(rows, dtype=torch.bool)
+        good[1:3] = False
+        stats = token_stats(logits, targets, temperature, topk=3, backend="compile")
+        assert stats.logp[1:3].isnan().all()
+        picked = type(stats)(*(part[good] for part in stats))
+        rtol = 1e-11 if dtype == torch.float64 else 5e-6
+        assert_close(picked, by_float64(logits[good], targets[good], temperature), rtol)
+        ids = logits[good].sort(dim=1, descending=True, stable=True).indices
+        assert torch.equal(picked.top_ids, ids[:, :3])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_kernel_has_the_same_gradient_and_takes_masks() -> None:
+    logits = drawn(12, 300, 1, 5.0).view(3, 4, 300)[:, 1:].float().requires_grad_()
+    targets, mask = torch.arange(9).view(3, 3), torch.eye(3, dtype=torch.bool)
+    grads = []
+    for backend in ("eager", "compile"):
+        stats = token_stats(logits, targets, 1.3, mask, backend=backend)
+        grads.append(torch.autograd.grad(stats.logp.sum(), logits)[0])
+    torch.testing.assert_close(*grads)
+    assert token_stats(logits, targets, 1.0, mask & False, backend="compile").logp.shape == (0,)

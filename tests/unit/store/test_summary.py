@@ -1,0 +1,144 @@
+"""Totals by step and class from the files, against the rows read and derived the long way."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.builders import write_fake_run
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import open_run, summary
+from wapo_analysis.store.compact import compact
+from wapo_analysis.store.merge import merge_parts
+from wapo_analysis.store.summary import class_summary
+
+ENGINES = ["pyarrow", "duckdb"]
+
+
+def the_long_way(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    groups = rows.astype({"entropy": "float64"}).groupby(by)
+    return pd.DataFrame(
+        {
+            "tokens": groups.size(),
+            "entropy": groups["entropy"].mean(),
+            "pred_dentropy_sum": groups["pred_dentropy"].sum(min_count=1),
+            "grad_mass": groups["grad_norm"].sum(min_count=1),
+        }
+    ).reset_index()
+
+
+def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    assert list(found) == list(expected)
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with every class, certain tokens, and statistics that are missing here and there."""
+    path = write_fake_run(tmp_path_factory.mktemp("summary") / "r", steps=6, temperature=0.7)
+    for number, part in enumerate(sorted((path / "tokens").iterdir())):
+        table = pq.read_table(part).to_pandas()
+        rng = np.random.default_rng(number)
+        certain = rng.random(len(table)) < 0.3
+        table.loc[certain, "logp"] = np.float32(-1e-9)
+        table.loc[certain, "collision_rest"] = np.float32(1e-19)
+        for name in ("entropy", "collision_rest", "coef", "logp"):
+            table.loc[rng.random(len(table)) < 0.1, name] = np.nan
+        table.loc[table.step == 4, "collision_logp_rest"] = np.nan
+        table.loc[rng.random(len(table)) < 0.1, "advantage"] = 0.0
+        schema = pq.read_schema(part)
+        pq.write_table(pa.Table.from_pandas(table, schema), part)
+    return path
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("by", [["step", "cls"], ["cls"], ["step"]])
+def test_sums_are_those_of_the_derived_rows(run: Path, engine: str, by: list[str]) -> None:
+    if engine == "duckdb":
+        pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    expected = the_long_way(open_run(run).tokens(), by)
+    assert_same(open_run(run).summary(by, engine), expected)
+    if "step" in by:
+        assert expected[expected.step == 4].pred_dentropy_sum.isna().all()
+    if by == ["cls"]:
+        assert set(expected.cls) == {-1, 0, 1, 2, 3, 4}
+
+
+def test_blocks_row_groups_and_files_make_no_difference(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_run(run)
+    expected = class_summary(run, opened.temperature, "pyarrow")
+    one = tmp_path / "all.parquet"
+    shuffled = opened.table("tokens").sample(frac=1, random_state=0)
+    shuffled.to_parquet(one, row_group_size=150)
+    monkeypatch.setattr(summary, "_BLOCK", 37)
+    for source in (one, [one], run / "tokens", sorted((run / "tokens").glob("*.parquet"))):
+        assert_same(class_summary(source, opened.temperature, "pyarrow"), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_that_two_files_hold_count_once(run: Path, tmp_path: Path, engine: str) -> None:
+    from shutil import copytree
+
+    if engine == "duckdb":
+        pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    copy = Path(copytree(run, tmp_path / "r"))
+    expected = class_summary(copy, 1.0, engine)
+    parts = {part.name: part.read_bytes() for part in (copy / "tokens").iterdir()}
+    merge_parts(copy / "tokens", 0, 2)
+    assert_same(class_summary(copy, 1.0, engine), expected)
+    for name in list(parts)[1:4]:
+        (copy / "tokens" / name).write_bytes(parts[name])
+    assert_same(class_summary(copy, 1.0, engine), expected)
+    compact(copy)
+    assert_same(class_summary(copy, 1.0, engine), expected)
+
+
+def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    import tracemalloc
+
+    table = pa.table(
+        {
+            "step": np.zeros(40_000, np.int32),
+            **{name: np.full(40_000, -0.1, np.float32) for name in summary._STATISTICS},
+        }
+    )
+    peaks = []
+    for groups in (2, 12):
+        file = tmp_path / f"{groups}.parquet"
+        with pq.ParquetWriter(file, table.schema) as writer:
+            for _ in range(groups):
+                writer.write_table(table)
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        found = class_summary(file, 1.0, "pyarrow")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert found.tokens.sum() == groups * 40_000
+        assert pa.total_allocated_bytes() - before < 1 << 20
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_bad_requests_get_one_clear_line(run: Path, tmp_path: Path, monkeypatch) -> None:
+    for given, message in (
+        ({"engine": "polars"}, "unknown engine 'polars'"),
+        ({"by": ["rank"]}, "by must be 'step', 'cls' or both"),
+        ({"by": []}, "by must be"),
+        ({"source": tmp_path / "absent"}, "no token rows at"),
+        ({"source": tmp_path}, "no token rows in"),
+        ({"source": []}, "no token rows in no files"),
+    ):
+        with pytest.raises(UserError, match=message):
+            class_summary(**{"source": run, **given})
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"broken\.parquet is broken"):
+        class_summary(broken, engine="pyarrow")
+    monkeypatch.setattr(summary, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"wapo-analysis\[fast\]"):
+        class_summary(run, engine="duckdb")
+    assert len(class_summary(run))

@@ -1,0 +1,127 @@
+"""Sampling: log-probs of the behaviour policy, left padding, chunks, stop texts, entropy."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
+from wapo_analysis.stats import token_stats
+from wapo_analysis.train.chat import PromptStyle
+from wapo_analysis.train.models import Policy, load_policy
+from wapo_analysis.train.rollout import Rollouts, _Noise, completion_logits, sample
+
+CPU = torch.device("cpu")
+PROMPTS = ["1+2+3=", "7+8=", "a=b;b=c;a?"]
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_gpt2(tmp_path_factory.mktemp("model") / "gpt2")
+
+
+@pytest.fixture(scope="module", params=["base", "tiny_llama", "tiny_gpt2"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    name = request.param
+    return load_policy(name if name == "base" else str(request.getfixturevalue(name)), CPU)
+
+
+def draw(policy: Policy, prompts: list[str], temperature: float = 1.0, **options) -> Rollouts:
+    encoded = [policy.encode(prompt) for prompt in prompts]
+    generator = torch.Generator().manual_seed(3)
+    return sample(policy, encoded, 24, temperature, generator, **options)
+
+
+def recomputed(policy: Policy, rollouts: Rollouts, temperature: float):
+    with torch.no_grad():
+        flat = completion_logits(policy, rollouts)[rollouts.mask]
+        return token_stats(flat, rollouts.completion_ids[rollouts.mask], temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("padded", [False, True])
+def test_ratio_of_recomputed_to_sampled_is_one(
+    policy: Policy, temperature: float, padded: bool
+) -> None:
+    prompts = PROMPTS * 4 if padded else PROMPTS[:1] * 12
+    rollouts = draw(policy, prompts, temperature)
+    assert bool((rollouts.prompt_mask == 0).any()) == padded
+    ratio = (
+        recomputed(policy, rollouts, temperature).logp - rollouts.logp_old[rollouts.mask]
+    ).exp()
+    assert float((ratio - 1).abs().max()) <= 1e-4
+    other = recomputed(policy, rollouts, temperature + 0.2).logp
+    assert float((other - rollouts.logp_old[rollouts.mask]).abs().max()) > 1e-2
+
+
+def test_padding_does_not_change_what_a_row_is_given(policy: Policy) -> None:
+    rollouts = draw(policy, PROMPTS)
+    short = rollouts.rows(torch.tensor([1]))
+    length = int(short.prompt_mask.sum())
+    alone = replace(
+        short, prompt_ids=short.prompt_ids[:, -length:], prompt_mask=short.prompt_mask[:, -length:]
+    )
+    padded, bare = (recomputed(policy, r, 1.0).logp for r in (short, alone))
+    torch.testing.assert_close(padded, bare, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 12, 50])
+def test_chunks_do_not_change_the_samples(policy: Policy, at_once: int) -> None:
+    whole, split = draw(policy, PROMPTS * 4), draw(policy, PROMPTS * 4, at_once=at_once)
+    assert torch.equal(whole.completion_ids, split.completion_ids)
+    assert torch.equal(whole.prompt_ids, split.prompt_ids)
+    assert torch.equal(whole.mask, split.mask)
+    assert torch.equal(whole.stopped, split.stopped)
+    torch.testing.assert_close(whole.logp_old, split.logp_old, rtol=0, atol=2e-5)
+
+
+def test_tokens_are_those_of_torch_multinomial() -> None:
+    probabilities = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))
+    noise = _Noise(torch.Generator().manual_seed(7), 6, torch.arange(6))
+    assert torch.equal(noise.pick(probabilities), expected)
+    some = torch.tensor([4, 1])
+    noise = _Noise(torch.Generator().manual_seed(7), 6, some)
+    assert torch.equal(noise.pick(probabilities[some]), expected[some])
+
+
+def test_entropy_is_that_of_the_sampling_distribution(policy: Policy) -> None:
+    rollouts = draw(policy, PROMPTS, 0.7, entropy=True, at_once=2)
+    assert rollouts.entropy is not None
+    stats = recomputed(policy, rollouts, 0.7)
+    torch.testing.assert_close(rollouts.entropy[rollouts.mask], stats.entropy, rtol=1e-4, atol=1e-5)
+    assert float(rollouts.entropy[~rollouts.mask].abs().sum()) == 0
+
+
+def test_a_stop_text_ends_the_completion_after_the_token_that_completes_it() -> None:
+    plain = load_policy("base", CPU)
+    free = draw(plain, PROMPTS[:1] * 12)
+    texts = [
+        plain.decode(ids[m].tolist()) for ids, m in zip(free.completion_ids, free.mask, strict=True)
+    ]
+    stop = texts[0][1:3]
+    stopping = load_policy("base", CPU, style=PromptStyle(stop=(stop, "never")))
+    cut = draw(stopping, PROMPTS[:1] * 12)
+    for before, ids, mask, stopped in zip(
+        texts, cut.completion_ids, cut.mask, cut.stopped, strict=True
+    ):
+        text = plain.decode(ids[mask].tolist())
+        assert text == (before[: before.index(stop) + len(stop)] if stop in before else before)
+        if stop in before:
+            assert bool(stopped)
+            assert text.endswith(stop)
+
+
+def test_a_turn_ends_with_the_token_of_the_chat_template(tiny_llama: Path) -> None:
+    chat, plain = (load_policy(str(tiny_llama), CPU, style=PromptStyle(c)) for c in ("on", "off"))
+    assert set(chat.eos_ids) - set(plain.eos_ids) == {2}
+    rollouts = draw(chat, ["hi"] * 64)
+    ended = rollouts.completion_ids == 2
+    assert bool(ended.any()), "the model must have ended a turn"
+    assert not bool((rollouts.mask & (ended.cumsum(1) - ended.long() > 0)).any())

@@ -1,0 +1,274 @@
+"""Statistics of the tokens of one TRL gradient pass, from whatever the trainer computes.
+
+Shapes: B rollouts, T completion positions, L positions in all, V vocabulary, D hidden width, N
+tokens of the loss mask. Four sources, told apart by what the model returns:
+
+* logits (TRL 0.21 to 1.14): reduced inside the forward, before the trainer divides them in place;
+* our own head in place of TRL's (replace mode): statistics come with the log-probabilities;
+* hidden states and head: the backbone's output goes through the head once more, in blocks;
+* the fused head (TRL 1.15 on): log sum p^2 comes with the log-probabilities, nearly for free.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.lm_head import LmHead, inner_model
+from wapo_analysis.capture.trl.replace import TrlHead
+from wapo_analysis.stats import TokenStats, token_stats
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_HALF_TOLERANCE = 0.3
+
+Columns = dict[str, Tensor | None]
+
+
+@dataclass
+class _Call:
+    """One scoring of the completions while the loss is computed."""
+
+    mask_BT: Tensor
+    ids_BT: Tensor
+    exact: bool
+    from_logits: list[TokenStats] = field(default_factory=list)
+    from_own: list[TokenStats] = field(default_factory=list)
+    hidden_BLD: list[Tensor] = field(default_factory=list)
+    fused: list[Any] = field(default_factory=list)
+    rows: int = 0
+
+
+class StatsReader:
+    """Reads token statistics out of a trainer's own forward passes.
+
+    Parameters
+    ----------
+    trainer : trl.GRPOTrainer
+    patches : Patches
+        Takes the two changes made here: the forward of the causal model, a hook on its backbone.
+    guard : callable
+        ``guard(action, *args)`` runs an action and keeps its exception from the trainer.
+    top1 : bool
+        Let the fused head tell whether a token was the most probable one; costs another pass.
+    head : TrlHead
+        Who makes the log-probabilities of a fused head; gets installed.
+    """
+
+    def __init__(
+        self, trainer: Any, patches: Patches, guard: Callable[..., Any], top1: bool, head: TrlHead
+    ) -> None:
+        self._trainer, self._guard, self._head = trainer, guard, head
+        self._model = causal_model(trainer)
+        self._richer = richer_head(trainer, self._model, top1)
+        self._call: _Call | None = None
+        self._trusted = True
+        self.source = "none"
+        patches.wrap(self._model, "forward", self._forward)
+        head.install(self._model, patches)
+        backbone = getattr(self._model, "base_model", None)
+        if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
+            patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
+
+    def open(self, mask_BT: Tensor, ids_BT: Tensor, exact: bool) -> None:
+        """Look at the forward passes that follow.
+
+        Parameters
+        ----------
+        mask_BT : Tensor of bool, shape (B, T)
+            Loss mask.
+        ids_BT : Tensor of int64, shape (B, T)
+            Completion ids.
+        exact : bool
+            Use hidden states and head where there are no logits.
+        """
+        self._call = _Call(mask_BT, ids_BT, exact)
+
+    def cancel(self) -> None:
+        """Stop looking; nothing is kept."""
+        self._call = None
+
+    def close(self, logps_BT: Tensor, entropies_BT: Tensor | None) -> Columns:
+        """Statistics of the pass since `open`.
+
+        Parameters
+        ----------
+        logps_BT : Tensor, shape (B, T)
+            Log-probabilities the trainer works with, nats.
+        entropies_BT : Tensor, shape (B, T), optional
+            Its entropies, nats.
+
+        Returns
+        -------
+        dict of str to Tensor of shape (N,) or None
+            logp, entropy, collision_rest, collision_logp_rest, top1; None is "not known".
+        """
+        call, self._call = self._call, None
+        assert call is not None
+        logp = logps_BT.detach()[call.mask_BT].float()
+        if call.from_own:
+            self.source = "our head in place of the trainer's"
+            return dict(
+                TokenStats.concat(call.from_own).map(partial(_completion, call=call))._asdict()
+            )
+        stats = self._exact(call)
+        if stats is not None and self._agrees(stats.logp, logp, logps_BT.dtype):
+            self.source = "logits" if call.from_logits else "hidden states and head"
+            return dict(stats._asdict())
+        columns: Columns = {"logp": logp}
+        if entropies_BT is not None:
+            columns["entropy"] = entropies_BT.detach()[call.mask_BT].float()
+        columns.update(self._from_fused(call, logp))
+        return columns
+
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:
+            return original(*args, **kwargs)
+        # Its extra outputs cost a pass over the logits; where the head is read anyway they idle.
+        read = self._head.working or (self._call.exact and self._trusted)
+        wanted = kwargs.get("fused_lm_head") and not read
+        out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
+        self._guard(self._take, out)
+        return out
+
+    def _take(self, out: Any) -> None:
+        call = self._call
+        assert call is not None
+        own = self._head.take()
+        if own is not None:
+            call.from_own.append(own)
+        elif getattr(out, "log_probs", None) is not None:
+            call.fused.append(out)
+        elif getattr(out, "logits", None) is not None:
+            call.from_logits.append(self._reduce(out.logits, call))
+
+    @torch.no_grad()
+    def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
+        """Statistics of the next rollouts of the pass; prompts and padding are never read."""
+        rows = slice(call.rows, call.rows + len(logits_BLV))
+        call.rows = rows.stop
+        width = call.mask_BT.shape[1]
+        logits_BTV = logits_BLV.detach()[:, -width - 1 : -1]
+        mask_BT = call.mask_BT[rows]
+        return token_stats(logits_BTV, call.ids_BT[rows], self._trainer.temperature, mask_BT)
+
+    def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
+        if self._call is not None and self._call.exact and not self._head.working:
+            hidden = getattr(out, "last_hidden_state", None)
+            if hidden is not None:
+                self._call.hidden_BLD.append(hidden.detach())
+
+    def _exact(self, call: _Call) -> TokenStats | None:
+        if call.from_logits:
+            return TokenStats.concat(call.from_logits)
+        if not (call.exact and self._trusted and call.hidden_BLD):
+            return None
+        width = call.mask_BT.shape[1]
+        hidden_BTD = torch.cat([h[:, -width - 1 : -1] for h in call.hidden_BLD])
+        return self._project(hidden_BTD[call.mask_BT], call.ids_BT[call.mask_BT])
+
+    @torch.no_grad()
+    def _project(self, hidden_ND: Tensor, ids_N: Tensor) -> TokenStats:
+        """Statistics from hidden states and head, with the precision of the trainer's own head."""
+        cast = getattr(self._trainer.args, "cast_lm_head_to_fp32", False)
+        head = LmHead.of(self._model)
+        with (
+            nullcontext() if cast else self._trainer.accelerator.autocast(),
+            _whole(head.weight, head.bias),
+        ):
+            hidden = hidden_ND.float() if cast else hidden_ND
+            return head.stats(hidden, ids_N, self._trainer.temperature)
+
+    def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
+        """Trust statistics only as long as their log-probabilities are the trainer's own."""
+        weights = self._model.get_output_embeddings().weight.dtype
+        exact = weights == dtype and not torch.is_autocast_enabled(theirs.device.type)
+        tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE) if exact else _HALF_TOLERANCE
+        gap = (ours - theirs).abs()
+        worst = float(gap[torch.isfinite(gap)].max()) if bool(torch.isfinite(gap).any()) else 0.0
+        if worst <= tolerance:
+            return True
+        if self._trusted:
+            log.warning(
+                "recomputed log-probabilities differ from the trainer's by up to %.2g nats; "
+                "statistics that need the whole distribution are recorded as missing",
+                worst,
+            )
+        self._trusted = False
+        return False
+
+    def _from_fused(self, call: _Call, logp: Tensor) -> Columns:
+        """S - p^2 in float64, held within what p allows: (1-p)^2/(V-1) <= rest <= (1-p)^2."""
+        if not call.fused:
+            return {}
+
+        def gathered(name: str) -> Tensor | None:
+            parts: list[Any] = [getattr(out, name, None) for out in call.fused]
+            if any(part is None for part in parts):
+                return None
+            return _completion(torch.cat(parts).detach(), call)
+
+        self.source = "fused head"
+        columns: Columns = {"top1": gathered("is_top1")}
+        log_collision = gathered("log_sum_sq_probs")
+        if log_collision is not None:
+            wide = logp.double()
+            complement = -torch.expm1(wide)
+            others = max(self._model.get_output_embeddings().weight.shape[0] - 1, 1)
+            rest = log_collision.double().exp() - (2 * wide).exp()
+            highest = complement.square()
+            columns["collision_rest"] = rest.clamp(min=highest / others, max=highest).float()
+        return columns
+
+
+def _completion(values_BL: Tensor, call: _Call) -> Tensor:
+    """Values of the loss tokens, shape (N,), among those of all predicted positions."""
+    return values_BL[:, -call.mask_BT.shape[1] :][call.mask_BT]
+
+
+def _whole(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
+    """TRL's own context that gathers a head which DeepSpeed has split over processes."""
+    try:
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+    except ImportError:  # before TRL 1.15
+        return nullcontext()
+    gathering: AbstractContextManager[Any] = maybe_gather_lm_head_ctx(weight, bias)
+    return gathering
+
+
+def causal_model(trainer: Any) -> Any:
+    """Return the causal language model inside distributed wrappers and PEFT."""
+    return inner_model(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | None:
+    """Forward of the fused head that also returns log sum p^2; None before TRL 1.15.
+
+    None too if somebody has wrapped the trainer's head: replacing it would cut that wrapper off.
+    """
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:
+        return None
+    plain = vars(model).get("forward")
+    code = getattr(getattr(plain, "__func__", None), "__code__", None)
+    if code is None or "add_fused_lm_head" not in code.co_qualname:
+        return None
+    try:
+        add_fused_lm_head(
+            model,
+            temperature=trainer.temperature,
+            cast_lm_head_to_fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+            outputs=("log_probs", "entropy", "log_sum_sq_probs", *(("is_top1",) if top1 else ())),
+        )
+        richer: Callable[..., Any] = model.forward
+    finally:
+        model.forward = plain
+    return richer

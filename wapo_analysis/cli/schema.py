@@ -1,0 +1,41 @@
+"""``wapo schema``."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from wapo_analysis.cli.common import Format
+
+Option = typer.Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(schema)
+
+
+def schema(
+    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+) -> None:
+    """Show every table of a run, with columns, units and meaning."""
+    from dataclasses import asdict
+
+    from wapo_analysis.schema import TABLES
+
+    if format == "json":
+        typer.echo(json.dumps({name: asdict(table) for name, table in TABLES.items()}, indent=1))
+        return
+    for table in TABLES.values():
+        if format == "markdown":
+            typer.echo(f"## {table.name}\n\nOne row is {table.row}.\n")
+            typer.echo("| column | type | unit | kind | meaning |\n|---|---|---|---|---|")
+            for c in table:
+                meaning = c.doc.replace("|", "\\|")
+                typer.echo(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.kind} | {meaning} |")
+            typer.echo("")
+        else:
+            typer.echo(f"{table.name}: one row is {table.row}")
+            for c in table:
+                typer.echo(f"  {c.name:20} {c.dtype:8} {c.unit:12} {c.kind:9} {c.doc}")
+            typer.echo("")

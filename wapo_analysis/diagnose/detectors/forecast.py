@@ -1,0 +1,216 @@
+"""Where the entropy is heading: the step at which it would arrive, and a warning before it leaves.
+
+Both look at the logarithm of the entropy, so that a trend is a constant factor per step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.policy import FALL, RISE, find_entropy_fall
+from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.series import Series, episodes
+from wapo_analysis.table import Array
+
+EARLY = "early_warning"
+"""Name of the finding that comes before the entropy leaves its band."""
+TREND_WINDOW = 6
+"""Steps over which the early warning takes the trend."""
+AGREE = 0.7
+"""Mean sign of the pairwise differences in the window (Kendall's tau) that makes a trend."""
+AGREE_ALONE = 0.85
+"""The same where the class flows point the other way."""
+AHEAD = 8
+"""Steps ahead at which the trend must leave the band."""
+MIN_MOVE = 1.1
+"""Factor by which the entropy must already have moved from its beginning, or its last turn."""
+PERSIST = 2
+
+ARRIVAL_STEPS = 200
+"""Most steps the trend of the projection is fitted to."""
+MIN_ARRIVAL_STEPS = 10
+CONFIDENCE = 0.99
+
+EARLY_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, first-order flows"
+ARRIVAL_REFERENCE = "arXiv:2505.22617 (entropy mechanism); Theil-Sen slope"
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Trend of a series at every step, over the window that ends there.
+
+    Attributes
+    ----------
+    slope : ndarray, shape (n,)
+        Median of the pairwise slopes (Theil-Sen), per step; NaN in the first steps.
+    agree : ndarray, shape (n,)
+        Mean sign of the pairwise differences (Kendall's tau), in [-1, 1].
+    """
+
+    slope: Array
+    agree: Array
+
+
+def rolling_trend(values: Array, window: int = TREND_WINDOW) -> Trend:
+    """Theil-Sen slope and Kendall's tau over a window that ends at each step.
+
+    Cost is linear in the steps: the pairs of a window are few.
+
+    Parameters
+    ----------
+    values : ndarray, shape (n,)
+    window : int
+        Values in the window.
+
+    Returns
+    -------
+    Trend
+    """
+    slope, agree = np.full(len(values), np.nan), np.zeros(len(values))
+    if len(values) >= window:
+        seen = np.lib.stride_tricks.sliding_window_view(values, window)
+        first, second = np.triu_indices(window, 1)
+        rise = seen[:, second] - seen[:, first]
+        slope[window - 1 :] = np.median(rise / (second - first), axis=1)
+        agree[window - 1 :] = np.sign(rise).mean(axis=1)
+    return Trend(slope, agree)
+
+
+def find_early_warning(context: Context) -> list[Finding]:
+    """The entropy is about to leave its band: a steady trend, read together with the class flows.
+
+    Reported while it lasts, or if the departure it announced came. A trend the flows agree with
+    needs less evidence and names the class; one against them says that the steps are too large for
+    the first-order law. Downward it counts only while the reward does not pay: not for what it paid
+    for on the whole, either.
+    """
+    series = context.series("entropy")
+    if series.values.min() <= 0:
+        return []
+    for direction in (1, -1):
+        if direction < 0 and _paid(context):
+            continue
+        begin = _announced(context, series, direction)
+        if begin is not None:
+            return [_early_finding(context, series, begin, direction)]
+    return []
+
+
+def _paid(context: Context) -> bool:
+    """A fall is no loss: solved, the reward at its best, or a decline that it paid for."""
+    reward = context.reward
+    if reward is None:
+        return False
+    falls = reward.series.end < reward.peak - reward.margin
+    if reward.solved or not falls:
+        return True
+    return any(finding.name == "entropy_decline" for finding in find_entropy_fall(context))
+
+
+def _announced(context: Context, series: Series, direction: int) -> int | None:
+    """Index of the first step of the trend that lasts or was followed by the departure."""
+    logs = np.log(series.values)
+    trend = rolling_trend(direction * logs)
+    level = direction * np.log(series.level)
+    edge = np.log(RISE[0]) if direction > 0 else -np.log(FALL[0])
+    with np.errstate(invalid="ignore"):
+        arrives = direction * logs + AHEAD * trend.slope >= level + edge
+        moved = direction * logs - level >= np.log(MIN_MOVE)
+    needed = np.where(_flow_agrees(context, series, direction), AGREE, AGREE_ALONE)
+    inside = direction * np.log(series.smooth) < level + edge
+    early = arrives & moved & (trend.agree >= needed)
+    for start, stop in episodes(early | ~inside, PERSIST):
+        if early[start] and stop == len(series):
+            return start
+    return None
+
+
+def _flow_agrees(context: Context, series: Series, direction: int) -> Array:
+    """Whether the summed class flow of each step points in a direction; False where unknown."""
+    flows = context.flows
+    net = flows.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
+    known = net.reindex(series.steps).to_numpy()
+    return np.asarray(direction * np.nan_to_num(known) > 0)
+
+
+def _early_finding(context: Context, series: Series, begin: int, direction: int) -> Finding:
+    step = series.step(begin)
+    drivers = entropy_drivers(context, step - TREND_WINDOW + 1, step, direction)
+    agrees = bool(_flow_agrees(context, series, direction)[begin])
+    now, way = float(series.values[begin]), "rises" if direction > 0 else "falls"
+    flow = (
+        driver_words(drivers, direction)
+        if agrees
+        else "the class flows point the other way, so the steps are too large for first order"
+    )
+    return Finding(
+        name=EARLY,
+        severity="warning",
+        step=step,
+        message=f"Entropy {way} steadily at step {step} ({series.level:.3g} to {now:.3g} nats) and "
+        f"leaves its band within {AHEAD} steps at this rate; {flow}.",
+        evidence={
+            "direction": "up" if direction > 0 else "down",
+            "entropy_start": series.level,
+            "entropy_then": now,
+            "flow_agrees": int(agrees),
+            "predicted_net_dentropy": sum(d.predicted_dentropy for d in drivers),
+            **({"class": drivers[0].cls} if drivers else {}),
+        },
+        advice=driver_advice(drivers)
+        if agrees
+        else "Lower lr or the updates per batch (epochs x minibatches) now; the entropy has not "
+        "left its band yet.",
+        reference=EARLY_REFERENCE,
+    )
+
+
+def find_arrival(context: Context) -> list[Finding]:
+    """Projected step at which the entropy arrives at the ceiling or the floor of its band.
+
+    The ceiling is twice, the floor a fifth of its beginning. Theil-Sen slope of the logarithm over
+    the last quarter of the run; reported if its 99% interval leaves out zero and arrival is due
+    within as many steps again.
+    """
+    series = context.series("entropy")
+    count = int(np.clip(len(series) // 4, MIN_ARRIVAL_STEPS, ARRIVAL_STEPS))
+    if len(series) < 2 * MIN_ARRIVAL_STEPS or series.values.min() <= 0:
+        return []
+    logs, steps = np.log(series.values[-count:]), series.steps[-count:]
+    fit = stats.theilslopes(logs, steps, alpha=CONFIDENCE)
+    slope, slow = float(fit.slope), float(fit.low_slope if fit.slope > 0 else fit.high_slope)
+    ceiling, floor = np.log(RISE[1] * series.level), np.log(FALL[1] * series.level)
+    now = float(np.log(series.smooth[-1]))
+    inside = np.log(FALL[0] * series.level) < now < np.log(RISE[0] * series.level)
+    if slope * slow <= 0 or not inside:
+        return []
+    target = ceiling if slope > 0 else floor
+    due = (target - now) / slope
+    if due > len(series) * float(np.median(np.diff(series.steps))):
+        return []
+    last, up = series.step(-1), slope > 0
+    paid = context.reward is not None and (context.reward.improved or context.reward.solved)
+    return [
+        Finding(
+            name="entropy_arrival",
+            severity="info" if paid or due > count else "warning",
+            step=int(steps[0]),
+            message=f"At its present rate ({np.expm1(slope):+.1%} a step) the entropy arrives at "
+            f"{np.exp(target):.3g} nats, the {'ceiling' if up else 'floor'} of its band, at step "
+            f"{last + due:.0f}.",
+            evidence={
+                "arrival_step": int(round(last + due)),
+                "latest_step": int(round(last + (target - now) / slow)),
+                "factor_per_step": float(np.exp(slope)),
+                "target": float(np.exp(target)),
+            },
+            advice="Lower lr before then; see the drivers for the class that pushes."
+            if up
+            else "Fine while the reward rises; else raise temperature, or take out a class that "
+            "sharpens (exclude_bins = pos_peak or neg_valley).",
+            reference=ARRIVAL_REFERENCE,
+        )
+    ]

@@ -1,0 +1,282 @@
+"""Detectors of what happens to the policy: entropy both ways, reward, and learning at all.
+
+Entropy is judged by ratio to the run's own beginning, never by an absolute floor: runs start
+anywhere between 0.05 and 3 nats. A fall is a collapse only if the reward does not pay for it, since
+a policy that learns to be right becomes certain.
+"""
+
+import numpy as np
+
+from wapo_analysis.diagnose.context import Context, RewardState
+from wapo_analysis.diagnose.detectors.completions import degenerate_since
+from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
+from wapo_analysis.diagnose.result import Finding, Severity
+from wapo_analysis.series import Departure, Series, departure, episodes
+from wapo_analysis.table import Array
+
+RISE = (1.5, 2.0)
+"""Ratio to the beginning at which a rise warns, and at which it is an explosion."""
+FALL = (0.5, 0.2)
+"""Ratio at which a fall warns, and at which it is a collapse if the reward does not pay for it."""
+FALL_UNPAID = 0.05
+"""Ratio of a collapse where no reward was recorded: learning alone seldom goes that far."""
+FALL_LOST = 0.5
+"""Ratio of a collapse where the reward was lost: no learning asks for the doubt."""
+HOME = 0.25
+"""Share of the beginning within which a run has not left it: half the way to a warning."""
+MIN_RISE = 0.05
+"""Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
+SIGMAS = 6.0
+NO_SIGNAL = 0.9
+"""Share of groups without any reward difference that leaves no gradient."""
+NO_GRADIENT = 1e-3
+"""Gradient norm relative to the beginning that counts as none."""
+STALL_STEPS = 10
+"""Steps up to the end without signal that make a stall: a rare class may rest for a few."""
+
+EXPLOSION_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, multi-step behaviour"
+COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WAPO)"
+REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
+STALL_REFERENCE = "arXiv:2503.14476 (DAPO, dynamic sampling)"
+
+
+def find_entropy_rise(context: Context) -> list[Finding]:
+    """Entropy above twice its beginning to the end; a warning where the reward still gains."""
+    series = context.series("entropy")
+    level, smooth = series.level, series.smooth
+    # Half the sigmas keep a run departed that passed them all: a jump inflates its own noise.
+    least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
+    stay = level + max(SIGMAS / 2 * series.gap_noise, MIN_RISE)
+    strict = smooth >= max(RISE[1] * level, least)
+    loose = smooth >= max(RISE[0] * level, stay)
+    gone = departure(loose, strict, _home(series), series.persist)
+    if gone is None:
+        return []
+    reward = context.reward
+    paid = reward is not None and reward.improved
+    if gone.crossed is None:
+        return [_entropy_finding(context, gone, 1, "entropy_rise", "warning")]
+    if not gone.ongoing:
+        return [_entropy_finding(context, gone, 1, "entropy_excursion", "warning")]
+    name = "entropy_rise" if paid else "entropy_explosion"
+    return [_entropy_finding(context, gone, 1, name, "warning" if paid else "critical")]
+
+
+def find_entropy_fall(context: Context) -> list[Finding]:
+    """Entropy below a fifth of its beginning to the end while the reward gains nothing.
+
+    Below a half if the reward was lost. A reward for the same answer to every prompt pays nothing.
+    """
+    series, reward = context.series("entropy"), context.reward
+    level, smooth = series.level, series.smooth
+    most = level - SIGMAS * series.gap_noise
+    deep = FALL_UNPAID if reward is None else FALL_LOST if reward.lost else FALL[1]
+    gone = departure(
+        smooth <= min(FALL[0] * level, most),
+        smooth <= min(deep * level, most),
+        _home(series),
+        series.persist,
+    )
+    if gone is None:
+        return []
+    if not gone.ongoing:
+        return [_entropy_finding(context, gone, -1, "entropy_excursion", "warning")]
+    if _paid_for(reward, series, gone) and degenerate_since(context.sameness) is None:
+        return [_entropy_finding(context, gone, -1, "entropy_decline", "info")]
+    if gone.crossed is None:
+        return [_entropy_finding(context, gone, -1, "entropy_fall", "warning")]
+    return [_entropy_finding(context, gone, -1, "entropy_collapse", "critical")]
+
+
+def _home(series: Series) -> Array:
+    """Where a smoothed value counts as still at the beginning's level."""
+    near = max(3 * series.smooth_noise, HOME * abs(series.level))
+    return np.abs(series.smooth - series.level) <= near
+
+
+def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> bool:
+    """Whether the reward is worth the entropy that went.
+
+    Solved, a third of the way to certain success gained, or still gaining since it fell; for a
+    fall that is no collapse yet, any rise is enough.
+    """
+    if reward is None or reward.lost:
+        return False
+    if reward.solved or (reward.rising if gone.crossed is None else reward.much_gained):
+        return True
+    since = entropy.step(gone.crossed if gone.crossed is not None else gone.warned)
+    just_now = entropy.step(-1) - since < (entropy.step(-1) - entropy.step(0)) / 10
+    return reward.improved and (just_now or reward.gain_since(since) > reward.margin)
+
+
+_ENTROPY_TAIL = {
+    "entropy_explosion": "and stays there",
+    "entropy_collapse": "and stays there",
+    "entropy_rise": "",
+    "entropy_fall": "",
+    "entropy_decline": "as the policy became certain",
+    "entropy_excursion": "and came back",
+}
+
+
+def _entropy_finding(
+    context: Context, gone: Departure, direction: int, name: str, severity: Severity
+) -> Finding:
+    series, reward = context.series("entropy"), context.reward
+    onset, last = gone.onset, gone.warned if gone.crossed is None else gone.crossed
+    drivers = entropy_drivers(context, series.step(onset), series.step(last), direction)
+    extreme = series.smooth[onset:].max() if direction > 0 else series.smooth[onset:].min()
+    there = series.end if gone.ongoing else float(extreme)
+    verb = "rose" if direction > 0 else "fell"
+    clauses = [
+        f"Entropy {verb} from {series.level:.3g} to {there:.3g} nats "
+        f"({_times(there, series.level)} its beginning) from step {series.step(onset)} "
+        f"{_ENTROPY_TAIL[name]}".rstrip(),
+        reward.words() if reward is not None else "no reward was recorded",
+        driver_words(drivers, direction),
+    ]
+    return Finding(
+        name=name,
+        severity=severity,
+        step=series.step(onset),
+        message="; ".join(clause for clause in clauses if clause) + ".",
+        evidence={
+            "entropy_start": series.level,
+            "entropy_end": series.end,
+            "entropy_extreme": float(extreme),
+            "ratio": series.end / series.level if series.level > 0 else None,
+            "predicted_net_dentropy": sum(d.predicted_dentropy for d in drivers)
+            if drivers
+            else None,
+            **_reward_evidence(reward),
+        },
+        advice=_entropy_advice(name, driver_advice(drivers)),
+        reference=EXPLOSION_REFERENCE if direction > 0 else COLLAPSE_REFERENCE,
+        warned=series.step(gone.warned),
+        until=None if gone.crossed is None else series.step(gone.crossed),
+    )
+
+
+def _times(value: float, level: float) -> str:
+    ratio = value / level if level > 0 else float("inf")
+    return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
+
+
+def _entropy_advice(name: str, drivers: str) -> str:
+    if name == "entropy_decline":
+        return (
+            "Normal while the reward rises; little exploration is left, so stop when it no "
+            "longer gains, or raise temperature for more."
+        )
+    over = name in ("entropy_explosion", "entropy_collapse")
+    return f"Go back to a checkpoint before the onset. {drivers}" if over else drivers
+
+
+def _reward_evidence(reward: RewardState | None) -> dict[str, float]:
+    if reward is None:
+        return {}
+    return {
+        "reward_start": reward.series.level,
+        "reward_peak": reward.peak,
+        "reward_end": reward.series.end,
+    }
+
+
+def find_reward_loss(context: Context) -> list[Finding]:
+    """At least half of the reward's gain, or of its beginning, lost to the end."""
+    reward = context.reward
+    if reward is None or reward.loss is None:
+        return []
+    series, loss = reward.series, reward.loss
+    severe = reward.lost
+    drop = reward.peak - series.end
+    name = "reward_collapse" if severe else "reward_drop"
+    entropy = context.series("entropy")
+    onset = series.step(loss.onset)
+    back = "" if loss.ongoing else ", then came back"
+    return [
+        Finding(
+            name=name,
+            severity="critical" if severe else "warning",
+            step=onset,
+            message=(
+                f"Reward fell from {reward.peak:.2f} at its best to "
+                f"{float(series.smooth[loss.onset :].min()):.2f} from step {onset}{back}."
+            ),
+            evidence={
+                **_reward_evidence(reward),
+                "lost_share": drop / reward.peak if reward.peak > 0 else None,
+                **({"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy)
+                   else {}),
+            },
+            advice=(
+                "Go back to the best checkpoint; lower lr or the updates per batch (epochs x "
+                "minibatches), and read completions of the last steps for gibberish, repetition "
+                "or a reward that is being gamed."
+            ),
+            reference=REWARD_REFERENCE,
+            warned=series.step(loss.warned),
+            until=None if loss.crossed is None else series.step(loss.crossed),
+        )
+    ]  # fmt: skip
+
+
+def find_stall(context: Context) -> list[Finding]:
+    """No gradient to the end of the run while the reward is neither solved nor moving."""
+    reward = context.reward
+    if reward is None or reward.solved:
+        return []
+    quiet = {
+        "zero_signal_groups": _stretch_to_end(*_no_signal(context)),
+        "grad_norm": _stretch_to_end(*_no_gradient(context)),
+    }
+    found = {name: step for name, step in quiet.items() if step is not None}
+    if not found:
+        return []
+    step = min(found.values())
+    if abs(reward.gain_since(step)) > reward.margin:
+        return []
+    cause, _ = min(found.items(), key=lambda item: item[1])
+    why = (
+        f"at least {NO_SIGNAL:.0%} of the groups have no difference in reward"
+        if cause == "zero_signal_groups"
+        else "the gradient is zero"
+    )
+    return [
+        Finding(
+            name="stalled",
+            severity="critical",
+            step=step,
+            message=f"Nothing is learned from step {step} on: {why}, {reward.words()}.",
+            evidence={
+                **_reward_evidence(reward),
+                **{f"{name}_since": value for name, value in found.items()},
+                "grad_norm_end": context.series("grad_norm").end,
+            },
+            advice=(
+                "Mix in problems of other difficulty (task, data) or raise rollouts_per_prompt or "
+                "temperature so that groups differ; check that the reward can be earned at all."
+            ),
+            reference=STALL_REFERENCE,
+        )
+    ]
+
+
+def _no_signal(context: Context) -> tuple[Series, Array]:
+    wrong, right = context.series("groups_all_wrong"), context.series("groups_all_right")
+    if len(wrong) and np.array_equal(wrong.steps, right.steps):
+        flat = Series(wrong.steps, wrong.values + right.values)
+    else:
+        flat = wrong
+    return flat, flat.smooth >= NO_SIGNAL
+
+
+def _no_gradient(context: Context) -> tuple[Series, Array]:
+    series = context.series("grad_norm")
+    return series, series.smooth <= NO_GRADIENT * series.level if len(series) else series.values > 0
+
+
+def _stretch_to_end(series: Series, mask: Array) -> int | None:
+    """First step of the stretch of True that reaches the end, None if there is none."""
+    found = episodes(mask, max(series.persist, STALL_STEPS)) if len(series) else []
+    return series.step(found[-1][0]) if found and found[-1][1] == len(series) else None

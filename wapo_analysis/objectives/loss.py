@@ -1,0 +1,199 @@
+"""Which tokens are trained on, and the weighted policy loss. B rollouts, T completion positions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from wapo_taxonomy import CLASSES
+
+from wapo_analysis.objectives.config import ObjectiveConfig
+
+_NONE_CODE = len(CLASSES)
+"""Class code of a token with zero advantage: it belongs to no class."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """Loss of a (micro-)batch and what happened to each token; all but ``loss`` is detached.
+
+    Attributes
+    ----------
+    loss : Tensor, scalar
+        ``sum(token_loss * kept * weight)``; multiply by ``BatchWeights.multiplier``.
+    token_loss : Tensor, shape (B, T)
+        Loss before keep and weight.
+    ratio : Tensor, shape (B, T)
+        Importance ratio (GSPO: of the sequence); NaN where it does not exist.
+    clipped : Tensor of bool, shape (B, T)
+        Gradient is zero because the clip branch is active.
+    kept : Tensor of bool, shape (B, T)
+        Tokens in the sum: ``keep`` without the non-finite ones.
+    nonfinite : Tensor of int64, scalar
+        Kept tokens dropped because a log-probability the loss needs was not finite.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    kept: Tensor
+    nonfinite: Tensor
+
+
+def _in_classes(codes_BT: Tensor, names: Collection[str]) -> Tensor:
+    chosen = torch.tensor([*(name in names for name in CLASSES), False], device=codes_BT.device)
+    return chosen[codes_BT]
+
+
+def _class_codes(config: ObjectiveConfig, sign_B1: Tensor, peak: Tensor) -> Tensor:
+    """Index into CLASSES per token; zero advantage is `_NONE_CODE` (official: positive)."""
+    is_positive = sign_B1 >= 0 if config.official else sign_B1 > 0
+    positive = torch.where(peak, CLASSES.index("pos_peak"), CLASSES.index("pos_valley"))
+    negative = torch.where(peak, CLASSES.index("neg_peak"), CLASSES.index("neg_valley"))
+    codes_BT = torch.where(is_positive, positive, negative)
+    if config.official:
+        return codes_BT
+    return torch.where(sign_B1 == 0, _NONE_CODE, codes_BT)
+
+
+def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: Tensor) -> Tensor:
+    """Tokens that enter the loss: completion tokens past the advantage gate and the bins.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        Gates (``drops_negative``, ``mask_positive_advantages``) and bins.
+    advantage : Tensor, shape (B,)
+        Advantage of each rollout.
+    mask : Tensor of bool (or 0/1), shape (B, T)
+        Completion tokens.
+    peak : Tensor of bool, shape (B, T)
+        Regime of the sampled token, ``wapo_taxonomy.is_peak``; p = 1 is a peak.
+
+    Returns
+    -------
+    Tensor of bool, shape (B, T)
+        Tokens with zero advantage are in no class: include_bins drops them, exclude_bins leaves
+        them. With ``config.official`` they count as positive.
+
+    Notes
+    -----
+    Source: the published WAPO code; classes of arXiv 2606.16154.
+    """
+    mask = mask.bool()
+    # An empty rollout counts as zero advantage: it is dropped by either gate.
+    sign_B1 = torch.where(mask.any(-1), advantage, torch.zeros_like(advantage)).unsqueeze(-1)
+    keep = mask.clone()
+    if config.drops_negative:
+        keep &= sign_B1 > 0
+    if config.mask_positive_advantages:
+        keep &= sign_B1 < 0
+    codes_BT = _class_codes(config, sign_B1, peak)
+    if config.included_classes is not None:
+        return keep & _in_classes(codes_BT, config.included_classes)
+    if config.excluded_classes:
+        return keep & ~_in_classes(codes_BT, config.excluded_classes)
+    return keep
+
+
+def _official_loss(
+    config: ObjectiveConfig,
+    logp: Tensor,
+    logp_old: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+) -> LossOutput:
+    """Masks multiply: a non-finite token loss makes the sum NaN even where it is dropped."""
+    term = config.token_loss(logp, logp_old, advantage, mask, config.bounds)
+    loss = (term.loss * keep.to(logp.dtype) * weight.unsqueeze(-1)).sum()
+    none_dropped = torch.zeros((), dtype=torch.int64, device=logp.device)
+    return LossOutput(loss, term.loss.detach(), term.ratio, term.clipped, keep, none_dropped)
+
+
+def _safe_loss(
+    config: ObjectiveConfig,
+    logp: Tensor,
+    logp_old: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+) -> LossOutput:
+    """Masks select, on the value and on the gradient, before anything is exponentiated."""
+    usable = mask & logp.isfinite()
+    if config.uses_ratio:
+        usable &= logp_old.isfinite()
+    kept = keep & usable
+    zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
+    # Dropped tokens may give a sequence ratio its value but never receive gradient.
+    clean_logp = torch.where(kept, logp, torch.where(usable, logp.detach(), zero))
+    clean_old = torch.where(usable & logp_old.isfinite(), logp_old, zero)
+    term = config.token_loss(clean_logp, clean_old, advantage, usable, config.bounds)
+    loss = torch.where(kept, term.loss * weight.unsqueeze(-1), zero).sum()
+    has_ratio = usable & logp_old.isfinite()
+    return LossOutput(
+        loss,
+        torch.where(usable, term.loss.detach(), torch.nan),
+        torch.where(has_ratio, term.ratio, torch.nan),
+        term.clipped & usable,
+        kept,
+        (keep & ~usable).sum(),
+    )
+
+
+def policy_loss(
+    config: ObjectiveConfig,
+    logp: Tensor,
+    logp_old: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    keep: Tensor,
+    weight: Tensor,
+) -> LossOutput:
+    """Weighted sum of the kept token losses, ``sum(token_loss * keep * weight)``.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        Objective settings.
+    logp : Tensor, shape (B, T)
+        Log-probability (nats) of each sampled token under the trained policy; carries gradient.
+        Half precision is computed in float32, float64 stays float64.
+    logp_old : Tensor, shape (B, T)
+        The same under the behaviour policy; carries none.
+    advantage : Tensor, shape (B,)
+        Advantage of each rollout.
+    mask : Tensor of bool (or 0/1), shape (B, T)
+        Completion tokens.
+    keep : Tensor of bool, shape (B, T)
+        Tokens in the loss (`keep_tokens`).
+    weight : Tensor, shape (B,)
+        Weight of each rollout (`BatchWeights.sequence_weight`).
+
+    Returns
+    -------
+    LossOutput
+        Unscaled loss and per-token detail.
+
+    Notes
+    -----
+    Tokens outside ``keep`` add nothing to value or gradient, whatever they hold; kept tokens with
+    a non-finite log-probability are left out and counted. ``config.official`` multiplies by masks
+    as the published code does, NaN included. Formulas: `token_losses`.
+    """
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    compute = _official_loss if config.official else _safe_loss
+    return compute(
+        config,
+        logp.to(dtype),
+        logp_old.detach().to(dtype),
+        advantage.to(logp.device, dtype),
+        mask.bool(),
+        keep,
+        weight.to(logp.device, dtype),
+    )

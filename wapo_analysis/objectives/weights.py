@@ -1,0 +1,224 @@
+"""Weights, normaliser and multiplier that turn token losses into a mean over a batch.
+
+The loss of a mini-batch is ``multiplier * sum(token_loss * kept * weight of its rollout)``; the
+sum may be split over micro-batches in any way. N rollouts, B rollouts of a mini-batch, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.weight_rules import (
+    WEIGHT_RULES,
+    Batch,
+    BatchWeights,
+    advantage_gate,
+    outer_multiplier,
+)
+
+__all__ = ["BatchWeights", "batch_weights", "kept_token_weights", "minibatch_weights"]
+
+
+def batch_weights(
+    config: ObjectiveConfig,
+    advantages: ArrayLike,
+    token_counts: ArrayLike,
+    group: ArrayLike,
+    rollouts_per_prompt: int,
+    num_minibatches: int = 1,
+    world_size: int = 1,
+) -> BatchWeights:
+    """Weight of each rollout of a whole batch, before any kept-token normalisation.
+
+    With n_i completion tokens of rollout i and "contributing" = not dropped by its advantage::
+
+        rule           weight w_i                                  units Z
+        seq            1 / max(n_i, 1)                             contributing rollouts
+        group          1 / sum of n_j over contributing members    groups where that sum > 0
+        fixed_length   1 / (rollouts_per_prompt * max_seq_len)     groups with a contributing member
+        global         1                                           tokens of contributing rollouts
+        longest        1                                           N * max_i n_i
+
+    multiplier = num_minibatches * world_size / max(Z, 1), so one mini-batch's loss estimates the
+    batch mean and a mean of gradients over ranks is the mean over the whole batch.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        Objective settings; ``config.weight_rule`` picks the row.
+    advantages : array_like of float, shape (N,)
+        Advantage of each rollout.
+    token_counts : array_like of int, shape (N,)
+        Completion tokens of each rollout that the loss mask lets in.
+    group : array_like of int, shape (N,)
+        Group (prompt) of each rollout.
+    rollouts_per_prompt : int
+        Rollouts sampled per prompt.
+    num_minibatches, world_size : int
+        Optimizer steps per batch; ranks whose gradients are averaged.
+
+    Returns
+    -------
+    BatchWeights
+        float64 weights on the CPU.
+
+    Raises
+    ------
+    UserError
+        If shapes differ, a count is negative or a size is below 1.
+
+    Notes
+    -----
+    Source: the published WAPO code; ``fixed_length`` is WAPO's mean (arXiv 2606.16154),
+    ``longest`` that code's Dr. GRPO. ``config.official`` computes the multiplier in float32 and
+    holds Z / world_size at 1 or more, which shrinks updates with fewer units than ranks.
+    """
+    advantage_n = np.asarray(advantages, dtype=np.float64)
+    tokens_n = np.asarray(token_counts, dtype=np.float64)
+    group_n = np.asarray(group)
+    if not advantage_n.shape == tokens_n.shape == group_n.shape or advantage_n.ndim != 1:
+        raise UserError(
+            "advantages, token_counts and group must be one-dimensional and of equal length, got "
+            f"shapes {advantage_n.shape}, {tokens_n.shape} and {group_n.shape}"
+        )
+    if (tokens_n < 0).any() or min(rollouts_per_prompt, num_minibatches, world_size) < 1:
+        raise UserError(
+            "token_counts must be >= 0; rollouts_per_prompt, num_minibatches and world_size >= 1"
+        )
+    contributing = advantage_gate(config, advantage_n)
+    member = np.unique(group_n, return_inverse=True)[1]
+    weight, units = WEIGHT_RULES[config.weight_rule](
+        Batch(tokens_n, member, contributing, rollouts_per_prompt, config.max_seq_len)
+    )
+    units = max(units, 1.0)
+    return BatchWeights(
+        sequence_weight=torch.from_numpy(weight),
+        normalizer=units,
+        multiplier=outer_multiplier(config, units, num_minibatches, world_size),
+        contributing=torch.from_numpy(contributing),
+        num_minibatches=num_minibatches,
+        world_size=world_size,
+    )
+
+
+def _group_totals(count_B: Tensor, group: Tensor) -> Tensor:
+    """Sum of the counts over each rollout's group, repeated for every member."""
+    member_B = torch.unique(group, return_inverse=True)[1]
+    return torch.zeros_like(count_B).scatter_add_(0, member_B, count_B)[member_B]
+
+
+_KEPT_TOTALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "seq": lambda count, group: count,
+    "group": _group_totals,
+    "global": lambda count, group: count.sum().expand_as(count),
+}
+
+
+def _kept_official(
+    config: ObjectiveConfig, count_B: Tensor, group: Tensor, batch: BatchWeights
+) -> BatchWeights:
+    """Weigh as the published code: float32, a phantom token for each fully dropped rollout."""
+    is_global = config.level == "global"
+    phantom_B = count_B.float() if is_global else count_B.float().clamp(min=1)
+    weight = 1 / _KEPT_TOTALS[config.level](phantom_B, group).clamp(min=1)
+    return replace(
+        batch,
+        sequence_weight=weight,
+        normalizer=1.0 if is_global else batch.normalizer,
+        multiplier=float(batch.num_minibatches) if is_global else batch.multiplier,
+        contributing=count_B > 0,
+    )
+
+
+def kept_token_weights(
+    config: ObjectiveConfig, keep: Tensor, group: Tensor, batch: BatchWeights
+) -> BatchWeights:
+    """Weights of a mini-batch averaged over the tokens that are really kept.
+
+    With k_i kept tokens of rollout i, over the rollouts passed in::
+
+        seq      1 / k_i                            units: rollouts with k_i > 0
+        group    1 / sum of k_j over the group      units: groups with a kept token
+        global   1 / sum of all k_j                 units: 1
+
+    multiplier = 1 / units: the loss is the mean over rollouts (or groups) of each one's mean over
+    kept tokens, or the mean over all kept tokens. With several ranks each averages its own rows.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        Objective settings; only the level and ``official`` matter here.
+    keep : Tensor of bool, shape (B, T)
+        Kept tokens (`loss.keep_tokens`) of one whole mini-batch.
+    group : Tensor of int, shape (B,)
+        Group of each rollout.
+    batch : BatchWeights
+        Weights of the whole batch.
+
+    Returns
+    -------
+    BatchWeights
+        Weights on ``keep``'s device; ``contributing`` marks rollouts with a kept token.
+
+    Notes
+    -----
+    Source: the published WAPO code. With ``config.official`` the call must pass one micro-batch, as
+    there: float32 weights, one phantom token for each fully dropped rollout, the batch's own
+    normaliser at seq and group level, and at global level micro-batch means that add up.
+    """
+    count_B = keep.sum(-1)
+    if config.official:
+        return _kept_official(config, count_B, group, batch)
+    count_B = count_B.double()
+    total_B = _KEPT_TOTALS[config.level](count_B, group)
+    weight_B = torch.where(count_B > 0, 1 / total_B, 0.0)
+    # The weighted counts of one unit add up to 1, so their sum is the number of units.
+    units = max(round(float((weight_B * count_B).sum())), 1)
+    return replace(
+        batch,
+        sequence_weight=weight_B,
+        normalizer=float(units),
+        multiplier=1.0 / units,
+        contributing=count_B > 0,
+    )
+
+
+def minibatch_weights(
+    config: ObjectiveConfig, batch: BatchWeights, rows: Tensor, keep: Tensor, group: Tensor
+) -> BatchWeights:
+    """Weights of one mini-batch under either normalisation.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        Objective settings.
+    batch : BatchWeights
+        Weights of the whole batch (`batch_weights`).
+    rows : Tensor of int64, shape (B,)
+        Rollouts of the mini-batch.
+    keep : Tensor of bool, shape (B, T)
+        Their kept tokens.
+    group : Tensor of int, shape (B,)
+        Their groups.
+
+    Returns
+    -------
+    BatchWeights
+        `kept_token_weights` with ``normalize_by_kept_tokens``, else the rows of ``batch``.
+    """
+    if config.normalize_by_kept_tokens:
+        return kept_token_weights(config, keep, group, batch)
+    rows = rows.to(batch.sequence_weight.device)
+    return replace(
+        batch,
+        sequence_weight=batch.sequence_weight[rows].to(keep.device),
+        contributing=batch.contributing[rows].to(keep.device),
+    )

@@ -1,0 +1,1 @@
+"""Recording: token passes in, a run folder out; any trainer feeds it."""

@@ -1,0 +1,180 @@
+"""Between recorder and disk: a thread, a bound on what waits for it, the vocabulary."""
+
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from wapo_analysis.record.queue import WriterThread
+from wapo_analysis.record.step_job import StepJob
+from wapo_analysis.record.tokens import Array
+from wapo_analysis.store import RunWriter
+
+log = logging.getLogger(__name__)
+
+QUEUE_ROWS = 1 << 21
+"""Token rows that may wait for the disk; a row takes up to 100 bytes."""
+
+Texts = Callable[[list[int]], list[str]]
+
+
+class StepWriter:
+    """Writes steps in a thread of its own, in order; nothing here waits but `drain` and `close`.
+
+    A step that would make more than ``queue_rows`` rows wait is summed up by the caller
+    (milliseconds, no disk), and its token rows are sampled down by halves until they fit, in the
+    end to none. So at most ``queue_rows`` rows, or one step if that has more, are in memory, about
+    100 bytes each. Class totals, rollouts and the line of a step always wait their turn.
+
+    Parameters
+    ----------
+    writer : RunWriter
+    on_error : callable
+        Called once, in the thread, with the error that ended the writing; a bound method, of whose
+        object no reference is kept.
+    queue_rows : int
+        Token rows that may wait.
+    synchronous : bool
+        Write in the caller's thread; the files are the same.
+    """
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        on_error: Callable[[Exception], None],
+        queue_rows: int = QUEUE_ROWS,
+        synchronous: bool = False,
+    ) -> None:
+        self._writer, self._queue_rows = writer, queue_rows
+        self._thread = WriterThread(partial(_tell, weakref.WeakMethod(on_error)), synchronous)
+        self._vocabulary = Vocabulary(writer.named())
+        self._texts: Texts | None = None
+        # Token ids of passes that came from a device: found by the thread, named by the caller.
+        self._arrived: deque[Array] = deque()
+        self._carried = 0.0
+        self._thinned = 0
+        # A process that ends without close still writes the steps it has finished.
+        weakref.finalize(self, self._thread.close)
+
+    def put(self, job: StepJob, texts: Texts | None = None) -> None:
+        """Take a step.
+
+        Parameters
+        ----------
+        job : StepJob
+        texts : callable, optional
+            Token ids to their texts. A tokenizer is not safe to use from two threads, so names are
+            made by the caller: now for tokens on the host, with a later step or at the end for
+            those on their way from a device.
+        """
+        if texts is not None and job.share > 0:
+            self._texts = texts
+            for tokens in job.passes:
+                if tokens.token_ids is not None:
+                    self.name(tokens.token_ids, texts)
+            self._name_arrived()
+        self._make_room(job)
+        self._thread.put(partial(self._write, job), job.rows)
+
+    def name(self, ids: Array, texts: Texts) -> None:
+        """Add token ids, those that are new, to the vocabulary of the run."""
+        new = self._vocabulary.new(ids)
+        if new:
+            named = dict(zip(new, texts(new), strict=True))
+            self._thread.put(partial(self._writer.add_vocab, named))
+
+    def note(self, **changes: Any) -> None:
+        """Change manifest entries."""
+        self._thread.put(partial(self._writer.update_manifest, **changes))
+
+    def drain(self) -> None:
+        """Wait until all that was given is on disk."""
+        self._thread.drain()
+
+    def abandon(self) -> None:
+        """Drop what has not been begun and take nothing more."""
+        self._thread.abandon()
+
+    def finish(self) -> None:
+        """Write all that was given, the names that were missing, and end the thread."""
+        self.drain()
+        self._name_arrived()
+        if self._thinned:
+            self.note(thinned_steps=self._thinned)
+        self._thread.close()
+
+    def _make_room(self, job: StepJob) -> None:
+        """Sum a step up at once and sample its rows down if too many are waiting."""
+        held = self._thread.held
+        room = self._queue_rows - held
+        if held == 0 or job.rows <= room:
+            return
+        self._condense(job)
+        job.thin(room)
+        self._thinned += 1
+        if self._thinned == 1:
+            log.warning(
+                "%s is written more slowly than steps come; token rows are sampled down for now "
+                "(column token_fraction), class totals stay exact",
+                self._writer.path,
+            )
+
+    def _write(self, job: StepJob) -> None:
+        """Write a step and merge parts if it is time; the merging counts for the next step."""
+        started = time.thread_time()
+        self._condense(job)
+        for records in job.records():
+            self._writer.write_part(records, job.step, job.rank)
+        spent = time.thread_time() - started
+        # The step line comes last: a step that is in the log has all its parts.
+        self._writer.append_step({**job.row, "seconds_writer": self._carried + spent})
+        self._writer.merge(job.rank)
+        self._carried = time.thread_time() - started - spent
+
+    def _condense(self, job: StepJob) -> None:
+        """Sum a step up, and keep the token ids that have come from a device."""
+        if job.share > 0:
+            waited = [tokens for tokens in job.passes if tokens.token_ids is None]
+            self._arrived += [np.unique(p.columns(0, 0)["token_id"]) for p in waited]
+        job.condense()
+
+    def _name_arrived(self) -> None:
+        while self._arrived and self._texts is not None:
+            self.name(self._arrived.popleft(), self._texts)
+
+
+class Vocabulary:
+    """Which token ids have been named; a look takes a nanosecond per id.
+
+    Parameters
+    ----------
+    named : list of int
+        Ids that have a text already.
+    """
+
+    def __init__(self, named: list[int]) -> None:
+        self._named = np.zeros(0, bool)
+        self.new(np.array(named, np.int64))
+
+    def new(self, ids: Array) -> list[int]:
+        """Ids among these that were never asked for before, each once, in order."""
+        given = ids[ids >= 0]
+        if not len(given):
+            return []
+        missing = int(given.max()) + 1 - len(self._named)
+        if missing > 0:
+            self._named = np.pad(self._named, (0, missing))
+        fresh = np.unique(given[~self._named[given]])
+        self._named[fresh] = True
+        return [int(token) for token in fresh]
+
+
+def _tell(listener: "weakref.WeakMethod[Callable[[Exception], None]]", error: Exception) -> None:
+    method = listener()
+    if method is not None:
+        method(error)
