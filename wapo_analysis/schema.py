@@ -162,7 +162,9 @@ CLASSES = Table(
 
 STEPS = Table(
     "steps",
-    "one optimizer step (one batch of rollouts)",
+    "one optimizer step (one batch of rollouts); beside these columns it may hold numbers of the "
+    "source under their own name, always with a slash; rewards/NAME/mean and rewards/NAME/std are "
+    "those of one reward function",
     (
         _key("step", "step number, from 1"),
         _measured("reward", "1", "mean reward of the batch", "float64"),
@@ -170,6 +172,20 @@ STEPS = Table(
         _measured("pass_rate", "1", "share of rollouts with reward >= 1", "float64"),
         _measured("groups_all_wrong", "1", "share of groups flat at their lowest", "float64"),
         _measured("groups_all_right", "1", "share of groups flat with reward > 0", "float64"),
+        _measured("groups_flat", "1", "share of groups whose rewards are all equal", "float64"),
+        _measured(
+            "reward_penalised",
+            "1",
+            "mean reward minus the KL penalty, where a trainer logs it beside the plain reward",
+            "float64",
+        ),
+        _measured(
+            "eval_reward",
+            "1",
+            "score on held-out problems as the trainer logs it, mean over its data sets; only at "
+            "steps with an evaluation (runs of our own trainer: eval/reward)",
+            "float64",
+        ),
         _measured("loss", "1", "value of the objective, summed over the step", "float64"),
         _measured("grad_norm", "1", "gradient norm before clipping, mean of updates", "float64"),
         _measured("lr", "1", "learning rate of the last update", "float64"),
@@ -180,6 +196,37 @@ STEPS = Table(
         _measured("truncated", "1", "share of completions cut at the limit", "float64"),
         _measured("repetition", "1", "share of repeated 4-grams in the completions", "float64"),
         _measured("kl_old", "nats", "k3 estimate of KL(behaviour || policy)", "float64"),
+        _measured(
+            "kl_ref",
+            "nats",
+            "KL(policy || reference model) per token, any estimator, before its coefficient",
+            "float64",
+        ),
+        _measured(
+            "engine_kl",
+            "nats",
+            "KL(sampling engine || trainer) per token of the same sampled tokens, any estimator",
+            "float64",
+        ),
+        _measured(
+            "engine_logp_diff",
+            "nats",
+            "mean |logp of the trainer - logp of the sampling engine|",
+            "float64",
+        ),
+        _measured(
+            "engine_prob_diff",
+            "probability",
+            "mean |p of the trainer - p of the sampling engine|",
+            "float64",
+        ),
+        _measured(
+            "staleness",
+            "1",
+            "weight updates between the policy that sampled the rollouts and the one that trains "
+            "on them, mean",
+            "float64",
+        ),
         _measured("clip_low", "1", "share of kept tokens stopped by the lower clip", "float64"),
         _measured("clip_high", "1", "share of kept tokens stopped by the upper clip", "float64"),
         _measured("tokens", "tokens", "completion tokens of the step", "int64"),
