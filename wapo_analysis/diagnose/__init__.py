@@ -5,7 +5,7 @@
 >>> print(diagnose(open_run("runs/demo/grpo-0")).to_text())  # doctest: +SKIP
 """
 
-from wapo_analysis.diagnose.detectors.registry import DETECTORS, Detector
+from wapo_analysis.diagnose.detectors import DETECTORS, Detector
 from wapo_analysis.diagnose.judge import diagnose
 from wapo_analysis.diagnose.result import SEVERITIES, Culprits, Diagnosis, Driver, Finding, Skipped
 from wapo_analysis.diagnose.words import VERDICT_WORDS, culprit_words

@@ -150,10 +150,6 @@ class Context:
             self._series[column] = Series(self.step_numbers[finite], values[finite])
         return self._series[column]
 
-    def missing(self, columns: tuple[str, ...]) -> tuple[str, ...]:
-        """Those of the step columns that have no finite value."""
-        return tuple(name for name in columns if not len(self.series(name)))
-
     @cached_property
     def reward(self) -> RewardState | None:
         """Judged reward, None without one."""
@@ -209,16 +205,6 @@ class Context:
     def has_flow(self) -> bool:
         """Whether the class totals hold predicted entropy changes at all."""
         return bool(self.run.classes["pred_dentropy_sum"].notna().any())
-
-    def has(self, part: str) -> bool:
-        """Whether the run has a part that is no step column, under the name in skipped checks."""
-        return {
-            "classes.pred_dentropy_sum": lambda: self.has_flow,
-            "classes.grad_mass": lambda: not self.gradient_mass.empty,
-            "tokens.logp_old": lambda: not self.first_pass.empty,
-            "rollouts.completion": lambda: len(self.sameness) > 0,
-            "rollouts.length": lambda: len(self.length_pay) > 0,
-        }[part]()
 
     def _per_class(self, column: str) -> pd.DataFrame:
         totals = self.run.classes

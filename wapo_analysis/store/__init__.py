@@ -12,6 +12,7 @@ from wapo_analysis.store.files import (
     round_mantissa,
     write_atomic,
 )
+from wapo_analysis.store.needs import Need
 from wapo_analysis.store.reader import Run, find_runs, open_run
 from wapo_analysis.store.writer import RunWriter
 
@@ -19,6 +20,7 @@ __all__ = [
     "MANIFEST",
     "PART_TABLES",
     "STEP_LOG",
+    "Need",
     "Run",
     "RunWriter",
     "find_runs",

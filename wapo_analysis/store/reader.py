@@ -21,6 +21,7 @@ from wapo_analysis.store.files import (
     read_vocab,
     step_lines,
 )
+from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parts import listed_keys, read_rows
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
@@ -119,7 +120,15 @@ class Run:
 
     def token_steps(self) -> list[int]:
         """Steps that have token rows."""
-        return sorted({step for step, _ in listed_keys(self.path / "tokens")})
+        return self.recorded_steps("tokens")
+
+    def recorded_steps(self, table: str) -> list[int]:
+        """Steps that have rows in a table of parts, from the names of its files."""
+        return sorted({step for step, _ in listed_keys(self.path / table)})
+
+    def lacks(self, need: Need) -> str | None:
+        """Why the run cannot give a column, as one clause; None if it can."""
+        return lack(self, need)
 
     def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """Stored columns of a table of parts.

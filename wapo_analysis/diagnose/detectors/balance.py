@@ -6,10 +6,12 @@ import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.context import CALM_STEPS, Context
 from wapo_analysis.diagnose.detectors.policy import FALL, RISE
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import CLASS_ADVICE
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
+from wapo_analysis.store import Need
 
 DOMINANT = 0.8
 """Share of the predicted entropy flow that one class must have to dominate."""
@@ -25,6 +27,7 @@ TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"
 SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 
 
+@detector("one_class_dominates", Need("classes", "pred_dentropy_sum"))
 def find_dominance(context: Context) -> list[Finding]:
     """One class supplies four fifths of the predicted entropy flow, up or down, to the end."""
     flows = context.flows.abs()
@@ -54,6 +57,7 @@ def find_dominance(context: Context) -> list[Finding]:
     ]
 
 
+@detector("one_class_takes_the_gradient", Need("classes", "grad_mass"))
 def find_takeover(context: Context) -> list[Finding]:
     """One class takes over the gradient: seven tenths of its mass, a fifth more than at first."""
     mass = _known(context.gradient_mass)
@@ -74,6 +78,7 @@ def find_takeover(context: Context) -> list[Finding]:
     )
 
 
+@detector("mass_by_sign", Need("classes", "grad_mass"))
 def find_imbalance(context: Context) -> list[Finding]:
     """Four fifths of the gradient mass come from one sign of the advantage, unlike at first.
 

@@ -3,9 +3,11 @@
 import numpy as np
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import LEVEL_SIGMAS, lasting, level_finding, risen
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
+from wapo_analysis.store import Need
 
 DRIFT = 0.15
 HALF = 0.5
@@ -25,6 +27,7 @@ TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"
 GAMING = "arXiv:2209.13085 (reward hacking); reward-doctor and other verifier audits"
 
 
+@detector("truncation_drift", Need("steps", "truncated"))
 def find_truncation(context: Context) -> list[Finding]:
     """Ever more completions are cut at the length limit, or most of them are."""
     series = context.series("truncated")
@@ -40,6 +43,7 @@ def find_truncation(context: Context) -> list[Finding]:
     )
 
 
+@detector("repetition_drift", Need("steps", "repetition"))
 def find_repetition(context: Context) -> list[Finding]:
     """Completions repeat themselves ever more."""
     series = context.series("repetition")
@@ -55,6 +59,7 @@ def find_repetition(context: Context) -> list[Finding]:
     )
 
 
+@detector("length_drift", Need("steps", "length"))
 def find_length_drift(context: Context) -> list[Finding]:
     """Completions end 1.5 times longer or shorter than they began.
 
@@ -103,6 +108,11 @@ def _length_advice(longer: bool, paid: bool) -> str:
     )
 
 
+@detector(
+    "reward_pays_for_length",
+    Need("steps", "length"),
+    Need("rollouts", "length"),
+)
 def find_length_pay(context: Context) -> list[Finding]:
     """Within groups the reward goes with the length, and the length has moved the way it pays.
 
@@ -135,6 +145,7 @@ def find_length_pay(context: Context) -> list[Finding]:
     ]
 
 
+@detector("degenerate_completions", Need("rollouts", "completion"))
 def find_degenerate(context: Context) -> list[Finding]:
     """Different prompts get the same completion, ever more of them.
 

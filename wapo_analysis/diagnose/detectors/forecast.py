@@ -10,11 +10,15 @@ from scipy import stats
 
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.policy import FALL, RISE, find_entropy_fall
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes
+from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
+EARLY_STEPS = 5
+"""Steps of entropy that an early warning needs."""
 EARLY = "early_warning"
 """Name of the finding that comes before the entropy leaves its band."""
 TREND_WINDOW = 6
@@ -79,6 +83,12 @@ def rolling_trend(values: Array, window: int = TREND_WINDOW) -> Trend:
     return Trend(slope, agree)
 
 
+@detector(
+    "early_warning",
+    Need("steps", "entropy"),
+    Need("classes", "pred_dentropy_sum"),
+    min_steps=EARLY_STEPS,
+)
 def find_early_warning(context: Context) -> list[Finding]:
     """The entropy is about to leave its band: a steady trend, read together with the class flows.
 
@@ -168,6 +178,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
     )
 
 
+@detector("entropy_projection", Need("steps", "entropy"))
 def find_arrival(context: Context) -> list[Finding]:
     """Projected step at which the entropy arrives at the ceiling or the floor of its band.
 

@@ -1,8 +1,10 @@
 """Detectors of the training signal: groups that teach nothing, tokens the clip stops."""
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.store import Need
 
 FLAT_GROUPS = 0.5
 CLIPPED = 0.2
@@ -10,6 +12,7 @@ DAPO = "arXiv:2503.14476 (DAPO)"
 CLIP_SIDES = "arXiv:2509.26114 (clip-low raises, clip-high lowers the entropy)"
 
 
+@detector("zero_signal_too_hard", Need("steps", "groups_all_wrong"))
 def find_too_hard(context: Context) -> list[Finding]:
     """Half of the groups or more have no right completion, to the end."""
     series = context.series("groups_all_wrong")
@@ -25,6 +28,7 @@ def find_too_hard(context: Context) -> list[Finding]:
     )
 
 
+@detector("zero_signal_too_easy", Need("steps", "groups_all_right"))
 def find_too_easy(context: Context) -> list[Finding]:
     """Half of the groups or more are all right, to the end; fine once much was gained."""
     series = context.series("groups_all_right")
@@ -43,6 +47,7 @@ def find_too_easy(context: Context) -> list[Finding]:
     )
 
 
+@detector("clip_saturation_low", Need("steps", "clip_low"))
 def find_clip_low(context: Context) -> list[Finding]:
     """The lower clip stops a fifth of the tokens or more."""
     series = context.series("clip_low")
@@ -58,6 +63,7 @@ def find_clip_low(context: Context) -> list[Finding]:
     )
 
 
+@detector("clip_saturation_high", Need("steps", "clip_high"))
 def find_clip_high(context: Context) -> list[Finding]:
     """The upper clip stops a fifth of the tokens or more."""
     series = context.series("clip_high")

@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import episodes, robust_sigma
+from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 WATCHED = ("loss", "grad_norm", "reward", "entropy")
@@ -24,6 +26,12 @@ GROWN = 10.0
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 
 
+@detector(
+    "nonfinite",
+    Need("steps", "loss") | Need("steps", "grad_norm") | Need("steps", "reward")
+    | Need("steps", "entropy"),
+    min_steps=0,
+)  # fmt: skip
 def find_nonfinite(context: Context) -> list[Finding]:
     """Steps whose loss, gradient, reward or entropy is no finite number, or which lost updates."""
     holes = {name: _holes(context.values(name)) for name in WATCHED}
@@ -123,6 +131,7 @@ def _what_broke(names: list[str]) -> str:
     return ", ".join(clause for clause in clauses if clause)
 
 
+@detector("gradient_spikes", Need("steps", "grad_norm"))
 def find_gradient_spikes(context: Context) -> list[Finding]:
     """Gradient norms far above their neighbours and the beginning; a smooth rise is no spike.
 
@@ -168,6 +177,7 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
     ]
 
 
+@detector("gradient_level", Need("steps", "grad_norm"))
 def find_gradient_level(context: Context) -> list[Finding]:
     """The gradient all but vanishes, or grows tenfold, against the run's own beginning."""
     series = context.series("grad_norm")

@@ -6,9 +6,11 @@ the first step on) or the data are stale (not at first, then ever more).
 """
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
+from wapo_analysis.store import Need
 
 FIRST_PASS_K3 = 0.01
 """k3 estimate of KL(behaviour || policy) in nats at the first pass that is more than rounding."""
@@ -23,6 +25,9 @@ MISMATCH = "arXiv:2510.26788 and trl issue 4159 (train-inference mismatch)"
 STALENESS = "arXiv:2505.24298 (AReaL, staleness of asynchronous RL)"
 
 
+@detector(
+    "train_inference_mismatch", Need("tokens", "logp_old") | Need("steps", Context.LOGP_GAP_COLUMN)
+)
 def find_mismatch(context: Context) -> list[Finding]:
     """Two engines disagree: the ratio of the first pass is uneven from the first step on."""
     seen = context.first_pass
@@ -61,6 +66,7 @@ def _logged_mismatch(context: Context) -> list[Finding]:
     )
 
 
+@detector("staleness", Need("tokens", "logp_old"))
 def find_staleness(context: Context) -> list[Finding]:
     """The first pass met the sampling policy at first, and no longer does."""
     k3 = _series(context, "k3")
@@ -68,7 +74,7 @@ def find_staleness(context: Context) -> list[Finding]:
     begin = lasting(k3, off)
     return level_finding(
         k3,
-        begin if not off[0] else None,
+        begin if len(k3) and not off[0] else None,
         name="staleness",
         severity="warning",
         what="The samples come from an older policy than the one they train (k3 in nats)",
@@ -80,6 +86,7 @@ def find_staleness(context: Context) -> list[Finding]:
     )
 
 
+@detector("off_policy_drift", Need("steps", "kl_old"))
 def find_policy_drift(context: Context) -> list[Finding]:
     """The policy moves ever further from the behaviour policy within a batch (k3, all passes)."""
     series = context.series("kl_old")

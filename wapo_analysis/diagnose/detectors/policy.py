@@ -9,9 +9,11 @@ import numpy as np
 
 from wapo_analysis.diagnose.context import Context, RewardState
 from wapo_analysis.diagnose.detectors.completions import degenerate_since
+from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.series import Departure, Series, departure, episodes
+from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 RISE = (1.5, 2.0)
@@ -40,6 +42,7 @@ REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
 STALL_REFERENCE = "arXiv:2503.14476 (DAPO, dynamic sampling)"
 
 
+@detector("entropy_explosion", Need("steps", "entropy"))
 def find_entropy_rise(context: Context) -> list[Finding]:
     """Entropy above twice its beginning to the end; a warning where the reward still gains."""
     series = context.series("entropy")
@@ -62,6 +65,7 @@ def find_entropy_rise(context: Context) -> list[Finding]:
     return [_entropy_finding(context, gone, 1, name, "warning" if paid else "critical")]
 
 
+@detector("entropy_collapse", Need("steps", "entropy"))
 def find_entropy_fall(context: Context) -> list[Finding]:
     """Entropy below a fifth of its beginning to the end while the reward gains nothing.
 
@@ -182,6 +186,7 @@ def _reward_evidence(reward: RewardState | None) -> dict[str, float]:
     }
 
 
+@detector("reward_collapse", Need("steps", "reward"))
 def find_reward_loss(context: Context) -> list[Finding]:
     """At least half of the reward's gain, or of its beginning, lost to the end."""
     reward = context.reward
@@ -221,6 +226,11 @@ def find_reward_loss(context: Context) -> list[Finding]:
     ]  # fmt: skip
 
 
+@detector(
+    "stalled",
+    Need("steps", "reward"),
+    Need("steps", "groups_all_wrong") | Need("steps", "grad_norm"),
+)
 def find_stall(context: Context) -> list[Finding]:
     """No gradient to the end of the run while the reward is neither solved nor moving."""
     reward = context.reward

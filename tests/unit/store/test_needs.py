@@ -1,0 +1,79 @@
+"""What a run has and lacks, said the same way to detectors, figures and importers."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.builders import write_fake_run
+from tests.support.step_logs import write_steps
+from wapo_analysis.store import Need, Run, open_run
+
+REWARD = Need("steps", "reward")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    return open_run(write_fake_run(folder, steps=4, probe_every=2))
+
+
+@pytest.fixture(scope="module")
+def blind(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "blind"
+    absent = ("collision_rest", "entropy", "logp_old")
+    return open_run(write_fake_run(folder, steps=4, rescore_every=0, missing=absent))
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("steps", "entropy"),
+        ("classes", "grad_mass"),
+        ("tokens", "logp_old"),
+        ("tokens", "dentropy"),
+        ("rollouts", "completion"),
+        ("rollouts", "length"),
+        ("probes", "measured_dentropy"),
+    ],
+)
+def test_a_whole_run_lacks_nothing(full: Run, table: str, column: str) -> None:
+    assert full.lacks(Need(table, column)) is None
+
+
+@pytest.mark.parametrize(
+    ("need", "reason"),
+    [
+        (Need("steps", "entropy"), "no 'entropy' in its steps table"),
+        (Need("classes", "grad_mass"), "no 'grad_mass' in its classes table"),
+        (Need("tokens", "logp_old"), "no 'logp_old' in its tokens table"),
+        (Need("tokens", "dprob"), "no token that was re-scored after its update"),
+        (Need("probes", "scale"), "no probes (recorded with probe_every)"),
+        (Need("steps", "rewards/*/mean"), "no 'rewards/*/mean' in its steps table"),
+    ],
+)
+def test_the_reason_names_the_run_and_what_is_missing(blind: Run, need: Need, reason: str) -> None:
+    assert blind.lacks(need) == f"blind has {reason}"
+
+
+def test_one_of_several_is_enough_and_all_are_named(blind: Run) -> None:
+    either = Need("steps", "entropy") | Need("tokens", "logp_old") | REWARD
+    assert blind.lacks(either) is None
+    assert str(either) == "entropy or tokens.logp_old or reward"
+    assert blind.lacks(Need("steps", "entropy") | Need("tokens", "logp_old")) is not None
+
+
+def test_patterns_meet_the_names_of_a_foreign_log(tmp_path: Path) -> None:
+    log = {"reward": [0.5, 0.5], "rewards/format/mean": [float("nan"), 1.0]}
+    run = open_run(write_steps(tmp_path / "run", log))
+    assert run.lacks(Need("steps", "rewards/*/mean")) is None
+    assert run.lacks(Need("steps", "rewards/*/std")) is not None
+
+
+def test_an_empty_run_says_so(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "empty", steps=0))
+    reasons = {table: run.lacks(Need(table, "reward")) for table in ("steps", "rollouts", "tokens")}
+    assert reasons == {
+        "steps": "empty has no steps yet",
+        "rollouts": "empty has no completions",
+        "tokens": "empty has no token rows (recorded with token_every or token_fraction 0)",
+    }
