@@ -1,4 +1,13 @@
-"""The exception of a user's mistake; the command line makes it one line and exit code 2."""
+"""The exception of a user's mistake, one line and exit code 2; and text that is safe to show."""
+
+import re
+
+# Control characters, surrogates, line separators, and format characters that reorder or hide text.
+# The joiners U+200C and U+200D stay: Persian, Indic scripts and emoji are written with them.
+_UNSAFE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
+    r"\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
+)
 
 
 class UserError(ValueError):
@@ -19,3 +28,29 @@ def unknown_name(kind: str, name: object, allowed: object) -> UserError:
     """
     names = ", ".join(str(a) for a in allowed)  # type: ignore[attr-defined]
     return UserError(f"unknown {kind} {name!r}; allowed: {names}")
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""Text of a run as it can be shown on a terminal, in SVG and in HTML.
+
+    Control and bidirectional characters, surrogates and invisible format characters are written
+    as backslash escapes, so that a label can neither steer a terminal nor end a drawing.
+
+    Parameters
+    ----------
+    text : str
+    keep : str
+        Characters that stay as they are, such as ``"\n\t"`` where lines are shown as lines.
+
+    Examples
+    --------
+    >>> print(printable("a\x1b[31m\u202eb"))
+    a\x1b[31m\u202eb
+    """
+    if text.isprintable():
+        return text
+    return _UNSAFE.sub(lambda found: _escape(found[0], keep), text)
+
+
+def _escape(character: str, keep: str) -> str:
+    return character if character in keep else ascii(character)[1:-1]

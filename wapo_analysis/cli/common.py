@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -26,9 +26,14 @@ EvalDataOption = Annotated[
 Format = Literal["text", "json", "markdown"]
 
 
+def say(text: str) -> None:
+    """Print a result on stdout; what a run's texts hold beyond lines and tabs is shown escaped."""
+    typer.echo(printable(text, keep="\n\t"))
+
+
 def console_error(text: str) -> None:
     """One error line on stderr."""
-    typer.echo(f"wapo: {text}", err=True)
+    typer.echo(f"wapo: {printable(text)}", err=True)
 
 
 def open_runs(paths: list[Path]) -> "list[Run]":

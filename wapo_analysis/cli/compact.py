@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from wapo_analysis.cli.common import say
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -31,7 +33,7 @@ def compact(
 
     for folder in dict.fromkeys(folder for path in runs for folder in find_runs(path)):
         done = compact_run(folder, force)
-        typer.echo(
+        say(
             f"{folder}: {done.files_before} files, {done.bytes_before:,} bytes -> "
             f"{done.files_after} files, {done.bytes_after:,} bytes"
         )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunsArgument, open_runs
+from wapo_analysis.cli.common import Format, RunsArgument, open_runs, say
 from wapo_analysis.cli.figures import write_figures
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def compare(
     opened = open_runs(runs)
     comparison = compare_runs(opened)
     if format == "json":
-        typer.echo(json.dumps(comparison.to_dict(), indent=1))
+        say(json.dumps(comparison.to_dict(), indent=1))
     elif format == "markdown":
-        typer.echo(comparison.to_markdown())
+        say(comparison.to_markdown())
     else:
         print_comparison(comparison)
     if out is not None:

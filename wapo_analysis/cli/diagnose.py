@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, open_runs
+from wapo_analysis.cli.common import Format, RunArgument, open_runs, say
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def diagnose(
         return
     found = diagnose_run(opened)
     if format == "json":
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        say(json.dumps(found.to_dict(), indent=1))
     else:
-        typer.echo(found.to_markdown() if format == "markdown" else found.to_text())
+        say(found.to_markdown() if format == "markdown" else found.to_text())
         if format == "text" and (found.culprits or found.drivers):
-            typer.echo(f"\nnext: {_next_commands(opened, found)}")
+            say(f"\nnext: {_next_commands(opened, found)}")
     if fail_on is not None and found.worst_severity is not None:
         if SEVERITIES.index(found.worst_severity) >= SEVERITIES.index(fail_on):
             raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import RunArgument, console_error
+from wapo_analysis.cli.common import RunArgument, console_error, say
 
 if TYPE_CHECKING:
     from wapo_analysis.train.evaluate import Evaluation
@@ -69,13 +69,13 @@ def evaluate_run(
         console_error(f"stopped: {error}")
         raise typer.Exit(1) from error
     if format == "json":
-        typer.echo(json.dumps(_as_json(result, run, step, config.temperature), indent=1))
+        say(json.dumps(_as_json(result, run, step, config.temperature), indent=1))
         return
-    typer.echo(_as_text(result, run, step, config.temperature))
+    say(_as_text(result, run, step, config.temperature))
     for number, text in enumerate(result.completions[:show]):
         row, column = divmod(number, result.rewards.shape[1])
-        typer.echo(f"\n--- prompt {row}, reward {result.rewards[row, column]:g}")
-        typer.echo(f"{result.problems[row].prompt}\n>>> {text}")
+        say(f"\n--- prompt {row}, reward {result.rewards[row, column]:g}")
+        say(f"{result.problems[row].prompt}\n>>> {text}")
 
 
 def _as_json(result: "Evaluation", run: Path, step: int, temperature: float) -> dict[str, object]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import console_error, open_runs
+from wapo_analysis.cli.common import console_error, open_runs, say
 from wapo_analysis.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def figures(
 
     if show_list:
         for name, spec in FIGURES.items():
-            typer.echo(f"{name:20} {spec.caption}")
+            say(f"{name:20} {spec.caption}")
         return
     names = None if only is None else [n.strip() for n in only.split(",") if n.strip()]
     for name in names or []:
         if name not in FIGURES:
             raise unknown_name("figure", name, FIGURES)
     written = write_figures(open_runs(runs or []), out, format, names)
-    typer.echo(f"{written} figures in {out}")
+    say(f"{written} figures in {out}")
 
 
 def write_figures(

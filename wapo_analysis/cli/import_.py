@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from wapo_analysis.cli.common import say
+
 Option = typer.Option
 
 
@@ -61,6 +63,6 @@ def import_(
     )
     folder = out or Path("runs") / (source.resolve().stem or "imported")
     report = import_run(source, folder, settings)
-    typer.echo(report.to_text())
-    typer.echo(f"run: {folder}")
-    typer.echo(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+    say(report.to_text())
+    say(f"run: {folder}")
+    say(f"next: wapo diagnose {folder}   |   wapo report {folder}")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import RunsArgument, open_runs
+from wapo_analysis.cli.common import RunsArgument, open_runs, say
 
 Option = typer.Option
 
@@ -31,4 +31,4 @@ def report(
 
     target = out or runs[0] / "report.html"
     build_report(open_runs(runs), target)
-    typer.echo(f"report: {target}")
+    say(f"report: {target}")

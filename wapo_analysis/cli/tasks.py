@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import DataOption, EvalDataOption
+from wapo_analysis.cli.common import DataOption, EvalDataOption, say
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def tasks(
         _list_data_sets()
     else:
         chosen = _checked(task, data, eval_data, eval_fraction, context_words)
-        typer.echo(f"{chosen.name}: {chosen.description}")
+        say(f"{chosen.name}: {chosen.description}")
         _show_record(chosen)
         _show_problems(chosen, show, held_out, seed)
 
@@ -78,13 +78,13 @@ def _list_tasks() -> None:
     from wapo_analysis.train.tasks import KINDS
 
     for kind in KINDS:
-        typer.echo(f"{kind.name}\n    {kind.description}")
+        say(f"{kind.name}\n    {kind.description}")
         if kind.data:
-            typer.echo(f"    --data: {kind.data}; e.g. {kind.example}")
+            say(f"    --data: {kind.data}; e.g. {kind.example}")
         if kind.extra:
             state = "installed" if kind.ready else "not installed"
-            typer.echo(f"    needs: pip install 'wapo-analysis[{kind.extra}]' ({state})")
-    typer.echo(
+            say(f"    needs: pip install 'wapo-analysis[{kind.extra}]' ({state})")
+    say(
         "Files: .jsonl, .json, .parquet; folders and hub names NAME[:CONFIG[:SPLIT]] need "
         "'wapo-analysis[data]'."
     )
@@ -94,33 +94,33 @@ def _list_data_sets() -> None:
     from wapo_analysis.train.tasks.reasoning_gym import data_set_names
 
     for name in data_set_names():
-        typer.echo(f"reasoning-gym:{name}")
+        say(f"reasoning-gym:{name}")
 
 
 def _show_record(task: "Task") -> None:
     """Counts, and every row left out that the record names."""
     record = task.data_record()
     if not record:
-        typer.echo("generated, no data")
+        say("generated, no data")
         return
     for source in (record, record.get("eval")):
         if source is not None and "rows" in source:
             _show_source(source)
     if "train" in record:
-        typer.echo(f"train on {record['train']}, held out {record['held_out']}")
+        say(f"train on {record['train']}, held out {record['held_out']}")
     if "size" in record:
         settings = ", ".join(f"{k}={v}" for k, v in record["config"].items())
-        typer.echo(f"version {record['version']}, {record['size']} entries, {settings}")
+        say(f"version {record['version']}, {record['size']} entries, {settings}")
 
 
 def _show_source(source: dict[str, Any]) -> None:
-    typer.echo(
+    say(
         f"{source['file']}: {source['rows']} rows, {source['used']} used, "
         f"{source['skipped_rows']} skipped, {source['repeated_rows']} repeated"
     )
     for name in ("skipped", "repeated"):
         for line in source[name]:
-            typer.echo(f"    {name} {line}")
+            say(f"    {name} {line}")
 
 
 def _show_problems(task: "Task", count: int, held_out: bool, seed: int) -> None:
@@ -133,7 +133,7 @@ def _show_problems(task: "Task", count: int, held_out: bool, seed: int) -> None:
     solution = getattr(task, "solution", None)
     for number, problem in enumerate(problems, start=1):
         where = f" ({problem.source})" if problem.source else ""
-        typer.echo(f"\n--- problem {number}{where}\n{problem.prompt}\n--- answer\n{problem.answer}")
+        say(f"\n--- problem {number}{where}\n{problem.prompt}\n--- answer\n{problem.answer}")
         text = solution(problem) if solution is not None else None
         if text is not None:
             _show_reward(task, problem, text)
@@ -142,7 +142,7 @@ def _show_problems(task: "Task", count: int, held_out: bool, seed: int) -> None:
 def _show_reward(task: "Task", problem: "Problem", text: str) -> None:
     """Reward of the right answer; anything below 1 means that it can never be earned."""
     earned = task.reward(problem, text)
-    typer.echo(f"--- {text!r} earns {earned:g}")
+    say(f"--- {text!r} earns {earned:g}")
     if earned < 1:
         raise UserError(
             f"{task.name}, {problem.source}: the right answer {problem.answer!r} earns {earned:g}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import DataOption, EvalDataOption, console_error, progress
+from wapo_analysis.cli.common import DataOption, EvalDataOption, console_error, progress, say
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -162,8 +162,8 @@ def _train(settings: "TrainConfig", folder: Path, resume: bool, threads: int | N
         console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
     if first:
-        typer.echo(f"run: {folder}")
-        typer.echo(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+        say(f"run: {folder}")
+        say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
 
 
 @contextmanager

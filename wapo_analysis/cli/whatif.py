@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument
+from wapo_analysis.cli.common import Format, RunArgument, say
 
 if TYPE_CHECKING:
     from wapo_analysis.attribute import WhatIf
@@ -42,9 +42,9 @@ def whatif(
     names = [name.strip() for name in exclude_bins.split(",") if name.strip()]
     found = what_if(open_run(run), names)
     if format == "json":
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        say(json.dumps(found.to_dict(), indent=1))
     else:
-        typer.echo("\n".join(_lines(found, format == "markdown")))
+        say("\n".join(_lines(found, format == "markdown")))
 
 
 def _lines(found: "WhatIf", markdown: bool) -> list[str]:
@@ -72,6 +72,6 @@ def print_step(run: "Run", step: int, top: int, format: Format) -> None:
 
     found = attribute_step(run, step, top)
     if format == "json":
-        typer.echo(json.dumps(found.to_dict(), indent=1))
+        say(json.dumps(found.to_dict(), indent=1))
     else:
-        typer.echo(to_markdown(found) if format == "markdown" else to_text(found))
+        say(to_markdown(found) if format == "markdown" else to_text(found))

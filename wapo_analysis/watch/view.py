@@ -12,6 +12,7 @@ from rich.text import Text
 
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, culprit_words
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.errors import printable
 from wapo_analysis.store import Run
 from wapo_analysis.watch.band import Band, entropy_band
 from wapo_analysis.watch.chart import Rule, bar, line_chart
@@ -64,9 +65,9 @@ def render(
         *_entropy(context, inner - _LABELS, height),
         *_classes(context, inner),
         *_verdict(diagnosis, brief),
-        *(Text(_clean(note), "yellow") for note in notes[-3:]),
+        *(Text(printable(note), "yellow") for note in notes[-3:]),
     ]
-    return Panel(Group(*parts), title=Text(f"wapo watch {_clean(run.name)}"), title_align="left")
+    return Panel(Group(*parts), title=Text(f"wapo watch {printable(run.name)}"), title_align="left")
 
 
 def one_line(run: Run, diagnosis: Diagnosis) -> str:
@@ -78,11 +79,11 @@ def one_line(run: Run, diagnosis: Diagnosis) -> str:
         series = context.series(column)
         if len(series):
             shown.append(f"{column} {series.values[-1]:.3g}{unit}")
-    return f"{_clean(run.name)}: {', '.join(shown)}, {VERDICT_WORDS[diagnosis.verdict]}"
+    return f"{printable(run.name)}: {', '.join(shown)}, {VERDICT_WORDS[diagnosis.verdict]}"
 
 
 def _header(run: Run, written: float | None) -> Text:
-    status = _clean(str(run.manifest.get("status", "?")))
+    status = printable(str(run.manifest.get("status", "?")))
     steps = run.steps
     total = run.manifest.get("config", {}).get("steps")
     done = int(steps["step"].iloc[-1]) if len(steps) else 0
@@ -94,12 +95,7 @@ def _header(run: Run, written: float | None) -> Text:
         text.append(f"  {seconds:.3g} s a step")
     if status == "running" and written is not None:
         text.append(f"  last written {_ago(time() - written)} ago")
-    return text.append(f"  {_clean(run.objective)}", "dim")
-
-
-def _clean(text: str) -> str:
-    """Text of a run without anything that could steer the terminal."""
-    return "".join(character if character.isprintable() else " " for character in text)
+    return text.append(f"  {printable(run.objective)}", "dim")
 
 
 def _ago(seconds: float) -> str:
@@ -189,13 +185,13 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
         title.append("  driver: ")
         title.append(driver.cls, CLASS_STYLES.get(driver.cls, ""))
         title.append(f" ({driver.share:.0%} of the push)")
-    lines: list[RenderableType] = [title, Text(diagnosis.sentence)]
+    lines: list[RenderableType] = [title, Text(printable(diagnosis.sentence))]
     if diagnosis.culprits:
-        lines.append(Text(culprit_words(diagnosis.culprits)))
+        lines.append(Text(printable(culprit_words(diagnosis.culprits))))
     for finding in diagnosis.findings[:_MAX_FINDINGS]:
         line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
         line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
-        line.append(f" at step {finding.step}: {finding.advice}", "default")
+        line.append(f" at step {finding.step}: {printable(finding.advice)}", "default")
         lines.append(line)
     more = len(diagnosis.findings) - _MAX_FINDINGS
     if more > 0:
