@@ -17,7 +17,7 @@ LEVELS: dict[str, int] = {
     "probes": 5,
     "capture": 6, "diagnose": 6, "compare": 6, "plots": 6, "attribute": 6,
     "train": 7, "report": 7, "watch": 7, "importers": 7,
-    "verify": 8, "bench": 8,
+    "verify": 8, "bench": 8, "run": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
@@ -52,7 +52,8 @@ def test_imports_go_down_the_levels(file: Path) -> None:
         if parts[0] == "torch":
             assert mine in TORCH_ALLOWED, f"{file.name} imports torch"
         if parts[0] in ("matplotlib", "seaborn"):
-            assert mine == "plots", f"{file.name} imports {name}"
+            # run names the type of what run.plot() returns; the test below shows it loads nothing.
+            assert mine in ("plots", "run"), f"{file.name} imports {name}"
         if parts[0] != "wapo_analysis" or len(parts) < 2 or parts[1] in (mine, "UserError"):
             continue
         other = parts[1]

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from wapo_analysis.capture.loop import Recorder
     from wapo_analysis.capture.trl.attachment import attach
     from wapo_analysis.capture.trl.objective import use_wapo
-    from wapo_analysis.store import Run, open_run
+    from wapo_analysis.run import Run, open_run
     from wapo_analysis.train.config import TrainConfig
 
 _LAZY = {
     "Recorder": "wapo_analysis.capture.loop",
-    "Run": "wapo_analysis.store",
+    "Run": "wapo_analysis.run",
     "TrainConfig": "wapo_analysis.train.config",
     "attach": "wapo_analysis.capture.trl.attachment",
-    "open_run": "wapo_analysis.store",
+    "open_run": "wapo_analysis.run",
     "use_wapo": "wapo_analysis.capture.trl.objective",
 }
 

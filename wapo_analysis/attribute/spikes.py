@@ -125,17 +125,6 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
 
 def _rows(run: Run, step: int) -> pd.DataFrame:
     """Token rows of the step with finite gradient norms."""
-    recorded = run.token_steps()
-    if step not in recorded:
-        if not recorded:
-            raise UserError(
-                f"{run.name} has no token rows; record them with token_every (wapo train) or attach"
-            )
-        near = sorted(recorded, key=lambda other: abs(other - step))[:5]
-        raise UserError(
-            f"step {step} of {run.name} has no token rows; nearest steps that have: "
-            + ", ".join(map(str, sorted(near)))
-        )
     rows = run.tokens([step])
     known: pd.DataFrame = rows[np.isfinite(rows["grad_norm"].to_numpy(np.float64))]
     if known.empty:

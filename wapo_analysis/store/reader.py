@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from wapo_analysis.derive import derived_columns, with_class
-from wapo_analysis.errors import unknown_name
+from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import STEPS, TABLES, Table
 from wapo_analysis.store.files import (
     MANIFEST,
@@ -25,6 +25,9 @@ from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parts import listed_keys, read_rows
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
+
+_NAMED_STEPS = 5
+"""Recorded steps that an error message names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,7 +106,15 @@ class Run:
             Only these steps; parts of other steps are not opened.
         derived : bool
             Add the derived columns of the schema.
+
+        Raises
+        ------
+        UserError
+            If a step that is asked for has no token rows; the message names those that have.
         """
+        if steps is not None:
+            steps = list(steps)
+            self._check_token_steps(steps)
         frame = self.table("tokens", steps)
         if not derived:
             return frame
@@ -129,6 +140,22 @@ class Run:
     def lacks(self, need: Need) -> str | None:
         """Why the run cannot give a column, as one clause; None if it can."""
         return lack(self, need)
+
+    def _check_token_steps(self, asked: list[int]) -> None:
+        recorded = self.token_steps()
+        absent = sorted(set(asked) - set(recorded))
+        if not absent:
+            return
+        if not recorded:
+            raise UserError(
+                f"{self.name} has no token rows; record them with token_every (wapo train) or "
+                "attach"
+            )
+        near = sorted(sorted(recorded, key=lambda step: abs(step - absent[0]))[:_NAMED_STEPS])
+        raise UserError(
+            f"step {absent[0]} of {self.name} has no token rows; nearest of the {len(recorded)} "
+            f"steps that have: {', '.join(map(str, near))}"
+        )
 
     def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """Stored columns of a table of parts.

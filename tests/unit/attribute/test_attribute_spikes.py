@@ -130,7 +130,7 @@ def test_command_prints_every_format(run: Run, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--step", "4"], "nearest steps that have"),
+        (["--step", "4"], "nearest of the 6 steps that have"),
         (["--step", "3", "--fail-on", "critical"], "cannot stand beside --step"),
         (["--step", "x"], "--step"),
         (["--step", "3", "--top", "0"], "--top"),

@@ -110,6 +110,18 @@ def test_only_the_wanted_steps_are_read(tmp_path: Path) -> None:
     assert run.token_steps() == [1, 2, 3]
 
 
+def test_a_step_without_token_rows_is_refused_and_the_recorded_ones_named(tmp_path: Path) -> None:
+    run = open_run(written_run(tmp_path / "r", steps=9))
+    said = "step 9999 of r has no token rows; nearest of the 9 steps that have: 5, 6, 7, 8, 9"
+    with pytest.raises(UserError, match=said):
+        run.tokens([2, 9999])
+    assert run.tokens([]).empty
+    bare = RunWriter(tmp_path / "bare", {"name": "bare"})
+    bare.close("finished")
+    with pytest.raises(UserError, match="bare has no token rows; record them with token_every"):
+        open_run(tmp_path / "bare").tokens(iter([1]))
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path: Path) -> None:
     path = written_run(tmp_path / "r")
     with (path / "steps.jsonl").open("a") as log:
