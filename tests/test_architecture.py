@@ -13,7 +13,7 @@ LEVELS: dict[str, int] = {
     "table": 1, "stats": 1, "completions": 1,
     "derive": 2, "series": 2,
     "objectives": 3, "store": 3,
-    "record": 4,
+    "record": 4, "settings": 4,
     "probes": 5,
     "capture": 6, "diagnose": 6, "compare": 6, "plots": 6, "attribute": 6,
     "train": 7, "report": 7, "watch": 7, "importers": 7,

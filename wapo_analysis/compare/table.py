@@ -12,10 +12,18 @@ from wapo_analysis.compare.divergence import Divergence, divergence
 from wapo_analysis.compare.metrics import METRICS, Interval, Metric
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
+from wapo_analysis.settings import Setting, recorded_settings, settings_of, shown_value
 from wapo_analysis.store import Run
 
-SAME_SETTINGS = ("task", "model", "temperature")
-SAME_CONFIG = ("steps", "prompts_per_step", "rollouts_per_prompt", "epochs", "minibatches", "lr")
+COMPARED = frozenset(
+    {
+        "objective", "loss_type", "clip_eps", "mask_ratio_low", "mask_ratio_high", "epsilon",
+        "epsilon_high", "delta", "bounds", "use_importance_sampling", "include_bins",
+        "exclude_bins", "loss_mean_level", "normalize_by_kept_tokens", "official", "max_seq_len",
+        "importance_sampling_level", "scale_rewards",
+    }
+)  # fmt: skip
+"""Settings of the objective: that they differ is what a comparison is made for."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +48,37 @@ class Comparison:
         """One row per run: label, objective, seed, run, verdict, and every metric."""
         rows = [
             {
-                "label": run.label,
+                "label": label,
                 "objective": run.objective,
                 "seed": run.seed,
                 "run": run.name,
                 "verdict": found.verdict,
                 **{metric.name: metric.value(run) for metric in METRICS},
             }
-            for run, found in zip(self.runs, self.diagnoses, strict=True)
+            for label, run, found in zip(self.label_of, self.runs, self.diagnoses, strict=True)
         ]
         return pd.DataFrame(rows)
 
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """Runs that are seeds of one setting, in the order of their first run."""
+        return settings_of(self.runs)
+
     @property
     def labels(self) -> tuple[str, ...]:
-        """Settings, in the order of their first run."""
-        return tuple(dict.fromkeys(run.label for run in self.runs))
+        """Labels of the settings."""
+        return tuple(setting.label for setting in self.settings)
+
+    @cached_property
+    def label_of(self) -> tuple[str, ...]:
+        """Label of the setting of every run, in the order of the runs."""
+        by_place = {place: s.label for s in self.settings for place in s.places}
+        return tuple(by_place[place] for place in range(len(self.runs)))
+
+    def diagnoses_of(self, label: str) -> list[Diagnosis]:
+        """Diagnoses of the runs of one setting."""
+        both = zip(self.label_of, self.diagnoses, strict=True)
+        return [found for name, found in both if name == label]
 
     @property
     def title(self) -> str:
@@ -110,7 +134,7 @@ class Comparison:
         if len(self.labels) < 2 and len(self.runs) != 2:
             return None
         sides = (
-            [[run for run in self.runs if run.label == label] for label in self.labels[:2]]
+            [list(setting.runs) for setting in self.settings[:2]]
             if len(self.labels) > 1
             else [[run] for run in self.runs]
         )
@@ -127,7 +151,7 @@ class Comparison:
         asterisk marks an interval that leaves out zero.
         """
         paired = len(self.labels) > 1
-        counts = Counter(run.label for run in self.runs)
+        counts = Counter(self.label_of)
         header = ["", *(f"{label} (n={counts[label]})" for label in self.labels)]
         verdicts = ["verdict", *(self._verdict_cell(label) for label in self.labels)]
         if paired:
@@ -159,15 +183,14 @@ class Comparison:
             *self._verdict_sentences(),
             *self._pair_sentence(),
             *parting,
-            *self._unlike(),
+            *self.heads_up,
             self._note(),
         ]
 
     def _verdict_sentences(self) -> list[str]:
-        found = list(zip(self.runs, self.diagnoses, strict=True))
         sentences = []
         for label in self.labels:
-            mine = [d for run, d in found if run.label == label]
+            mine = self.diagnoses_of(label)
             bad = [d for d in mine if d.onset_step is not None]
             told = bad or mine
             many = f" in {len(told)} of {len(mine)} runs" if len(mine) > 1 else ""
@@ -190,23 +213,59 @@ class Comparison:
             f"{'seeds' if gap.n > 1 else 'seed'}: {metric.show(gap, signed=True)} ({told})."
         ]
 
+    @cached_property
+    def heads_up(self) -> tuple[str, ...]:
+        """What has to be known before the table is read: runs that are no seeds of one setting."""
+        return (*self._split(), *self._repeated(), *self._unlike())
+
+    def _split(self) -> list[str]:
+        told = []
+        for given, settings in self._by_given_label().items():
+            if len(settings) > 1:
+                names = _values(settings[0].differs, [run for s in settings for run in s.runs])
+                told.append(
+                    f"Runs labelled {given} differ in {names}; they are not seeds of one setting, "
+                    "so each setting has its own column."
+                )
+        return told
+
+    def _repeated(self) -> list[str]:
+        """Runs of one setting and one seed are no independent draws."""
+        told = []
+        for setting in self.settings:
+            counts = Counter(run.seed for run in setting.runs if run.seed is not None)
+            twice = [f"{seed} ({count} runs)" for seed, count in counts.items() if count > 1]
+            if twice:
+                told.append(
+                    f"{setting.label} holds runs of one seed: {', '.join(twice)}; they are not "
+                    "independent, so its intervals are too narrow."
+                )
+        return told
+
+    def _by_given_label(self) -> dict[str, list[Setting]]:
+        found: dict[str, list[Setting]] = {}
+        for setting in self.settings:
+            found.setdefault(setting.given, []).append(setting)
+        return found
+
     def _unlike(self) -> list[str]:
         """Settings in which the runs differ although a comparison wants them equal."""
-        seen: dict[str, list[Any]] = {
-            **{name: [run.manifest.get(name) for run in self.runs] for name in SAME_SETTINGS},
-            **{name: [_config(run).get(name) for run in self.runs] for name in SAME_CONFIG},
-            "steps done": [len(run.steps) for run in self.runs],
-        }
-        differ = [
-            f"{name} ({', '.join(dict.fromkeys(str(value) for value in values))})"
-            for name, values in seen.items()
-            if len({str(value) for value in values}) > 1
+        named = {name for setting in self.settings for name in setting.differs}
+        known = [recorded_settings(run) for run in self.runs]
+        names = [
+            name
+            for name in dict.fromkeys(name for values in known for name in values)
+            if name not in COMPARED | named
+            and len({shown_value(values[name]) for values in known if name in values}) > 1
         ]
+        done = dict.fromkeys(str(len(run.steps)) for run in self.runs)
+        differ = [_values(names, self.runs)] if names else []
+        differ += [f"steps done ({', '.join(done)})"] if len(done) > 1 else []
         return [f"Not like with like: the runs differ in {'; '.join(differ)}."] if differ else []
 
     def _note(self) -> str:
         note = "Entropy flow is first order and signed, each class as part of all four together."
-        if max(Counter(run.label for run in self.runs).values()) < 2:
+        if max(len(setting.runs) for setting in self.settings) < 2:
             return f"{note} One run per setting: no interval; train more seeds."
         return (
             f"{note} ± is the 95% interval of the mean over seeds (Student t); * marks a paired "
@@ -230,8 +289,8 @@ class Comparison:
         }
 
     def _setting(self, label: str) -> dict[str, Any]:
-        found = zip(self.runs, self.diagnoses, strict=True)
-        mine = [(run.name, diagnosis.verdict) for run, diagnosis in found if run.label == label]
+        found = zip(self.label_of, self.runs, self.diagnoses, strict=True)
+        mine = [(run.name, diagnosis.verdict) for name, run, diagnosis in found if name == label]
         return {
             "label": label,
             "n": len(mine),
@@ -252,13 +311,17 @@ class Comparison:
         return self.to_markdown()
 
 
-def _config(run: Run) -> dict[str, Any]:
-    config = run.manifest.get("config")
-    return config if isinstance(config, dict) else {}
+def _values(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """Settings with the values they take, such as ``lr (5e-5, 1e-4)``."""
+    known = [recorded_settings(run) for run in runs]
+    return "; ".join(
+        f"{name} ({', '.join(dict.fromkeys(shown_value(values.get(name)) for values in known))})"
+        for name in names
+    )
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Put runs side by side; those that share a label are seeds of one setting.
+    """Put runs side by side; which are seeds of one setting, `settings_of` says.
 
     Parameters
     ----------

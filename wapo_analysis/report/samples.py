@@ -85,7 +85,8 @@ def _best_and_worst(rollouts: pd.DataFrame) -> list[tuple[str, pd.Series]]:
 
 def _first_pass(run: Run, steps: list[int]) -> pd.DataFrame:
     """Token rows of some steps, each token as its first gradient pass saw it."""
-    tokens = run.tokens(steps).sort_values("minibatch", kind="stable")
+    recorded = set(run.token_steps()) & set(steps)
+    tokens = run.tokens(recorded).sort_values("minibatch", kind="stable")
     return tokens.drop_duplicates(["step", *_KEY, "position"])
 
 

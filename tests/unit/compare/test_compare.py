@@ -183,8 +183,32 @@ def test_runs_that_differ_in_more_than_the_objective_are_called_out(tmp_path: Pa
     mixed = table([tmp_path / "A-0", *seeds(tmp_path, "C", [0.5], **other)])
     (warning,) = [s for s in mixed.sentences() if s.startswith("Not like with like")]
     assert "task (a, b)" in warning
-    assert "lr (0.0001, 5e-05)" in warning
+    assert "lr (1e-4, 5e-5)" in warning
     assert "steps" not in warning
+
+
+def test_runs_of_one_label_that_differ_are_not_pooled(tmp_path: Path) -> None:
+    slow, fast = {"config": {"lr": 5e-5}}, {"config": {"lr": 1e-4}}
+    comparison = table(
+        [
+            *seeds(tmp_path, "GRPO", [0.5, 0.6], **slow),
+            *seeds(tmp_path / "f", "GRPO", [0.8], **fast),
+        ]
+    )
+    assert comparison.labels == ("GRPO, lr 5e-5", "GRPO, lr 1e-4")
+    assert comparison.rows()[0][1:3] == ["GRPO, lr 5e-5 (n=2)", "GRPO, lr 1e-4 (n=1)"]
+    assert comparison.interval("GRPO, lr 5e-5", REWARD_LAST).mean == pytest.approx(0.55)
+    (told,) = comparison.heads_up
+    assert "Runs labelled GRPO differ in lr (5e-5, 1e-4)" in told
+    assert told in comparison.sentences()
+    assert list(comparison.per_run["label"]) == ["GRPO, lr 5e-5"] * 2 + ["GRPO, lr 1e-4"]
+    assert [s["n"] for s in comparison.to_dict()["settings"]] == [2, 1]
+
+
+def test_one_seed_twice_is_called_out(tmp_path: Path) -> None:
+    paths = [*seeds(tmp_path, "GRPO", [0.5, 0.6]), *seeds(tmp_path / "again", "GRPO", [0.5])]
+    (told,) = table(paths).heads_up
+    assert "GRPO holds runs of one seed: 0 (2 runs)" in told
 
 
 # ---- whole runs ---------------------------------------------------------------------------------

@@ -1,0 +1,163 @@
+"""Which runs are seeds of one setting: comparisons, figures and pages all group by this.
+
+Runs are pooled only if they carry one label and no recorded setting but the seed contradicts it.
+Runs of one label whose settings differ become settings of their own, with the difference in their
+label: "GRPO, lr 5e-5" and "GRPO, lr 1e-4".
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from wapo_analysis.store import Run
+
+BESIDE_TRAINING: Final = frozenset(
+    {
+        "seed", "data_seed", "label", "name", "device", "log_to", "checkpoint_every",
+        "keep_checkpoints", "eval_every", "eval_prompts", "eval_samples", "token_every",
+        "token_fraction", "store_bits", "capture_mode", "rescore_every", "probe_every",
+        "probe_rows", "microbatch_size", "sample_batch_size", "gradient_checkpointing",
+    }
+)  # fmt: skip
+"""Entries of a manifest's ``config`` that leave the trained policy as it is, seeds among them."""
+_MANIFEST: Final = ("trainer", "model", "task", "temperature")
+_NAMED: Final = 3
+"""Differences that a label names at most."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ by their seed alone.
+
+    Attributes
+    ----------
+    label : str
+        Name in legends and tables, unlike that of every other setting.
+    given : str
+        Label the runs carry themselves.
+    differs : tuple of str
+        Recorded settings in which it differs from others of the same given label.
+    places : tuple of int
+        Places of its runs in the list that was given.
+    runs : tuple of Run
+    """
+
+    label: str
+    given: str
+    differs: tuple[str, ...]
+    places: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+
+def settings_of(runs: Sequence[Run]) -> tuple[Setting, ...]:
+    """Group runs into settings, in the order of their first run.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Opened runs. Of imported ones little but the label is known; what a source does not say
+        contradicts nothing.
+
+    Returns
+    -------
+    tuple of Setting
+        Every run is in exactly one.
+    """
+    groups: list[_Group] = []
+    for place, run in enumerate(runs):
+        mine = recorded_settings(run)
+        group = next((g for g in groups if g.label == run.label and g.admits(mine)), None)
+        if group is None:
+            groups.append(group := _Group(run.label, {}, []))
+        group.known.update(mine)
+        group.places.append(place)
+    return tuple(_named(group, groups, runs) for group in groups)
+
+
+def setting_labels(runs: Sequence[Run]) -> list[str]:
+    """Label of the setting of every run, in the order given."""
+    labels = [""] * len(runs)
+    for setting in settings_of(runs):
+        for place in setting.places:
+            labels[place] = setting.label
+    return labels
+
+
+def recorded_settings(run: Run) -> dict[str, Any]:
+    """What a manifest says of how the policy was trained, seeds left out.
+
+    The trainer's settings (``config``), model, task, temperature and the objective: its name, and
+    all of its fields where there is no ``config`` that repeats them. What is not known is left out.
+    """
+    found = {name: run.manifest.get(name) for name in _MANIFEST}
+    objective, config = (_mapping(run.manifest.get(part)) for part in ("objective", "config"))
+    name = objective.get("name")
+    found |= config or {k: v for k, v in objective.items() if k != "name"}
+    if name not in (None, "unknown"):
+        found["objective"] = name
+        found.pop("loss_type", None)  # TRL's word for it
+    return {k: v for k, v in found.items() if v is not None and k not in BESIDE_TRAINING}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass
+class _Group:
+    """Runs put together so far, and everything that is known of their setting."""
+
+    label: str
+    known: dict[str, Any]
+    places: list[int]
+
+    def admits(self, mine: Mapping[str, Any]) -> bool:
+        return all(self.known[name] == mine[name] for name in self.known.keys() & mine.keys())
+
+
+def _named(group: _Group, groups: Sequence[_Group], runs: Sequence[Run]) -> Setting:
+    alike = [other for other in groups if other.label == group.label]
+    names = [n for n in _in_order(alike) if _differs(n, alike)]
+    told = [f"{name} {shown_value(group.known.get(name))}" for name in names]
+    more = ["..."] if len(told) > _NAMED else []
+    label = ", ".join([group.label, *told[:_NAMED], *more])
+    before = alike[: alike.index(group)]
+    twins = sum(all(o.known.get(n) == group.known.get(n) for n in names[:_NAMED]) for o in before)
+    return Setting(
+        label=f"{label} ({twins + 1})" if twins else label,
+        given=group.label,
+        differs=tuple(names),
+        places=tuple(group.places),
+        runs=tuple(runs[place] for place in group.places),
+    )
+
+
+def _in_order(groups: Sequence[_Group]) -> list[str]:
+    return list(dict.fromkeys(name for group in groups for name in group.known))
+
+
+def _differs(name: str, groups: Sequence[_Group]) -> bool:
+    values = [group.known[name] for group in groups if name in group.known]
+    return any(value != values[0] for value in values[1:])
+
+
+def shown_value(value: Any) -> str:
+    """A setting's value as people write it.
+
+    Examples
+    --------
+    >>> shown_value(1e-4), shown_value(["neg_peak", "neg_valley"]), shown_value([]), shown_value(8)
+    ('1e-4', 'neg_peak+neg_valley', 'none', '8')
+    """
+    if value is None or value == [] or value == ():
+        return "none"
+    if isinstance(value, list | tuple):
+        return "+".join(shown_value(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}" if not value or abs(value) >= 1e-3 else _power(value)
+    return str(value)
+
+
+def _power(value: float) -> str:
+    digits, exponent = f"{value:e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
