@@ -142,6 +142,11 @@ class Context:
         numbers = pd.to_numeric(self.run.steps[column], errors="coerce").to_numpy(np.float64)
         return np.where(np.isfinite(numbers), numbers, np.nan)
 
+    def null(self, column: str) -> Array:
+        """Steps whose record holds the column, but no finite number; shape (n,)."""
+        steps = self.run.steps.attrs.get("null", {}).get(column, ())
+        return np.isin(self.step_numbers, np.fromiter(steps, np.int64, len(steps)))
+
     def series(self, column: str) -> Series:
         """Finite values of a step column with their steps."""
         if column not in self._series:

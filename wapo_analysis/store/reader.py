@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,21 @@ def _union(names: tuple[str, ...], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Step rows in the order they were written as a step table; see :attr:`Run.steps`."""
+    """Step rows in the order they were written as a step table; see :attr:`Run.steps`.
+
+    ``attrs["null"]`` maps a column to the steps whose record holds it without a finite number:
+    there something went wrong, where a record without the name just did not log it.
+    """
     frame = pd.DataFrame(rows, columns=_union(STEPS.names, rows))
     frame = frame.drop_duplicates("step", keep="last").sort_values("step")
-    return frame.reset_index(drop=True).astype({"step": "int64"})
+    frame = frame.reset_index(drop=True).astype({"step": "int64"})
+    nulls: dict[str, set[int]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if not isinstance(value, int) and not (isinstance(value, float) and isfinite(value)):
+                nulls.setdefault(name, set()).add(row["step"])
+    frame.attrs["null"] = nulls
+    return frame
 
 
 def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:

@@ -34,7 +34,7 @@ SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 )  # fmt: skip
 def find_nonfinite(context: Context) -> list[Finding]:
     """Steps whose loss, gradient, reward or entropy is no finite number, or which lost updates."""
-    holes = {name: _holes(context.values(name)) for name in WATCHED}
+    holes = {name: _holes(context.values(name)) & context.null(name) for name in WATCHED}
     skipped = np.nan_to_num(context.values("skipped_updates")) > 0
     dropped = np.nan_to_num(context.values("nonfinite")) > 0
     broken = np.logical_or.reduce([*holes.values(), skipped])
