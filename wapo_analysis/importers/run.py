@@ -15,7 +15,7 @@ from wapo_analysis.importers.names import NameTable, check_mapping
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tabular import read_tables
-from wapo_analysis.store import RunWriter, open_run
+from wapo_analysis.store import Need, RunWriter, open_run
 from wapo_analysis.version import __version__
 
 Reader = Callable[[tuple[Path, ...], Sink, ImportReport], None]
@@ -190,6 +190,6 @@ def _cannot_feed(folder: Path, format: str) -> dict[str, str]:
     return reasons
 
 
-def _why(need: str, lacks: Mapping[str, str]) -> str | None:
+def _why(need: Need, lacks: Mapping[str, str]) -> str | None:
     """Reason of a format for a need, said of the column or of its table."""
-    return lacks.get(need) or lacks.get(need.split(".")[0])
+    return lacks.get(f"{need.table}.{need.column}") or lacks.get(need.table)

@@ -1,11 +1,21 @@
 """Figures: every one is ``prepare_x(runs) -> small frame`` and ``plot_x(frame) -> axes``.
 
-``FIGURES`` lists them, ``render`` makes one, ``save_figure`` writes it. Nothing here shows a
-window, keeps pyplot state or imports torch.
+``FIGURES`` lists them, ``render`` makes one, ``save_figure`` writes it. A function of any file here
+that registers itself is one. Nothing here shows a window, keeps pyplot state or imports torch.
 """
 
-from wapo_analysis.plots.catalogue import FIGURES, FigureSpec
-from wapo_analysis.plots.registry import get_figure, render, unavailable
+from importlib import import_module
+from pkgutil import iter_modules
+
+from wapo_analysis.plots.registry import (
+    FIGURES,
+    GROUPS,
+    FigureSpec,
+    get_figure,
+    render,
+    sort_figures,
+    unavailable,
+)
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     FORMATS,
@@ -15,10 +25,15 @@ from wapo_analysis.plots.style import (
     save_figure,
 )
 
+for _family in iter_modules(__path__):
+    import_module(f"{__name__}.{_family.name}")
+sort_figures()
+
 __all__ = [
     "CLASS_COLORS",
     "FIGURES",
     "FORMATS",
+    "GROUPS",
     "SIGN_COLORS",
     "FigureSpec",
     "encode_figure",

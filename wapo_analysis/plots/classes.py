@@ -7,14 +7,6 @@ import pandas as pd
 import wapo_taxonomy as tax
 from matplotlib.figure import Figure
 
-from wapo_analysis.plots.draw import (
-    class_legend,
-    class_table,
-    label_legend,
-    label_lines,
-    replicate_line,
-    stack,
-)
 from wapo_analysis.plots.frames import (
     RUN_KEYS,
     class_frame,
@@ -25,15 +17,22 @@ from wapo_analysis.plots.frames import (
 )
 from wapo_analysis.plots.panels import (
     AxesArray,
+    class_legend,
+    class_table,
     figure_height,
     fit_steps,
+    label_legend,
+    label_lines,
     label_panels,
     log_y,
     note,
+    replicate_line,
+    stack,
     step_axis,
 )
+from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, new_figure
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
 
 _RULE_STEPS = 40
 
@@ -52,19 +51,18 @@ def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares, runs)
 
 
+@figure(
+    Need("classes", "tokens"),
+    title="Which classes are the tokens in?",
+    caption="Look for a class that grows at the cost of the others; grey tokens had no "
+    "advantage and taught nothing.",
+    group="classes",
+    prepare=prepare_class_share,
+)
 def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Stacked shares of the classes over the steps, one panel per label.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_class_share`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1, labels)
+    Returns axes of shape (1, labels).
     """
     labels = labels_of(frame)
     figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
@@ -95,21 +93,20 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
+@figure(
+    Need("classes", "grad_mass"),
+    title="Which class holds the gradient?",
+    caption="Look for a class whose share of the gradient (above) exceeds its share of the "
+    "tokens, and whether the mass (below) fades as training goes on.",
+    group="classes",
+    prepare=prepare_gradient_mass,
+)
 def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Share of the gradient mass per class, stacked; below, the mass itself, logarithmic.
 
     A class whose mass is exactly zero has no line.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_gradient_mass`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (2, labels)
+    Returns axes of shape (2, labels).
     """
     labels = labels_of(frame)
     figure = figure or new_figure(figure_height(len(labels), 2, 2.5))
@@ -173,19 +170,18 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares, runs)
 
 
+@figure(
+    Need("tokens", "pred_dentropy"),
+    title="How often is the class's entropy rule wrong?",
+    caption="Look for a large right panel: many wrong tokens matter little while their share "
+    "of the entropy change stays small.",
+    group="classes",
+    prepare=prepare_rule_breaks,
+)
 def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Share of tokens and share of the entropy change that break the rule, over the steps.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_rule_breaks`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (2,)
+    Returns axes of shape (2,).
     """
     figure = figure or new_figure(3.6)
     axes: AxesArray = figure.subplots(1, 2, sharex=True, sharey=True)

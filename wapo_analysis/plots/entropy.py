@@ -9,15 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASS_CODES, CLASSES, NONE
 
-from wapo_analysis.plots.draw import (
-    class_legend,
-    class_table,
-    label_legend,
-    label_lines,
-    mark_missing,
-    replicate_line,
-    stack,
-)
 from wapo_analysis.plots.frames import (
     class_frame,
     keep_labels,
@@ -27,15 +18,23 @@ from wapo_analysis.plots.frames import (
 )
 from wapo_analysis.plots.panels import (
     AxesArray,
+    class_legend,
+    class_table,
     corner,
     figure_height,
     fit_steps,
+    label_legend,
+    label_lines,
     label_panels,
     log_y,
+    mark_missing,
     note,
+    replicate_line,
     share_y_if_close,
+    stack,
     step_axis,
 )
+from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     INK,
@@ -46,7 +45,7 @@ from wapo_analysis.plots.style import (
 )
 from wapo_analysis.schema import axis_label
 from wapo_analysis.series import Series
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
 
 BAND = 2.0
 _LOG_FROM = 8.0
@@ -70,22 +69,21 @@ def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.assign(start=frame["run"].map(levels)), runs)
 
 
+@figure(
+    Need("steps", "entropy"),
+    title="Does entropy leave the range it began in?",
+    caption="Look for the step where a line crosses a dotted line, half or twice its own "
+    "beginning: upwards is an explosion, downwards without a rising reward a collapse.",
+    group="entropy",
+    prepare=prepare_entropy,
+)
 def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Mean entropy over the steps; dotted: half and twice the label's own beginning.
 
     The axis is logarithmic once the values span more than a factor of eight, so that a collapse
     shows as clearly as an explosion.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_entropy`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1,)
+    Returns axes of shape (1,).
     """
     figure = figure or new_figure(4.2)
     axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
@@ -124,19 +122,18 @@ def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(step_frame(runs, ("entropy_pos", "entropy_neg")), runs)
 
 
+@figure(
+    Need("steps", "entropy_pos") | Need("steps", "entropy_neg"),
+    title="Is it the rewarded or the punished tokens whose entropy moves?",
+    caption="Look for the two lines parting: punished tokens that stay uncertain while "
+    "rewarded ones settle are the ones negative updates keep flat.",
+    group="entropy",
+    prepare=prepare_entropy_by_sign,
+)
 def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Entropy of rewarded and of punished tokens over the steps, one panel per label.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_entropy_by_sign`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1, labels)
+    Returns axes of shape (1, labels).
     """
     labels = labels_of(frame)
     figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
@@ -181,19 +178,18 @@ def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(flow, runs)
 
 
+@figure(
+    Need("classes", "pred_dentropy_sum"),
+    title="Which class pushes entropy up, which down?",
+    caption="Look for the colours that outweigh the others: above zero their updates flatten "
+    "the policy, below zero they sharpen it (black: net; lower row: what was measured).",
+    group="entropy",
+    prepare=prepare_entropy_flow,
+)
 def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Predicted push per class, stacked, with the net; below, each class's measured part.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_entropy_flow`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1 or 2, labels); the second row is there if anything was re-scored
+    Returns axes of shape (1 or 2, labels); the second row is there if anything was re-scored.
     """
     labels = labels_of(frame)
     rows = 2 if frame["measured"].notna().any() else 1

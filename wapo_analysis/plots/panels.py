@@ -1,14 +1,19 @@
-"""Panels: their grid, their axes, and remarks written into them."""
+"""Panels and the marks the figures share: grids, axes, remarks, replicate lines, class stacks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE, UNKNOWN
 
-from wapo_analysis.plots.style import INK, MUTED
+from wapo_analysis.plots.frames import labels_of
+from wapo_analysis.plots.style import BAND_ALPHA, CLASS_COLORS, INK, MUTED, label_styles
 
 AxesArray: TypeAlias = np.ndarray[Any, Any]
 """Array of matplotlib axes."""
@@ -142,3 +147,153 @@ def corner(ax: Axes, text: str, lower_right: bool = False) -> None:
     side = {"ha": "right", "va": "bottom"} if lower_right else {"ha": "left", "va": "top"}
     style: dict[str, Any] = {**side, "fontsize": 8.5, "color": INK, "zorder": 6}
     ax.text(x, y, text, transform=ax.transAxes, bbox=ground, **style)
+
+
+def replicate_line(
+    ax: Axes,
+    frame: pd.DataFrame,
+    column: str,
+    label: str | None = None,
+    positive: bool = False,
+    **style: Any,
+) -> None:
+    """Draw the mean over runs against the step, with a band from the lowest to the highest run.
+
+    Points without neighbours get a marker, so a single step is seen. A column without any number
+    draws nothing but says so in the legend.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    frame : DataFrame
+        Rows of one label with ``run``, ``step`` and the column.
+    column : str
+        What to draw.
+    label : str, optional
+        Legend text; the number of runs is added.
+    positive : bool
+        Leave a gap where the mean is not above 0, for a logarithmic axis.
+    style : keyword arguments
+        For ``Axes.plot``.
+    """
+    table = frame.dropna(subset="step").pivot(index="step", columns="run", values=column)
+    table = table.astype("float64")
+    steps, mean = table.index.to_numpy(), table.mean(axis=1).to_numpy(copy=True)
+    if positive:
+        mean[~(mean > 0)] = np.nan
+    if not np.isfinite(mean).any():
+        ax.plot([], [], label=label and f"{label}: {_empty(positive)}", **style)
+        return
+    runs = int(table.notna().any().sum())
+    text = f"{label} (mean of {runs} runs)" if label and runs > 1 else label
+    alone = isolated(mean)
+    dots = {"marker": "o", "markersize": 3.5, "markevery": alone} if alone else {}
+    ax.plot(steps, mean, label=text, **{**dots, **style})
+    if runs > 1:
+        low, high = table.min(axis=1), table.max(axis=1)
+        low = low.where(low > 0) if positive else low
+        ax.fill_between(steps, low, high, color=style.get("color"), alpha=BAND_ALPHA, linewidth=0)
+
+
+def _empty(positive: bool) -> str:
+    return "no value above 0" if positive else "not available here"
+
+
+def isolated(values: np.ndarray[Any, Any]) -> list[int]:
+    """Places of the finite values that have no finite neighbour."""
+    fine = np.isfinite(values)
+    before, after = np.r_[False, fine[:-1]], np.r_[fine[1:], False]
+    return [int(place) for place in np.flatnonzero(fine & ~before & ~after)]
+
+
+def label_lines(ax: Axes, frame: pd.DataFrame, column: str, positive: bool = False) -> None:
+    """One replicate line per label of a step frame, in the label's own style."""
+    styles = label_styles(labels_of(frame))
+    for label, rows in frame.groupby("label", sort=False):
+        name = str(label)
+        replicate_line(ax, rows, column, name, positive, **styles[name].line)
+    if not any(len(np.atleast_1d(drawn.get_xdata())) for drawn in ax.lines):
+        note(ax, f"{_empty(positive)}:\n'{column.replace('_', ' ')}'")
+
+
+def mark_missing(ax: Axes, frame: pd.DataFrame, column: str) -> None:
+    """Put a cross on the step axis where a run has some numbers of a column but not this one."""
+    known = frame.groupby("run")[column].transform("count") > 0
+    steps = sorted(set(frame.loc[known & frame[column].isna(), "step"]))
+    if not steps:
+        return
+    ax.plot(
+        steps,
+        [0.02] * len(steps),
+        "x",
+        color=INK,
+        markersize=4.5,
+        transform=ax.get_xaxis_transform(),
+        label="not a finite number",
+        clip_on=False,
+    )
+
+
+def class_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Rows of one label as a table: steps down, class names across, mean over runs inside."""
+    known = frame.dropna(subset=["step", "cls"])
+    rows = known.assign(name=known["cls"].astype(int).map(CLASS_NAMES))
+    return rows.pivot_table(index="step", columns="name", values=column, aggfunc="mean", sort=True)
+
+
+def stack(ax: Axes, table: pd.DataFrame) -> None:
+    """Stack the classes over the steps, positive values upwards, negative ones downwards.
+
+    Parameters
+    ----------
+    ax : Axes
+        Where to draw.
+    table : DataFrame
+        Index step, one column per class name; NaN leaves a gap.
+    """
+    names = [name for name in CLASS_COLORS if name in table and table[name].notna().any()]
+    steps = table.index.to_numpy(dtype=np.float64)
+    for side in (1.0, -1.0):
+        base = np.zeros(len(steps))
+        for name in names:
+            part = np.maximum(side * table[name].to_numpy(dtype=np.float64), 0.0) * side
+            top = base + np.nan_to_num(part)
+            if np.any(top != base):
+                _slab(ax, steps, base, np.where(np.isnan(part), np.nan, top), CLASS_COLORS[name])
+            base = top
+
+
+def _slab(
+    ax: Axes,
+    steps: np.ndarray[Any, Any],
+    base: np.ndarray[Any, Any],
+    top: np.ndarray[Any, Any],
+    color: str,
+) -> None:
+    """One layer of a stack: an area, or a bar where there is but one step."""
+    if len(steps) > 1:
+        ax.fill_between(steps, base, top, color=color, linewidth=0)
+    else:
+        ax.bar(steps, top - base, bottom=base, color=color, width=0.6)
+
+
+def class_legend(
+    figure: Figure, names: Iterable[str] = CLASSES, extra: Sequence[Artist] = ()
+) -> None:
+    """Legend of class colours below the panels."""
+    patches = [Patch(color=CLASS_COLORS[name], label=_LEGEND.get(name, name)) for name in names]
+    handles = [*patches, *extra]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+
+
+_LEGEND = {NONE: "none (A = 0)", UNKNOWN: "unknown (statistic missing)"}
+
+
+def label_legend(figure: Figure, ax: Axes) -> None:
+    """Legend of the lines of one panel below all panels."""
+    handles: list[Artist] = list(ax.get_legend_handles_labels()[0])
+    if ax.collections:
+        handles.append(Patch(color=MUTED, alpha=BAND_ALPHA, label="from lowest to highest run"))
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))

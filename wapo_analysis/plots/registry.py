@@ -1,17 +1,100 @@
-"""Figures by name: whether a run can feed one, and making it."""
+"""Figures register here, each beside its code.
 
-from collections.abc import Sequence
+A figure is a pair: ``prepare_x(runs) -> frame`` takes opened runs and returns a small tidy frame;
+``plot_x(frame, figure=None) -> axes`` draws that frame into a new or an empty matplotlib figure and
+returns the array of its axes. The decorator :func:`figure` on ``plot_x`` is all that adds one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.plots.catalogue import FIGURES, FigureSpec
-from wapo_analysis.plots.frames import finite, rescored_steps
+from wapo_analysis.plots.panels import AxesArray
 from wapo_analysis.plots.style import theme
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
+
+Prepare = Callable[[Sequence[Run]], pd.DataFrame]
+P = TypeVar("P", bound="Plot")
+
+GROUPS: Mapping[str, str] = {
+    "training": "Training",
+    "entropy": "Entropy",
+    "classes": "Classes of updates",
+    "shift": "Predicted and measured shift",
+    "policy": "Probabilities and the gradient",
+    "theory": "Theory, for comparison",
+}
+"""Groups of figures in reading order, with their headings."""
+
+
+class Plot(Protocol):
+    """Frame to axes."""
+
+    __name__: str
+
+    def __call__(self, frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+        """Draw and return the axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureSpec:
+    """One figure.
+
+    Attributes
+    ----------
+    name : str
+        Name on the command line and of the file.
+    title : str
+        The question it answers, printed above it.
+    caption : str
+        One sentence: what to look for.
+    group : str
+        A name in ``GROUPS``.
+    needs : tuple of Need
+        What a run must have, all of it. Empty: no run needed.
+    prepare, plot : callable
+        Runs to tidy frame, and frame to axes.
+    """
+
+    name: str
+    title: str
+    caption: str
+    group: str
+    needs: tuple[Need, ...]
+    prepare: Prepare
+    plot: Plot
+
+
+FIGURES: dict[str, FigureSpec] = {}
+"""Every figure by name; group by group once the package is imported."""
+
+
+def figure(
+    *needs: Need, title: str, caption: str, group: str, prepare: Prepare
+) -> Callable[[P], P]:
+    """Make ``plot_x`` the figure ``x``, with what :class:`FigureSpec` says of it."""
+
+    def add(plot: P) -> P:
+        name = plot.__name__.removeprefix("plot_")
+        FIGURES[name] = FigureSpec(
+            name=name, title=title, caption=caption, group=group,
+            needs=needs, prepare=prepare, plot=plot,
+        )  # fmt: skip
+        return plot
+
+    return add
+
+
+def sort_figures() -> None:
+    """Put the figures in the order of their groups, keeping the order of their modules within."""
+    order = list(GROUPS)
+    for spec in sorted(FIGURES.values(), key=lambda spec: order.index(spec.group)):
+        FIGURES[spec.name] = FIGURES.pop(spec.name)
 
 
 def get_figure(name: str) -> FigureSpec:
@@ -30,24 +113,19 @@ def get_figure(name: str) -> FigureSpec:
 def unavailable(spec: FigureSpec, runs: Sequence[Run]) -> str | None:
     """Why a figure cannot be drawn from these runs, or None if at least one of them can feed it.
 
-    Parameters
-    ----------
-    spec : FigureSpec
-        The figure.
-    runs : sequence of Run
-        Opened runs.
-
-    Returns
-    -------
-    str or None
-        One clause without a full stop.
+    The reason is one clause without a full stop.
     """
     if not spec.needs:
         return None
     if not runs:
         return "it needs at least one run"
-    reasons = [_first_lack(spec, run) for run in runs]
-    return None if None in reasons else reasons[0]
+    first: str | None = None
+    for run in runs:
+        lacks = [reason for need in spec.needs if (reason := run.lacks(need)) is not None]
+        if not lacks:
+            return None
+        first = first or lacks[0]
+    return first
 
 
 def render(name: str, runs: Sequence[Run] = ()) -> Figure:
@@ -75,42 +153,6 @@ def render(name: str, runs: Sequence[Run] = ()) -> Figure:
         raise UserError(f"figure {name!r} cannot be drawn: {reason}")
     with mpl.rc_context(theme()):
         axes = spec.plot(spec.prepare(runs))
-        figure: Figure = axes.flat[0].figure
-        figure.suptitle(spec.title, x=0.01, ha="left")
-    return figure
-
-
-def _first_lack(spec: FigureSpec, run: Run) -> str | None:
-    """First need of the figure that a run does not meet, as a clause."""
-    for need in spec.needs:
-        reasons = [_lack(run, *choice.split(".")) for choice in need.split("|")]
-        if None not in reasons:
-            return reasons[0]
-    return None
-
-
-def _lack(run: Run, table: str, column: str) -> str | None:
-    """Why a run cannot give a column of a table, or None if it can."""
-    if table == "tokens":
-        return _token_lack(run, column)
-    if table == "probes" and run.probes.empty:
-        return f"{run.name} has no probes (recorded with probe_every)"
-    frame: pd.DataFrame = getattr(run, table)
-    if frame.empty:
-        return f"{run.name} has no {'steps' if table == 'steps' else 'class totals'} yet"
-    has = column in frame and finite(frame[column]).notna().any()
-    return None if has else f"{run.name} has no {column!r} in its {table} table"
-
-
-def _token_lack(run: Run, column: str) -> str | None:
-    steps = run.token_steps()
-    if not steps:
-        return f"{run.name} has no token rows (recorded with token_every or token_fraction 0)"
-    if column in ("dprob", "dentropy"):
-        steps = rescored_steps(run)
-        if not steps:
-            return f"{run.name} has no token that was re-scored after its update"
-    # One whole statistic is there or not; the ends of the run tell.
-    rows = run.tokens({steps[0], steps[-1]})
-    known = np.isfinite(rows[column].to_numpy(dtype=np.float64)).any()
-    return None if known else f"{run.name} has no {column!r} in its tokens table"
+        drawn: Figure = axes.flat[0].figure
+        drawn.suptitle(spec.title, x=0.01, ha="left")
+    return drawn

@@ -19,9 +19,10 @@ from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.panels import AxesArray, corner, note
+from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.schema import axis_label
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
 
 Axis = Literal["logit", "linear"]
 
@@ -57,6 +58,14 @@ def prepare_entropy_shift(runs: Sequence[Run]) -> pd.DataFrame:
     return _prepare(runs, "entropy")
 
 
+@figure(
+    Need("tokens", "dprob"),
+    title="Did the tokens' probabilities move as predicted?",
+    caption="Look for dots (measured) along the line (predicted), on axes that are logarithmic "
+    "away from zero; a gap is the work of other tokens through shared parameters.",
+    group="shift",
+    prepare=prepare_prob_shift,
+)
 def plot_prob_shift(
     frame: pd.DataFrame, figure: Figure | None = None, axis: Axis = "logit"
 ) -> AxesArray:
@@ -64,20 +73,22 @@ def plot_prob_shift(
 
     Parameters
     ----------
-    frame : DataFrame
-        Of :func:`prepare_prob_shift`.
-    figure : Figure, optional
-        Empty figure to draw into.
     axis : {"logit", "linear"}
         Scale of p; logit shows the near-certain tokens.
 
-    Returns
-    -------
-    ndarray of Axes, shape (labels, 4)
+    Returns axes of shape (labels, 4).
     """
     return _plot(frame, "prob", figure, axis)
 
 
+@figure(
+    Need("tokens", "dentropy"),
+    title="Did the tokens' entropy move as predicted?",
+    caption="Look for dots (measured) on the side of zero where the line (predicted) is; a "
+    "gap is the work of other tokens through shared parameters.",
+    group="shift",
+    prepare=prepare_entropy_shift,
+)
 def plot_entropy_shift(
     frame: pd.DataFrame, figure: Figure | None = None, axis: Axis = "logit"
 ) -> AxesArray:

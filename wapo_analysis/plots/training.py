@@ -1,16 +1,26 @@
 """Curves every training run has: reward, gradient norm, health of the samples."""
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import or_
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from wapo_analysis.plots.draw import label_legend, label_lines, mark_missing
 from wapo_analysis.plots.frames import keep_labels, run_label, step_frame
-from wapo_analysis.plots.panels import AxesArray, fit_steps, log_y, step_axis
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    fit_steps,
+    label_legend,
+    label_lines,
+    log_y,
+    mark_missing,
+    step_axis,
+)
+from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import new_figure
 from wapo_analysis.schema import axis_label
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
 
 HEALTH = {
     "length": "completion length",
@@ -21,6 +31,7 @@ HEALTH = {
     "zero_signal": "share of groups without a signal",
 }
 
+_ANY_HEALTH = reduce(or_, (Need("steps", name) for name in HEALTH if name != "zero_signal"))
 
 HELD_OUT = "eval/pass@1"
 
@@ -45,21 +56,19 @@ def prepare_reward(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.sort_values(["run", "step"], ignore_index=True), runs)
 
 
+@figure(
+    Need("steps", "reward") | Need("steps", "pass_rate"),
+    title="Does the policy learn?",
+    caption="Look for a curve that rises and stays up; a fall after a rise is a collapse.",
+    group="training",
+    prepare=prepare_reward,
+)
 def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Mean reward over the steps; beside it the pass rate where it is another number.
 
     Runs that were evaluated on held-out prompts have one more panel.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_reward`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1,) to (3,)
+    Returns axes of shape (1,) to (3,).
     """
     trained, evaluated = frame[frame["step"] > 0], frame.dropna(subset=HELD_OUT)
     gap = (frame["reward"] - frame["pass_rate"]).abs()
@@ -89,19 +98,18 @@ def prepare_gradient_norm(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(step_frame(runs, ("grad_norm",)), runs)
 
 
+@figure(
+    Need("steps", "grad_norm"),
+    title="Does the gradient fade or flare up?",
+    caption="Look for spikes and crosses (not finite) before a collapse, and for a norm that "
+    "fades because nothing is left to learn.",
+    group="training",
+    prepare=prepare_gradient_norm,
+)
 def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Gradient norm before clipping over the steps, logarithmic.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_gradient_norm`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (1,)
+    Returns axes of shape (1,).
     """
     figure = figure or new_figure(4.0)
     axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
@@ -131,19 +139,18 @@ def prepare_lengths(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.drop(columns=list(flat)), runs)
 
 
+@figure(
+    _ANY_HEALTH,
+    title="Are the samples healthy?",
+    caption="Look for length, truncation or repetition running away, for clipping on one "
+    "side, and for groups that give no signal.",
+    group="training",
+    prepare=prepare_lengths,
+)
 def plot_lengths(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Length, truncation, repetition, clipping and signal-free groups over the steps.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`prepare_lengths`.
-    figure : Figure, optional
-        Empty figure to draw into.
-
-    Returns
-    -------
-    ndarray of Axes, shape (2, 3)
+    Returns axes of shape (2, 3).
     """
     figure = figure or new_figure(5.6)
     axes: AxesArray = figure.subplots(2, 3, sharex=True)

@@ -5,19 +5,9 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from wapo_analysis.plots import FIGURES, FigureSpec, encode_figure, render, unavailable
+from wapo_analysis.plots import FIGURES, GROUPS, FigureSpec, encode_figure, render, unavailable
 from wapo_analysis.report.svg import inline_svg
 from wapo_analysis.store import Run
-
-GROUPS = {
-    "training": "Training",
-    "entropy": "Entropy",
-    "classes": "Classes of updates",
-    "shift": "Predicted and measured shift",
-    "policy": "Probabilities and the gradient",
-    "theory": "Theory, for comparison",
-}
-"""Heading of each group of figures, in the order of the page; others come after them."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +58,9 @@ def draw_figures(runs: Sequence[Run], key: str) -> Figures:
         else:
             left_out.append((spec.title, reason))
     first = drawn.pop(key, None)
-    order = [*GROUPS, *(spec.group for spec in FIGURES.values() if spec.group not in GROUPS)]
     groups = {
-        GROUPS.get(group, group.capitalize()): [
-            drawing for name, drawing in drawn.items() if FIGURES[name].group == group
-        ]
-        for group in dict.fromkeys(order)
+        head: [drawing for name, drawing in drawn.items() if FIGURES[name].group == group]
+        for group, head in GROUPS.items()
     }
     return Figures(first, {head: many for head, many in groups.items() if many}, left_out)
 

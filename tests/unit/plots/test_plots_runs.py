@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.plots import FIGURES, behaviour, bins, classes, entropy, shift, training
+from wapo_analysis.plots import FIGURES, classes, entropy, policy, shift, training
 from wapo_analysis.plots.style import CLASS_COLORS, SIGN_COLORS, label_styles, theme
 from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
 from wapo_analysis.series import Series
@@ -309,12 +309,12 @@ def test_a_perfect_prediction_scores_one() -> None:
     ],
 )  # fmt: skip
 def test_clip_range(objective: dict[str, object], expected: tuple[float, float]) -> None:
-    np.testing.assert_allclose(behaviour.clip_range(objective), expected)
+    np.testing.assert_allclose(policy.clip_range(objective), expected)
 
 
 def test_behaviour_counts_tokens_beyond_the_clip(pair: list[Run]) -> None:
-    frame = behaviour.prepare_train_vs_behaviour(pair)
-    axes = behaviour.plot_train_vs_behaviour(frame)
+    frame = policy.prepare_train_vs_behaviour(pair)
+    axes = policy.plot_train_vs_behaviour(frame)
     assert axes.shape == (2, 2)
     part = frame[(frame["label"] == "GRPO") & (frame["sign"] == 1)]
     ratio = part["train"] / part["behaviour"]
@@ -326,7 +326,7 @@ def test_behaviour_counts_tokens_beyond_the_clip(pair: list[Run]) -> None:
 
 
 def test_paper_bins_are_unions_of_the_fine_ones(pair: list[Run]) -> None:
-    frame = bins.prepare_bin_mass(pair)
+    frame = policy.prepare_bin_mass(pair)
     sums = frame.groupby(["run", "scale"])[["exact", "proxy"]].sum().unstack("scale")
     np.testing.assert_allclose(sums["exact"], 1.0)
     np.testing.assert_allclose(sums["proxy"]["paper"], sums["proxy"]["fine"])
@@ -342,13 +342,13 @@ def test_paper_bins_are_unions_of_the_fine_ones(pair: list[Run]) -> None:
 
 
 def test_bin_names_cover_the_scale() -> None:
-    assert bins.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
-    assert len(bins.bin_names(PROB_EDGES)) == len(PROB_EDGES) - 1
+    assert policy.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
+    assert len(policy.bin_names(PROB_EDGES)) == len(PROB_EDGES) - 1
 
 
 def test_bin_bars_are_the_prepared_numbers(pair: list[Run]) -> None:
-    frame = bins.prepare_token_strength(pair)
-    axes = bins.plot_token_strength(frame)
+    frame = policy.prepare_token_strength(pair)
+    axes = policy.plot_token_strength(frame)
     assert axes.shape == (2, 2)
     part = frame[(frame["label"] == "WAPO") & (frame["scale"] == "fine") & (frame["sign"] == 1)]
     heights = sorted(bar.get_height() for bar in axes[1, 1].patches if bar.get_height() > 0)
@@ -359,7 +359,7 @@ def test_bin_bars_are_the_prepared_numbers(pair: list[Run]) -> None:
 
 
 def test_token_strength_is_the_mean_coefficient(pair: list[Run]) -> None:
-    frame = bins.prepare_token_strength(pair[:1])
+    frame = policy.prepare_token_strength(pair[:1])
     tokens = pair[0].tokens()
     mine = tokens[(tokens["sign"] == -1) & (tokens["prob"] >= 0.5)]
     rows = frame[(frame["scale"] == "paper") & (frame["sign"] == -1) & (frame["prob_bin"] == 4)]

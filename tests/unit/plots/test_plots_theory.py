@@ -7,12 +7,15 @@ import wapo_taxonomy as tax
 from wapo_analysis.plots import render
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK
 from wapo_analysis.plots.theory import (
+    VOCABULARY,
+    _rest,
     plot_theory_classes,
+    plot_theory_map,
     plot_theory_vocabulary,
     prepare_theory_classes,
+    prepare_theory_map,
     prepare_theory_vocabulary,
 )
-from wapo_analysis.plots.theory_map import VOCABULARY, _rest, plot_theory_map, prepare_theory_map
 
 
 def policy(prob: float, collision: float) -> np.ndarray:
