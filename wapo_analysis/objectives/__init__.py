@@ -1,1 +1,1 @@
-"""Objectives: token losses, advantages, weights and the policy loss of the nine."""
+"""Objectives: token losses, advantages, weights and the policy loss."""

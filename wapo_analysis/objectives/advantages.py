@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.objectives.official import rules
 
 FloatArray = NDArray[np.float64]
 
@@ -18,7 +19,6 @@ STD_OFFSET = 1e-8
 
 RESIDUAL_ULPS = 8
 """A deviation from the group mean below this many rounding units of the largest reward is 0."""
-
 
 LARGEST_REWARD = 1e100
 """Beyond this the squared deviation could overflow."""
@@ -32,12 +32,13 @@ def _sum_left_to_right(values: list[float]) -> float:
     return total
 
 
-def _deviations_official(rewards: list[float]) -> list[float]:
+def _deviations_rounded(rewards: list[float]) -> list[float]:
+    """Deviations from the mean of a plain sum, with whatever residue its rounding leaves."""
     mean = _sum_left_to_right(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
 
 
-def _deviations_safe(rewards: list[float]) -> list[float]:
+def _deviations_exact(rewards: list[float]) -> list[float]:
     """Deviations from the exactly rounded mean, with rounding residues set to exactly 0."""
     mean = math.fsum(rewards) / len(rewards)
     floor = RESIDUAL_ULPS * np.finfo(np.float64).eps * max(abs(reward) for reward in rewards)
@@ -133,7 +134,8 @@ def group_advantages(
     if kind not in ADVANTAGE_KINDS:
         raise unknown_name("advantage kind", kind, ADVANTAGE_KINDS)
     reward_n, group_n = _checked(rewards, group)
-    deviations_of = _deviations_official if official else _deviations_safe
+    exact = rules(official).exact_deviations
+    deviations_of = _deviations_exact if exact else _deviations_rounded
     advantage_n = np.zeros_like(reward_n)
     for member in np.unique(group_n):
         index = np.flatnonzero(group_n == member)

@@ -1,7 +1,7 @@
 """Checked settings of one objective.
 
 An objective is a token loss plus three choices: how advantages are formed, over what the loss is
-averaged, and whether only positive advantages are kept. `registry.OBJECTIVES` declares the nine;
+averaged, and whether only positive advantages are kept. `table.OBJECTIVES` declares them;
 `ObjectiveConfig` adds the user's settings and answers what is in force. Loads no torch.
 """
 
@@ -11,16 +11,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from numpy.typing import ArrayLike
 from wapo_taxonomy import CLASSES, expand_bins
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.objectives.advantages import FloatArray, group_advantages
+from wapo_analysis.objectives.official import Rules, rules
 from wapo_analysis.objectives.table import OBJECTIVES, Objective
-from wapo_analysis.objectives.token_losses import (
-    MAX_LOG_RATIO,
-    Bounds,
-    TokenLoss,
-    TokenLossFunction,
-)
+from wapo_analysis.objectives.token_losses import Bounds, TokenLoss, TokenLossFunction
 
 __all__ = [
     "BIN_NAMES",
@@ -90,7 +88,7 @@ class ObjectiveConfig:
         self._check_level()
         for field in ("include_bins", "exclude_bins"):
             object.__setattr__(self, field, self._checked_bins(field, getattr(self, field)))
-        if not self.official:
+        if self.rules.strict_names:
             self._check_something_is_kept()
 
     def _check_clip(self) -> None:
@@ -106,7 +104,7 @@ class ObjectiveConfig:
 
     def _check_level(self) -> None:
         level = self.loss_mean_level
-        if not self.official and level is not None and level not in LEVELS:
+        if self.rules.strict_names and level is not None and level not in LEVELS:
             raise unknown_name("loss_mean_level", level, LEVELS)
         if self.max_seq_len is not None and self.max_seq_len < 1:
             raise UserError(f"max_seq_len must be a positive integer, got {self.max_seq_len}")
@@ -125,7 +123,7 @@ class ObjectiveConfig:
             raise UserError(f"{field} must be a list of names, got the string {names!r}")
         checked = tuple(names)
         unknown = [name for name in checked if name not in BIN_NAMES]
-        if unknown and not self.official:
+        if unknown and self.rules.strict_names:
             raise unknown_name(f"bin in {field}", unknown[0], BIN_NAMES)
         return checked
 
@@ -146,9 +144,18 @@ class ObjectiveConfig:
         return {"neg": self.drops_negative, "pos": self.mask_positive_advantages}
 
     @property
+    def rules(self) -> Rules:
+        """Safe rules, or those of the published code."""
+        return rules(self.official)
+
+    @property
     def objective(self) -> Objective:
-        """Registry entry."""
+        """Its row of the table."""
         return OBJECTIVES[self.name]
+
+    def advantages(self, rewards: ArrayLike, group: ArrayLike) -> FloatArray:
+        """Advantage of every rollout within its group, shape (N,); see `group_advantages`."""
+        return group_advantages(self.objective.advantage, rewards, group, self.official)
 
     @property
     def drops_negative(self) -> bool:
@@ -157,7 +164,7 @@ class ObjectiveConfig:
 
     @property
     def level(self) -> str:
-        """Level in force; official: any unknown name means global."""
+        """Level in force; an unknown name, which only the official rules let pass, means global."""
         level = self.loss_mean_level or self.objective.level
         return level if level in LEVELS else "global"
 
@@ -184,7 +191,7 @@ class ObjectiveConfig:
 
     @property
     def bounds(self) -> Bounds:
-        """Clip range in force; official: log-ratios are exponentiated however large."""
+        """Clip range in force."""
         eps = self.objective.default_clip_eps if self.clip_eps is None else self.clip_eps
         low, high = {
             "two_sided": (1 - (eps or 0.0), 1 + (eps or 0.0)),
@@ -192,19 +199,23 @@ class ObjectiveConfig:
             "ratio": (self.mask_ratio_low, self.mask_ratio_high),
             "none": (0.0, math.inf),
         }[self.objective.clip]
-        limit = math.inf if self.official else MAX_LOG_RATIO
-        return Bounds(low=low, high=high, max_log_ratio=limit)
+        return Bounds(low=low, high=high, max_log_ratio=self.rules.max_log_ratio)
+
+    @property
+    def needs_whole_minibatch(self) -> bool:
+        """The weights depend on which tokens of the whole mini-batch are kept."""
+        return self.normalize_by_kept_tokens and self.rules.kept_per_minibatch
 
     @property
     def included_classes(self) -> tuple[str, ...] | None:
-        """Classes to train on; None without include_bins. Official: unknown names vanish."""
+        """Classes to train on; None without include_bins. Unknown names, if let pass, vanish."""
         if not self.include_bins:
             return None
         return _known_classes(self.include_bins)
 
     @property
     def excluded_classes(self) -> tuple[str, ...]:
-        """Classes left out; official: empty when include_bins is given, which wins."""
+        """Classes left out; none when include_bins is given, which wins where both are let pass."""
         if self.include_bins:
             return ()
         return _known_classes(self.exclude_bins)

@@ -49,14 +49,13 @@ def _in_classes(codes_BT: Tensor, names: Collection[str]) -> Tensor:
 
 
 def _class_codes(config: ObjectiveConfig, sign_B1: Tensor, peak: Tensor) -> Tensor:
-    """Index into CLASSES per token; zero advantage is `_NONE_CODE` (official: positive)."""
-    is_positive = sign_B1 >= 0 if config.official else sign_B1 > 0
+    """Index into CLASSES per token; a zero advantage is `_NONE_CODE`."""
+    strict = config.rules.zero_has_no_class
+    is_positive = sign_B1 > 0 if strict else sign_B1 >= 0
     positive = torch.where(peak, CLASSES.index("pos_peak"), CLASSES.index("pos_valley"))
     negative = torch.where(peak, CLASSES.index("neg_peak"), CLASSES.index("neg_valley"))
     codes_BT = torch.where(is_positive, positive, negative)
-    if config.official:
-        return codes_BT
-    return torch.where(sign_B1 == 0, _NONE_CODE, codes_BT)
+    return torch.where(sign_B1 == 0, _NONE_CODE, codes_BT) if strict else codes_BT
 
 
 def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: 
     -------
     Tensor of bool, shape (B, T)
         Tokens with zero advantage are in no class: include_bins drops them, exclude_bins leaves
-        them. With ``config.official`` they count as positive.
+        them. Under the published rules they count as positive.
 
     Notes
     -----
@@ -99,7 +98,7 @@ def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: 
     return keep
 
 
-def _official_loss(
+def _multiplied(
     config: ObjectiveConfig,
     logp: Tensor,
     logp_old: Tensor,
@@ -115,7 +114,7 @@ def _official_loss(
     return LossOutput(loss, term.loss.detach(), term.ratio, term.clipped, keep, none_dropped)
 
 
-def _safe_loss(
+def _selected(
     config: ObjectiveConfig,
     logp: Tensor,
     logp_old: Tensor,
@@ -183,11 +182,13 @@ def policy_loss(
     Notes
     -----
     Tokens outside ``keep`` add nothing to value or gradient, whatever they hold; kept tokens with
-    a non-finite log-probability are left out and counted. ``config.official`` multiplies by masks
-    as the published code does, NaN included. Formulas: `token_losses`.
+    a non-finite log-probability are left out and counted. The published rules multiply by masks
+    instead, NaN included. Formulas: `token_losses`.
     """
     dtype = torch.promote_types(logp.dtype, torch.float32)
-    compute = _official_loss if config.official else _safe_loss
+    compute = _selected if config.rules.masks_select else _multiplied
+    if config.objective.unit_advantage:
+        advantage = torch.ones_like(advantage)
     return compute(
         config,
         logp.to(dtype),

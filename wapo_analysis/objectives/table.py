@@ -1,4 +1,4 @@
-"""The nine objectives declared as data: token loss, advantage, mean and clip of each.
+"""The objectives declared as data: token loss, advantage, mean and clip of each.
 
 This module loads no torch, so help texts can list the objectives cheaply.
 """
@@ -9,16 +9,9 @@ from dataclasses import dataclass
 
 from wapo_analysis.objectives.token_losses import (
     TokenLossFunction,
-    dapo_token_loss,
-    dr_dapo_seq_token_loss,
-    dr_dapo_token_loss,
-    dr_grpo_token_loss,
-    grpo_token_loss,
-    gspo_token_loss,
-    raft_plus_plus_token_loss,
-    raft_token_loss,
-    wapo_no_ratio_token_loss,
-    wapo_token_loss,
+    likelihood,
+    rollout_surrogate,
+    token_surrogate,
 )
 
 
@@ -44,13 +37,15 @@ class Objective:
     """Weight rule at group level."""
     without_ratio: TokenLossFunction | None = None
     """Token loss for use_importance_sampling=False; None where that setting changes nothing."""
+    unit_advantage: bool = False
+    """The token loss takes 1 in the place of the advantage."""
     doc: str
     """One line for help texts."""
 
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(
-        token_loss=grpo_token_loss,
+        token_loss=token_surrogate,
         advantage="standardized",
         level="seq",
         clip="two_sided",
@@ -58,7 +53,7 @@ OBJECTIVES: dict[str, Objective] = {
         doc="standardised advantage, ratio clipped to 1 +- clip_eps, mean per rollout",
     ),
     "dr_grpo": Objective(
-        token_loss=dr_grpo_token_loss,
+        token_loss=token_surrogate,
         advantage="centered",
         level="global",
         clip="two_sided",
@@ -67,28 +62,28 @@ OBJECTIVES: dict[str, Objective] = {
         doc="GRPO with centred advantage and one constant length (the batch's longest rollout)",
     ),
     "dapo": Objective(
-        token_loss=dapo_token_loss,
+        token_loss=token_surrogate,
         advantage="standardized",
         level="group",
         clip="ratio",
         doc="standardised advantage, separate clip bounds, mean over a group's tokens",
     ),
     "dr_dapo": Objective(
-        token_loss=dr_dapo_token_loss,
+        token_loss=token_surrogate,
         advantage="centered",
         level="group",
         clip="ratio",
         doc="DAPO with centred advantage",
     ),
     "dr_dapo_seq": Objective(
-        token_loss=dr_dapo_seq_token_loss,
+        token_loss=token_surrogate,
         advantage="centered",
         level="seq",
         clip="ratio",
         doc="DAPO with centred advantage and a mean per rollout",
     ),
     "gspo": Objective(
-        token_loss=gspo_token_loss,
+        token_loss=rollout_surrogate,
         advantage="standardized",
         level="seq",
         clip="two_sided",
@@ -96,15 +91,16 @@ OBJECTIVES: dict[str, Objective] = {
         doc="one ratio per rollout (geometric mean of its token ratios), clipped",
     ),
     "raft": Objective(
-        token_loss=raft_token_loss,
+        token_loss=likelihood,
         advantage="raw",
         level="seq",
         clip="none",
         positive_only=True,
+        unit_advantage=True,
         doc="log-likelihood of the rollouts with positive reward",
     ),
     "raft++": Objective(
-        token_loss=raft_plus_plus_token_loss,
+        token_loss=token_surrogate,
         advantage="raw",
         level="seq",
         clip="upper",
@@ -113,14 +109,14 @@ OBJECTIVES: dict[str, Objective] = {
         doc="RAFT with reward as weight and the ratio clipped above",
     ),
     "wapo": Objective(
-        token_loss=wapo_token_loss,
+        token_loss=token_surrogate,
         advantage="centered",
         level="group",
         clip="upper",
         default_clip_eps=9.0,
         positive_only=True,
         group_rule="fixed_length",
-        without_ratio=wapo_no_ratio_token_loss,
+        without_ratio=likelihood,
         doc="positive centred advantages only, ratio clipped above, constant group length",
     ),
 }

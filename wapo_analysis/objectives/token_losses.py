@@ -1,4 +1,7 @@
-"""The nine token losses: plain functions of log-probabilities, advantages and a clip range.
+"""The token losses: plain functions of log-probabilities, advantages and a clip range.
+
+Three serve every objective (`table.OBJECTIVES` says which and how): the clipped surrogate with a
+ratio per token or per rollout, and the weighted likelihood.
 
 Shapes: B rollouts, T completion positions. ``logp`` and ``logp_old`` (B, T) are the sampled
 token's log-probability in nats under the policy that is trained and under the behaviour policy
@@ -62,8 +65,8 @@ class TokenLossFunction(Protocol):
         """Return the loss of every position."""
 
 
-def _clipped_surrogate(log_ratio_BT: Tensor, advantage: Tensor, bounds: Bounds) -> TokenLoss:
-    """``-min(x A, clip(x) A)`` with x = exp(log-ratio): the core that seven objectives share."""
+def _surrogate(log_ratio_BT: Tensor, advantage: Tensor, bounds: Bounds) -> TokenLoss:
+    """``-min(x A, clip(x) A)`` with x = exp(log-ratio)."""
     limit = bounds.max_log_ratio
     ratio_BT = log_ratio_BT.clamp(-limit, limit).exp()
     advantage_B1 = advantage.unsqueeze(-1)
@@ -73,21 +76,14 @@ def _clipped_surrogate(log_ratio_BT: Tensor, advantage: Tensor, bounds: Bounds) 
     return TokenLoss(-plain_BT.minimum(held_BT), ratio_BT.detach(), clipped_BT.detach())
 
 
-def _weighted_likelihood(
-    logp: Tensor, logp_old: Tensor, factor_BT: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """``-factor * log p``: no ratio in the loss; the ratio is still reported, detached."""
-    limit = bounds.max_log_ratio
-    ratio_BT = (logp - logp_old).detach().clamp(-limit, limit).exp()
-    return TokenLoss(-factor_BT * logp, ratio_BT, ratio_BT.new_zeros(ratio_BT.shape).bool())
-
-
-def dapo_token_loss(
+def token_surrogate(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
 ) -> TokenLoss:
-    """DAPO: clipped surrogate on the token ratio x = p / p_old, with its own bound on each side.
+    """Clipped surrogate on the token ratio x = p / p_old: GRPO, DAPO, RAFT++, WAPO and relatives.
 
-    ``-min(x A, clip(x, low, high) A)``. Source: Yu et al. 2025 (arXiv 2503.14476).
+    ``-min(x A, clip(x, low, high) A)``; low = 0 clips above only. Sources: Shao et al. 2024
+    (arXiv 2402.03300), eq. 3, without its KL term; Yu et al. 2025 (arXiv 2503.14476) for a bound of
+    its own on each side; the WAPO paper (arXiv 2606.16154) for the upper bound alone.
 
     Parameters
     ----------
@@ -105,101 +101,33 @@ def dapo_token_loss(
     TokenLoss
         Loss, ratio and clip flag of every position.
     """
-    return _clipped_surrogate(logp - logp_old, advantage, bounds)
+    return _surrogate(logp - logp_old, advantage, bounds)
 
 
-def grpo_token_loss(
+def rollout_surrogate(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
 ) -> TokenLoss:
-    """GRPO: DAPO's surrogate with equal clips, low = 1 - eps and high = 1 + eps; no KL term.
-
-    Source: Shao et al. 2024 (arXiv 2402.03300), eq. 3. Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def dr_grpo_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """Dr. GRPO: GRPO's token loss; it differs in the advantage (centred) and in the mean.
-
-    Source: Liu et al. 2025 (arXiv 2503.20783). Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def dr_dapo_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """Dr. DAPO: DAPO's token loss with the centred advantage of Dr. GRPO.
-
-    Source: baseline of the WAPO paper (arXiv 2606.16154). Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def dr_dapo_seq_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """Dr. DAPO averaged per rollout first: `dr_dapo_token_loss` with sequence-level means.
-
-    Source: baseline of the WAPO paper (arXiv 2606.16154). Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def gspo_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """GSPO: the clipped surrogate with one ratio per sequence, the geometric mean over its tokens.
+    """Clipped surrogate with one ratio per rollout, the geometric mean over its tokens: GSPO.
 
     ``x_i = exp( sum_t m_t (logp_t - logp_old_t) / n_i )`` with n_i = number of masked-in tokens
-    (an empty sequence has ratio 1). Source: Zheng et al. 2025 (arXiv 2507.18071).
-    Parameters as `dapo_token_loss`.
+    (an empty rollout has ratio 1). Source: Zheng et al. 2025 (arXiv 2507.18071).
+    Parameters as `token_surrogate`.
     """
     mask_BT = mask.to(logp.dtype)
     total_B1 = ((logp - logp_old) * mask_BT).sum(-1, keepdim=True)
     mean_B1 = total_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1.0)
-    return _clipped_surrogate(mean_B1.expand_as(logp), advantage, bounds)
+    return _surrogate(mean_B1.expand_as(logp), advantage, bounds)
 
 
-def raft_token_loss(
+def likelihood(
     logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
 ) -> TokenLoss:
-    """RAFT: ``-log p``, supervised learning on the rewarded rollouts; ratio and A are not used.
+    """Advantage-weighted likelihood ``-A log p``: RAFT (A = 1) and WAPO without a ratio.
 
-    Source: Dong et al. 2023 (arXiv 2304.06767). Parameters as `dapo_token_loss`.
+    The ratio is not in the loss but still reported. Sources: Dong et al. 2023 (arXiv 2304.06767);
+    the WAPO paper (arXiv 2606.16154), its on-policy form. Parameters as `token_surrogate`.
     """
-    return _weighted_likelihood(logp, logp_old, logp.new_ones(()), bounds)
-
-
-def raft_plus_plus_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """RAFT++: the surrogate on rewarded rollouts, A = reward, ratio clipped above only.
-
-    Source: Xiong et al. 2025 (arXiv 2504.11343). Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def wapo_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """WAPO: the surrogate on positive centred advantages only, ratio clipped above only.
-
-    ``-min(x, 1 + eps) A`` for A > 0; rollouts with A <= 0 are dropped.
-    Source: the WAPO paper (arXiv 2606.16154). Parameters as `dapo_token_loss`.
-    """
-    return dapo_token_loss(logp, logp_old, advantage, mask, bounds)
-
-
-def wapo_no_ratio_token_loss(
-    logp: Tensor, logp_old: Tensor, advantage: Tensor, mask: Tensor, bounds: Bounds
-) -> TokenLoss:
-    """WAPO without importance sampling: ``-A log p``, advantage-weighted likelihood.
-
-    Source: the WAPO paper (arXiv 2606.16154), its on-policy form. Parameters as
-    `dapo_token_loss`.
-    """
-    return _weighted_likelihood(logp, logp_old, advantage.unsqueeze(-1), bounds)
+    limit = bounds.max_log_ratio
+    ratio_BT = (logp - logp_old).detach().clamp(-limit, limit).exp()
+    unclipped_BT = ratio_BT.new_zeros(ratio_BT.shape).bool()
+    return TokenLoss(-advantage.unsqueeze(-1) * logp, ratio_BT, unclipped_BT)

@@ -1,4 +1,4 @@
-"""Weights, normaliser and multiplier that turn token losses into a mean over a batch.
+"""Over what a batch's token losses are averaged: weights, normaliser and multiplier.
 
 The loss of a mini-batch is ``multiplier * sum(token_loss * kept * weight of its rollout)``; the
 sum may be split over micro-batches in any way. N rollouts, B rollouts of a mini-batch, T positions.
@@ -7,24 +7,119 @@ sum may be split over micro-batches in any way. N rollouts, B rollouts of a mini
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
-from wapo_analysis.objectives.weight_rules import (
-    WEIGHT_RULES,
-    Batch,
-    BatchWeights,
-    advantage_gate,
-    outer_multiplier,
-)
 
-__all__ = ["BatchWeights", "batch_weights", "kept_token_weights", "minibatch_weights"]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchWeights:
+    """How the token losses of a batch are averaged.
+
+    Attributes
+    ----------
+    sequence_weight : Tensor, shape (N,)
+        Weight of every token of a rollout.
+    normalizer : float
+        Number of units averaged over (rollouts, groups or tokens), at least 1.
+    multiplier : float
+        Factor of the weighted sum; with several ranks, before the mean over ranks.
+    contributing : Tensor of bool, shape (N,)
+        Rollouts that are counted.
+    num_minibatches : int
+        Optimizer steps the batch is split into.
+    world_size : int
+        Ranks that ``multiplier`` is for: their gradients are averaged.
+    """
+
+    sequence_weight: Tensor
+    normalizer: float
+    multiplier: float
+    contributing: Tensor
+    num_minibatches: int = 1
+    world_size: int = 1
+
+    @property
+    def summed_multiplier(self) -> float:
+        """The factor for gradients that are summed over ranks instead of averaged."""
+        return self.multiplier / self.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Inputs of a weight rule, arrays of shape (N,); ``member`` numbers the groups from 0."""
+
+    tokens: FloatArray
+    member: NDArray[np.intp]
+    contributing: BoolArray
+    rollouts_per_prompt: int
+    max_seq_len: int | None
+
+
+def _per_sequence(b: _Batch) -> tuple[FloatArray, float]:
+    return 1 / np.maximum(b.tokens, 1), float(b.contributing.sum())
+
+
+def _per_group(b: _Batch) -> tuple[FloatArray, float]:
+    total = np.bincount(b.member, weights=b.tokens * b.contributing)
+    return 1 / np.maximum(total, 1)[b.member], float((total > 0).sum())
+
+
+def fixed_length_weight(rollouts_per_prompt: int, max_seq_len: int | None) -> float:
+    """Weight of every rollout in WAPO's mean over a constant group length."""
+    if max_seq_len is None:
+        raise UserError("max_seq_len is not set, but the loss divides by a constant group length")
+    return 1 / (rollouts_per_prompt * max_seq_len)
+
+
+def _fixed_length(b: _Batch) -> tuple[FloatArray, float]:
+    weight = np.full_like(b.tokens, fixed_length_weight(b.rollouts_per_prompt, b.max_seq_len))
+    return weight, float(np.unique(b.member[b.contributing]).size)
+
+
+def _per_token(b: _Batch) -> tuple[FloatArray, float]:
+    return np.ones_like(b.tokens), float((b.tokens * b.contributing).sum())
+
+
+def _longest(b: _Batch) -> tuple[FloatArray, float]:
+    return np.ones_like(b.tokens), float(b.tokens.size * b.tokens.max(initial=0))
+
+
+WEIGHT_RULES: dict[str, Callable[[_Batch], tuple[FloatArray, float]]] = {
+    "seq": _per_sequence,
+    "group": _per_group,
+    "fixed_length": _fixed_length,
+    "global": _per_token,
+    "longest": _longest,
+}
+"""Rule -> (weight of each rollout, number of units). See `batch_weights` for the formulas."""
+
+
+def _multiplier(config: ObjectiveConfig, units: float, num_minibatches: int, world: int) -> float:
+    """num_minibatches * world / units, or the published float32, never above num_minibatches."""
+    if config.rules.fair_units:
+        return num_minibatches * world / units
+    divisor = max(np.float32(units) / np.float32(world), np.float32(1))
+    return float(np.float32(num_minibatches) / divisor)
+
+
+def _advantage_gate(config: ObjectiveConfig, advantage: FloatArray) -> BoolArray:
+    """Rollouts whose advantage the objective's gates let through, shape (N,)."""
+    passed = np.ones(advantage.shape, dtype=np.bool_)
+    if config.drops_negative:
+        passed &= advantage > 0
+    if config.mask_positive_advantages:
+        passed &= advantage < 0
+    return passed
 
 
 def batch_weights(
@@ -35,6 +130,7 @@ def batch_weights(
     rollouts_per_prompt: int,
     num_minibatches: int = 1,
     world_size: int = 1,
+    summed: bool = False,
 ) -> BatchWeights:
     """Weight of each rollout of a whole batch, before any kept-token normalisation.
 
@@ -63,7 +159,10 @@ def batch_weights(
     rollouts_per_prompt : int
         Rollouts sampled per prompt.
     num_minibatches, world_size : int
-        Optimizer steps per batch; ranks whose gradients are averaged.
+        Optimizer steps per batch; ranks that share it.
+    summed : bool
+        The trainer adds gradients up over ranks, by ``summed_multiplier``, so the sum is what one
+        rank alone would have; the published rules take their mean over ranks all the same.
 
     Returns
     -------
@@ -78,8 +177,8 @@ def batch_weights(
     Notes
     -----
     Source: the published WAPO code; ``fixed_length`` is WAPO's mean (arXiv 2606.16154),
-    ``longest`` that code's Dr. GRPO. ``config.official`` computes the multiplier in float32 and
-    holds Z / world_size at 1 or more, which shrinks updates with fewer units than ranks.
+    ``longest`` that code's Dr. GRPO. Its own rules compute the multiplier in float32 and hold
+    Z / world_size at 1 or more, which shrinks updates with fewer units than ranks.
     """
     advantage_n = np.asarray(advantages, dtype=np.float64)
     tokens_n = np.asarray(token_counts, dtype=np.float64)
@@ -93,19 +192,20 @@ def batch_weights(
         raise UserError(
             "token_counts must be >= 0; rollouts_per_prompt, num_minibatches and world_size >= 1"
         )
-    contributing = advantage_gate(config, advantage_n)
+    contributing = _advantage_gate(config, advantage_n)
     member = np.unique(group_n, return_inverse=True)[1]
     weight, units = WEIGHT_RULES[config.weight_rule](
-        Batch(tokens_n, member, contributing, rollouts_per_prompt, config.max_seq_len)
+        _Batch(tokens_n, member, contributing, rollouts_per_prompt, config.max_seq_len)
     )
     units = max(units, 1.0)
+    ranks = 1 if summed and config.rules.fair_units else world_size
     return BatchWeights(
         sequence_weight=torch.from_numpy(weight),
         normalizer=units,
-        multiplier=outer_multiplier(config, units, num_minibatches, world_size),
+        multiplier=_multiplier(config, units, num_minibatches, ranks),
         contributing=torch.from_numpy(contributing),
         num_minibatches=num_minibatches,
-        world_size=world_size,
+        world_size=ranks,
     )
 
 
@@ -122,7 +222,7 @@ _KEPT_TOTALS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def _kept_official(
+def _kept_per_microbatch(
     config: ObjectiveConfig, count_B: Tensor, group: Tensor, batch: BatchWeights
 ) -> BatchWeights:
     """Weigh as the published code: float32, a phantom token for each fully dropped rollout."""
@@ -155,7 +255,7 @@ def kept_token_weights(
     Parameters
     ----------
     config : ObjectiveConfig
-        Objective settings; only the level and ``official`` matter here.
+        Objective settings; only the level and the rules matter here.
     keep : Tensor of bool, shape (B, T)
         Kept tokens (`loss.keep_tokens`) of one whole mini-batch.
     group : Tensor of int, shape (B,)
@@ -170,13 +270,14 @@ def kept_token_weights(
 
     Notes
     -----
-    Source: the published WAPO code. With ``config.official`` the call must pass one micro-batch, as
-    there: float32 weights, one phantom token for each fully dropped rollout, the batch's own
-    normaliser at seq and group level, and at global level micro-batch means that add up.
+    Source: the published WAPO code. Under its own rules (``config.needs_whole_minibatch`` is False)
+    the call must pass one micro-batch, as there: float32 weights, one phantom token for each fully
+    dropped rollout, the batch's own normaliser at seq and group level, and at global level
+    micro-batch means that add up.
     """
     count_B = keep.sum(-1)
-    if config.official:
-        return _kept_official(config, count_B, group, batch)
+    if not config.rules.kept_per_minibatch:
+        return _kept_per_microbatch(config, count_B, group, batch)
     count_B = count_B.double()
     total_B = _KEPT_TOTALS[config.level](count_B, group)
     weight_B = torch.where(count_B > 0, 1 / total_B, 0.0)

@@ -14,8 +14,6 @@ from torch.nn.functional import pad
 
 from wapo_analysis.completions import repetition
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives.advantages import group_advantages
-from wapo_analysis.objectives.config import OBJECTIVES
 from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
@@ -76,6 +74,7 @@ def draw_batch(
         If a prompt does not fit the model.
     """
     prompts, repeats = config.prompts_per_step, config.rollouts_per_prompt
+    longest = config.max_new_tokens or task.max_new_tokens
     rng = np.random.default_rng([config.seed, step, _PROMPTS])
     drawn = task.problems(rng, prompts)
     problems = drawn * repeats
@@ -87,7 +86,7 @@ def draw_batch(
         own = sample(
             policy,
             [prompt.ids for prompt in encoded],
-            config.max_new_tokens or task.max_new_tokens,
+            longest,
             config.temperature,
             generator,
             at_once=config.sample_batch_size,
@@ -97,8 +96,7 @@ def draw_batch(
     rollouts = whole_rollouts(world, own, mine, total, policy.pad_id)
     completions, rewards = whole_grades(world, graded, mine)
     group = np.tile(np.arange(prompts), repeats)
-    kind = OBJECTIVES[config.objective].advantage
-    advantages = group_advantages(kind, rewards, group, official=config.official)
+    advantages = config.objective_config(longest).advantages(rewards, group)
     return Batch(problems, encoded, rollouts, completions, rewards, advantages, group, mine.numpy())
 
 

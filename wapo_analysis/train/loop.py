@@ -272,8 +272,8 @@ class Trainer:
             batch.group,
             self.config.rollouts_per_prompt,
             self.config.minibatches,
-            # Sums over processes are what one would have; the published code takes means of them.
-            self.world.size if self.objective.official else 1,
+            self.world.size,
+            summed=True,
         )
         tally = StepTally()
         for update in mini_batches(batch, self.config, self.policy.device):
@@ -331,7 +331,7 @@ class Trainer:
         """
         micro = update.split(self.config.microbatch_size)
         whole = None
-        if self.objective.normalize_by_kept_tokens and not self.objective.official:
+        if self.objective.needs_whole_minibatch:
             with self.world.together():
                 kept = [self._keep(m, self._score(m.rollouts, grad=False)) for m in micro]
             # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
@@ -381,7 +381,7 @@ class Trainer:
         )
         tokens = update.token_pass(stats, out.kept, out.clipped)
         recorder.watch(tokens, stats.logp)
-        loss = out.loss * (weights.multiplier / weights.world_size)
+        loss = out.loss * weights.summed_multiplier
         tally.add_tokens(tokens, out.ratio[mask], loss, int(out.nonfinite))
         if loss.requires_grad:
             loss.backward()

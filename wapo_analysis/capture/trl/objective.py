@@ -20,7 +20,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.advantages import RESIDUAL_ULPS
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
-from wapo_analysis.objectives.weights import BatchWeights, batch_weights
+from wapo_analysis.objectives.weights import BatchWeights, batch_weights, fixed_length_weight
 
 UNITS_KEY = "wapo_multiplier"
 _MARK = "_wapo_objective"
@@ -189,9 +189,8 @@ class _WapoLoss:
         return loss * self._divisor()
 
     def _constant_weight(self, advantages: Tensor) -> Tensor:
-        limit = self._config.max_seq_len
-        assert limit is not None
-        return torch.full_like(advantages, 1.0 / (self._group_size() * limit))
+        weight = fixed_length_weight(self._group_size(), self._config.max_seq_len)
+        return torch.full_like(advantages, weight)
 
     def _divisor(self) -> float:
         """Accumulation steps that Trainer (TRL 0.21) or accelerate will divide the loss by.
