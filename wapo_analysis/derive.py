@@ -1,19 +1,29 @@
-"""Token table to derived columns and class totals: where column names meet the taxonomy.
+"""Token table to derived columns, class totals and step columns: the only place that defines them.
 
 Verdicts are never stored. Everything here is recomputed from the stored sufficient statistics, so
 a change of the taxonomy replays over old runs without their logits.
+
+Step columns come of sums that add up over micro-batches, processes and parts of a file:
+`token_sums` and `rollout_sums`, then `step_columns`. A new column of tokens is one more entry of
+`_token_terms`, and its declaration in the schema.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
+from wapo_taxonomy.vocabulary import namespace
 
 from wapo_analysis.schema import CLASSES, PROB_EDGES
 from wapo_analysis.table import Array, Records
 
 _CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
+_STATISTICS = ("logp", "logp_old", "entropy")
+"""Statistics a token is counted in ``nonfinite`` for."""
+K3_LIMIT = 20.0
+"""Largest ln(pi / pi_old) in ``kl_old``, nats: an impossible token gives e^20, not inf."""
 
 
 def probability_bin(prob: Array) -> Array:
@@ -78,6 +88,16 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
 def derive(tokens: Records, temperature: float) -> Records:
     """Token records with all derived columns added; see :func:`derived_columns`."""
     return tokens.with_columns(derived_columns(tokens.columns, temperature))
+
+
+def sequence_ratio(columns: Mapping[str, Array]) -> Array:
+    """Geometric mean of the importance ratios of a rollout's tokens in one pass, shape (rows,)."""
+    log_ratio = columns["logp"].astype(np.float64) - columns["logp_old"]
+    keys = np.stack([columns["minibatch"], columns["rollout"]])
+    index = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    mean = np.bincount(index, log_ratio) / np.maximum(np.bincount(index), 1)
+    with np.errstate(over="ignore"):
+        return np.asarray(np.exp(mean)[index])
 
 
 def class_totals(tokens: Records) -> Records:
@@ -165,3 +185,137 @@ def with_class(frame: pd.DataFrame) -> pd.DataFrame:
     code = np.where(sign > 0, 1 - regime, 3 - regime)
     code = np.where(regime < 0, -1, code)
     return frame.assign(cls=np.where(sign == 0, 4, code).astype(np.int8))
+
+
+# Columns of the steps table: sums first, which add up over micro-batches, processes and parts ----
+
+
+@np.errstate(over="ignore", invalid="ignore")  # impossible input is left out, not warned about
+def token_sums(columns: Mapping[str, Any], given: Collection[str] | None = None) -> dict[str, Any]:
+    """Sums over tokens for `step_columns`; they add up over any split of the tokens.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray or Tensor, shape (rows,)
+        Columns of the token table, ``advantage`` at least; flags may be 0, 1 or NaN.
+        ``ratio`` is the importance ratio the clip looks at, by default the token's own.
+    given : collection of str, optional
+        Statistics the source has; others count as missing. By default all that are there.
+
+    Returns
+    -------
+    dict of str to scalar of the columns' own library
+        Of every term its sum and, under its name with `` n``, the tokens it is known of: what is
+        missing or not finite is left out of both.
+    """
+    xp = namespace(columns["advantage"])
+    names = set(columns) if given is None else {"advantage", "ratio", *given} & set(columns)
+    known = {name: xp.asarray(columns[name], dtype=xp.float64) for name in names}
+    sums = {}
+    for name, values in _token_terms(known, xp).items():
+        finite = xp.isfinite(values)
+        sums[name] = xp.where(finite, values, 0.0).sum()
+        sums[f"{name} n"] = finite.sum()
+    return sums
+
+
+def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
+    """What each token adds to a step column, shape (rows,) each; NaN where it does not count."""
+    advantage = known["advantage"]
+    missing = xp.full_like(advantage, np.nan)
+    logp, logp_old, entropy = (known.get(name, missing) for name in _STATISTICS)
+    kept, clipped = known.get("kept", missing), known.get("clipped", missing)
+    log_ratio = xp.where(xp.isfinite(logp_old), logp - logp_old, np.nan)
+    ratio = known.get("ratio", xp.exp(log_ratio))
+    stopped = xp.where((kept > 0) & ~xp.isnan(ratio), clipped, np.nan)
+    held = xp.clip(log_ratio, None, K3_LIMIT)
+    broken = sum(
+        (~xp.isfinite(known[n]) for n in _STATISTICS if n in known), xp.zeros_like(advantage)
+    )
+    return {
+        "entropy": entropy,
+        "entropy_pos": xp.where(advantage > 0, entropy, np.nan),
+        "entropy_neg": xp.where(advantage < 0, entropy, np.nan),
+        # k3 = r - ln r - 1 with r = pi / pi_old, an unbiased estimate of KL(pi_old || pi).
+        "kl_old": xp.expm1(held) - held,
+        "clip_low": stopped * (ratio < 1),
+        "clip_high": stopped * (ratio > 1),
+        "rows": xp.ones_like(advantage),
+        "kept_tokens": kept,
+        "nonfinite": xp.asarray(broken > 0, dtype=xp.float64),
+    }
+
+
+_TOTALS = ("rows", "kept_tokens", "nonfinite")
+"""Terms whose sum is the column; of all others it is the mean over the tokens they are known of."""
+
+
+def rollout_sums(columns: Mapping[str, Array]) -> dict[str, float]:
+    """Sums over rollouts for `step_columns`; they add up over processes and parts.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray, shape (rollouts,)
+        ``length`` (tokens the policy wrote), ``truncated`` (0 or 1), ``repetition``, as far as the
+        source has them; NaN where unknown. The lengths give the column ``tokens``, in place of a
+        count of token rows, of which a completion has several where it is trained on twice.
+    """
+    sums: dict[str, float] = {}
+    for name, values in columns.items():
+        known = np.asarray(values, np.float64)
+        known = known[np.isfinite(known)]
+        sums[name] = float(known.sum())
+        sums[f"{name} n"] = len(known)
+    return sums
+
+
+def step_columns(sums: Mapping[str, float]) -> dict[str, float]:
+    """Columns of the steps table from added-up sums; what nothing is known of is left out.
+
+    Parameters
+    ----------
+    sums : mapping of str to float
+        Of `token_sums`, of `rollout_sums`, or both in one.
+    """
+    columns: dict[str, float] = {}
+    for name in (name for name in sums if f"{name} n" in sums):
+        total, count = float(sums[name]), float(sums[f"{name} n"])
+        if name not in _TOTALS and count:
+            columns[name] = total / count
+        elif name in _TOTALS and count and count == float(sums["rows"]):
+            columns[name] = int(total)
+    rows = columns.pop("rows", None)
+    written = sums["length"] if sums.get("length n") else rows
+    return columns if written is None else columns | {"tokens": int(written)}
+
+
+def reward_columns(reward: Array, group: Array | None) -> dict[str, float]:
+    """Columns of the steps table that the rewards of all rollouts of a step decide.
+
+    Parameters
+    ----------
+    reward : ndarray, shape (rollouts,)
+        NaN is left out.
+    group : ndarray of int, shape (rollouts,), optional
+        Prompt of each rollout, negative where it is unknown. Shares of groups need to know one,
+        and a group of more than one rollout.
+    """
+    known = np.isfinite(reward)
+    if not known.any():
+        return {}
+    rewards = np.asarray(reward, np.float64)[known]
+    columns = {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "pass_rate": float((rewards >= 1).mean()),
+    }
+    groups = np.full(len(rewards), -1) if group is None else group[known]
+    rewards, groups = rewards[groups >= 0], groups[groups >= 0]
+    order = np.argsort(groups, kind="stable")
+    starts = np.unique(groups[order], return_index=True)[1]
+    if not len(starts) or len(starts) == len(rewards):
+        return columns
+    low, high = (f.reduceat(rewards[order], starts) for f in (np.minimum, np.maximum))
+    columns["groups_all_wrong"] = float(((low == high) & (low <= 0)).mean())
+    columns["groups_all_right"] = float(((low == high) & (low > 0)).mean())
+    return columns

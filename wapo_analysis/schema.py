@@ -195,7 +195,13 @@ STEPS = Table(
         _measured("length", "tokens", "mean completion length", "float64"),
         _measured("truncated", "1", "share of completions cut at the limit", "float64"),
         _measured("repetition", "1", "share of repeated 4-grams in the completions", "float64"),
-        _measured("kl_old", "nats", "k3 estimate of KL(behaviour || policy)", "float64"),
+        _measured(
+            "kl_old",
+            "nats",
+            "k3 estimate of KL(behaviour || policy), mean of r - ln r - 1 with r = p / p_old; ln r "
+            "above 20 counts as 20 (4.9e8 nats for such a token)",
+            "float64",
+        ),
         _measured(
             "kl_ref",
             "nats",
@@ -232,7 +238,12 @@ STEPS = Table(
         _measured("tokens", "tokens", "completion tokens of the step", "int64"),
         _measured("prompts_cut", "1", "share of prompts whose beginning was cut to fit", "float64"),
         _measured("kept_tokens", "tokens", "tokens that took part in the loss", "int64"),
-        _measured("nonfinite", "tokens", "tokens dropped: ratio not finite", "int64"),
+        _measured(
+            "nonfinite",
+            "tokens",
+            "tokens whose logp, logp_old or entropy was given but not finite; left out of means",
+            "int64",
+        ),
         _measured("skipped_updates", "1", "updates skipped: gradient not finite", "int64"),
         _measured("updates", "1", "optimizer updates of the step", "int64"),
         _measured("seconds", "s", "wall time of the step", "float64"),

@@ -24,10 +24,9 @@ from wapo_analysis.capture.loop_passes import (
     BatchPass,
     batch_pass,
     given_in_all,
-    pass_columns,
-    reward_columns,
     rollout_table,
 )
+from wapo_analysis.derive import reward_columns, rollout_sums, step_columns, token_sums
 from wapo_analysis.errors import UserError
 from wapo_analysis.record import recorder as core
 
@@ -193,10 +192,8 @@ class Recorder(core.Recorder):
         if any(b.needs_grad and b.tokens.coef is None for b in batches):
             self._warn_once()
         rollouts = rollout_table(batches)
-        row: dict[str, float] = {"step": int(step)}
-        if rollouts:
-            row["length"] = float(rollouts["length"].mean())
-            row["tokens"] = int(rollouts["length"].sum())
+        written = rollout_sums({"length": rollouts["length"]} if rollouts else {})
+        row: dict[str, float] = {"step": int(step), **step_columns(written)}
         if reward is not None and np.ndim(_numbers(reward)) == 0:
             row["reward"] = float(_numbers(reward))
             rollouts = {}
@@ -211,7 +208,7 @@ class Recorder(core.Recorder):
             row | self._seconds() | own,
             rollouts if "reward" in rollouts else {},
             texts,
-            lambda tokens: pass_columns(tokens, known) | own,
+            lambda rows: step_columns({**token_sums(rows.columns, known), **written}) | own,
         )
 
     def _seconds(self) -> dict[str, float]:

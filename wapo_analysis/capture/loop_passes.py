@@ -1,4 +1,4 @@
-"""One gradient pass of a hand-written loop: (B, T) tensors to token rows and step columns.
+"""One gradient pass of a hand-written loop: (B, T) tensors to token rows and rollouts.
 
 Shapes: B rollouts of the pass, T positions, V vocabulary, N tokens under the mask. Nothing here
 draws random numbers, keeps a graph or changes a tensor it was given.
@@ -16,7 +16,6 @@ from torch import Tensor
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import TokenPass
 from wapo_analysis.stats import TokenStats, token_stats
-from wapo_analysis.table import Records
 
 MATCH = 0.1
 """Mean distance in nats beyond which log-probabilities do not belong to the logits."""
@@ -226,49 +225,6 @@ def given_in_all(passes: Sequence[TokenPass]) -> frozenset[str]:
     return frozenset.intersection(*names) if names else frozenset()
 
 
-def pass_columns(tokens: Records, given: frozenset[str]) -> dict[str, float]:
-    """Step columns that the tokens decide; every token counts once per gradient pass.
-
-    Parameters
-    ----------
-    tokens : Records
-        Token records of the step.
-    given : frozenset of str
-        Statistics that all of its passes have; see `given_in_all`.
-
-    Returns
-    -------
-    dict of str to float
-        Mean entropies (nats), kl_old (nats; k3 estimate ``r - ln r - 1`` with r = p / p_old),
-        shares of kept tokens stopped by the clip, and counts. What the passes cannot tell is left
-        out.
-    """
-    columns: dict[str, float] = {}
-    advantage, kept = tokens["advantage"], tokens["kept"]
-    if "entropy" in given:
-        entropy = tokens["entropy"].astype(np.float64)
-        columns["entropy"] = _mean(entropy)
-        columns["entropy_pos"] = _mean(entropy[advantage > 0])
-        columns["entropy_neg"] = _mean(entropy[advantage < 0])
-    if "kept" in given:
-        columns["kept_tokens"] = int(kept.sum())
-    if "logp_old" not in given:
-        return columns
-    log_ratio = tokens["logp"].astype(np.float64) - tokens["logp_old"]
-    log_ratio = np.minimum(log_ratio, 60.0)
-    columns["kl_old"] = _mean(np.expm1(log_ratio) - log_ratio)
-    if {"kept", "clipped"} <= given:
-        stopped = tokens["clipped"] & kept
-        count = max(float(kept.sum()), 1.0)
-        columns["clip_low"] = float((stopped & (log_ratio < 0)).sum()) / count
-        columns["clip_high"] = float((stopped & (log_ratio > 0)).sum()) / count
-    return columns
-
-
-def _mean(values: np.ndarray[Any, Any]) -> float:
-    return float(values.mean()) if len(values) else math.nan
-
-
 def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
     """Rollout, group, advantage and length of every rollout of a step, each once, by number.
 
@@ -288,24 +244,3 @@ def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
         "advantage": advantage[first],
         "length": length[first],
     }
-
-
-def reward_columns(
-    rewards: np.ndarray[Any, Any], groups: np.ndarray[Any, Any] | None
-) -> dict[str, float]:
-    """Step columns of the rewards, shape (R,), and the prompts they belong to, shape (R,).
-
-    Group columns are left out if a group is unknown (-1), or all are (None).
-    """
-    columns = {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "pass_rate": float((rewards >= 1).mean()),
-    }
-    if groups is None or (groups < 0).any():
-        return columns
-    by_group = [rewards[groups == group] for group in np.unique(groups)]
-    flat = [float(r.max()) for r in by_group if r.max() == r.min()]
-    columns["groups_all_wrong"] = sum(r <= 0 for r in flat) / len(by_group)
-    columns["groups_all_right"] = sum(r > 0 for r in flat) / len(by_group)
-    return columns

@@ -16,7 +16,7 @@ import pandas as pd
 from wapo_analysis.importers.names import NameTable
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import class_rows, clean_tokens, filled_records
-from wapo_analysis.importers.totals import StepTotals, rollout_totals
+from wapo_analysis.importers.totals import StepTotals
 from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Records
@@ -166,7 +166,7 @@ class Sink:
             return
         frame = pd.DataFrame(self._rollouts)
         self._rollouts, self._text = [], 0
-        self._totals.add_rollouts(rollout_totals(frame))
+        self._totals.add_rollouts(frame)
         for step, rows in frame.groupby("step", sort=True):
             self.write_records(filled_records(ROLLOUTS, rows), int(str(step)))
         self.report.rollouts += len(frame)

@@ -1,121 +1,66 @@
-"""What tokens and rollouts say about a step: sums that add up over parts of any size."""
+"""What tokens and rollouts say about the steps of an imported run."""
 
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.derive import reward_columns, rollout_sums, step_columns, token_sums
 from wapo_analysis.importers.rows import numbers
+from wapo_analysis.schema import TOKENS
 from wapo_analysis.table import Array
-
-
-def rollout_totals(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rewards per step and group: count, sum, sum of squares, passes, extremes, length sum."""
-    reward = numbers(frame["reward"], len(frame))
-    length = numbers(frame.get("length"), len(frame))
-    group = frame["group"] if "group" in frame else pd.Series(-1, index=frame.index)
-    cut = frame["finish_reason"] if "finish_reason" in frame else pd.Series(None, index=frame.index)
-    terms = pd.DataFrame(
-        {
-            "step": frame["step"].to_numpy(),
-            "group": pd.to_numeric(group, errors="coerce").fillna(-1).to_numpy(),
-            "rewards": np.isfinite(reward).astype(np.int64),
-            "sum": reward,
-            "squares": reward**2,
-            "passes": (reward >= 1).astype(np.int64),
-            "low": reward,
-            "high": reward,
-            "length": length,
-            "lengths": np.isfinite(length).astype(np.int64),
-            "cut": (cut == "length").to_numpy(np.int64),
-            "ends": cut.notna().to_numpy(np.int64),
-        }
-    )
-    return _by_group(terms)
-
-
-def _by_group(terms: pd.DataFrame) -> pd.DataFrame:
-    how = {name: "sum" for name in terms.columns if name not in ("step", "group", "low", "high")}
-    grouped = terms.groupby(["step", "group"], as_index=False)
-    return grouped.agg({**how, "low": "min", "high": "max"})
 
 
 @dataclass
 class StepTotals:
-    """Sums over tokens and rollouts of every step, for the columns of the ``steps`` table."""
+    """Sums over the tokens of every step and numbers of its rollouts, for the ``steps`` table."""
 
     _tokens: dict[int, dict[str, float]] = field(default_factory=dict)
-    _rollouts: list[pd.DataFrame] = field(default_factory=list)
+    _rollouts: list[dict[str, Array]] = field(default_factory=list)
 
     def add_tokens(self, step: int, rows: pd.DataFrame) -> None:
         """Add token rows of one step, columns of the ``tokens`` table."""
-        sums: dict[str, float] = self._tokens.setdefault(step, defaultdict(float))
-        sums["tokens"] += len(rows)
-        given = {name: numbers(rows.get(name), len(rows)) for name in _SUMMED}
-        sign = np.sign(given["advantage"])
-        log_ratio = given["logp"] - given["logp_old"]
-        with np.errstate(over="ignore"):
-            _add(sums, "kl_old", np.exp(log_ratio) - 1 - log_ratio)
-        _add(sums, "entropy", given["entropy"])
-        _add(sums, "entropy_pos", given["entropy"][sign > 0])
-        _add(sums, "entropy_neg", given["entropy"][sign < 0])
-        _add(sums, "kept_tokens", given["kept"])
-        stopped = np.where(given["kept"] > 0, given["clipped"], np.nan)
-        _add(sums, "clip_low", np.where(sign < 0, stopped, stopped * 0))
-        _add(sums, "clip_high", np.where(sign > 0, stopped, stopped * 0))
+        names = [c.name for c in TOKENS.stored if c.dtype != "str" and c.name in rows]
+        given = {name: numbers(rows[name], len(rows)) for name in names}
+        known = [name for name, values in given.items() if np.isfinite(values).any()]
+        sums = self._tokens.setdefault(step, {})
+        for name, value in token_sums(given, known).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
 
-    def add_rollouts(self, totals: pd.DataFrame) -> None:
-        """Add what :func:`rollout_totals` gave for some rollouts."""
-        self._rollouts.append(totals)
+    def add_rollouts(self, frame: pd.DataFrame) -> None:
+        """Add rollouts, columns of the ``rollouts`` table."""
+        group = pd.to_numeric(frame.get("group", pd.Series(-1, frame.index)), errors="coerce")
+        ends = frame.get("finish_reason", pd.Series(None, frame.index))
+        cut = np.where(ends.notna(), ends == "length", np.nan)
+        self._rollouts.append(
+            {
+                "step": frame["step"].to_numpy(np.int64),
+                "group": group.fillna(-1).to_numpy(np.int64),
+                "reward": numbers(frame["reward"], len(frame)),
+                "length": numbers(frame.get("length"), len(frame)),
+                "truncated": cut.astype(np.float64),
+            }
+        )
 
     def columns(self) -> dict[int, dict[str, float]]:
         """Columns of the ``steps`` table per step."""
-        found: dict[int, dict[str, float]] = {}
+        found = dict(self._rollout_columns())
         for step, sums in self._tokens.items():
-            found[step] = _token_columns(sums)
-        if self._rollouts:
-            groups = _by_group(pd.concat(self._rollouts, ignore_index=True))
-            for name, rows in groups.groupby("step", sort=True):
-                found.setdefault(int(str(name)), {}).update(_reward_columns(rows))
+            found[step] = found.get(step, {}) | step_columns(sums)
         return found
 
-
-_SUMMED = ("advantage", "logp", "logp_old", "entropy", "kept", "clipped")
-
-
-def _add(sums: dict[str, float], name: str, values: Array) -> None:
-    known = values[np.isfinite(values)]
-    if len(known):
-        sums[name] += float(known.sum())
-        sums[f"{name} n"] += len(known)
-
-
-def _token_columns(sums: dict[str, float]) -> dict[str, float]:
-    columns: dict[str, float] = {"tokens": int(sums["tokens"])}
-    for name in ("entropy", "entropy_pos", "entropy_neg", "kl_old", "clip_low", "clip_high"):
-        if f"{name} n" in sums:
-            columns[name] = sums[name] / sums[f"{name} n"]
-    if sums.get("kept_tokens n") == sums["tokens"]:
-        columns["kept_tokens"] = int(sums["kept_tokens"])
-    return columns
-
-
-def _reward_columns(rows: pd.DataFrame) -> dict[str, float]:
-    count = float(rows["rewards"].sum())
-    columns: dict[str, float] = {}
-    if count:
-        mean = float(rows["sum"].sum()) / count
-        columns["reward"] = mean
-        columns["reward_std"] = max(float(rows["squares"].sum()) / count - mean**2, 0.0) ** 0.5
-        columns["pass_rate"] = float(rows["passes"].sum()) / count
-    known = rows[(rows["group"] >= 0) & (rows["rewards"] > 0)]
-    if len(known) and (known["rewards"] > 1).any():
-        flat = known[known["low"] == known["high"]]
-        columns["groups_all_wrong"] = float((flat["low"] <= 0).sum()) / len(known)
-        columns["groups_all_right"] = float((flat["low"] > 0).sum()) / len(known)
-    if rows["lengths"].sum():
-        columns["length"] = float(rows["length"].sum()) / float(rows["lengths"].sum())
-    if rows["ends"].sum():
-        columns["truncated"] = float(rows["cut"].sum()) / float(rows["ends"].sum())
-    return columns
+    def _rollout_columns(self) -> Iterable[tuple[int, dict[str, float]]]:
+        if not self._rollouts:
+            return
+        names = self._rollouts[0]
+        whole = {name: np.concatenate([part[name] for part in self._rollouts]) for name in names}
+        order = np.argsort(whole["step"], kind="stable")
+        steps, starts = np.unique(whole["step"][order], return_index=True)
+        for step, rows in zip(steps.tolist(), np.split(order, starts[1:]), strict=True):
+            columns = reward_columns(whole["reward"][rows], whole["group"][rows])
+            lengths = {name: whole[name][rows] for name in ("length", "truncated")}
+            # Only the tokens count tokens: a source may hold some of its completions.
+            columns |= step_columns(rollout_sums(lengths))
+            columns.pop("tokens", None)
+            yield step, columns

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from wapo_analysis.completions import repetition
+from wapo_analysis.derive import reward_columns, rollout_sums
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
@@ -188,22 +189,21 @@ def rollout_columns(batch: Batch) -> dict[str, Any]:
     }
 
 
-def batch_statistics(batch: Batch) -> dict[str, float]:
-    """Columns of the steps table that the rollouts alone decide."""
-    by_group = [batch.rewards[batch.group == g] for g in np.unique(batch.group)]
-    flat = [float(r.max()) for r in by_group if r.max() == r.min()]
+def batch_columns(batch: Batch) -> dict[str, float]:
+    """Columns of the steps table that rewards and prompts decide."""
+    cut = float(np.mean([prompt.cut for prompt in batch.prompts]))
+    return {**reward_columns(batch.rewards, batch.group), "prompts_cut": cut}
+
+
+def batch_sums(batch: Batch) -> dict[str, float]:
+    """Sums over the completions, for the columns of the steps table that they decide."""
     ids, lengths = batch.rollouts.completion_ids.tolist(), batch.lengths()
-    return {
-        "reward": float(batch.rewards.mean()),
-        "reward_std": float(batch.rewards.std()),
-        "pass_rate": float((batch.rewards >= 1).mean()),
-        "groups_all_wrong": sum(r <= 0 for r in flat) / len(by_group),
-        "groups_all_right": sum(r > 0 for r in flat) / len(by_group),
-        "length": float(lengths.mean()),
-        "truncated": float((~batch.rollouts.stopped).float().mean()),
-        "repetition": float(
-            np.mean([repetition(row[:n]) for row, n in zip(ids, lengths, strict=True)])
-        ),
-        "tokens": int(lengths.sum()),
-        "prompts_cut": float(np.mean([prompt.cut for prompt in batch.prompts])),
-    }
+    return rollout_sums(
+        {
+            "length": lengths,
+            "truncated": (~batch.rollouts.stopped).cpu().numpy(),
+            "repetition": np.array(
+                [repetition(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+            ),
+        }
+    )

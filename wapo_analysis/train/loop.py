@@ -27,7 +27,7 @@ from wapo_analysis.objectives.weights import (
 from wapo_analysis.record.recorder import NullRecorder, Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import open_run, read_manifest
-from wapo_analysis.train.batch import batch_statistics, draw_batch, rollout_columns
+from wapo_analysis.train.batch import batch_columns, batch_sums, draw_batch, rollout_columns
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
@@ -279,8 +279,8 @@ class Trainer:
         for update in mini_batches(batch, self.config, self.policy.device):
             self._update(step, update, weights, tally, recorder)
         self.prober.other = batch.rollouts
-        row: dict[str, float] = {"step": step, **batch_statistics(batch)}
-        row |= tally.columns(self.world.total)
+        row: dict[str, float] = {"step": step, **batch_columns(batch)}
+        row |= tally.columns(self.world.total, batch_sums(batch))
         row |= {"lr": learning_rate(self.config, step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
         row |= {"seconds_capture": recorder.seconds - self._captured}
@@ -382,7 +382,7 @@ class Trainer:
         tokens = update.token_pass(stats, out.kept, out.clipped)
         recorder.watch(tokens, stats.logp)
         loss = out.loss * weights.summed_multiplier
-        tally.add_tokens(tokens, out.ratio[mask], loss, int(out.nonfinite))
+        tally.add_tokens(tokens, out.ratio[mask], loss)
         if loss.requires_grad:
             loss.backward()
         return tokens, rollouts

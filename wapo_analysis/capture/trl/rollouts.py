@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.completions import repetition
+from wapo_analysis.derive import reward_columns, rollout_sums
 
 ID_KEY = "wapo_rollout"
 _ANSWERS = ("answer", "solution", "ground_truth", "label", "target")
@@ -139,14 +140,14 @@ class RolloutReader:
 
     def sums(self) -> dict[str, float]:
         """Sums over the rollouts this step used, on this process."""
-        table = self.columns()
-        repeated = [batch.repetition[row] for _, batch, rows in self._used() for row in rows]
-        return {
-            "rollouts": float(len(repeated)),
-            "length": float(sum(table.get("length", []))),
-            "truncated": float(table.get("finish_reason", []).count("length")),
-            "repetition": float(sum(repeated)),
-        }
+        table, used = self.columns(), self._used()
+        return rollout_sums(
+            {
+                "length": np.array(table.get("length", []), np.float64),
+                "truncated": np.array([end == "length" for end in table.get("finish_reason", [])]),
+                "repetition": np.array([b.repetition[row] for _, b, rows in used for row in rows]),
+            }
+        )
 
     def statistics(self) -> dict[str, float]:
         """Step columns decided by the rewards of the step's whole batches, all processes."""
@@ -154,7 +155,7 @@ class RolloutReader:
         if not used:
             return {}
         rewards = np.concatenate([batch.rewards for _, batch, _ in used])
-        return reward_statistics(rewards, self._trainer.num_generations)
+        return reward_columns(rewards, np.arange(len(rewards)) // self._trainer.num_generations)
 
     def _total_rewards(self) -> Array:
         """Weighted sum of the reward functions, as the trainer adds them; NaN if not known."""
@@ -221,21 +222,3 @@ def _per_rollout(batch: dict[str, Any]) -> Tensor:
 def _answer(example: dict[str, Any]) -> str | None:
     found = [example[name] for name in _ANSWERS if example.get(name) is not None]
     return str(found[0]) if found else None
-
-
-def reward_statistics(rewards: Array, group_size: int) -> dict[str, float]:
-    """Step columns decided by the rewards of all rollouts, shape (rollouts,); NaN is left out."""
-    if not np.isfinite(rewards).any():
-        return {}
-    groups = [
-        g[np.isfinite(g)] for g in np.split(rewards, range(group_size, len(rewards), group_size))
-    ]
-    groups = [g for g in groups if len(g)]
-    flat = [float(g.max()) for g in groups if g.max() == g.min()]
-    return {
-        "reward": float(np.nanmean(rewards)),
-        "reward_std": float(np.nanstd(rewards)),
-        "pass_rate": float((rewards[np.isfinite(rewards)] >= 1).mean()),
-        "groups_all_wrong": sum(r <= 0 for r in flat) / len(groups),
-        "groups_all_right": sum(r > 0 for r in flat) / len(groups),
-    }

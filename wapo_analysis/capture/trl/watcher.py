@@ -7,6 +7,7 @@ One step, in the order of TRL's calls: ``_generate_and_score_completions`` (roll
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.loop_passes import given_in_all
 from wapo_analysis.capture.mode import PASSIVE, CaptureMode
 from wapo_analysis.capture.trl.passes import (
     SeenPass,
@@ -25,11 +27,13 @@ from wapo_analysis.capture.trl.passes import (
 from wapo_analysis.capture.trl.probe import TrlProber
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead
 from wapo_analysis.capture.trl.rollouts import RolloutReader
-from wapo_analysis.capture.trl.scalars import NAMES, log_entries, step_columns, token_sums
+from wapo_analysis.capture.trl.scalars import log_entries, log_sums
 from wapo_analysis.capture.trl.source import SCORER, clip_rule, hidden_tensors, logps_and_entropies
 from wapo_analysis.capture.trl.stats import StatsReader
+from wapo_analysis.derive import step_columns
 from wapo_analysis.record.null_recorder import RowOf
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
+from wapo_analysis.table import Records
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +252,7 @@ class TrlWatcher:
                 self._rescore()
         if self._several or self._log_metrics:
             self.guard(self._settle, step)
-            sums = self.guard(self._sums) or dict.fromkeys(NAMES, 0.0)
+            sums = self.guard(self._sums) or self._no_sums()
             if self._several:
                 sums = self._over_processes(sums)
             self.guard(self._write, step, sums)
@@ -279,39 +283,48 @@ class TrlWatcher:
         recorder.settle(step, texts)
 
     def _sums(self) -> dict[str, float]:
-        sums = self._sums_beside_tokens()
-        if self._recorder.tokens is not None:
-            sums |= token_sums(self._recorder.tokens)
-        return sums
+        return self._token_sums()(self._recorder.tokens) | self._sums_beside_tokens()
+
+    def _no_sums(self) -> dict[str, float]:
+        return dict.fromkeys([*log_sums(None), *self._sums_beside_tokens()], 0.0)
+
+    def _token_sums(self) -> Callable[[Records | None], dict[str, float]]:
+        seen = [seen.tokens for seen in self._passes if seen.tokens is not None]
+        sequence_level = self._clip.per_sequence
+        return partial(log_sums, given=given_in_all(seen), sequence_level=sequence_level)
 
     def _sums_beside_tokens(self) -> dict[str, float]:
-        sums = dict.fromkeys(NAMES, 0.0) | self._rollouts.sums()
-        if self._loss is not None:
-            sums["loss"] = float(self._loss)
-        return sums
+        loss = 0.0 if self._loss is None else float(self._loss)
+        return {**self._rollouts.sums(), "loss": loss, "loss n": float(self._loss is not None)}
 
     def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
         accelerator = self._trainer.accelerator
-        vector = torch.tensor([sums[name] for name in NAMES], dtype=torch.float64)
+        vector = torch.tensor(list(sums.values()), dtype=torch.float64)
         vector = vector.to(accelerator.device)
         total = accelerator.reduce(vector, reduction="sum").tolist()
-        return dict(zip(NAMES, total, strict=True))
+        return dict(zip(sums, total, strict=True))
 
     def _write(self, step: int, sums: dict[str, float]) -> None:
+        columns = step_columns(sums)
         if self._log_metrics and self._saw_tokens:
-            for name, value in log_entries(sums).items():
+            for name, value in log_entries(sums, columns).items():
                 self._trainer._metrics["train"][name].append(value)
-        self._end_step(step, step_columns(sums, self._trainer.accelerator.num_processes))
+        self._end_step(step, columns)
 
     def _write_later(self, step: int) -> None:
         """Leave the sums over tokens to the writer thread: nobody needs them now."""
-        sums = self._sums_beside_tokens()
+        beside, of_tokens = self._sums_beside_tokens(), self._token_sums()
         self._end_step(
-            step, step_columns(sums, 1), lambda tokens: step_columns(sums | token_sums(tokens), 1)
+            step, step_columns(beside), lambda tokens: step_columns(of_tokens(tokens) | beside)
         )
 
     def _end_step(self, step: int, columns: dict[str, float], row_of: RowOf | None = None) -> None:
-        row = {"step": step, **columns, **{n: float(value) for n, value in self._row.items()}}
+        row = {
+            "step": step,
+            "updates": 1,
+            **columns,
+            **{n: float(value) for n, value in self._row.items()},
+        }
         row |= self._rollouts.statistics()
         row |= {"seconds_rollout": self._generating, "seconds": perf_counter() - self._started}
         row["seconds_capture"] = self._spent - self._reported

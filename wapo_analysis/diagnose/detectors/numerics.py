@@ -108,7 +108,7 @@ def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice |
             "steps": named,
             "broken_steps": len(steps),
             **counts,
-            "tokens_dropped": float(np.nansum(context.values("nonfinite")[rows])),
+            "tokens_not_finite": float(np.nansum(context.values("nonfinite")[rows])),
         },
         advice=(
             "Restart from a checkpoint before this step with a lower lr or max_grad_norm; "
@@ -126,7 +126,7 @@ def _what_broke(names: list[str]) -> str:
     clauses = [
         f"{columns} {'were' if ' and ' in columns else 'was'} no finite number" if columns else "",
         "updates were skipped" if "skipped_updates" in names else "",
-        "tokens with a ratio that is not finite were dropped" if "nonfinite" in names else "",
+        "tokens had a logp or entropy that was not finite" if "nonfinite" in names else "",
     ]
     return ", ".join(clause for clause in clauses if clause)
 

@@ -1,0 +1,228 @@
+"""One definition of the step columns: loop, TRL, own trainer and import give the same numbers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from wapo_analysis import Recorder, open_run
+from wapo_analysis.capture.trl.scalars import log_sums
+from wapo_analysis.derive import (
+    derive,
+    reward_columns,
+    rollout_sums,
+    sequence_ratio,
+    step_columns,
+    token_sums,
+)
+from wapo_analysis.importers import import_run
+from wapo_analysis.record.recorder import TokenPass
+from wapo_analysis.schema import STEPS, TOKENS
+from wapo_analysis.table import Records
+from wapo_analysis.train.tally import StepTally
+
+ENTROPY = (0.3, 0.6, 0.9, 0.6)
+Four = dict[str, Tensor]
+
+
+def four(
+    *,
+    log_ratio: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
+    advantage: tuple[float, ...] = (1.0, 1.0, -1.0, -1.0),
+    clipped: tuple[bool, ...] = (False, False, False, False),
+    entropy: tuple[float, ...] = ENTROPY,
+) -> Four:
+    """Four tokens, each the only one of its rollout."""
+    logp = torch.tensor([-0.5, -0.7, -0.9, -31.0], dtype=torch.float64)
+    return {
+        "advantage": torch.tensor(advantage, dtype=torch.float64),
+        "logp": logp,
+        "logp_old": logp - torch.tensor(log_ratio, dtype=torch.float64),
+        "entropy": torch.tensor(entropy, dtype=torch.float64),
+        "clipped": torch.tensor(clipped),
+        "kept": torch.ones(4, dtype=torch.bool),
+    }
+
+
+def as_pass(given: Four) -> TokenPass:
+    place = torch.arange(4)
+    zero = torch.zeros_like(place)
+    return TokenPass(group=zero, rollout=place, position=zero, token_id=place, **given)
+
+
+def from_loop(given: Four, folder: Path) -> dict[str, float]:
+    logp = given["logp"][:, None].clone().requires_grad_()
+    with Recorder(folder / "loop") as recorder:
+        recorder.watch_batch(
+            logp,
+            torch.arange(4)[:, None],
+            torch.ones(4, 1),
+            given["advantage"],
+            None,
+            logp_old=given["logp_old"][:, None],
+            entropy=given["entropy"][:, None],
+            clip=(0.8, 1.2),
+        )
+        torch.where(given["clipped"], 0.0, logp[:, 0] * given["advantage"]).sum().backward()
+        recorder.finish_step(1)
+    assert recorder.failure is None
+    return step_row(folder / "loop")
+
+
+def from_trl(given: Four, folder: Path) -> dict[str, float]:
+    columns = {name: values.numpy() for name, values in given.items()}
+    keys = ("step", "minibatch", "rank", "group", "rollout", "position", "token_id")
+    zeros = {name: np.zeros(4) for name in keys}
+    rows = derive(Records.build(TOKENS, {**zeros, **columns}), 1.0)
+    return step_columns(log_sums(rows, frozenset(given)))
+
+
+def from_own_trainer(given: Four, folder: Path) -> dict[str, float]:
+    tally = StepTally()
+    ratio = (given["logp"] - given["logp_old"]).exp()
+    tally.add_tokens(as_pass(given), ratio, torch.zeros(()))
+    return tally.columns(lambda sums: sums, {})
+
+
+def from_import(given: Four, folder: Path) -> dict[str, float]:
+    frame = pd.DataFrame({name: values.double().numpy() for name, values in given.items()})
+    frame = frame.assign(step=1, rollout=range(4), position=0, token_id=range(4))
+    frame.to_csv(folder / "tokens.csv", index=False)
+    import_run(folder / "tokens.csv", folder / "imported")
+    return step_row(folder / "imported")
+
+
+def step_row(folder: Path) -> dict[str, float]:
+    (row,) = open_run(folder).steps.to_dict("records")
+    return {str(name): value for name, value in row.items()}
+
+
+Source = Callable[[Four, Path], dict[str, float]]
+every_source = pytest.mark.parametrize(
+    "source", [from_loop, from_trl, from_own_trainer, from_import]
+)
+
+
+@every_source
+def test_the_side_of_a_clip_is_that_of_the_ratio_not_of_the_advantage(
+    source: Source, tmp_path: Path
+) -> None:
+    """One token of A > 0 and one of A < 0 are stopped above (the latter by a delta clip)."""
+    given = four(log_ratio=(0.4, 0.1, 2.0, 0.0), clipped=(True, False, True, False))
+    row = source(given, tmp_path)
+    assert (row["clip_low"], row["clip_high"]) == (0.0, 0.5)
+    below = four(log_ratio=(0.1, 0.1, -0.7, 0.0), clipped=(False, False, True, False))
+    (tmp_path / "below").mkdir()
+    row = source(below, tmp_path / "below")
+    assert (row["clip_low"], row["clip_high"]) == (0.25, 0.0)
+    assert row["kept_tokens"] == 4
+
+
+@every_source
+def test_a_number_that_is_not_finite_is_left_out_and_counted(
+    source: Source, tmp_path: Path
+) -> None:
+    row = source(four(entropy=(0.3, 0.6, 0.9, np.nan)), tmp_path)
+    assert row["entropy"] == pytest.approx(0.6, rel=1e-6)
+    assert row["entropy_pos"] == pytest.approx(0.45, rel=1e-6)
+    assert row["entropy_neg"] == pytest.approx(0.9, rel=1e-6)
+    assert row["nonfinite"] == 1
+    (tmp_path / "whole").mkdir()
+    assert source(four(), tmp_path / "whole")["nonfinite"] == 0
+
+
+@every_source
+def test_an_impossible_old_probability_has_one_documented_value(
+    source: Source, tmp_path: Path
+) -> None:
+    row = source(four(log_ratio=(800.0, 0.0, 0.0, -30.0)), tmp_path)
+    expected = (np.expm1(20.0) - 20.0 + np.expm1(-30.0) + 30.0) / 4
+    assert row["kl_old"] == pytest.approx(expected, rel=1e-6)
+    assert "above 20 counts as 20" in STEPS["kl_old"].doc
+
+
+def test_sums_add_up_over_any_split_of_the_tokens() -> None:
+    rng = np.random.default_rng(0)
+    logp = -rng.exponential(size=400)
+    columns = {
+        "advantage": rng.choice([-1.0, 0.0, 1.0], 400),
+        "logp": logp,
+        "logp_old": logp + 0.3 * rng.normal(size=400),
+        "entropy": np.where(rng.random(400) < 0.1, np.nan, rng.random(400)),
+        "kept": rng.random(400) < 0.8,
+        "clipped": rng.random(400) < 0.2,
+    }
+    whole = step_columns(token_sums(columns))
+    added: dict[str, float] = {}
+    for part in np.split(np.arange(400), [7, 90, 91, 300]):
+        own = token_sums({name: values[part] for name, values in columns.items()})
+        added = {name: added.get(name, 0.0) + float(value) for name, value in own.items()}
+    assert step_columns(added) == pytest.approx(whole, rel=1e-12)
+    tensors = {name: torch.from_numpy(np.asarray(values)) for name, values in columns.items()}
+    ours = {name: float(value) for name, value in token_sums(tensors).items()}
+    assert step_columns(ours) == pytest.approx(whole, rel=1e-12)
+    kept = columns["kept"]
+    stopped = columns["clipped"] & kept & (columns["logp"] > columns["logp_old"])
+    assert whole["clip_high"] == pytest.approx(stopped.sum() / kept.sum())
+    assert whole["kept_tokens"] == kept.sum()
+
+
+def test_what_a_source_cannot_give_is_left_out_not_zero() -> None:
+    rows = {"advantage": np.array([1.0, -1.0]), "logp": np.array([-1.0, -2.0])}
+    assert step_columns(token_sums(rows)) == {"nonfinite": 0, "tokens": 2}
+    empty = {name: values[:0] for name, values in rows.items()}
+    assert step_columns(token_sums(empty)) == {}
+
+
+def test_a_clipped_token_of_unknown_ratio_has_no_side() -> None:
+    rows = {
+        "advantage": np.ones(2),
+        "logp": -np.ones(2),
+        "kept": np.ones(2),
+        "clipped": np.eye(2)[0],
+    }
+    columns = step_columns(token_sums(rows))
+    assert "clip_low" not in columns
+    assert "clip_high" not in columns
+    assert columns["kept_tokens"] == 2
+
+
+def test_a_sequence_ratio_is_the_geometric_mean_over_rollout_and_pass() -> None:
+    rows = {
+        "minibatch": np.array([0, 0, 1, 1, 0]),
+        "rollout": np.array([3, 3, 3, 3, 5]),
+        "logp": np.log([0.2, 0.9, 0.5, 0.5, 0.4]),
+        "logp_old": np.log([0.1, 0.3, 0.5, 0.125, 0.8]),
+    }
+    expected = [6**0.5, 6**0.5, 2.0, 2.0, 0.5]
+    np.testing.assert_allclose(sequence_ratio(rows), expected, rtol=1e-6)
+
+
+def test_rollouts_give_lengths_and_tokens_once_however_often_they_are_trained_on() -> None:
+    own = rollout_sums(
+        {"length": np.array([3.0, np.nan, 5.0]), "truncated": np.array([1.0, 0.0, 0.0])}
+    )
+    twice = token_sums({"advantage": np.ones(16), "logp": -np.ones(16)})
+    columns = step_columns({**twice, **own})
+    assert columns["length"] == 4.0
+    assert columns["tokens"] == 8
+    assert columns["truncated"] == pytest.approx(1 / 3)
+
+
+def test_rewards_of_groups() -> None:
+    reward = np.array([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, np.nan, 0.5])
+    group = np.array([0, 0, 1, 1, 2, 2, 2, -1])
+    columns = reward_columns(reward, group)
+    finite = reward[np.isfinite(reward)]
+    assert columns["reward"] == finite.mean()
+    assert columns["reward_std"] == finite.std()
+    assert columns["pass_rate"] == pytest.approx(3 / 7)
+    assert columns["groups_all_wrong"] == pytest.approx(1 / 3)
+    assert columns["groups_all_right"] == pytest.approx(1 / 3)
+    alone = reward_columns(reward, np.arange(8))
+    assert "groups_all_wrong" not in alone, "a group of one rollout is flat by itself"
+    assert reward_columns(np.full(3, np.nan), None) == {}
