@@ -1,6 +1,7 @@
 """The command line as a user meets it: output, exit codes, one-line errors."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.cli import run
+from wapo_analysis.cli import COMMANDS, run
 from wapo_analysis.store import open_run
 
 TINY = "--steps 2 --prompts 4 --rollouts 4 --minibatches 2 --threads 1".split()
@@ -173,6 +174,40 @@ def test_help_and_version(arguments: list[str], capfd: pytest.CaptureFixture[str
     code = run(arguments)
     assert code == (2 if not arguments else 0)
     assert "wapo" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"train", "bench"}))
+def test_every_option_shows_its_default(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Flags are off unless given; every other option says what happens without it."""
+    assert run([name, "--help"]) == 0
+    shown = capfd.readouterr().out.partition("Options:")[2]
+    for text in re.split(r"\n  (?=-)", shown)[1:]:
+        option = " ".join(text.split())
+        takes_value = re.match(r"(-\w, )?--[\w-]+ (<|[A-Z_]+=)", option)
+        required = "[required]" in option
+        assert not takes_value or required or "[default: " in option, option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["train", "--objctive", "grpo"], "Did you mean --objective?"),
+        (["figures", "--format", "pnf"], "Did you mean 'png'?"),
+        (["diagnose", ".", "--fail-on", "waning"], "Did you mean 'warning'?"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_closest(
+    arguments: list[str], expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in refused(capfd, *arguments)
+
+
+def test_examples_keep_their_lines_and_completion_is_on(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "--help"]) == 0
+    assert "\n      wapo train --probe-every 5 --out runs/mine\n" in capfd.readouterr().out
+    assert run(["--help"]) == 0
+    assert "--install-completion" in capfd.readouterr().out
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:

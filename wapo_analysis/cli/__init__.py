@@ -5,8 +5,11 @@ in one line; 130 interrupted.
 """
 
 import os
+import re
 import sys
+from difflib import get_close_matches
 from importlib import import_module
+from inspect import cleandoc
 
 import typer
 
@@ -17,13 +20,19 @@ from wapo_analysis.version import __version__
 app = typer.Typer(
     name="wapo",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # markup would eat [default: ...]; plain help also starts faster
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which tokens bent the curve? Train, watch and diagnose RLVR runs token by token.\n\n"
-    "Start with [bold]wapo demo[/]: GRPO and WAPO side by side in three minutes on a laptop.",
+    "Start with wapo demo: GRPO and WAPO side by side in three minutes on a laptop.",
 )
+
+
+def verbatim_examples(doc: str) -> str:
+    """Docstring as help text whose indented blocks keep their lines."""
+    paragraphs = cleandoc(doc).split("\n\n")
+    return "\n\n".join(f"\b\n{p}" if p.startswith("    ") else p for p in paragraphs)
 
 
 def _version(shown: bool) -> None:
@@ -41,7 +50,7 @@ def root(
     """Attach the global options."""
 
 
-_COMMANDS = (
+_MODULES = (
     "demo",
     "train",
     "eval",
@@ -58,8 +67,11 @@ _COMMANDS = (
     "compact",
     "tasks",
 )
-for _module in _COMMANDS:
+for _module in _MODULES:
     import_module(f"wapo_analysis.cli.{_module}").register(app)
+for _command in app.registered_commands:
+    _command.help = verbatim_examples(_command.callback.__doc__ or "")
+COMMANDS = tuple(module.rstrip("_") for module in _MODULES)
 
 
 def main() -> None:
@@ -89,7 +101,7 @@ def run(arguments: list[str]) -> int:
 def _usage_error(error: Exception) -> int:
     """Print a wrong option as one line; anything that is no usage error is raised again.
 
-    Usage errors are told by their method: typer brings its own copy of click in some versions.
+    Usage errors are recognized by their method: some versions of typer carry their own click.
     """
     told = getattr(error, "format_message", None)
     if told is None:
@@ -99,5 +111,14 @@ def _usage_error(error: Exception) -> int:
     else:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "wapo"
-        console_error(f"{' '.join(told().split())} (see {command} --help)")
+        console_error(f"{_with_closest(told())} (see {command} --help)")
     return 2
+
+
+def _with_closest(told: str) -> str:
+    """Usage error on one line; a choice that is not allowed names the closest one."""
+    text = " ".join(told.split()).replace("Value error, ", "")
+    text = re.sub(r" ?\(Possible options: (.+?)\)", r". Did you mean \1?", text)
+    choice = re.search(r"'([^']*)' is not one of (.+)\.$", text)
+    close = choice and get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), 1)
+    return f"{text} Did you mean {close[0]!r}?" if close else text

@@ -18,7 +18,8 @@ RunsArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
 DataOption = Annotated[
-    str | None, typer.Option(help="Data of the task: file, folder, hub name, or settings.")
+    str | None,
+    typer.Option(help="Data of the task: file, folder, hub name, or settings.  [default: none]"),
 ]
 EvalDataOption = Annotated[
     str | None, typer.Option(help="Held-out problems.  [default: a part of --data]")

@@ -22,7 +22,7 @@ def compact(
         bool, typer.Option("--force", help="Also a run that may still be written.")
     ] = False,
 ) -> None:
-    """Merge the part files of finished or crashed runs; what a run says stays the same.
+    """Merge the part files of finished or crashed runs.
 
     A run merges its own parts every 64 steps; this does the rest. Example:
 

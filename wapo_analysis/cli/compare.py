@@ -24,7 +24,9 @@ def register(app: typer.Typer) -> None:
 def compare(
     runs: RunsArgument,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
-    out: Annotated[Path | None, Option(help="Also write figures and report here.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Also write figures and report here.  [default: not written]")
+    ] = None,
 ) -> None:
     """Compare settings side by side, with intervals over seeds.
 

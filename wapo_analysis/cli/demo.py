@@ -38,7 +38,7 @@ def demo(
     smoke: Annotated[bool, Option("--smoke", help="Six steps, one seed: does it work?")] = False,
     force: Annotated[bool, Option("--force", help="Delete an old demo in --out first.")] = False,
 ) -> None:
-    """Train GRPO and WAPO from one base policy on the same prompts, then compare and report.
+    """Train GRPO and WAPO side by side, then compare and report.
 
     Three minutes on two CPU cores, no network, no GPU needed (used if present).
     """

@@ -27,15 +27,17 @@ def diagnose(
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
     fail_on: Annotated[
         Literal["warning", "critical"] | None,
-        Option(help="Exit with code 1 if a finding is at least this severe."),
+        Option(help="Exit with code 1 if a finding is at least this severe.  [default: never]"),
     ] = None,
     step: Annotated[
         int | None,
-        Option(help="Explain this one step: the tokens, rollouts and prompts behind its update."),
+        Option(
+            help="Explain one step: the tokens, rollouts and prompts behind it.  [default: the run]"
+        ),
     ] = None,
     top: Annotated[int, Option(help="Rows of each table, with --step.", min=1)] = 10,
 ) -> None:
-    """Say what happened to a run, since when, and which class of updates drives it.
+    """Say what happened to a run, since when, and what drives it.
 
     Entropy is judged both ways against the run's own beginning. Examples:
 

@@ -44,7 +44,7 @@ def evaluate_run(
     show: Annotated[int, Option(min=0, help="Completions to print.")] = 0,
     format: Annotated[Literal["text", "json"], Option(help="How to print.")] = "text",
 ) -> None:
-    """Grade a checkpoint of a run on held-out prompts: pass@k, reward, entropy, length.
+    """Grade a checkpoint on held-out prompts: pass@k and more.
 
     The prompts and the noise of sampling are those of the run's own evaluations. Examples:
 

@@ -28,7 +28,9 @@ def figures(
         list[Path] | None,
         typer.Argument(help="Run folders; none draws the theory figures.", metavar="[RUN...]"),
     ] = None,
-    only: Annotated[str | None, Option(help="Names of figures, comma-separated.")] = None,
+    only: Annotated[
+        str | None, Option(help="Names of figures, comma-separated.  [default: all]")
+    ] = None,
     format: Annotated[ImageFormat, Option("--format", "-f", help="Image format.")] = "png",
     out: Annotated[Path, Option(help="Folder for the images.")] = Path("figures-out"),
     show_list: Annotated[bool, Option("--list", help="List all figures and stop.")] = False,

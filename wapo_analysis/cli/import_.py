@@ -27,19 +27,24 @@ def import_(
     ] = "auto",
     map: Annotated[
         list[str] | None,
-        Option(help="ours=theirs: which column of ours a name of theirs is; may be repeated."),
+        Option(
+            help="ours=theirs: what they call a column of ours; repeatable.  [default: by name]"
+        ),
     ] = None,
-    name: Annotated[str | None, Option(help="Name of the run.")] = None,
+    name: Annotated[str | None, Option(help="Name of the run.  [default: that of --out]")] = None,
     label: Annotated[
-        str | None, Option(help="Legend; runs that share it count as seeds of one setting.")
+        str | None,
+        Option(help="Legend; runs that share it are seeds of one setting.  [default: --objective]"),
     ] = None,
     objective: Annotated[
         str, Option(help="Objective it was trained with, which no source says.")
     ] = "unknown",
     temperature: Annotated[float, Option(help="Softmax temperature of the log-probs.")] = 1.0,
-    seed: Annotated[int | None, Option(help="Seed; pairs runs in a comparison.")] = None,
+    seed: Annotated[
+        int | None, Option(help="Seed; pairs runs in a comparison.  [default: none]")
+    ] = None,
 ) -> None:
-    """Make a run from what another trainer wrote; figures, diagnose, compare and report read it.
+    """Make a run from what another trainer wrote.
 
     Known: official WAPO output, prime-rl token exports and traces, verl rollouts and file logger,
     TRL trainer states and completions, and plain CSV, JSONL or Parquet tables. The source is only

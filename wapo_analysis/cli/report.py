@@ -21,7 +21,7 @@ def report(
         Path | None, Option(help="HTML file.  [default: report.html in the first RUN]")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: verdict, table, figures, sample completions.
+    """Write one HTML page: verdict, table, figures, completions.
 
     Example:
 

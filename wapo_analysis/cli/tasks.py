@@ -34,7 +34,7 @@ def tasks(
     ] = False,
     seed: Annotated[int, Option(min=0, help="Decides which problems are printed.")] = 0,
 ) -> None:
-    """List the tasks, or check the data of one and look at its problems.
+    """List the tasks, or check the data of one.
 
     Every row that cannot be used is named with the reason. To begin with:
 

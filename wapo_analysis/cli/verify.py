@@ -13,12 +13,15 @@ def register(app: typer.Typer) -> None:
 
 def verify(
     gold: Annotated[
-        Path | None, typer.Option(help="Check the objectives against a folder of golden cases.")
+        Path | None,
+        typer.Option(
+            help="Check the objectives against a folder of golden cases.  [default: not checked]"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random trials.")] = 0,
     trials: Annotated[int, typer.Option(help="Random distributions per identity.", min=1)] = 2000,
 ) -> None:
-    """Prove the taxonomy's formulas numerically; with --gold, check the objectives.
+    """Check the taxonomy's formulas numerically.
 
     Exits with code 1 if anything fails.
     """

@@ -19,14 +19,15 @@ def watch(
     interval: Annotated[float, Option(help="Seconds between two looks.")] = 2.0,
     wait: Annotated[bool, Option("--wait", help="Wait for a run that is not there yet.")] = False,
     webhook: Annotated[
-        str | None, Option(help="Post each new finding to this address, once, as JSON.")
+        str | None,
+        Option(help="Post each new finding to this address, once, as JSON.  [default: none]"),
     ] = None,
     cooldown: Annotated[float, Option(help="Seconds between two posts.")] = 300.0,
     notify_on: Annotated[
         Literal["info", "warning", "critical"], Option(help="Least severity that is posted.")
     ] = "warning",
 ) -> None:
-    """Watch a run live: reward, entropy with its band, classes, verdict and driver.
+    """Watch a run live: reward, entropy, classes, verdict.
 
     Ends when the run ends, or with Ctrl-C; the run itself is only read. Examples:
 

@@ -26,7 +26,7 @@ def whatif(
     ],
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
-    """Estimate how the entropy path would have changed without some classes.
+    """Estimate how entropy would have gone without some classes.
 
     From recorded probes alone, so it takes seconds; the run must have been trained with
     --probe-every. docs/attribution.md says what it rests on and how it compares with real re-runs.
