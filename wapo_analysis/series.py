@@ -21,6 +21,14 @@ MAX_WINDOW = 25
 MAD_TO_SIGMA = 1.4826
 MEDIAN_EFFICIENCY = 1.2533
 RELATIVE_FLOOR = 0.01
+QUIET_SHARE = 0.9
+"""Share of quiet records at which a stretch neither gains nor loses as a silence."""
+SILENT_SHARE = 0.95
+"""Share of quiet records of a silence."""
+MIN_SILENT = 8
+"""Records of a silence, at least."""
+CHANCE = 1e-6
+"""Chance of so long a silence, by what came before it, that is no accident."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,12 @@ class Series:
         whole run are both asked, and the smaller answer holds: a departure of the run from its
         beginning inflates one of them and is no noise.
         """
-        slow = min(_slow_variance(part, self.window) for part in (self._early, self.values))
-        return float(np.sqrt(MEDIAN_EFFICIENCY**2 * self.noise**2 / self.window + slow))
+        return float(np.sqrt(MEDIAN_EFFICIENCY**2 * self.noise**2 / self.window + self.wander))
+
+    @cached_property
+    def wander(self) -> float:
+        """Variance that comes slowly, so that no averaging takes it away."""
+        return min(_slow_variance(part, self.window) for part in (self._early, self.values))
 
     @cached_property
     def gap_noise(self) -> float:
@@ -156,6 +168,67 @@ def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
     starts, stops = edges[::2], edges[1::2]
     long = stops - starts >= persist
     return [(int(a), int(b)) for a, b in zip(starts[long], stops[long], strict=True)]
+
+
+def silent_since(quiet: Array) -> int | None:
+    """Index from which a series is quiet to its end, one record in twenty excepted.
+
+    A record may be quiet by chance, as where the one prompt of a step is solved by every rollout
+    or by none. So the stretch must be too long for chance, judged by how often records were quiet
+    before it. It begins where the sum of (quiet - 0.9) up to the end is largest.
+
+    Parameters
+    ----------
+    quiet : ndarray of bool, shape (n,)
+        Whether a record shows nothing: no gradient, no reward.
+
+    Returns
+    -------
+    int or None
+        None if the series is alive, or was always as quiet as it is now.
+
+    Examples
+    --------
+    >>> silent_since(np.arange(40) >= 4)
+    4
+    >>> silent_since(np.arange(400) % 3 > 0)
+    """
+    if not len(quiet):
+        return None
+    excess = np.cumsum(quiet[::-1] - QUIET_SHARE)[::-1]
+    begin = int(np.argmax(excess))
+    length = len(quiet) - begin
+    before = (float(quiet[:begin].sum()) + 1) / (begin + 2)
+    rare = begin == 0 or length * np.log(before) <= np.log(CHANCE)
+    still = float(quiet[begin:].mean()) >= SILENT_SHARE
+    return begin if still and rare and length >= MIN_SILENT else None
+
+
+def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float, float]:
+    """Median of the pairwise slopes, and an interval around it.
+
+    The interval is Sen's (1968): the slopes whose ranks lie within ``sigmas`` standard deviations
+    of Kendall's S, for a series without ties. Cost is quadratic in the number of values.
+
+    Parameters
+    ----------
+    values, steps : ndarray, shape (n,)
+        The series; steps ascend.
+    sigmas : float
+        Half width of the interval; 2.576 is 99%.
+
+    Returns
+    -------
+    (float, float, float)
+        Slope per step, lower end, upper end.
+    """
+    first, second = np.triu_indices(len(values), 1)
+    slopes = np.sort((values[second] - values[first]) / (steps[second] - steps[first]))
+    n, count = len(values), len(slopes)
+    half = sigmas * np.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    low = max(int(np.round((count - half) / 2)) - 1, 0)
+    high = min(int(np.round((count + half) / 2)), count - 1)
+    return float(np.median(slopes)), float(slopes[low]), float(slopes[high])
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,115 +2,28 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, fall_after_climb, reward_state
 from wapo_analysis.diagnose.samples import (
     completion_rows,
     first_pass_gap,
     length_pay,
+    noise_share,
     shared_answers,
 )
-from wapo_analysis.series import Departure, Series, departure
+from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
-SOLVED = 0.8
-CALM_STEPS = 8
-"""Steps up to the peak on which the noise of the reward can be measured."""
-SOLVED_SOURCES = ("pass_rate", "reward")
-
-
-@dataclass(frozen=True)
-class RewardState:
-    """How the reward went; see :func:`reward_state` for the rules.
-
-    Attributes
-    ----------
-    series : Series
-        The reward.
-    peak : float
-        Highest smoothed reward, at least the level of the beginning.
-    margin : float
-        Change that counts as more than noise.
-    loss : Departure or None
-        Stretch in which half of the gain (or of the beginning) was lost.
-    solved : bool
-        The pass rate, or a reward within [0, 1], ends at ``SOLVED`` or more.
-    """
-
-    series: Series
-    peak: float
-    margin: float
-    loss: Departure | None
-    solved: bool
-
-    @property
-    def lost(self) -> bool:
-        """At least half of the gain, or of the beginning, is lost and has not come back."""
-        return self.loss is not None and self.loss.ongoing and self.loss.crossed is not None
-
-    @property
-    def improved(self) -> bool:
-        """It ends above its beginning by more than noise, and did not lose what it had gained."""
-        return not self.lost and self.series.end - self.series.level > self.margin
-
-    @property
-    def rising(self) -> bool:
-        """It ends above its beginning by more than chance, short of a clear gain."""
-        return not self.lost and self.series.end - self.series.level > self.margin / 3
-
-    @property
-    def much_gained(self) -> bool:
-        """It lies in [0, 1] and ends a third of the way from its beginning to 1, or further."""
-        values, level = self.series.values, self.series.level
-        bounded = values.min() >= 0 and values.max() <= 1
-        return bool(bounded and self.series.end >= level + (1 - level) / 3)
-
-    def gain_since(self, step: int) -> float:
-        """Smoothed reward at the end minus the one at a step."""
-        index = min(int(np.searchsorted(self.series.steps, step)), len(self.series) - 1)
-        return self.series.end - float(self.series.smooth[index])
-
-    def words(self) -> str:
-        """How it went, in a few words with numbers."""
-        s = self.series
-        if self.lost:
-            return f"reward fell from {self.peak:.2f} to {s.end:.2f}"
-        if abs(s.end - s.level) <= self.margin:
-            return f"reward did not clearly change ({s.level:.2f} to {s.end:.2f})"
-        return f"reward {'rose' if s.end > s.level else 'fell'} from {s.level:.2f} to {s.end:.2f}"
-
-
-def reward_state(series: Series, solved: bool) -> RewardState:
-    """Judge a reward series against its own beginning.
-
-    With a gain beyond noise, losing half of it is a loss; without one, losing half of the beginning
-    is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
-    smoothed value, so that the best of many noisy steps does not make a loss.
-    """
-    level, smooth, noise = series.level, series.smooth, _calm_noise(series)
-    peak = np.maximum(np.maximum.accumulate(smooth), level)
-    gain, drop = peak - level, peak - smooth
-    margin = max(4 * noise, 0.02 * abs(level))
-    stake = np.where(gain > margin, gain, abs(level))
-    strict = (drop >= 0.5 * stake) & (drop >= np.maximum(6 * noise, 0.2 * abs(peak)))
-    loose = strict | ((drop >= 0.25 * stake) & (drop >= np.maximum(6 * noise, 0.1 * abs(peak))))
-    home = drop <= np.maximum(3 * noise, 0.125 * stake)
-    loss = departure(loose, strict, home, series.persist)
-    return RewardState(series, float(peak.max()), margin, loss, solved)
-
-
-def _calm_noise(series: Series) -> float:
-    """Noise of a smoothed value, before the peak alone if that is less: a fall is no noise."""
-    until = int(np.argmax(series.smooth)) + 1
-    if until < CALM_STEPS:
-        return series.smooth_noise
-    before = Series(series.steps[:until], series.values[:until])
-    return min(series.smooth_noise, before.smooth_noise)
+HELD_OUT = ("eval_reward", "eval/reward")
+"""Step columns of the held-out score: as imported, and as our own trainer writes it."""
+FORM = ("format", "xml", "tag", "json", "style", "think", "lang", "length", "brief", "strict",
+        "soft", "syntax", "penalty")  # fmt: skip
+"""Parts of names of reward functions that grade the form of an answer, not what it says."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +37,6 @@ class Context:
     """
 
     run: Run
-
-    LOGP_GAP_COLUMN: ClassVar = "sampling/sampling_logp_difference/mean"
-    """TRL's name of the mean |logp of sampler - logp of trainer|; the step log keeps it."""
 
     _series: dict[str, Series] = field(default_factory=dict, repr=False)
 
@@ -162,12 +72,72 @@ class Context:
         return reward_state(series, self._solved()) if len(series) else None
 
     def _solved(self) -> bool:
-        for name in SOLVED_SOURCES:
+        """A score within [0, 1] ends high: of the rollouts, else held out, else of the content."""
+        for name in ("pass_rate", "reward", *HELD_OUT):
             series = self.series(name)
-            bounded = len(series) and series.values.min() >= 0 and series.values.max() <= 1
-            if bounded:
+            if len(series) and series.values.min() >= 0 and series.values.max() <= 1:
                 return series.end >= SOLVED
-        return False
+        content = [s for name, s in self.reward_functions.items() if not grades_form(name)]
+        return bool(content) and all(SOLVED <= s.end <= 1 for s in content)
+
+    @cached_property
+    def held_out(self) -> Series:
+        """Score on held-out problems, over the steps with an evaluation."""
+        found = [self.series(name) for name in HELD_OUT]
+        return next((s for s in found if len(s)), found[0])
+
+    @cached_property
+    def reward_functions(self) -> dict[str, Series]:
+        """Mean of each reward function, by its name; empty where none is logged."""
+        return self._of_functions("mean")
+
+    @cached_property
+    def reward_spreads(self) -> dict[str, Series]:
+        """Standard deviation of each reward function over a batch, by its name."""
+        return self._of_functions("std")
+
+    def _of_functions(self, what: str) -> dict[str, Series]:
+        found = {}
+        for column in map(str, self.run.steps.columns):
+            first, _, rest = column.partition("/")
+            name, _, last = rest.rpartition("/")
+            if name and (first, last) == ("rewards", what) and len(self.series(column)):
+                found[name] = self.series(column)
+        return found
+
+    @cached_property
+    def fall(self) -> Fall | None:
+        """A fall of the reward after a climb, None without one."""
+        series = self.series("reward")
+        return fall_after_climb(series) if len(series) else None
+
+    @cached_property
+    def flat_groups(self) -> Series:
+        """Share of groups whose rewards are all equal, however the source counts them."""
+        flat = self.series("groups_flat")
+        wrong, right = self.series("groups_all_wrong"), self.series("groups_all_right")
+        if len(flat):
+            return flat
+        if len(wrong) and np.array_equal(wrong.steps, right.steps):
+            return Series(wrong.steps, wrong.values + right.values)
+        return wrong if len(wrong) else right
+
+    @cached_property
+    def second_engine(self) -> bool | None:
+        """Whether another engine than the trainer sampled the tokens, None if that is unknown."""
+        manifest = self.run.manifest
+        logged = any(
+            len(self.series(f"engine_{name}")) for name in ("kl", "logp_diff", "prob_diff")
+        )
+        if logged or manifest.get("source") not in ("built-in", "trl"):
+            return True if logged else None
+        return bool(manifest.get("config", {}).get("use_vllm"))
+
+    def checkpoint_before(self, step: int) -> int | None:
+        """Step of the newest checkpoint in the run folder that is not after a step."""
+        found = (self.run.path / "checkpoints").glob("step-*")
+        saved = [int(name) for f in found if (name := f.name.removeprefix("step-")).isdigit()]
+        return max((s for s in saved if s <= step), default=None)
 
     @cached_property
     def flows(self) -> pd.DataFrame:
@@ -202,6 +172,11 @@ class Context:
         return shared_answers(self.completions)
 
     @cached_property
+    def noise(self) -> Series:
+        """Share of completions that are noise, over the sampled steps."""
+        return noise_share(self.completions)
+
+    @cached_property
     def length_pay(self) -> Series:
         """Correlation of reward and length within groups, over the sampled steps."""
         return length_pay(self.completions)
@@ -217,3 +192,14 @@ class Context:
         table = known.pivot_table(index="step", columns="cls", values=column, aggfunc="sum")
         table = table.reindex(columns=range(len(tax.CLASSES))).fillna(0.0)
         return table.set_axis(list(tax.CLASSES), axis=1)
+
+
+def grades_form(name: str) -> bool:
+    """Whether a reward function, by its name, grades the form of an answer.
+
+    Examples
+    --------
+    >>> grades_form("soft_format_reward_func"), grades_form("correctness")
+    (True, False)
+    """
+    return any(part in name.lower() for part in FORM)

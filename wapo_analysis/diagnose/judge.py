@@ -30,6 +30,18 @@ GRAVEST_FIRST: tuple[Verdict, ...] = (
     "reward_collapse",
     "stalled",
 )
+SAID_BY = {
+    "stalled": {
+        "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy", "gradient_vanishes",
+        "plateau", "reward_function_silent", "one_reward_takes_over",
+    },
+    "diverged": {"gradient_grows", "gradient_spikes", "plateau"},
+    "reward_collapse": {"plateau"},
+    "entropy_collapse": {"plateau", "entropy_arrival", "early_warning"},
+    "entropy_explosion": {"plateau", "entropy_arrival", "early_warning"},
+    "truncation_drift": {"length_drift"},
+}  # fmt: skip
+"""Finding to those that say the same once more, as its cause or its effect, and are left out."""
 AGAINST = (
     "All classes pushed the entropy {}, yet it {}: momentum, shared parameters or the size of the "
     "steps outweighed the law of the first order (probe_every tells which)."
@@ -65,7 +77,7 @@ def diagnose(run: Run) -> Diagnosis:
     context = Context(run)
     found, skipped = run_detectors(context)
     source = run.manifest.get("source")
-    findings = [replace(f, advice=in_names_of(source, f.advice)) for f in found]
+    findings = _said_once([replace(f, advice=in_names_of(source, f.advice)) for f in found])
     critical = {f.name: f for f in findings if f.severity == "critical"}
     verdict = next((name for name in GRAVEST_FIRST if name in critical), None)
     main = critical[verdict] if verdict else None
@@ -74,7 +86,7 @@ def diagnose(run: Run) -> Diagnosis:
     drivers, note = _drivers(context, main)
     if not context.has_flow:
         skipped.append(Skipped("drivers", ("classes.pred_dentropy_sum",)))
-    warned = [f.warned if f.warned is not None else f.step for f in findings if _warns(f)]
+    warned = [f.warned if f.warned is not None else f.step for f in found if _warns(f)]
     return Diagnosis(
         run=run.name,
         verdict=verdict or fallback,
@@ -121,6 +133,13 @@ def _culprits(
     return find_culprits(context.run, early.name, cls, first, early.step, way)
 
 
+def _said_once(findings: Sequence[Finding]) -> list[Finding]:
+    """Findings without those that another one says already: one cause is told once."""
+    names = {finding.name for finding in findings}
+    said = set().union(*(SAID_BY.get(name, ()) for name in names))
+    return [finding for finding in findings if finding.name not in said]
+
+
 def _way(context: Context) -> int:
     """Direction the entropy took over the run: 1, -1, or 0 if it is unknown or did not move."""
     entropy = context.series("entropy")
@@ -135,14 +154,22 @@ def _rank(finding: Finding) -> tuple[int, int, str]:
     return -SEVERITIES.index(finding.severity), finding.step, finding.name
 
 
+def _span(context: Context) -> str:
+    """How many records, and how many steps they cover where these are more."""
+    numbers = context.step_numbers
+    records = len(numbers)
+    steps = int(numbers[-1] - numbers[0]) + 1 if records else 0
+    spacing = int(np.median(np.diff(numbers))) if records > 1 else 1
+    if steps > records and spacing > 1:
+        return f"{records} records covering {steps - 1 + spacing} steps"
+    return f"{records} {'step' if records == 1 else 'steps'}"
+
+
 def _calm_sentence(context: Context, verdict: Verdict, findings: list[Finding]) -> str:
     """What happened where nothing critical did."""
-    steps = len(context.step_numbers)
+    span = _span(context)
     if verdict == "insufficient_data":
-        return (
-            f"Only {steps} {'step' if steps == 1 else 'steps'}; a verdict needs at least "
-            f"{MIN_STEPS} with entropy or reward."
-        )
+        return f"Only {span}; a verdict needs at least {MIN_STEPS} with entropy or reward."
     entropy, reward = context.series("entropy"), context.reward
     parts = [
         f"entropy went from {entropy.level:.3g} to {entropy.end:.3g} nats" if len(entropy) else "",
@@ -151,4 +178,4 @@ def _calm_sentence(context: Context, verdict: Verdict, findings: list[Finding]) 
     said = "; ".join(part for part in parts if part)
     warnings = sum(_warns(f) for f in findings)
     noted = f" {warnings} {'warning' if warnings == 1 else 'warnings'} below." if warnings else ""
-    return f"{said[:1].upper()}{said[1:]} over {steps} steps; no collapse seen.{noted}"
+    return f"{said[:1].upper()}{said[1:]} over {span}; no collapse seen.{noted}"

@@ -1,5 +1,11 @@
 """What detectors read of tokens and completions, from a bounded number of steps."""
 
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -11,6 +17,18 @@ SAMPLED_STEPS = 40
 """Steps whose token rows or completions are read, so that the cost does not grow with the run."""
 GAP_COLUMNS = ("k3", "ess", "max_dp", "tokens")
 MAX_LOG_RATIO = 60.0
+READ_CHARACTERS = 2000
+"""Characters of a completion that are looked at."""
+READ_COMPLETIONS = 64
+"""Completions of a step whose characters are looked at."""
+SHORTEST = 16
+"""Characters below which a completion is too short to be called noise."""
+ONE_CHARACTER = 0.6
+"""Share of one character, spaces left out, at which a completion is that character repeated."""
+SCRIPTS = 3
+"""Scripts in one completion that no reader writes together."""
+SCRIPT_LETTERS = 2
+"""Letters of a script that count it in: a single one may be a symbol."""
 
 
 def evenly(steps: Array, count: int = SAMPLED_STEPS) -> list[int]:
@@ -37,10 +55,12 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that has
-        token rows with both log-probabilities.
+        Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains
+        on fresh rollouts and has token rows with both log-probabilities.
     """
-    rows = run.table("tokens", evenly(np.asarray(run.token_steps())))
+    every = fresh_every(run.manifest)
+    fresh = [step for step in run.token_steps() if (step - 1) % every == 0]
+    rows = run.table("tokens", evenly(np.asarray(fresh)))
     known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)
     seen = rows.loc[known, ["step", "logp", "logp_old"]].astype(np.float64)
     log_ratio = np.minimum(seen["logp"] - seen["logp_old"], MAX_LOG_RATIO)
@@ -62,6 +82,26 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
         "tokens": count.astype(np.float64),
     }
     return pd.DataFrame(gap, columns=list(GAP_COLUMNS))
+
+
+def fresh_every(manifest: Mapping[str, Any]) -> int:
+    """Steps from one generated batch to the next, by the settings of a TRL run; else 1.
+
+    TRL takes an optimizer step every ``gradient_accumulation_steps`` passes, trains
+    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes.
+
+    Examples
+    --------
+    >>> fresh_every({"source": "trl", "config": {"num_iterations": 2, "steps_per_generation": 4,
+    ...                                          "gradient_accumulation_steps": 2}})
+    4
+    """
+    config = manifest.get("config")
+    if manifest.get("source") != "trl" or not isinstance(config, Mapping):
+        return 1
+    passes = config.get("steps_per_generation") or 1
+    updates = passes / (config.get("gradient_accumulation_steps") or passes)
+    return max(1, round(updates * (config.get("num_iterations") or 1)))
 
 
 def completion_rows(run: Run) -> pd.DataFrame:
@@ -92,6 +132,59 @@ def shared_answers(rows: pd.DataFrame) -> Series:
     owners = known.groupby(["step", "completion"])["asked"].transform("nunique")
     share = (owners > 1).groupby(known["step"]).mean()[prompts > 1]
     return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))
+
+
+def noise_share(rows: pd.DataFrame) -> Series:
+    """Share of the completions of a step that are noise; see :func:`is_noise`.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the rollouts table.
+
+    Returns
+    -------
+    Series
+        In [0, 1], over the steps with completions; of each at most ``READ_COMPLETIONS``.
+    """
+    known = rows.loc[rows["completion"].notna(), ["step", "completion"]]
+    some = known[known.groupby("step").cumcount() < READ_COMPLETIONS]
+    share = some["completion"].map(is_noise).astype(np.float64).groupby(some["step"]).mean()
+    return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))
+
+
+def is_noise(text: str) -> bool:
+    """Whether a completion is one character over and over, or mixes scripts as no text does.
+
+    Greek letters are symbols here, Han and kana are one script. A second script is another
+    language; three are noise.
+
+    Examples
+    --------
+    >>> is_noise("!" * 20), is_noise("the answer is 42")
+    (True, False)
+    """
+    counts = Counter(text[:READ_CHARACTERS])
+    counts = Counter({mark: n for mark, n in counts.items() if not mark.isspace()})
+    total = sum(counts.values())
+    if total < SHORTEST:
+        return False
+    if max(counts.values()) >= ONE_CHARACTER * total or counts["\ufffd"] >= total / 10:
+        return True
+    letters: Counter[str] = Counter()
+    for mark, n in counts.items():
+        letters[_script(mark)] += n
+    return sum(n >= SCRIPT_LETTERS for name, n in letters.items() if name) >= SCRIPTS
+
+
+@lru_cache(maxsize=1 << 16)
+def _script(mark: str) -> str:
+    """Script of a letter by the first word of its Unicode name; empty for symbols and Greek."""
+    if not mark.isalpha():
+        return ""
+    name = unicodedata.name(mark, "").split(" ")[0]
+    name = "CJK" if name in ("HIRAGANA", "KATAKANA") else name
+    return "" if name in ("GREEK", "MATHEMATICAL", "MODIFIER", "FEMININE", "MASCULINE") else name
 
 
 def length_pay(rows: pd.DataFrame) -> Series:

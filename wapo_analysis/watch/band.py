@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.policy import (
+from wapo_analysis.diagnose.detectors.entropy import (
     FALL,
     FALL_LOST,
     FALL_UNPAID,

@@ -210,13 +210,14 @@ def test_on_policy_first_passes_are_silent(tmp_path: Path) -> None:
 
 
 def test_a_logged_gap_serves_where_there_are_no_token_rows(tmp_path: Path) -> None:
-    column = "sampling/sampling_logp_difference/mean"
-    columns = {"reward": np.full(STEPS, 0.5), column: ramp(0.01, 0.2, STEPS, 20, 10)}
+    columns = {"reward": np.full(STEPS, 0.5), "engine_logp_diff": ramp(0.01, 0.2, STEPS, 20, 10)}
     d = judge(tmp_path, **columns)
     assert 20 < finding(d, "train_inference_mismatch").step <= 30
     skipped = {s.name: s.missing for s in judge(tmp_path / "b", reward=[0.5] * 10).skipped}
-    assert skipped["train_inference_mismatch"] == (f"tokens.logp_old or {column}",)
-    assert skipped["staleness"] == ("tokens.logp_old",)
+    assert skipped["train_inference_mismatch"] == (
+        "engine_kl or engine_logp_diff or engine_prob_diff or tokens.logp_old",
+    )
+    assert skipped["staleness"] == ("staleness or tokens.logp_old",)
 
 
 def test_drift_within_the_batch_is_judged_against_its_beginning(tmp_path: Path) -> None:

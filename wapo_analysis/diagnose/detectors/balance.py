@@ -4,12 +4,13 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.context import CALM_STEPS, Context
-from wapo_analysis.diagnose.detectors.policy import FALL, RISE
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.entropy import FALL, RISE
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import CLASS_ADVICE
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.diagnose.reward import CALM_STEPS
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import LEVEL_SIGMAS, lasting, level_finding, risen
 from wapo_analysis.diagnose.result import Finding
@@ -63,8 +64,9 @@ def find_repetition(context: Context) -> list[Finding]:
 def find_length_drift(context: Context) -> list[Finding]:
     """Completions end 1.5 times longer or shorter than they began.
 
-    Growth that the reward pays for is an info: long reasoning is what it may be learning. Shorter
-    answers with more reward are a warning, as a verifier that can be fooled is fooled that way.
+    Growth that the reward pays for is an info: long reasoning is what it may be learning; where a
+    held-out score shows nothing of it, it is a warning. So are shorter answers with more reward, as
+    a verifier that can be fooled is fooled that way.
     """
     series = context.series("length")
     if series.level <= 0:
@@ -79,13 +81,17 @@ def find_length_drift(context: Context) -> list[Finding]:
     begin = longer if longer is not None else shorter
     reward = context.reward
     paid = reward is not None and reward.improved
+    alone = paid and not held_out_follows(context)
+    what = f"Completions keep getting {'longer' if longer is not None else 'shorter'}"
+    if alone:
+        what += ", which the training reward pays for and the held-out score does not,"
     return level_finding(
         series,
         begin,
         name="length_drift",
-        severity="info" if longer is not None and paid else "warning",
-        what=f"Completions are ever {'longer' if longer is not None else 'shorter'}",
-        advice=_length_advice(longer is not None, paid),
+        severity="info" if longer is not None and paid and not alone else "warning",
+        what=what,
+        advice=_length_advice(longer is not None, paid and not alone),
         reference=LENGTH_BIAS,
         share=False,
         evidence={"ratio": series.end / series.level},
@@ -170,6 +176,25 @@ def find_degenerate(context: Context) -> list[Finding]:
             "that sharpen (exclude_bins = pos_peak,neg_valley)."
         ),
         reference=GAMING if paid else TAXONOMY,
+    )
+
+
+@detector("garbled_completions", Need("rollouts", "completion"))
+def find_garbled(context: Context) -> list[Finding]:
+    """Completions turn into noise: one character over and over, or scripts mixed.
+
+    Reads the completions of at most ``SAMPLED_STEPS`` steps.
+    """
+    series = context.noise
+    return level_finding(
+        series,
+        risen(series, DRIFT, HALF) if len(series) else None,
+        name="garbled_completions",
+        severity="warning",
+        what="Completions turn into noise, one character repeated or scripts mixed,",
+        advice="Go back to a checkpoint before this step; lower lr. If the sampler alone writes "
+        "noise, its weights or its precision differ from the trainer's: compare the two.",
+        reference=TAXONOMY,
     )
 
 

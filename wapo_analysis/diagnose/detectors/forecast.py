@@ -6,14 +6,13 @@ Both look at the logarithm of the entropy, so that a trend is a constant factor 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.policy import FALL, RISE, find_entropy_fall
+from wapo_analysis.diagnose.detectors.entropy import FALL, RISE, find_entropy_fall
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding
-from wapo_analysis.series import Series, episodes
+from wapo_analysis.series import Series, episodes, theil_sen
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
@@ -36,7 +35,8 @@ PERSIST = 2
 ARRIVAL_STEPS = 200
 """Most steps the trend of the projection is fitted to."""
 MIN_ARRIVAL_STEPS = 10
-CONFIDENCE = 0.99
+CONFIDENCE = 2.576
+"""Standard deviations of a 99% interval."""
 
 EARLY_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, first-order flows"
 ARRIVAL_REFERENCE = "arXiv:2505.22617 (entropy mechanism); Theil-Sen slope"
@@ -191,8 +191,8 @@ def find_arrival(context: Context) -> list[Finding]:
     if len(series) < 2 * MIN_ARRIVAL_STEPS or series.values.min() <= 0:
         return []
     logs, steps = np.log(series.values[-count:]), series.steps[-count:]
-    fit = stats.theilslopes(logs, steps, alpha=CONFIDENCE)
-    slope, slow = float(fit.slope), float(fit.low_slope if fit.slope > 0 else fit.high_slope)
+    slope, low, high = theil_sen(logs, steps, CONFIDENCE)
+    slow = low if slope > 0 else high
     ceiling, floor = np.log(RISE[1] * series.level), np.log(FALL[1] * series.level)
     now = float(np.log(series.smooth[-1]))
     inside = np.log(FALL[0] * series.level) < now < np.log(RISE[0] * series.level)

@@ -19,70 +19,106 @@ FIRST_PASS_ESS = 0.9
 GROWTH = 10.0
 DRIFT_K3 = 0.006
 """k3 estimate over all passes in nats below which drift is how on-policy training looks."""
-LOGP_GAP = 0.05
-"""Mean |difference| of log-probabilities between the engines, in nats, for sources without rows."""
+LAG = 4.0
+"""Weight updates between sampling and training that are no longer how pipelines overlap."""
+LAG_GROWTH = 2.0
 MISMATCH = "arXiv:2510.26788 and trl issue 4159 (train-inference mismatch)"
 STALENESS = "arXiv:2505.24298 (AReaL, staleness of asynchronous RL)"
 
 
+ENGINE = {
+    "engine_kl": (0.01, "their KL is in nats per token"),
+    "engine_logp_diff": (0.05, "mean difference in nats"),
+    "engine_prob_diff": (0.03, "mean difference of probabilities"),
+}
+"""Step column to the value that is more than rounding between engines, and what it is."""
+
+
 @detector(
-    "train_inference_mismatch", Need("tokens", "logp_old") | Need("steps", Context.LOGP_GAP_COLUMN)
+    "train_inference_mismatch",
+    Need("steps", "engine_kl")
+    | Need("steps", "engine_logp_diff")
+    | Need("steps", "engine_prob_diff")
+    | Need("tokens", "logp_old"),
 )
 def find_mismatch(context: Context) -> list[Finding]:
-    """Two engines disagree: the ratio of the first pass is uneven from the first step on."""
+    """The sampling engine and the trainer give the same tokens different probabilities.
+
+    From the log of the two engines where there is one; else from the first gradient pass over
+    fresh rollouts, if it is off from the first step on and another engine may have sampled.
+    """
+    if context.second_engine:
+        logged = _logged_mismatch(context)
+        if logged:
+            return logged
     seen = context.first_pass
-    if seen.empty:
-        return _logged_mismatch(context)
+    if context.second_engine is False or seen.empty:
+        return []
     k3, ess = _series(context, "k3"), _series(context, "ess")
     off = (k3.smooth >= FIRST_PASS_K3) | (ess.smooth <= FIRST_PASS_ESS)
+    return _mismatch(k3, lasting(k3, off) if off[0] else None, "k3 in nats", _gap_evidence(context))
+
+
+def _logged_mismatch(context: Context) -> list[Finding]:
+    """The first of the logged measures that is off to the end."""
+    begun = []
+    for name, (limit, unit) in ENGINE.items():
+        series = context.series(name)
+        begin = lasting(series, series.smooth >= limit) if len(series) else None
+        if begin is not None:
+            begun.append((series.step(begin), series, begin, unit))
+    if not begun:
+        return []
+    _, series, begin, unit = min(begun, key=lambda found: found[0])
+    ends = {name: s.end for name in ENGINE if len(s := context.series(name))}
+    return _mismatch(series, begin, unit, ends)
+
+
+def _mismatch(
+    series: Series, begin: int | None, unit: str, evidence: dict[str, float]
+) -> list[Finding]:
     return level_finding(
-        k3,
-        lasting(k3, off) if off[0] else None,
+        series,
+        begin,
         name="train_inference_mismatch",
         severity="warning",
-        what="The sampling engine and the trainer give different probabilities (k3 in nats)",
+        what=f"The sampling engine and the trainer give different probabilities ({unit})",
         advice="Score the samples with the trainer (logp_old from the same weights and dtype), set "
         "the same temperature and top-p in both engines, or correct with truncated importance "
         "sampling.",
         reference=MISMATCH,
         share=False,
-        evidence=_gap_evidence(context),
+        evidence=evidence,
     )
 
 
-def _logged_mismatch(context: Context) -> list[Finding]:
-    """The same from the log of a source without token rows."""
-    series = context.series(context.LOGP_GAP_COLUMN)
-    return level_finding(
-        series,
-        lasting(series, series.smooth >= LOGP_GAP),
-        name="train_inference_mismatch",
-        severity="warning",
-        what="Log-probabilities of sampler and trainer differ (mean in nats)",
-        advice="Set the same temperature, top-p and dtype in both engines, or correct with "
-        "truncated importance sampling.",
-        reference=MISMATCH,
-        share=False,
-    )
-
-
-@detector("staleness", Need("tokens", "logp_old"))
+@detector("staleness", Need("steps", "staleness") | Need("tokens", "logp_old"))
 def find_staleness(context: Context) -> list[Finding]:
-    """The first pass met the sampling policy at first, and no longer does."""
+    """The samples come from ever older policies: as logged, or by the first pass over them."""
+    lag = context.series("staleness")
+    if len(lag):
+        least = max(LAG, LAG_GROWTH * lag.level)
+        return _stale(lag, lasting(lag, lag.smooth >= least), "updates behind", {})
     k3 = _series(context, "k3")
     off = k3.smooth >= max(FIRST_PASS_K3, GROWTH * k3.level)
-    begin = lasting(k3, off)
+    begin = lasting(k3, off) if len(k3) and not off[0] else None
+    return _stale(k3, begin, "k3 in nats", _gap_evidence(context) if begin is not None else {})
+
+
+def _stale(
+    series: Series, begin: int | None, unit: str, evidence: dict[str, float]
+) -> list[Finding]:
     return level_finding(
-        k3,
-        begin if len(k3) and not off[0] else None,
+        series,
+        begin,
         name="staleness",
         severity="warning",
-        what="The samples come from an older policy than the one they train (k3 in nats)",
+        what=f"The samples come from an older policy than the one they train ({unit})",
         advice="Sync the sampler's weights more often, bound the lag between sampling and "
         "training, or lower lr so that the policy moves less while samples wait.",
         reference=STALENESS,
         share=False,
-        evidence=_gap_evidence(context),
+        evidence=evidence,
     )
 
 

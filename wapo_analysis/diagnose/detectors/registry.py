@@ -45,7 +45,7 @@ class Detector:
         return self.find(context)
 
     def _short(self, context: Context, need: Need) -> bool:
-        alone = need.table == "steps" and not need.others
+        alone = need.table == "steps" and not need.others and "*" not in need.column
         return alone and len(context.series(need.column)) < self.min_steps
 
 

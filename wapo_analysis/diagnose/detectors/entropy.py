@@ -1,18 +1,19 @@
-"""Detectors of what happens to the policy: entropy both ways, reward, and learning at all.
+"""Detectors of the entropy, both ways.
 
-Entropy is judged by ratio to the run's own beginning, never by an absolute floor: runs start
+It is judged by ratio to the run's own beginning, never by an absolute floor: runs start
 anywhere between 0.05 and 3 nats. A fall is a collapse only if the reward does not pay for it, since
 a policy that learns to be right becomes certain.
 """
 
 import numpy as np
 
-from wapo_analysis.diagnose.context import Context, RewardState
+from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.completions import degenerate_since
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding, Severity
-from wapo_analysis.series import Departure, Series, departure, episodes
+from wapo_analysis.diagnose.reward import RewardState
+from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
@@ -29,17 +30,13 @@ HOME = 0.25
 MIN_RISE = 0.05
 """Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
 SIGMAS = 6.0
-NO_SIGNAL = 0.9
-"""Share of groups without any reward difference that leaves no gradient."""
-NO_GRADIENT = 1e-3
-"""Gradient norm relative to the beginning that counts as none."""
-STALL_STEPS = 10
-"""Steps up to the end without signal that make a stall: a rare class may rest for a few."""
+FALL_DEEP = 0.05
+"""Ratio below which nothing is left to explore with, whatever was gained."""
+FELL_ON = 0.5
+"""Ratio to its value when the reward stopped gaining, below which a fall went on unpaid."""
 
 EXPLOSION_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, multi-step behaviour"
 COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WAPO)"
-REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
-STALL_REFERENCE = "arXiv:2503.14476 (DAPO, dynamic sampling)"
 
 
 @detector("entropy_explosion", Need("steps", "entropy"))
@@ -67,7 +64,7 @@ def find_entropy_rise(context: Context) -> list[Finding]:
 
 @detector("entropy_collapse", Need("steps", "entropy"))
 def find_entropy_fall(context: Context) -> list[Finding]:
-    """Entropy below a fifth of its beginning to the end while the reward gains nothing.
+    """Entropy below a fifth of its beginning to the end while the reward does not pay for it.
 
     Below a half if the reward was lost. A reward for the same answer to every prompt pays nothing.
     """
@@ -101,16 +98,22 @@ def _home(series: Series) -> Array:
 def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> bool:
     """Whether the reward is worth the entropy that went.
 
-    Solved, a third of the way to certain success gained, or still gaining since it fell; for a
-    fall that is no collapse yet, any rise is enough.
+    It is while the reward still gains, or once the task is solved. Where the reward stands, what
+    fell while it gained was paid for, if much was gained, the fall ended there and something is
+    left. For a fall that is no collapse yet, any rise is enough.
     """
     if reward is None or reward.lost:
         return False
-    if reward.solved or (reward.rising if gone.crossed is None else reward.much_gained):
+    if reward.solved or reward.gaining:
         return True
-    since = entropy.step(gone.crossed if gone.crossed is not None else gone.warned)
-    just_now = entropy.step(-1) - since < (entropy.step(-1) - entropy.step(0)) / 10
-    return reward.improved and (just_now or reward.gain_since(since) > reward.margin)
+    if gone.crossed is None:
+        return reward.rising
+    stood = min(
+        int(np.searchsorted(entropy.steps, reward.series.step(reward.stands_from))),
+        len(entropy) - 1,
+    )
+    fell_on = entropy.end < FELL_ON * entropy.smooth[stood]
+    return reward.much_gained and not fell_on and entropy.end > FALL_DEEP * entropy.level
 
 
 _ENTROPY_TAIL = {
@@ -152,7 +155,7 @@ def _entropy_finding(
             "predicted_net_dentropy": sum(d.predicted_dentropy for d in drivers)
             if drivers
             else None,
-            **_reward_evidence(reward),
+            **(reward.evidence() if reward is not None else {}),
         },
         advice=_entropy_advice(name, driver_advice(drivers)),
         reference=EXPLOSION_REFERENCE if direction > 0 else COLLAPSE_REFERENCE,
@@ -174,119 +177,3 @@ def _entropy_advice(name: str, drivers: str) -> str:
         )
     over = name in ("entropy_explosion", "entropy_collapse")
     return f"Go back to a checkpoint before the onset. {drivers}" if over else drivers
-
-
-def _reward_evidence(reward: RewardState | None) -> dict[str, float]:
-    if reward is None:
-        return {}
-    return {
-        "reward_start": reward.series.level,
-        "reward_peak": reward.peak,
-        "reward_end": reward.series.end,
-    }
-
-
-@detector("reward_collapse", Need("steps", "reward"))
-def find_reward_loss(context: Context) -> list[Finding]:
-    """At least half of the reward's gain, or of its beginning, lost to the end."""
-    reward = context.reward
-    if reward is None or reward.loss is None:
-        return []
-    series, loss = reward.series, reward.loss
-    severe = reward.lost
-    drop = reward.peak - series.end
-    name = "reward_collapse" if severe else "reward_drop"
-    entropy = context.series("entropy")
-    onset = series.step(loss.onset)
-    back = "" if loss.ongoing else ", then came back"
-    return [
-        Finding(
-            name=name,
-            severity="critical" if severe else "warning",
-            step=onset,
-            message=(
-                f"Reward fell from {reward.peak:.2f} at its best to "
-                f"{float(series.smooth[loss.onset :].min()):.2f} from step {onset}{back}."
-            ),
-            evidence={
-                **_reward_evidence(reward),
-                "lost_share": drop / reward.peak if reward.peak > 0 else None,
-                **({"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy)
-                   else {}),
-            },
-            advice=(
-                "Go back to the best checkpoint; lower lr or the updates per batch (epochs x "
-                "minibatches), and read completions of the last steps for gibberish, repetition "
-                "or a reward that is being gamed."
-            ),
-            reference=REWARD_REFERENCE,
-            warned=series.step(loss.warned),
-            until=None if loss.crossed is None else series.step(loss.crossed),
-        )
-    ]  # fmt: skip
-
-
-@detector(
-    "stalled",
-    Need("steps", "reward"),
-    Need("steps", "groups_all_wrong") | Need("steps", "grad_norm"),
-)
-def find_stall(context: Context) -> list[Finding]:
-    """No gradient to the end of the run while the reward is neither solved nor moving."""
-    reward = context.reward
-    if reward is None or reward.solved:
-        return []
-    quiet = {
-        "zero_signal_groups": _stretch_to_end(*_no_signal(context)),
-        "grad_norm": _stretch_to_end(*_no_gradient(context)),
-    }
-    found = {name: step for name, step in quiet.items() if step is not None}
-    if not found:
-        return []
-    step = min(found.values())
-    if abs(reward.gain_since(step)) > reward.margin:
-        return []
-    cause, _ = min(found.items(), key=lambda item: item[1])
-    why = (
-        f"at least {NO_SIGNAL:.0%} of the groups have no difference in reward"
-        if cause == "zero_signal_groups"
-        else "the gradient is zero"
-    )
-    return [
-        Finding(
-            name="stalled",
-            severity="critical",
-            step=step,
-            message=f"Nothing is learned from step {step} on: {why}, {reward.words()}.",
-            evidence={
-                **_reward_evidence(reward),
-                **{f"{name}_since": value for name, value in found.items()},
-                "grad_norm_end": context.series("grad_norm").end,
-            },
-            advice=(
-                "Mix in problems of other difficulty (task, data) or raise rollouts_per_prompt or "
-                "temperature so that groups differ; check that the reward can be earned at all."
-            ),
-            reference=STALL_REFERENCE,
-        )
-    ]
-
-
-def _no_signal(context: Context) -> tuple[Series, Array]:
-    wrong, right = context.series("groups_all_wrong"), context.series("groups_all_right")
-    if len(wrong) and np.array_equal(wrong.steps, right.steps):
-        flat = Series(wrong.steps, wrong.values + right.values)
-    else:
-        flat = wrong
-    return flat, flat.smooth >= NO_SIGNAL
-
-
-def _no_gradient(context: Context) -> tuple[Series, Array]:
-    series = context.series("grad_norm")
-    return series, series.smooth <= NO_GRADIENT * series.level if len(series) else series.values > 0
-
-
-def _stretch_to_end(series: Series, mask: Array) -> int | None:
-    """First step of the stretch of True that reaches the end, None if there is none."""
-    found = episodes(mask, max(series.persist, STALL_STEPS)) if len(series) else []
-    return series.step(found[-1][0]) if found and found[-1][1] == len(series) else None

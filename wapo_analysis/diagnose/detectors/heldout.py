@@ -1,0 +1,100 @@
+"""Detectors of what training does to problems it does not see: the held-out score."""
+
+import numpy as np
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.series import Series
+from wapo_analysis.store import Need
+from wapo_analysis.table import Array
+
+MIN_EVALUATIONS = 5
+FALL_SIGMAS = 4.0
+FALL_SHARE = 0.15
+"""Part of its best that the held-out score must lose."""
+LEAST_FALL = 0.03
+"""Fall of a score that is worth a word; near zero the rest is a handful of answers."""
+TRAINED = 0.15
+"""Rise of the training reward in [0, 1], or of its scale, that a held-out score should show."""
+STOOD_SHARE = 0.2
+"""Part of the rise in training below which the held-out score stands."""
+HACKING = "arXiv:2209.13085 (reward hacking); arXiv:2210.10760 (overoptimization)"
+
+
+@detector("held_out_falls", Need("steps", "eval_reward") | Need("steps", "eval/reward"))
+def find_held_out_falls(context: Context) -> list[Finding]:
+    """The held-out score falls while the training reward does not."""
+    score, reward = context.held_out, context.reward
+    if len(score) < MIN_EVALUATIONS or (reward is not None and reward.lost):
+        return []
+    near = _near(score)
+    best = int(np.argmax(near))
+    top, end = float(near[best]), float(near[-1])
+    if top - end < max(FALL_SIGMAS * _noise(score), FALL_SHARE * abs(top), LEAST_FALL):
+        return []
+    step, last = score.step(best + 1), score.step(-1)
+    gain = reward.gain_since(step) if reward is not None else 0.0
+    if reward is not None and gain < -reward.margin:
+        return []
+    rose = reward is not None and gain > reward.margin
+    training = f" while the training reward rose by {gain:.2f}" if rose else ""
+    return [
+        Finding(
+            name="held_out_falls",
+            severity="warning",
+            step=step,
+            message=f"The held-out score fell from {top:.2f} at step {step} to {end:.2f} at step "
+            f"{last}{training}.",
+            evidence={"best": top, "end": end, "training_gain": gain, "evaluations": len(score)},
+            advice=f"Go back to the last checkpoint before step {step}, and read completions that "
+            "earn the reward since: what the verifier pays for is no longer what you want.",
+            reference=HACKING,
+        )
+    ]
+
+
+@detector("held_out_stands", Need("steps", "eval_reward") | Need("steps", "eval/reward"))
+def find_held_out_stands(context: Context) -> list[Finding]:
+    """The training reward rises clearly, and the held-out score shows a fifth of it or less."""
+    score, reward = context.held_out, context.reward
+    if reward is None or len(score) < MIN_EVALUATIONS or not reward.improved:
+        return []
+    begin, end = float(score.values[:2].mean()), float(score.values[-2:].mean())
+    rise = reward.series.end - reward.series.level
+    scale = max(1.0, float(np.abs(reward.series.values).max()))
+    shown = (end - begin) + 2 * _noise(score)
+    if rise < TRAINED * scale or shown > STOOD_SHARE * rise / scale or find_held_out_falls(context):
+        return []
+    step = score.step(0)
+    return [
+        Finding(
+            name="held_out_stands",
+            severity="warning",
+            step=step,
+            message=f"The training reward rose from {reward.series.level:.2f} to "
+            f"{reward.series.end:.2f}, yet the held-out score stands ({begin:.2f} to {end:.2f}).",
+            evidence={"start": begin, "end": end, "training_gain": rise, "evaluations": len(score)},
+            advice="Read completions that earn the reward: the policy may have learned the "
+            "verifier, or the training problems by heart. Grade what you want, or give more "
+            "problems.",
+            reference=HACKING,
+        )
+    ]
+
+
+def held_out_follows(context: Context) -> bool:
+    """False if there is a held-out score and it does not follow the training reward."""
+    return not (find_held_out_stands(context) or find_held_out_falls(context))
+
+
+def _near(score: Series) -> Array:
+    """Mean of each evaluation and its two neighbours, without those at the ends."""
+    return np.convolve(score.values, np.full(3, 1 / 3), "valid")
+
+
+def _noise(score: Series) -> float:
+    """Noise of an evaluation around a smooth course, from second differences: a trend adds none."""
+    floor = 0.01 * float(np.abs(score.values).max())
+    bends = np.diff(score.values, 2)
+    return max(float(np.sqrt(np.mean(bends**2) / 6)), floor)

@@ -1,0 +1,116 @@
+"""Detectors of the reward: lost after it was earned, fallen after a climb, standing still."""
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.store import Need
+
+PLATEAU_RECORDS = 40
+"""Records of reward below which standing still says nothing."""
+PLATEAU_SHARE = 0.5
+"""Part of the run that the reward must have stood."""
+REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
+
+
+@detector("reward_collapse", Need("steps", "reward"))
+def find_reward_loss(context: Context) -> list[Finding]:
+    """At least half of the reward's gain, or of its beginning, lost to the end; or a quarter."""
+    reward = context.reward
+    if reward is None or reward.loss is None:
+        return []
+    series, loss, severe = reward.series, reward.loss, reward.lost
+    if not severe and loss.ongoing and context.fall is not None:
+        return []
+    entropy = context.series("entropy")
+    onset = series.step(loss.onset)
+    back = "" if loss.ongoing else ", then came back"
+    low = float(series.smooth[loss.onset :].min())
+    said = f"Reward fell from {reward.peak:.2f} at its best to {low:.2f} from step {onset}{back}."
+    ends = {"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy) else {}
+    return [
+        Finding(
+            name="reward_collapse" if severe else "reward_drop",
+            severity="critical" if severe else "warning",
+            step=onset,
+            message=said,
+            evidence={
+                **reward.evidence(),
+                "best_step": reward.best_step,
+                "lost_share": (reward.peak - series.end) / reward.peak if reward.peak > 0 else None,
+                **ends,
+            },
+            advice=f"{_go_back(context, reward.best_step)} Lower lr or the updates per batch "
+            "(epochs x minibatches), and read completions of the last steps for gibberish, "
+            "repetition or a reward that is being gamed.",
+            reference=REWARD_REFERENCE,
+            warned=series.step(loss.warned),
+            until=None if loss.crossed is None else series.step(loss.crossed),
+        )
+    ]
+
+
+@detector("fall_after_climb", Need("steps", "reward"))
+def find_fall_after_climb(context: Context) -> list[Finding]:
+    """The reward climbed, then lost a quarter of the climb or more; half of it is a collapse."""
+    reward, fall = context.reward, context.fall
+    if reward is None or fall is None or reward.lost:
+        return []
+    share = (fall.best - fall.end) / (fall.best - fall.start)
+    return [
+        Finding(
+            name="fall_after_climb",
+            severity="warning",
+            step=fall.onset,
+            message=f"Reward climbed from {fall.start:.2f} to {fall.best:.2f} around step "
+            f"{fall.best_step} and has fallen to {fall.end:.2f} since: {share:.0%} of the climb "
+            "is lost.",
+            evidence={
+                "reward_start": fall.start,
+                "reward_peak": fall.best,
+                "reward_end": fall.end,
+                "best_step": fall.best_step,
+                "lost_share": share,
+            },
+            advice=f"{_go_back(context, fall.best_step)} Lower lr before you train on.",
+            reference=REWARD_REFERENCE,
+        )
+    ]
+
+
+def _go_back(context: Context, best: int) -> str:
+    """Where the best policy can be had from: a checkpoint that exists, or how to get one."""
+    saved = context.checkpoint_before(best)
+    if saved is not None:
+        where = "at" if saved == best else f"before step {best}, at"
+        return f"Go back to the checkpoint {where} step {saved}, where the reward was best."
+    if context.run.manifest.get("source") == "built-in":
+        return (
+            f"The reward was best at step {best}; there is no checkpoint before it: set "
+            "checkpoint_every."
+        )
+    return f"Go back to the last checkpoint before step {best}, where the reward was best."
+
+
+@detector("plateau", Need("steps", "reward"), min_steps=PLATEAU_RECORDS)
+def find_plateau(context: Context) -> list[Finding]:
+    """The reward rose, and has not moved over the later half of the run; it is not solved."""
+    reward = context.reward
+    if reward is None or reward.solved or not reward.improved or reward.gaining or context.fall:
+        return []
+    series, begin = reward.series, reward.stands_from
+    if len(series) - begin < PLATEAU_SHARE * len(series):
+        return []
+    step = series.step(begin)
+    return [
+        Finding(
+            name="plateau",
+            severity="info",
+            step=step,
+            message=f"Reward rose from {series.level:.2f} and has stood at {series.end:.2f} since "
+            f"step {step}, for {len(series) - begin} of {len(series)} records.",
+            evidence={"reward_start": series.level, "reward_end": series.end},
+            advice="More steps of the same will not help: give harder or other problems, or check "
+            "the held-out score and stop.",
+            reference=REWARD_REFERENCE,
+        )
+    ]

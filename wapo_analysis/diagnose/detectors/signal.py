@@ -1,0 +1,207 @@
+"""Detectors of the training signal: groups that teach nothing, and runs that learn nothing."""
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.levels import lasting
+from wapo_analysis.diagnose.result import Finding, Severity
+from wapo_analysis.diagnose.reward import RewardState
+from wapo_analysis.series import Series, silent_since
+from wapo_analysis.store import Need
+from wapo_analysis.table import Array
+
+FLAT_GROUPS = 0.5
+"""Share of groups without any reward difference at which a batch is half wasted."""
+NO_SIGNAL = 0.9
+"""Share of such groups that leaves no gradient."""
+NO_GRADIENT = 1e-3
+"""Gradient norm relative to its usual size that counts as none."""
+HARD, EASY = 0.25, 0.75
+"""Mean reward in [0, 1] at which flat groups are flat at the bottom, or at the top."""
+SIDE = 2.0
+"""Times as many groups all wrong as all right, or the reverse, that make it hard or easy."""
+LONG_FLAT = 50
+"""Records of a solved batch that went to waste, a third of the run at least, to be warned of."""
+ALL_CUT = 0.9
+"""Share of completions cut at the limit that explains why none earns a reward."""
+DAPO = "arXiv:2503.14476 (DAPO, dynamic sampling)"
+
+ANY_FLAT = (
+    Need("steps", "groups_flat")
+    | Need("steps", "groups_all_wrong")
+    | Need("steps", "groups_all_right")
+)
+
+
+@detector("zero_signal", ANY_FLAT)
+def find_flat_groups(context: Context) -> list[Finding]:
+    """In half of the groups or more all rewards are equal, to the end: too hard, too easy."""
+    flat = context.flat_groups
+    mean = _rolling_mean(flat)
+    begin = lasting(flat, mean >= FLAT_GROUPS)
+    if begin is None:
+        return []
+    side = _side(context)
+    step, now = flat.step(begin), float(mean[-1])
+    what, advice = _SIDES[side]
+    wasted = _wasted(context, flat, begin)
+    return [
+        Finding(
+            name=f"zero_signal_{side}" if side else "zero_signal",
+            severity=_severity(context.reward, side, wasted),
+            step=step,
+            message=f"{now:.0%} of the groups {what}, so they teach nothing; half or more do from "
+            f"step {step} on.",
+            evidence={"start": flat.level, "end": now, **_varying(context)},
+            advice=advice,
+            reference=DAPO,
+        )
+    ]
+
+
+_SIDES = {
+    "too_hard": (
+        "have no right completion",
+        "Give easier problems, or raise rollouts_per_prompt or temperature so that a right "
+        "completion turns up.",
+    ),
+    "too_easy": (
+        "are right in every completion",
+        "Give harder problems or leave the solved ones out of the batch; if the held-out score is "
+        "good, stop.",
+    ),
+    "": (
+        "have the same reward for every completion",
+        "Leave flat groups out of the batch and fill it with others, give problems of other "
+        "difficulty, or raise rollouts_per_prompt or temperature.",
+    ),
+}
+
+
+def _side(context: Context) -> str:
+    """Whether the flat groups lie at the bottom or at the top of the reward; empty if unknown."""
+    wrong, right = context.series("groups_all_wrong"), context.series("groups_all_right")
+    low = float(_rolling_mean(wrong)[-1]) if len(wrong) else 0.0
+    high = float(_rolling_mean(right)[-1]) if len(right) else 0.0
+    if max(low, high) >= FLAT_GROUPS / 2:
+        return "too_hard" if low >= SIDE * high else "too_easy" if high >= SIDE * low else ""
+    reward = context.reward
+    if reward is None:
+        return ""
+    if reward.solved or (reward.bounded and reward.series.end >= EASY):
+        return "too_easy"
+    held_out = context.held_out
+    low_too = not len(held_out) or held_out.end <= HARD
+    return "too_hard" if reward.bounded and reward.series.end <= HARD and low_too else ""
+
+
+def _wasted(context: Context, flat: Series, begin: int) -> bool:
+    """Half of the batch has gone to waste for long, and the reward gains no more."""
+    count = len(flat) - begin
+    reward = context.reward
+    gaining = reward is not None and reward.gaining
+    return count >= max(LONG_FLAT, len(flat) // 3) and not gaining
+
+
+def _severity(reward: RewardState | None, side: str, wasted: bool) -> Severity:
+    if reward is None or wasted:
+        return "warning"
+    done = reward.solved or reward.much_gained
+    return "info" if (side != "too_hard" and (done or reward.gaining)) else "warning"
+
+
+def _varying(context: Context) -> dict[str, str]:
+    """Reward functions that still vary over the batch, as evidence."""
+    names = [name for name, s in context.reward_spreads.items() if s.end > 0]
+    return {"functions_that_vary": ", ".join(names)} if names else {}
+
+
+@detector("stalled", Need("steps", "reward"), Need("steps", "grad_norm") | ANY_FLAT)
+def find_stall(context: Context) -> list[Finding]:
+    """No gradient, or no group with a difference, to the end; the reward is stuck and unsolved."""
+    reward = context.reward
+    if reward is None or reward.solved:
+        return []
+    flat, grad = context.flat_groups, context.series("grad_norm")
+    since = {
+        "flat_groups": _since(flat, flat.values >= NO_SIGNAL),
+        "grad_norm": _since(grad, grad.values <= NO_GRADIENT * _usual(grad)),
+    }
+    found = {name: step for name, step in since.items() if step is not None}
+    if not found:
+        return []
+    step = min(found.values())
+    if abs(reward.gain_since(step)) > reward.margin or _won(context):
+        return []
+    cut = context.series("truncated")
+    all_cut = bool(len(cut) and cut.end >= ALL_CUT)
+    return [
+        Finding(
+            name="stalled",
+            severity="critical",
+            step=step,
+            message=f"Nothing is learned from step {step} on: {_why(context, found, all_cut)}.",
+            evidence={
+                **reward.evidence(),
+                **{f"{name}_since": value for name, value in found.items()},
+                "grad_norm_end": grad.end if len(grad) else None,
+                **({"truncated": cut.end} if all_cut else {}),
+                **_varying(context),
+            },
+            advice="Raise max_new_tokens, or shorten what is asked for, until completions end by "
+            "themselves."
+            if all_cut
+            else "Mix in problems of other difficulty (task, data) or raise rollouts_per_prompt or "
+            "temperature so that groups differ; check that the reward can be earned at all.",
+            reference=DAPO,
+        )
+    ]
+
+
+def _why(context: Context, found: dict[str, int], all_cut: bool) -> str:
+    """The chain of causes, as far as the run shows it."""
+    reward = context.reward
+    assert reward is not None
+    nothing = reward.series.end <= min(0.0, float(reward.series.values.min()))
+    if all_cut:
+        share = context.series("truncated").end
+        every = "every completion" if share > 0.99 else f"{share:.0%} of completions"
+        return f"{every} is cut at the limit, so " + (
+            "none earns a reward and there is no gradient" if nothing else "groups do not differ"
+        )
+    parts = []
+    if "flat_groups" in found:
+        parts.append("there is no difference in reward within the groups")
+        varying = _varying(context).get("functions_that_vary")
+        if varying:
+            parts[0] += f", although {varying} varies between prompts"
+    parts.append("the gradient is zero" if "grad_norm" in found else "")
+    parts.append(reward.words() if not nothing else "no completion earns a reward")
+    return "; ".join(part for part in parts if part)
+
+
+def _won(context: Context) -> bool:
+    """The reward climbed to its highest and every function stands: on its scale it is solved."""
+    reward = context.reward
+    assert reward is not None
+    top = reward.series.end >= reward.peak - reward.margin / 4
+    return reward.improved and top and not reward.bounded and not _varying(context)
+
+
+def _usual(grad: Series) -> float:
+    """Gradient norm of a step that has one: the median of those of the first third."""
+    alive = grad.values[grad.values > 0]
+    return float(np.median(alive[: max(5, len(alive) // 3)])) if len(alive) else 0.0
+
+
+def _since(series: Series, quiet: Array) -> int | None:
+    begin = silent_since(quiet)
+    return None if begin is None else series.step(begin)
+
+
+def _rolling_mean(series: Series) -> Array:
+    """Mean over the window of a share, which with few groups a step is coarse."""
+    rolling = pd.Series(series.values).rolling(series.window, center=True, min_periods=1)
+    return rolling.mean().to_numpy()

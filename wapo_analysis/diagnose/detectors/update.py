@@ -1,0 +1,141 @@
+"""Detectors of how far the policy moves: clipped tokens, KL to the reference, learning rate."""
+
+import numpy as np
+
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.levels import lasting, level_finding
+from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.series import Series
+from wapo_analysis.store import Need
+from wapo_analysis.table import Array
+
+CLIPPED = 0.2
+"""Share of tokens without gradient because of the clip."""
+FAR = 1.0
+"""KL to the reference in nats per token at which a policy has left it."""
+FAR_UNPAID = 0.5
+"""The same where the reward did not gain while it went from half of this to here."""
+KL_GROWTH = 5.0
+"""Ratio to the beginning without which the distance is how the run was started."""
+LR_HIGH = 1e-3
+"""Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three."""
+LR_LOW = 1e-8
+"""Learning rate that moves nothing in a thousand steps."""
+LR_RECORDS = 30
+"""Records that a learning rate of nothing must cover."""
+CLIP_SIDES = "arXiv:2509.26114 (clip-low raises, clip-high lowers the entropy)"
+REFERENCE = "arXiv:2402.03300 (GRPO, KL penalty); arXiv:2503.14476 (DAPO, training without it)"
+RATES = "arXiv:2402.03300 (GRPO: 1e-6); docs/training.md"
+
+
+@detector("clip_saturation_low", Need("steps", "clip_low"))
+def find_clip_low(context: Context) -> list[Finding]:
+    """The lower clip stops a fifth of the tokens or more."""
+    series = context.series("clip_low")
+    return level_finding(
+        series,
+        lasting(series, series.smooth >= CLIPPED),
+        name="clip_saturation_low",
+        severity="warning",
+        what="The lower clip takes the gradient from a fifth of the tokens or more",
+        advice="The policy moves far within one batch: lower lr, epochs or minibatches, or widen "
+        "clip_eps (lower mask_ratio_low in the dapo family).",
+        reference=CLIP_SIDES,
+    )
+
+
+@detector("clip_saturation_high", Need("steps", "clip_high"))
+def find_clip_high(context: Context) -> list[Finding]:
+    """The upper clip stops a fifth of the tokens or more."""
+    series = context.series("clip_high")
+    return level_finding(
+        series,
+        lasting(series, series.smooth >= CLIPPED),
+        name="clip_saturation_high",
+        severity="warning",
+        what="The upper clip takes the gradient from a fifth of the tokens or more",
+        advice="The policy moves far within one batch: lower lr, epochs or minibatches, or widen "
+        "clip_eps (raise mask_ratio_high in the dapo family).",
+        reference=CLIP_SIDES,
+    )
+
+
+@detector("kl_drift", Need("steps", "kl_ref"))
+def find_kl_drift(context: Context) -> list[Finding]:
+    """The policy has gone far from the reference model, and the reward does not pay for it."""
+    series = context.series("kl_ref")
+    grown = series.smooth >= KL_GROWTH * max(series.level, 0.0)
+    paid = _gains_with(context, series)
+    begin = lasting(series, grown & (series.smooth >= (FAR if paid else FAR_UNPAID)))
+    return level_finding(
+        series,
+        begin,
+        name="kl_drift",
+        severity="info" if paid else "warning",
+        what="The policy is far from the reference model (KL in nats per token)",
+        advice="Raise the KL coefficient or lower lr, and compare completions with those of the "
+        "reference model: what the distance buys must show in a held-out score."
+        if not paid
+        else "The reward still gains: read completions to see that they stay sound.",
+        reference=REFERENCE,
+        share=False,
+        evidence=context.reward.evidence() if context.reward is not None else None,
+    )
+
+
+def _gains_with(context: Context, distance: Series) -> bool:
+    """Whether the reward gained over the steps in which the distance doubled to where it is."""
+    reward = context.reward
+    if reward is None or reward.lost or not len(distance):
+        return False
+    if reward.solved or reward.gaining:
+        return True
+    half = np.flatnonzero(distance.smooth <= distance.end / 2)
+    since = distance.step(int(half[-1]) if len(half) else 0)
+    return reward.gain_since(since) > reward.margin
+
+
+@detector("lr_far_off", Need("steps", "lr"))
+def find_lr(context: Context) -> list[Finding]:
+    """The learning rate is so high or so low that the rest of the settings hardly matters."""
+    series = context.series("lr")
+    high = series.values >= LR_HIGH
+    if high.any() and _moves_fast(context):
+        return [_lr_finding(series, high, "high")]
+    reward = context.reward
+    stuck = reward is not None and not reward.improved and not reward.solved
+    low = series.values <= LR_LOW
+    if stuck and low.all() and len(series) >= LR_RECORDS:
+        return [_lr_finding(series, low, "low")]
+    return []
+
+
+def _lr_finding(series: Series, where: Array, side: str) -> Finding:
+    top, step = float(series.values.max()), series.step(int(np.argmax(where)))
+    return Finding(
+        name="lr_far_off",
+        severity="warning",
+        step=step,
+        message=f"The learning rate reaches {top:.2g}, and the policy moves too fast for the clip "
+        "or its entropy to hold."
+        if side == "high"
+        else f"The learning rate is at most {top:.2g}, and nothing moves.",
+        evidence={"lr": top, "side": side},
+        advice="Lower lr tenfold: 1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for "
+        "LoRA or a small one."
+        if side == "high"
+        else "Raise lr: 1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for LoRA.",
+        reference=RATES,
+    )
+
+
+def _moves_fast(context: Context) -> bool:
+    """The policy leaves its batch or its entropy: many tokens clipped, a large k3, a big change."""
+    clipped = max((context.series(f"clip_{side}").smooth.max() for side in ("low", "high")
+                   if len(context.series(f"clip_{side}"))), default=0.0)  # fmt: skip
+    k3, entropy = context.series("kl_old"), context.series("entropy")
+    far = len(k3) > 0 and k3.smooth.max() >= 0.1
+    ratio = entropy.smooth / entropy.level if len(entropy) and entropy.level > 0 else np.ones(1)
+    lost = context.reward is not None and context.reward.lost
+    return bool(clipped >= CLIPPED or far or lost or ratio.max() >= 2 or ratio.min() <= 0.2)
