@@ -29,6 +29,7 @@ from wapo_analysis.capture.loop_passes import (
 from wapo_analysis.derive import reward_columns, rollout_sums, step_columns, token_sums
 from wapo_analysis.errors import UserError
 from wapo_analysis.record import recorder as core
+from wapo_analysis.store import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class Recorder(core.Recorder):
     ) -> None:
         settings.setdefault("rescore_every", 0)  # a loop is not asked to score again
         name = Path(path).name
-        described = {"name": name, "label": name, "source": "loop", **(manifest or {})}
-        super().__init__(path, described, **settings)
+        described = Manifest.begun("loop", ("torch",), name=name, label=name)
+        super().__init__(path, described.changed(manifest or {}), **settings)
         self._batches: list[BatchPass] = []
         self._numbered = 0
         self._warned = False

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import official, prime_rl, trl_files, verl
@@ -15,7 +14,7 @@ from wapo_analysis.importers.names import NameTable, check_mapping
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tabular import read_tables
-from wapo_analysis.store import Need, RunWriter, open_run
+from wapo_analysis.store import Manifest, Need, RunWriter, open_run
 from wapo_analysis.version import __version__
 
 Reader = Callable[[tuple[Path, ...], Sink, ImportReport], None]
@@ -149,18 +148,18 @@ def _write(
     return report
 
 
-def _manifest(chosen: ImportSettings, target: Path) -> dict[str, Any]:
+def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
     name = chosen.name or target.name
-    return {
-        "name": name,
-        "source": "import",
-        "label": chosen.label
-        or (chosen.objective.upper() if chosen.objective != "unknown" else name),
-        "objective": {"name": chosen.objective},
-        "temperature": chosen.temperature,
-        "seed": chosen.seed,
-        "versions": {"wapo-analysis": __version__},
-    }
+    known = chosen.objective != "unknown"
+    return Manifest(
+        name=name,
+        source="import",
+        label=chosen.label or (chosen.objective.upper() if known else name),
+        objective={"name": chosen.objective},
+        temperature=chosen.temperature,
+        seed=chosen.seed,
+        versions={"wapo-analysis": __version__},
+    )
 
 
 def _nothing(origin: Path, report: ImportReport) -> str:

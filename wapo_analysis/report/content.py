@@ -150,7 +150,7 @@ def provenance(run: Run) -> Provenance:
     return Provenance(
         name=run.name,
         facts=tuple((name, str(value)) for name, value in facts if value not in (None, "")),
-        manifest=json.dumps(manifest, indent=1, default=str, ensure_ascii=False),
+        manifest=json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False),
     )
 
 

@@ -8,10 +8,10 @@ from wapo_analysis.store.files import (
     MANIFEST,
     PART_TABLES,
     STEP_LOG,
-    read_manifest,
     round_mantissa,
     write_atomic,
 )
+from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.reader import Run, find_runs, open_run
 from wapo_analysis.store.writer import RunWriter
@@ -21,6 +21,7 @@ __all__ = [
     "PART_TABLES",
     "STEP_LOG",
     "Need",
+    "Manifest",
     "Run",
     "RunWriter",
     "find_runs",

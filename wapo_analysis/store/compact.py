@@ -5,7 +5,8 @@ from pathlib import Path
 from time import time
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.store.files import PART_TABLES, STEP_LOG, read_manifest
+from wapo_analysis.store.files import PART_TABLES, STEP_LOG
+from wapo_analysis.store.manifest import read_manifest
 from wapo_analysis.store.merge import replace_files
 from wapo_analysis.store.parts import list_parts
 
@@ -39,7 +40,7 @@ def compact(run: Path, force: bool = False) -> Compacted:
         lost then.
     """
     manifest = read_manifest(run)
-    if manifest.get("status") == "running" and not force and _fresh(run):
+    if manifest.status == "running" and not force and _fresh(run):
         raise UserError(
             f"{run} is being written: its log changed in the last minute; wait for its end, or "
             "give --force if its process is gone"

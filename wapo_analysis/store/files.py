@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.schema import SCHEMA_VERSION, Column
+from wapo_analysis.schema import Column
 from wapo_analysis.store.parts import read_part
 from wapo_analysis.table import Array, Records
 
@@ -24,6 +25,10 @@ PART_TABLES = ("tokens", "classes", "rollouts", "probes")
 MANTISSA_BITS = 15
 FULL_BITS = 23
 """Mantissa bits of a float32."""
+JSON_BYTES = 1 << 26
+"""Most bytes of a manifest that are read."""
+JSON_DEPTH = 64
+"""Levels of nesting that are read."""
 # Counters climb by one or repeat; differences of neighbours take almost nothing.
 _COUNTERS = frozenset(("group", "rollout", "position"))
 
@@ -49,6 +54,82 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a half."""
     with renamed_when_whole(path) as stream:
         stream.write(data)
+
+
+def open_regular(path: Path, limit: int) -> BinaryIO:
+    """Open a regular file for reading; never a pipe, a socket or a device, which could block.
+
+    Parameters
+    ----------
+    path : Path
+        A link to a regular file will do.
+    limit : int
+        Most bytes it may have.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is not there (any more).
+    UserError
+        If it is no regular file, is larger, or cannot be opened; the message names it.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is no regular file; move it away")
+        # A pipe that has taken its place since must not block either.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        stream = open(os.open(path, flags), "rb")
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {error}") from error
+    status = os.fstat(stream.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= limit:
+        return stream
+    stream.close()
+    raise UserError(
+        f"{path} has {status.st_size:,} bytes, more than the {limit:,} that are read"
+        if stat.S_ISREG(status.st_mode)
+        else f"{path} is no regular file; move it away"
+    )
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
+    """Content of a JSON file.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read, is no JSON, or is too large or too deeply nested.
+    """
+    try:
+        with open_regular(path, limit) as stream:
+            return parse_json(stream.read(limit + 1).decode("utf-8"))
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Value of a JSON text; ValueError if it is none or is nested more than `JSON_DEPTH` deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {JSON_DEPTH} deep")
 
 
 def round_mantissa(values: Array, bits: int = MANTISSA_BITS) -> Array:
@@ -141,35 +222,6 @@ def step_lines(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 "delete that line to read the others"
             ) from error
         yield line, row
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Manifest of a run folder.
-
-    Raises
-    ------
-    UserError
-        If the folder is missing, is no run, is broken, or is of another schema version.
-    """
-    file = path / MANIFEST
-    if not path.is_dir():
-        raise UserError(f"no run folder at {path}; give a folder written by wapo train or attach")
-    if not file.exists():
-        inside = sorted(p.parent.name for p in path.glob(f"*/{MANIFEST}"))
-        hint = f"; runs inside it: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{path} is not a run: it has no {MANIFEST}{hint}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
-        raise UserError(f"{file} has no schema_version; it is no manifest of a run")
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema version {version}; this installation reads version {SCHEMA_VERSION}"
-        )
-    return dict(manifest)
 
 
 def read_vocab(path: Path) -> dict[int, str]:

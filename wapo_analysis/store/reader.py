@@ -14,14 +14,8 @@ import pyarrow as pa
 from wapo_analysis.derive import derived_columns, with_class
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import STEPS, TABLES, Table
-from wapo_analysis.store.files import (
-    MANIFEST,
-    PART_TABLES,
-    STEP_LOG,
-    read_manifest,
-    read_vocab,
-    step_lines,
-)
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, read_vocab, step_lines
+from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parts import listed_keys, read_rows
 from wapo_analysis.store.summary import Engine, class_summary
@@ -39,38 +33,36 @@ class Run:
     ----------
     path : Path
         Run folder.
-    manifest : dict
-        Its manifest.
+    manifest : Manifest
     """
 
     path: Path
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=Manifest)
 
     @property
     def name(self) -> str:
         """Name shown in figures: the manifest's, else the folder's."""
-        return str(self.manifest.get("name") or self.path.name)
+        return self.manifest.name or self.path.name
 
     @property
     def objective(self) -> str:
         """Name of the objective, or ``"unknown"``."""
-        return str(self.manifest.get("objective", {}).get("name", "unknown"))
+        return str(self.manifest.objective.get("name", "unknown"))
 
     @property
     def label(self) -> str:
         """Name of the setting in legends; runs that share it are seeds of one setting."""
-        return str(self.manifest.get("label") or self.objective.upper())
+        return self.manifest.label or self.objective.upper()
 
     @property
     def seed(self) -> int | None:
         """Seed of the run, None if the source gave none."""
-        seed = self.manifest.get("seed")
-        return seed if isinstance(seed, int) else None
+        return self.manifest.seed
 
     @property
     def temperature(self) -> float:
         """Softmax temperature of the recorded statistics."""
-        return float(self.manifest.get("temperature", 1.0))
+        return self.manifest.temperature or 1.0
 
     @cached_property
     def steps(self) -> pd.DataFrame:
@@ -173,8 +165,8 @@ class Run:
         return parts_frame(list(rows.values()), TABLES[name])
 
     def __repr__(self) -> str:
-        status = self.manifest.get("status", "?")
-        return f"Run({self.name!r}, {self.objective}, {len(self.steps)} steps, {status})"
+        steps = f"{len(self.steps)} steps"
+        return f"Run({self.name!r}, {self.objective}, {steps}, {self.manifest.status})"
 
     def _repr_html_(self) -> str:
         from html import escape

@@ -10,7 +10,8 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
-from wapo_analysis.store.files import MANIFEST, STEP_LOG, read_manifest
+from wapo_analysis.store.files import MANIFEST, STEP_LOG
+from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parts import Key, read_rows
 from wapo_analysis.store.reader import Run, parts_frame, steps_frame, summed_classes
 
@@ -40,7 +41,7 @@ class Tail:
     _inode: int = 0
     _offset: int = 0
     _lines: int = 0
-    _manifest: dict[str, Any] = field(default_factory=dict)
+    _manifest: Manifest = field(default_factory=Manifest)
     _manifest_seen: tuple[int, int] = (0, 0)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _have: dict[str, set[Key]] = field(default_factory=dict)
@@ -81,7 +82,7 @@ class Tail:
 
     def run(self) -> Run:
         """Return the run as it was at the last poll; its step and class tables are in memory."""
-        run = Run(self.path, dict(self._manifest))
+        run = Run(self.path, self._manifest)
         # Cached properties of a run read what is already there.
         vars(run).update(
             steps=steps_frame(self._rows),

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.schema import SCHEMA_VERSION, STEPS
+from wapo_analysis.schema import STEPS
 from wapo_analysis.store.files import (
     FULL_BITS,
     MANIFEST,
@@ -24,6 +24,7 @@ from wapo_analysis.store.files import (
     step_lines,
     write_atomic,
 )
+from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.store.merge import merge_parts, replace_files
 from wapo_analysis.store.parts import list_parts, part_name
 from wapo_analysis.table import Records
@@ -42,7 +43,7 @@ class RunWriter:
     path : Path
         Folder; made if absent.
     manifest : mapping
-        Description of the run (JSON values); schema version is added.
+        Description of the run, see `Manifest`.
     resume_after : int, optional
         Continue an existing run after this step: later steps and parts are dropped.
     store_bits : int
@@ -72,7 +73,7 @@ class RunWriter:
                 (path / name).mkdir(parents=True, exist_ok=True)
             if resume_after is not None:
                 _rewind(path, resume_after)
-            self.manifest: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **manifest}
+            self.manifest = Manifest.of(manifest)
             self.update_manifest(status="running")
         except OSError as error:
             raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
@@ -89,9 +90,8 @@ class RunWriter:
 
     def update_manifest(self, **changes: Any) -> None:
         """Change manifest entries and write the manifest anew."""
-        self.manifest.update(changes)
-        text = json.dumps(self.manifest, indent=1, sort_keys=False, default=str)
-        write_atomic(self.path / MANIFEST, text.encode())
+        self.manifest = self.manifest.changed(changes)
+        write_manifest(self.path, self.manifest)
 
     def append_step(self, row: Mapping[str, float]) -> None:
         """Append one line to the step log and flush it; non-finite numbers become null."""

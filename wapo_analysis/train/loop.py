@@ -26,7 +26,7 @@ from wapo_analysis.objectives.weights import (
 )
 from wapo_analysis.record.recorder import NullRecorder, Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
-from wapo_analysis.store import open_run, read_manifest
+from wapo_analysis.store import read_manifest
 from wapo_analysis.train.batch import batch_columns, batch_sums, draw_batch, rollout_columns
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
@@ -179,7 +179,7 @@ def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) ->
     if resume_after is None:
         manifest = new_manifest(config, trainer.policy, capture)
     else:
-        manifest = resumed_manifest(open_run(run), config, capture)
+        manifest = resumed_manifest(read_manifest(run), config, capture)
     return Recorder(
         run,
         {**manifest, "processes": trainer.world.size},

@@ -1,45 +1,41 @@
 """What the manifest of a built-in run says: settings, model, versions."""
 
-import platform
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
-from typing import Any
 
 from wapo_analysis.capture.mode import CaptureMode
 from wapo_analysis.errors import UserError
-from wapo_analysis.store import Run
+from wapo_analysis.store import Manifest
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import Policy
 
 
-def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> dict[str, Any]:
+def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> Manifest:
     """Manifest of a new run: what was trained, on what, with which versions."""
     task = config.load_task()
     objective = config.objective_config(config.max_new_tokens or task.max_new_tokens)
-    packages = ("wapo-analysis", "torch", "transformers", "numpy", "pandas", "pyarrow")
-    return {
-        "name": f"{config.shown_label} seed {config.seed}",
-        "label": config.shown_label,
-        "source": "built-in",
-        "objective": {**asdict(objective), "bounds": [objective.bounds.low, objective.bounds.high]},
-        "task": config.task,
-        "data": task.data_record(),
-        "model": config.model,
-        "tokenizer": type(policy.tokenizer).__name__,
-        "vocabulary": int(policy.model.config.vocab_size),
-        "parameters": sum(p.numel() for p in policy.module.parameters()),
-        "trainable_parameters": sum(p.numel() for p in policy.trainable().values()),
-        "seed": config.seed,
-        "device": str(policy.device),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "config": config.to_dict(),
-        "capture": capture.to_dict(),
-    }
+    return Manifest.begun(
+        "built-in",
+        ("torch", "transformers", "numpy", "pandas", "pyarrow"),
+        name=f"{config.shown_label} seed {config.seed}",
+        label=config.shown_label,
+        objective={**asdict(objective), "bounds": [objective.bounds.low, objective.bounds.high]},
+        task=config.task,
+        data=task.data_record(),
+        model=config.model,
+        tokenizer=type(policy.tokenizer).__name__,
+        vocabulary=int(policy.model.config.vocab_size),
+        parameters=sum(p.numel() for p in policy.module.parameters()),
+        trainable_parameters=sum(p.numel() for p in policy.trainable().values()),
+        seed=config.seed,
+        device=str(policy.device),
+        planned_steps=config.steps,
+        config=config.to_dict(),
+        capture=capture.to_dict(),
+    )
 
 
-def resumed_manifest(run: Run, config: TrainConfig, capture: CaptureMode) -> dict[str, Any]:
+def resumed_manifest(before: Manifest, config: TrainConfig, capture: CaptureMode) -> Manifest:
     """Manifest of a continued run; a changed step count is the only change it may carry.
 
     Raises
@@ -47,13 +43,19 @@ def resumed_manifest(run: Run, config: TrainConfig, capture: CaptureMode) -> dic
     UserError
         If the task's data are not those the run began with.
     """
-    before, now = run.manifest.get("data", {}), config.load_task().data_record()
+    data, now = before.data, config.load_task().data_record()
     for name in ("sha256", "reward_sha256", "train", "held_out"):
-        if before and before.get(name) != now.get(name):
+        if data and data.get(name) != now.get(name):
             raise UserError(
                 f"cannot resume: the data of task {config.task} changed since the run began "
-                f"({name} was {str(before.get(name))[:12]}, is {str(now.get(name))[:12]})"
+                f"({name} was {str(data.get(name))[:12]}, is {str(now.get(name))[:12]})"
             )
-    resumed = [*run.manifest.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
-    changes = {"config": config.to_dict(), "capture": capture.to_dict(), "resumed": resumed}
-    return {**run.manifest, **changes}
+    return before.changed(
+        {
+            "planned_steps": config.steps,
+            "config": config.to_dict(),
+            "capture": capture.to_dict(),
+            "resumed": [*(before.resumed or []), datetime.now(UTC).isoformat(timespec="seconds")],
+            "step_lines": None,
+        }
+    )

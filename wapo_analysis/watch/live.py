@@ -60,7 +60,7 @@ class Watcher:
     @property
     def ended(self) -> bool:
         """The run is no longer being written."""
-        return self.run is not None and self.run.manifest.get("status", "running") != "running"
+        return self.run is not None and self.run.manifest.status != "running"
 
     def view(self, width: int, height: int | None = None) -> RenderableType:
         """Return the view of the last refresh; it fits ``height`` rows if that is given."""

@@ -83,9 +83,9 @@ def one_line(run: Run, diagnosis: Diagnosis) -> str:
 
 
 def _header(run: Run, written: float | None) -> Text:
-    status = printable(str(run.manifest.get("status", "?")))
+    status = printable(run.manifest.status)
     steps = run.steps
-    total = run.manifest.get("config", {}).get("steps")
+    total = run.manifest.planned_steps or run.manifest.config.get("steps")
     done = int(steps["step"].iloc[-1]) if len(steps) else 0
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(status, "green" if status in ("running", "finished") else "bold red")

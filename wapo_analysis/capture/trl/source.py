@@ -1,10 +1,7 @@
 """What a TRL trainer is: can it be watched, how does it clip, what goes into the manifest."""
 
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -12,6 +9,7 @@ from torch import Tensor
 
 from wapo_analysis.capture.trl.stats import causal_model
 from wapo_analysis.errors import UserError
+from wapo_analysis.store import Manifest
 
 SCORER = "_get_per_token_logps_and_entropies"
 _NEEDED = ("_compute_loss", "_generate_and_score_completions", "training_step", "add_callback")
@@ -124,34 +122,34 @@ def clip_rule(trainer: Any) -> ClipRule:
     )
 
 
-def new_manifest(trainer: Any, name: str | None, label: str | None) -> dict[str, Any]:
+def new_manifest(trainer: Any, name: str | None, label: str | None) -> Manifest:
     """Manifest of a watched run: objective, model, settings that matter, versions."""
     model, rule = causal_model(trainer), clip_rule(trainer)
     wapo = getattr(trainer, "_wapo_objective", None)
     loss = wapo.name if wapo is not None else str(getattr(trainer, "loss_type", "grpo"))
     config = {key: getattr(trainer.args, key) for key in _CONFIG if hasattr(trainer.args, key)}
     settings = {"name": loss, "bounds": [rule.low, rule.high], "delta": rule.delta}
-    finite = {key: _finite(value) for key, value in settings.items()}
-    seed = trainer.args.seed
-    return {
-        "name": name or f"{loss} seed {seed}",
-        **({"label": label} if label else {}),
-        "source": "trl",
-        "trainer": type(trainer).__name__,
-        "objective": finite,
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "tokenizer": type(trainer.processing_class).__name__,
-        "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "seed": seed,
-        "device": str(trainer.accelerator.device),
-        "processes": trainer.accelerator.num_processes,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "config": {key: _plain(value) for key, value in config.items()},
-        "not_in_coef": _beside_logp(trainer),
-    }
+    seed, planned = trainer.args.seed, int(getattr(trainer.args, "max_steps", 0))
+    parameters = list(trainer.model.parameters())
+    return Manifest.begun(
+        "trl",
+        ("trl", "torch", "transformers", "accelerate", "peft", "vllm"),
+        name=name or f"{loss} seed {seed}",
+        label=label,
+        trainer=type(trainer).__name__,
+        objective=settings,
+        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        tokenizer=type(trainer.processing_class).__name__,
+        vocabulary=int(model.get_output_embeddings().weight.shape[0]),
+        parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        seed=seed,
+        device=str(trainer.accelerator.device),
+        processes=trainer.accelerator.num_processes,
+        planned_steps=planned if planned > 0 else None,
+        config={key: _plain(value) for key, value in config.items()},
+        not_in_coef=_beside_logp(trainer),
+    )
 
 
 def _beside_logp(trainer: Any) -> list[str]:
@@ -162,24 +160,6 @@ def _beside_logp(trainer: Any) -> list[str]:
     if getattr(trainer, "aux_loss_enabled", False):
         parts.append("router load-balancing loss")
     return parts
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    packages = ("wapo-analysis", "trl", "torch", "transformers", "accelerate", "peft", "vllm")
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: an absent bound is null."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and abs(value) == torch.inf else value
 
 
 def _plain(value: Any) -> Any:

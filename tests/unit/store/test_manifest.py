@@ -1,0 +1,138 @@
+"""The manifest: one name for a field, old names read, no shape that crashes a reader."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import Manifest, RunWriter, open_run, read_manifest
+from wapo_analysis.store.manifest import write_manifest
+
+OLD_RUN = Path(__file__).parents[2] / "data" / "run_0_1"
+
+
+def written(folder: Path, entries: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = entries if isinstance(entries, str) else json.dumps(entries)
+    (folder / "manifest.json").write_text(text)
+    return folder
+
+
+def test_a_run_of_version_0_1_reads_as_it_read_then() -> None:
+    run = open_run(OLD_RUN)
+    expected = json.loads((OLD_RUN / "expected.json").read_text())
+    steps = run.steps[list(expected["steps"])].to_dict("list")
+    assert steps == expected["steps"]
+    classes = run.classes.groupby("cls")[list(expected["classes"])].sum().to_dict("list")
+    assert classes == expected["classes"]
+    tokens = run.tokens()
+    for name, total in expected["tokens"].items():
+        assert float(tokens[name].sum()) == total, name
+    assert float(run.probes["measured_dentropy"].sum()) == expected["probes"]
+    assert len(run.vocab) == expected["vocab"]
+    assert run.rollouts["prompt"].tolist()[:3] == expected["prompts"]
+    assert run.manifest.problems == ()
+    old = json.loads((OLD_RUN / "manifest.json").read_text())
+    assert dict(run.manifest) == {name: value for name, value in old.items() if value != {}}
+
+
+def test_a_field_has_one_name_and_the_old_one_is_read(tmp_path: Path) -> None:
+    old = read_manifest(written(tmp_path, {"schema_version": 1, "trainable": 7}))
+    assert old.trainable_parameters == 7
+    assert "trainable" not in old
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    manifest = Manifest.begun(
+        "loop",
+        ("torch", "no-such-package"),
+        seed=np.int64(3),
+        objective={"name": "grpo", "bounds": [0.8, float("inf")]},
+        config={"lr": np.float32(0.5), "path": Path("a"), "beta": float("nan")},
+        mine={"anything": [1, (2, 3)]},
+    )
+    write_manifest(tmp_path, manifest)
+    json.loads((tmp_path / "manifest.json").read_text(), parse_constant=pytest.fail)
+    again = read_manifest(tmp_path)
+    assert again == manifest
+    assert again.objective["bounds"] == [0.8, None]
+    assert again.config == {"lr": 0.5, "path": "a", "beta": None}
+    assert again.extra == {"mine": {"anything": [1, [2, 3]]}}
+    assert again["seed"] == again.seed == 3
+    assert set(again.versions) == {"python", "wapo-analysis", "torch"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("label", ["a"]), ("name", {"a": 1}), ("objective", [1]), ("objective", {"name": []}),
+        ("objective", {"name": "grpo", "bounds": "wide"}), ("seed", "zero"), ("seed", 2**70),
+        ("seed", True), ("vocabulary", 1.5), ("config", []), ("config", "lr"), ("versions", 3),
+        ("eval_before", {"eval/pass@1": "high"}), ("eval_before", {"x": 10**400}),
+        ("token_fraction", "half"), ("capture", 0), ("resumed", "yesterday"), ("status", {}),
+        ("import", []), ("data", "here"), ("not_in_coef", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_another_shape_is_left_out_and_told(
+    tmp_path: Path, entry: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = written(tmp_path, {"schema_version": 1, "model": "m", entry: value})
+    with caplog.at_level(logging.WARNING):
+        manifest = read_manifest(folder)
+    assert manifest.model == "m"
+    assert len(manifest.problems) == 1
+    assert manifest.problems[0].startswith(f"{entry} is ")
+    assert str(folder / "manifest.json") in caplog.text
+    assert manifest.get(entry) in (None, "running")
+    with pytest.raises(UserError, match=f"manifest entry {entry} is .*, not a"):
+        Manifest.of({entry: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, "1", None, [], 10**400, float("inf")])
+def test_a_temperature_that_is_none_is_an_error(tmp_path: Path, value: Any) -> None:
+    folder = written(tmp_path, {"schema_version": 1, "temperature": value})
+    if value is None:
+        assert open_run(folder).temperature == 1.0
+        return
+    with pytest.raises(UserError, match=r"manifest\.json: temperature is .*, not a"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[1]", "3", '"text"', "{}", '{"schema_version": true}', "[" * 100_000,
+     '{"schema_version": 1, "config": ' + "[" * 900 + "]" * 900 + "}",
+     '{"schema_version": 1, "seed": ' + "9" * 5000 + "}", "\x00", "{'a': 1}",
+     '{"schema_version": "1"}', '{"schema_version": 1e0}', '{"schema_version": 2}'],
+)  # fmt: skip
+def test_no_manifest_is_one_line_that_names_it(tmp_path: Path, text: str) -> None:
+    written(tmp_path, text)
+    with pytest.raises(UserError) as told:
+        read_manifest(tmp_path)
+    assert str(tmp_path) in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_changed_entry_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RunWriter(tmp_path / "r", {"seed": 1}).close("finished")
+    file = tmp_path / "r" / "manifest.json"
+    assert read_manifest(tmp_path / "r").problems == ()
+    file.write_text(file.read_text().replace('"seed": 1', '"seed": 2'))
+    manifest = read_manifest(tmp_path / "r")
+    assert (manifest.seed, len(manifest.problems)) == (2, 1)
+    assert "do not match their checksum" in caplog.text
+
+
+def test_a_setting_has_the_kind_of_its_default() -> None:
+    manifest = Manifest(name="r", config={"epochs": 2, "lr": 1, "optimizer": "sgd", "bad": "\x00"})
+    assert manifest.setting("epochs", 1) == 2
+    assert manifest.setting("lr", 0.5) == 1.0
+    assert manifest.setting("optimizer", "adamw") == "sgd"
+    assert manifest.setting("absent", 0.9) == 0.9
+    for name, default in (("bad", 1), ("bad", 1.0), ("epochs", "a"), ("lr", True)):
+        with pytest.raises(UserError, match=f"setting {name} of run r is"):
+            manifest.setting(name, default)
