@@ -58,7 +58,7 @@ def test_eval_prints_text_and_completions(
     capsys.readouterr()
     assert wapo(["eval", str(trained), "--show", "2"]) == 0
     out = capsys.readouterr().out
-    assert "checkpoint of step 4: 5 held-out prompts, 2 completions each" in out
+    assert "checkpoint of step 4\n  5 held-out prompts, 2 completions each" in out
     assert out.count("\n>>> ") == 2
 
 

@@ -1,14 +1,17 @@
-"""Which tokens, rollouts and prompts hold a step's gradient and its predicted entropy flow."""
+"""Which tokens, rollouts and prompts hold a step's gradient and its predicted dH."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.errors import UserError
-from wapo_analysis.probes import three_numbers
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.probes import MEANINGS, set_name, three_numbers
+from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
@@ -16,10 +19,12 @@ CONTEXT = 12
 _TOKEN_KEYS = ["group", "rollout", "position"]
 _SUMS = {"grad_norm": "sum", "pred_dentropy": "sum"}
 _MISSING_TEXT = "?"
+_SHOWN_TEXT = 60
+"""Characters of a prompt or completion in a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepAttribution:
+class StepAttribution(Result):
     """Where a step's update came from.
 
     Attributes
@@ -58,14 +63,43 @@ class StepAttribution:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes None."""
         tables = ("tokens", "by_flow", "rollouts", "prompts", "three_numbers")
-        return {
-            "run": self.run,
-            "step": self.step,
-            "grad_mass": _plain(self.grad_mass),
-            "flow": _plain(self.flow),
-            "fraction": self.fraction,
-            **{name: _records(getattr(self, name)) for name in tables},
-        }
+        numbers = {"grad_mass": self.grad_mass, "flow": self.flow, "fraction": self.fraction}
+        records = {name: getattr(self, name).to_dict("records") for name in tables}
+        found: dict[str, Any] = plain({"run": self.run, "step": self.step, **numbers, **records})
+        return found
+
+    @property
+    def headline(self) -> str:
+        """One sentence with the totals."""
+        text = f"{self.run}, step {self.step}: gradient mass {self.grad_mass:.3g}"
+        if isfinite(self.flow):
+            way = "a rise" if self.flow > 0 else "a fall"
+            text += f", predicted dH {self.flow:+.3g} nats per unit learning rate ({way})"
+        if self.fraction < 1:
+            text += f"; from {self.fraction:.0%} of the rollouts"
+        return text + "."
+
+    def page(self) -> Section:
+        """Tokens, rollouts and prompts by share, then predicted, class alone and measured."""
+        tables: list[tuple[str, Grid]] = [
+            ("Tokens by share of the gradient", _token_grid(self.tokens)),
+            ("Tokens by share of the predicted dH", _token_grid(self.by_flow)),
+            ("Rollouts by share of the gradient", _rollout_grid(self.rollouts)),
+            ("Prompts by share of the gradient", _prompt_grid(self.prompts)),
+        ]
+        parts: list[Block] = [Section(title, [g]) for title, g in tables if len(g.rows) > 1]
+        if len(self.three_numbers):
+            seen = dict.fromkeys(self.three_numbers["verdict"])
+            parts.append(
+                Section(
+                    "dH of one update, mean nats: predicted, class alone, measured",
+                    [
+                        _three_grid(self.three_numbers),
+                        Items([f"{verdict}: {MEANINGS[verdict]}." for verdict in seen]),
+                    ],
+                )
+            )
+        return Section(self.headline, parts)
 
 
 def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
@@ -183,22 +217,59 @@ def _context(positions: Array, ids: Array, position: int, vocab: dict[int, str])
     place = int(np.searchsorted(positions, position))
     spelled = [vocab.get(int(token), _MISSING_TEXT) for token in ids]
     before, after = spelled[max(0, place - CONTEXT) : place], spelled[place + 1 :][: CONTEXT // 2]
-    return one_line(f"{''.join(before)}[{spelled[place]}]{''.join(after)}")
+    return printable(f"{''.join(before)}[{spelled[place]}]{''.join(after)}")
 
 
-def one_line(text: str) -> str:
-    """Text without line breaks and control characters, which are written as they are spelled."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _token_grid(frame: pd.DataFrame) -> Grid:
+    rows = [["class", "in context", "gradient", "predicted dH", "p", "rollout", "position"]]
+    for row in frame.to_dict("records"):
+        places = [str(row["rollout"]), str(row["position"])]
+        named = [str(row["cls"]), str(row["context"])]
+        rows.append([*named, *_shares(row), f"{row['prob']:.3g}", *places])
+    return Grid(rows, left=2)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+def _rollout_grid(frame: pd.DataFrame) -> Grid:
+    rows = [["completion", "gradient", "predicted dH", "rollout", "prompt", "tokens", "reward"]]
+    for row in frame.to_dict("records"):
+        numbers = [str(row[name]) for name in ("rollout", "group", "tokens")]
+        text = _one_line(row["completion"])
+        rows.append([text, *_shares(row), *numbers, f"{row['reward']:.3g}"])
+    return Grid(rows)
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def _prompt_grid(frame: pd.DataFrame) -> Grid:
+    rows = [["text", "gradient", "predicted dH", "prompt", "tokens"]]
+    for row in frame.to_dict("records"):
+        text = _one_line(row["prompt"])
+        rows.append([text, *_shares(row), str(row["group"]), str(row["tokens"])])
+    return Grid(rows)
+
+
+def _three_grid(numbers: pd.DataFrame) -> Grid:
+    """Table of :func:`wapo_analysis.probes.three_numbers`."""
+    rows = [["tokens of", "verdict", "tokens", "predicted", "class alone", "measured"]]
+    for row in numbers.to_dict("records"):
+        change = [_signed(row[name]) for name in ("predicted", "counterfactual", "measured")]
+        named = [set_name(int(row["tokens_of"])), str(row["verdict"])]
+        rows.append([*named, str(int(row["tokens"])), *change])
+    return Grid(rows, left=2)
+
+
+def _shares(row: Mapping[Any, Any]) -> list[str]:
     return [
-        {str(name): _plain(value) for name, value in row.items()}
-        for row in frame.to_dict("records")
+        f"{100 * row[name]:.1f}%" if isfinite(row[name]) else "-"
+        for name in ("mass_share", "flow_share")
     ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2e}" if isfinite(value) else "-"
+
+
+def _one_line(text: object) -> str:
+    """One line of a text; a dash where there is none."""
+    if not isinstance(text, str):
+        return "-"
+    line = printable(text)
+    return line if len(line) <= _SHOWN_TEXT else f"{line[: _SHOWN_TEXT - 3]}..."

@@ -31,6 +31,7 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -48,7 +49,7 @@ _LARGEST_SHIFT = 50.0  # exp of it is far above any ceiling and still finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class WhatIf:
+class WhatIf(Result):
     """Estimated entropy path of a run without some classes.
 
     Attributes
@@ -94,21 +95,33 @@ class WhatIf:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "run": self.run,
-            "excluded": list(self.excluded),
-            "recorded_change": _number(self.recorded_change),
-            "estimated_change": _number(self.estimated_change),
-            "band": [_number(self.low), _number(self.high)],
-            "effect": _number(self.effect),
-            "clear": self.is_clear,
-            "accounted": _number(self.accounted),
-            "probes": self.probes,
-            "path": [
-                {name: _number(value) for name, value in row.items()}
-                for row in self.path.to_dict("records")
-            ],
-        }
+        found: dict[str, Any] = plain(
+            {
+                "run": self.run,
+                "excluded": list(self.excluded),
+                "recorded_change": self.recorded_change,
+                "estimated_change": self.estimated_change,
+                "band": [self.low, self.high],
+                "effect": self.effect,
+                "clear": self.is_clear,
+                "accounted": self.accounted,
+                "probes": self.probes,
+                "path": self.path.to_dict("records"),
+            },
+            digits=6,
+        )
+        return found
+
+    def page(self) -> Section:
+        """The sentences and a few rows of the path."""
+        rows = [["step", "recorded", "estimated", "90% band"]]
+        last = len(self.path) - 1
+        for place in sorted({round(i * last / 9) for i in range(10)}):
+            row = self.path.iloc[place]
+            numbers = [f"{row[name]:.3f}" for name in ("recorded", "estimated")]
+            rows.append([str(int(row["step"])), *numbers, f"{row['low']:.3f} to {row['high']:.3f}"])
+        parts: list[Block] = [Items(self.sentences()), Grid(rows, left=0)]
+        return Section(self.run, parts)
 
     def sentences(self) -> list[str]:
         """Result and its limits in plain sentences."""
@@ -303,10 +316,3 @@ def _change(start: Array, path: Array) -> float:
     """Mean of the last steps of a path less the first steps of its start."""
     width = min(ENDS, max(len(path) // 2, 1))
     return float(path[-width:].mean() - start[:width].mean())
-
-
-def _number(value: Any) -> float | int | None:
-    number = value.item() if isinstance(value, np.generic) else value
-    if isinstance(number, int):
-        return number
-    return float(f"{number:.6g}") if np.isfinite(number) else None

@@ -1,5 +1,6 @@
 """What several commands share: arguments, opening runs, error lines."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,6 +12,7 @@ from wapo_analysis.errors import UserError, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from wapo_analysis.results import Result
     from wapo_analysis.store import Run
 
 RunsArgument = Annotated[
@@ -30,6 +32,14 @@ Format = Literal["text", "json", "markdown"]
 def say(text: str) -> None:
     """Print a result on stdout; what a run's texts hold beyond lines and tabs is shown escaped."""
     typer.echo(printable(text, keep="\n\t"))
+
+
+def show(result: "Result", format: Format) -> None:
+    """Print a result on stdout; as JSON, that and nothing else."""
+    if format == "json":
+        typer.echo(json.dumps(result.to_dict(), indent=1, allow_nan=False))
+    else:
+        say(result.to_markdown() if format == "markdown" else result.to_text())
 
 
 def console_error(text: str) -> None:

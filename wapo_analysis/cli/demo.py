@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import check_new, console_error, progress_over
-from wapo_analysis.cli.compare import print_comparison
+from wapo_analysis.cli.common import check_new, console_error, progress_over, show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.errors import UserError
 
@@ -108,7 +107,7 @@ def _conclude(out: Path, folders: Sequence[Path]) -> None:
     from wapo_analysis.store import open_run
 
     runs = [open_run(folder) for folder in folders]
-    print_comparison(compare(runs))
+    show(compare(runs), "text")
     write_figures(runs, out / "figures", "png", None)
     report = out / "report.html"
     build_report(runs, report)

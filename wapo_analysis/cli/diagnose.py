@@ -1,12 +1,11 @@
 """``wapo diagnose``."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, open_runs, say
+from wapo_analysis.cli.common import Format, RunArgument, open_runs, say, show
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,33 +38,28 @@ def diagnose(
 ) -> None:
     """Say what happened to a run, since when, and what drives it.
 
-    Entropy is judged both ways against the run's own beginning. Examples:
+    Entropy is judged both ways against the run's own baseline. Examples:
 
         wapo diagnose runs/mine --format json --fail-on critical
 
         wapo diagnose runs/mine --step 41 --top 5
     """
-    from wapo_analysis.diagnose import SEVERITIES
     from wapo_analysis.diagnose import diagnose as diagnose_run
 
     (opened,) = open_runs([run]) if (run / "manifest.json").exists() else _only(run)
     if step is not None:
-        from wapo_analysis.cli.whatif import print_step
+        from wapo_analysis.attribute import attribute_step
 
         if fail_on is not None:
-            raise UserError("--fail-on judges the whole run; it cannot stand beside --step")
-        print_step(opened, step, top, format)
+            raise UserError("--fail-on judges the whole run; it cannot be combined with --step")
+        show(attribute_step(opened, step, top), format)
         return
     found = diagnose_run(opened)
-    if format == "json":
-        say(json.dumps(found.to_dict(), indent=1))
-    else:
-        say(found.to_markdown() if format == "markdown" else found.to_text())
-        if format == "text" and (found.culprits or found.drivers):
-            say(f"\nnext: {_next_commands(opened, found)}")
-    if fail_on is not None and found.worst_severity is not None:
-        if SEVERITIES.index(found.worst_severity) >= SEVERITIES.index(fail_on):
-            raise typer.Exit(1)
+    show(found, format)
+    if format == "text" and (found.culprits or found.drivers):
+        say(f"\nnext: {_next_commands(opened, found)}")
+    if fail_on is not None and found.reaches(fail_on):
+        raise typer.Exit(1)
 
 
 def _next_commands(run: "Run", found: "Diagnosis") -> str:

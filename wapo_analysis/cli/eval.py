@@ -1,16 +1,11 @@
 """The command that evaluates: ``wapo eval``."""
 
-import json
-from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import RunArgument, console_error, say
-
-if TYPE_CHECKING:
-    from wapo_analysis.train.evaluate import Evaluation
+from wapo_analysis.cli.common import Format, RunArgument, console_error, say
+from wapo_analysis.cli.common import show as render
 
 Option = typer.Option
 
@@ -42,7 +37,7 @@ def evaluate_run(
         int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
     ] = None,
     show: Annotated[int, Option(min=0, help="Completions to print.")] = 0,
-    format: Annotated[Literal["text", "json"], Option(help="How to print.")] = "text",
+    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
     """Grade a checkpoint on held-out prompts: pass@k and more.
 
@@ -55,7 +50,7 @@ def evaluate_run(
     from wapo_analysis.train.rollout import NonFiniteLogits
 
     try:
-        result, config, step = evaluated(
+        result = evaluated(
             run,
             checkpoint,
             threads,
@@ -68,52 +63,10 @@ def evaluate_run(
     except NonFiniteLogits as error:
         console_error(f"stopped: {error}")
         raise typer.Exit(1) from error
+    render(result, format)
     if format == "json":
-        say(json.dumps(_as_json(result, run, step, config.temperature), indent=1))
         return
-    say(_as_text(result, run, step, config.temperature))
     for number, text in enumerate(result.completions[:show]):
         row, column = divmod(number, result.rewards.shape[1])
         say(f"\n--- prompt {row}, reward {result.rewards[row, column]:g}")
         say(f"{result.problems[row].prompt}\n>>> {text}")
-
-
-def _as_json(result: "Evaluation", run: Path, step: int, temperature: float) -> dict[str, object]:
-    columns = {name.removeprefix("eval/"): value for name, value in result.columns().items()}
-    errors = {
-        f"pass@{k}": error if isfinite(error) else None for k, (_, error) in _passes(result).items()
-    }
-    return {
-        "run": str(run),
-        "checkpoint": step,
-        "temperature": temperature,
-        "samples": result.rewards.shape[1],
-        **columns,
-        "standard_error": errors,
-    }
-
-
-def _as_text(result: "Evaluation", run: Path, step: int, temperature: float) -> str:
-    prompts, samples = result.rewards.shape
-    lines = [
-        f"{run}, {f'checkpoint of step {step}' if step else 'before training'}: "
-        f"{prompts} held-out prompts, {samples} completions each at temperature {temperature:g}"
-    ]
-    for k, (mean, error) in _passes(result).items():
-        lines.append(f"pass@{k:<6} {mean:.3f} +- {error:.3f} (standard error over prompts)")
-    lines += [
-        f"reward      {result.rewards.mean():.3f}",
-        f"entropy     {result.entropy:.3f} nats",
-        f"length      {result.length:.1f} tokens, {result.truncated:.0%} cut at the limit",
-        f"time        {result.seconds:.1f} s",
-    ]
-    return "\n".join(lines)
-
-
-def _passes(result: "Evaluation") -> dict[int, tuple[float, float]]:
-    """pass@k and its standard error over the prompts; one prompt has none."""
-    found = {}
-    for k, values in result.passes().items():
-        spread = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
-        found[k] = float(values.mean()), spread / len(values) ** 0.5
-    return found

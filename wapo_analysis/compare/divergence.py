@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
-from scipy import stats
+from scipy import special
 
 from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.store import Run
@@ -210,7 +210,7 @@ def part(quantity: str, gap: Gap) -> Parting:
     total = _window_sums(difference)
     spread = np.sqrt(_window_sums(gap.error**2))
     z = np.divide(total, spread, out=np.zeros_like(total), where=spread > 0)
-    bound = float(stats.norm.isf(ALPHA / 2 / len(z)))
+    bound = float(-special.ndtri(ALPHA / 2 / len(z)))
     persist = min(PERSIST, len(z))
     found = sorted(episodes(z >= bound, persist) + episodes(-z >= bound, persist))
     if not found:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
-from scipy import stats
+from scipy import special
 
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -35,7 +35,7 @@ class Interval:
         if n == 0:
             return cls(0, float("nan"), float("nan"))
         spread = float(np.std(known, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
-        quantile = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) if n > 1 else float("nan")
+        quantile = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) if n > 1 else float("nan")
         return cls(n, float(known.mean()), quantile * spread)
 
     @property

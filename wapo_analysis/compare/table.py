@@ -12,6 +12,7 @@ from wapo_analysis.compare.divergence import Divergence, divergence
 from wapo_analysis.compare.metrics import METRICS, Interval, Metric
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
+from wapo_analysis.results import Grid, Items, Result, Say, Section
 from wapo_analysis.settings import Setting, recorded_settings, settings_of, shown_value
 from wapo_analysis.store import Run
 
@@ -27,7 +28,7 @@ COMPARED = frozenset(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Result):
     """Several runs side by side.
 
     Attributes
@@ -177,15 +178,13 @@ class Comparison:
         return ", ".join(f"{n} {VERDICT_WORDS[name]}" for name, n in verdicts.most_common())
 
     def sentences(self) -> list[str]:
-        """What the table says in words, and what limits it."""
+        """All that is said beside the table: what to know first, its words, its limits."""
+        return [*self.heads_up, *self.notes()]
+
+    def notes(self) -> list[str]:
+        """What the table says in words, one verdict per setting first, and what limits it."""
         parting = self.divergence.sentences() if self.divergence is not None else []
-        return [
-            *self._verdict_sentences(),
-            *self._pair_sentence(),
-            *parting,
-            *self.heads_up,
-            self._note(),
-        ]
+        return [*self._verdict_sentences(), *self._pair_sentence(), *parting, self._note()]
 
     def _verdict_sentences(self) -> list[str]:
         sentences = []
@@ -299,16 +298,10 @@ class Comparison:
             "metrics": {m.name: self.interval(label, m).to_dict() for m in METRICS},
         }
 
-    def to_markdown(self) -> str:
-        """Markdown table with the sentences below it."""
-        header, *rows = ([cell.replace("|", "\\|") for cell in row] for row in self.rows())
-        rule = ["---", *("---:" for _ in header[1:])]
-        table = "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-        told = "\n".join(f"- {sentence}" for sentence in self.sentences())
-        return f"## {self.title}\n\n{table}\n\n{told}\n"
-
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    def page(self) -> Section:
+        """What to know before reading, the table, and the sentences below it."""
+        above = [Say(told) for told in self.heads_up]
+        return Section(self.title, [*above, Grid(self.rows()), Items(self.notes())])
 
 
 def _values(names: Sequence[str], runs: Sequence[Run]) -> str:

@@ -7,8 +7,15 @@
 
 from wapo_analysis.diagnose.detectors import DETECTORS, Detector
 from wapo_analysis.diagnose.judge import diagnose
-from wapo_analysis.diagnose.result import SEVERITIES, Culprits, Diagnosis, Driver, Finding, Skipped
-from wapo_analysis.diagnose.words import VERDICT_WORDS, culprit_words
+from wapo_analysis.diagnose.result import (
+    SEVERITIES,
+    VERDICT_WORDS,
+    Culprits,
+    Diagnosis,
+    Driver,
+    Finding,
+    Skipped,
+)
 
 __all__ = [
     "DETECTORS",
@@ -20,6 +27,5 @@ __all__ = [
     "Driver",
     "Finding",
     "Skipped",
-    "culprit_words",
     "diagnose",
 ]

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Literal
 
-from wapo_analysis.diagnose.words import as_markdown, as_text
 from wapo_analysis.errors import unknown_name
+from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, percent, plain, short
 
 Severity = Literal["info", "warning", "critical"]
 Verdict = Literal[
@@ -20,18 +19,24 @@ Verdict = Literal[
 ]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "critical")
 Number = float | int | str | None
-
-
-def plain_number(value: Number) -> Number:
-    """Six significant digits; what is not finite becomes None, as JSON has no word for it."""
-    if isinstance(value, str) or value is None or isinstance(value, int):
-        return value
-    return float(f"{value:.6g}") if isfinite(value) else None
+VERDICT_WORDS: Mapping[str, str] = {
+    "healthy": "healthy",
+    "entropy_explosion": "entropy explosion",
+    "entropy_collapse": "entropy collapse",
+    "reward_collapse": "reward collapse",
+    "stalled": "stalled",
+    "diverged": "diverged",
+    "insufficient_data": "insufficient data",
+}
+DIGITS = 6
+"""Significant digits of numbers in JSON."""
+_SPREAD = 0.03
+"""Share below which no rollout is worth naming."""
 
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What one class of tokens pushes the entropy by.
+    """Predicted change of the entropy by one class of tokens.
 
     Attributes
     ----------
@@ -44,8 +49,8 @@ class Driver:
         Entropy change in nats of the class's own step applied alone, summed over the probed steps
         of the window; None without probes.
     share : float
-        Part of all push in the direction of the verdict. The pushing classes sum to 1; a negative
-        share is a class that pushes against it.
+        Part of what all classes predict in the direction of the verdict. Those that predict it sum
+        to 1; a negative share is a class that predicts the opposite.
     """
 
     cls: str
@@ -57,15 +62,15 @@ class Driver:
         """Plain values for JSON."""
         return {
             "class": self.cls,
-            "predicted_dentropy": plain_number(self.predicted_dentropy),
-            "counterfactual_dentropy": plain_number(self.counterfactual_dentropy),
-            "share": plain_number(self.share),
+            "predicted_dentropy": plain(self.predicted_dentropy, DIGITS),
+            "counterfactual_dentropy": plain(self.counterfactual_dentropy, DIGITS),
+            "share": plain(self.share, DIGITS),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Culprits:
-    """Tokens and rollouts that the push of one class came from.
+    """Tokens and rollouts that the predicted dH of one class came from.
 
     Attributes
     ----------
@@ -76,7 +81,7 @@ class Culprits:
     steps : tuple of int
         Steps whose token rows were read.
     tokens : tuple of (str, float)
-        Texts of the tokens and their shares of the class's push, largest first.
+        Texts of the tokens and their shares of the class's predicted dH, largest first.
     rollouts : tuple of (int, int, float)
         Steps, numbers and shares of rollouts, largest first.
     """
@@ -87,14 +92,36 @@ class Culprits:
     tokens: tuple[tuple[str, float], ...]
     rollouts: tuple[tuple[int, int, float], ...]
 
+    def words(self) -> str:
+        """One sentence with tokens, rollouts and their shares."""
+        several = len(self.steps) > 1
+        tokens = ", ".join(f"{text!r} {percent(share)}" for text, share in self.tokens)
+        parts = [f"tokens {tokens}"] if tokens else []
+        if self.rollouts:
+            parts.append(self._rollout_words(several))
+        when = f"step{'s' if several else ''} {', '.join(map(str, self.steps))}"
+        return (
+            f"Predicted dH of {self.cls} at {when} comes from "
+            f"{'; '.join(parts) or 'tokens that the source does not name'}."
+        )
+
+    def _rollout_words(self, several: bool) -> str:
+        top = self.rollouts[0][2]
+        if top < _SPREAD:
+            return f"many rollouts, none above {top:.1%}"
+        return "rollouts " + ", ".join(
+            f"{number}{f' of step {step}' if several else ''} {percent(share)}"
+            for step, number, share in self.rollouts
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "class": self.cls,
             "token_steps": list(self.steps),
-            "tokens": [{"token": text, "share": plain_number(s)} for text, s in self.tokens],
+            "tokens": [{"token": text, "share": plain(s, DIGITS)} for text, s in self.tokens],
             "rollouts": [
-                {"step": step, "rollout": number, "share": plain_number(s)}
+                {"step": step, "rollout": number, "share": plain(s, DIGITS)}
                 for step, number, s in self.rollouts
             ],
         }
@@ -113,7 +140,7 @@ class Finding:
     step : int
         Step it began.
     message : str
-        One plain sentence with the numbers (text forms only).
+        One plain sentence with the numbers.
     evidence : mapping of str to number
         The numbers it rests on.
     advice : str
@@ -142,10 +169,18 @@ class Finding:
             "name": self.name,
             "severity": self.severity,
             "step": self.step,
-            "evidence": {name: plain_number(value) for name, value in self.evidence.items()},
+            "evidence": plain(dict(self.evidence), DIGITS),
             "advice": self.advice,
             "reference": self.reference,
         }
+
+    def section(self, said: str) -> Section:
+        """Part of a page; the message is left out where it has been ``said`` already."""
+        numbers = ", ".join(f"{key} {short(value)}" for key, value in self.evidence.items())
+        parts: list[Block] = [] if said.startswith(self.message) else [Say(self.message)]
+        parts += [Say(f"evidence: {numbers}"), Say(f"do: {self.advice}")]
+        parts += [Say(f"see: {self.reference}")]
+        return Section(f"[{self.severity}] {self.name} at step {self.step}", parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +196,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+class Diagnosis(Result):
     """Judgement of one run.
 
     Attributes
@@ -176,10 +211,10 @@ class Diagnosis:
     first_warning_step : int or None
         First step beyond any warning threshold, whatever came of it.
     drivers : tuple of Driver
-        Classes, the one that pushes most in the direction of the verdict first.
+        Classes, the one that predicts most in the direction of the verdict first.
     culprits : Culprits or None
-        Tokens and rollouts behind the push of the driving class; None without a verdict or an early
-        warning, or without token rows near it.
+        Tokens and rollouts behind the predicted dH of the driving class; None without a verdict or
+        an early warning, or without token rows near it.
     findings : tuple of Finding
         The one behind the verdict first, then most severe first, then by step.
     skipped : tuple of Skipped
@@ -237,13 +272,43 @@ class Diagnosis:
             form["evidence"] |= self.culprits.to_dict()
         return form
 
-    def to_text(self) -> str:
-        """Plain text for a terminal."""
-        return as_text(self)
+    @property
+    def title(self) -> str:
+        """Run and verdict."""
+        since = f" since step {self.onset_step}" if self.onset_step is not None else ""
+        return f"{self.run}: {VERDICT_WORDS[self.verdict]}{since}"
 
-    def to_markdown(self) -> str:
-        """Markdown for an issue or a notebook."""
-        return as_markdown(self)
+    def page(self) -> Section:
+        """Verdict, class shares, tokens, findings, what could not be checked."""
+        parts: list[Block] = [Say(self.sentence)]
+        if self.onset_step is not None and self.first_warning_step is not None:
+            parts.append(Say(f"First warning at step {self.first_warning_step}."))
+        parts += [Say(self.culprits.words())] if self.culprits else []
+        parts += [_driver_section(self.drivers)] if self.drivers else []
+        parts += [finding.section(self.sentence) for finding in self.findings]
+        if self.skipped:
+            parts.append(Section("Not checked: this run does not have", [Items(self._missing())]))
+        return Section(self.title, parts)
 
-    def _repr_markdown_(self) -> str:
-        return self.to_markdown()
+    def _missing(self) -> list[str]:
+        """One line for each thing that is missing, with the checks that need it."""
+        names: dict[str, list[str]] = {}
+        for skipped in self.skipped:
+            names.setdefault(", ".join(skipped.missing), []).append(skipped.name)
+        return [f"{missing}: {', '.join(checks)}" for missing, checks in names.items()]
+
+
+def _driver_section(drivers: tuple[Driver, ...]) -> Section:
+    """Predicted dH of every class, the sum, and what the numbers are."""
+    alone = any(driver.counterfactual_dentropy is not None for driver in drivers)
+    net = sum(driver.predicted_dentropy for driver in drivers)
+    rows = [["class", "predicted dH", "share", *(["class alone, measured (nats)"] * alone)]]
+    for one in drivers:
+        measured = one.counterfactual_dentropy
+        last = [short(measured) if measured is None else f"{measured:+.3g}"]
+        rows.append([one.cls, f"{one.predicted_dentropy:+.3g}", percent(one.share), *last * alone])
+    rows.append(["sum", f"{net:+.3g}", "", *([""] * alone)])
+    return Section(
+        "Predicted dH (first-order) by class, nats per unit learning rate",
+        [Grid(rows), Say("Each position for itself: shared parameters can turn it.")],
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wapo_analysis.compare import Comparison
-from wapo_analysis.diagnose import SEVERITIES, VERDICT_WORDS, Diagnosis, Driver, culprit_words
+from wapo_analysis.diagnose import SEVERITIES, VERDICT_WORDS, Diagnosis, Driver
 from wapo_analysis.report.samples import Sample, pick_samples
 from wapo_analysis.store import Run
 
@@ -49,10 +49,7 @@ class Card:
 
 def verdict_cards(comparison: Comparison) -> list[Card]:
     """One card per setting; with several seeds the first run that went wrong speaks for it."""
-    found = list(zip(comparison.runs, comparison.diagnoses, strict=True))
-    return [
-        _card(label, [d for run, d in found if run.label == label]) for label in comparison.labels
-    ]
+    return [_card(label, comparison.diagnoses_of(label)) for label in comparison.labels]
 
 
 def _card(label: str, diagnoses: list[Diagnosis]) -> Card:
@@ -71,7 +68,7 @@ def _card(label: str, diagnoses: list[Diagnosis]) -> Card:
         advice=warning.advice if warning else "",
         drivers=one.drivers,
         drivers_title=_drivers_title(one),
-        culprits="" if one.culprits is None else culprit_words(one.culprits),
+        culprits="" if one.culprits is None else one.culprits.words(),
     )
 
 
@@ -99,7 +96,7 @@ def key_figure(comparison: Comparison) -> str:
 
 def table_notes(comparison: Comparison) -> list[str]:
     """Sentences on the table; the verdicts among them stand in the cards."""
-    return comparison.sentences()[len(comparison.labels) :]
+    return [*comparison.heads_up, *comparison.notes()[len(comparison.labels) :]]
 
 
 def finding_lists(comparison: Comparison) -> list[Diagnosis]:

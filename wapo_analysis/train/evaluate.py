@@ -5,7 +5,7 @@ the same at every evaluation, so that two evaluations of one run differ by the p
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
 from wapo_analysis.store import read_manifest
 from wapo_analysis.train.batch import (
     encode_problems,
@@ -58,7 +59,7 @@ def ks(samples: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """Graded completions of held-out prompts.
 
     Attributes
@@ -70,6 +71,12 @@ class Evaluation:
     entropy : float
         Mean over all sampled positions, nats.
     length, truncated, seconds : float
+    temperature : float
+        Of the sampling.
+    run : str
+        Run folder whose checkpoint was evaluated; empty during training.
+    checkpoint : int
+        Its step, 0 for the policy before training.
     """
 
     problems: list[Problem]
@@ -79,6 +86,9 @@ class Evaluation:
     length: float
     truncated: float
     seconds: float
+    temperature: float
+    run: str = ""
+    checkpoint: int = 0
 
     def passes(self) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
         """For every number of tries k, pass@k of each prompt, shape (P,)."""
@@ -97,6 +107,52 @@ class Evaluation:
             "eval/prompts": len(self.problems),
             "eval/seconds": self.seconds,
         }
+
+    def pass_rates(self) -> dict[int, tuple[float, float]]:
+        """pass@k and its standard error over the prompts; NaN of one prompt alone."""
+        found = {}
+        for k, values in self.passes().items():
+            spread = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+            found[k] = float(values.mean()), spread / len(values) ** 0.5
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the form of ``wapo eval --format json``."""
+        columns = {name.removeprefix("eval/"): value for name, value in self.columns().items()}
+        found: dict[str, Any] = plain(
+            {
+                "run": self.run,
+                "checkpoint": self.checkpoint,
+                "temperature": self.temperature,
+                "samples": self.rewards.shape[1],
+                **columns,
+                "standard_error": {f"pass@{k}": e for k, (_, e) in self.pass_rates().items()},
+            }
+        )
+        return found
+
+    def page(self) -> Section:
+        """What was evaluated, and its numbers."""
+        prompts, samples = self.rewards.shape
+        policy = f"checkpoint of step {self.checkpoint}" if self.checkpoint else "before training"
+        rates = [
+            [f"pass@{k}", f"{mean:.3f} ± {error:.3f} (standard error over prompts)"]
+            for k, (mean, error) in self.pass_rates().items()
+        ]
+        rows = [
+            ["quantity", "value"],
+            *rates,
+            ["reward", f"{self.rewards.mean():.3f}"],
+            ["entropy", f"{self.entropy:.3f} nats"],
+            ["length", f"{self.length:.1f} tokens, {self.truncated:.0%} cut at the limit"],
+            ["time", f"{self.seconds:.1f} s"],
+        ]
+        what = (
+            f"{prompts} held-out prompts, {samples} completions each at temperature "
+            f"{self.temperature:g}"
+        )
+        parts: list[Block] = [Say(what), Grid(rows, left=2)]
+        return Section(f"{self.run}, {policy}" if self.run else policy, parts)
 
 
 def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALONE) -> Evaluation:
@@ -143,12 +199,13 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALO
         length=float(rollouts.mask.sum(dim=1).double().mean()),
         truncated=float((~rollouts.stopped).double().mean()),
         seconds=perf_counter() - started,
+        temperature=config.temperature,
     )
 
 
 def evaluate_run(
     run: Path, step: int | None = None, threads: int | None = None, **changes: Any
-) -> tuple[Evaluation, TrainConfig, int]:
+) -> Evaluation:
     """Evaluate a checkpoint of a run.
 
     Parameters
@@ -164,8 +221,7 @@ def evaluate_run(
 
     Returns
     -------
-    Evaluation, TrainConfig, int
-        The result, the settings it was made with, the step.
+    Evaluation
 
     Raises
     ------
@@ -185,7 +241,7 @@ def evaluate_run(
     if threads is not None:
         torch.set_num_threads(threads)
     policy = configured_policy(config, weights)
-    return evaluate(policy, config.load_task(), config), config, step
+    return replace(evaluate(policy, config.load_task(), config), run=str(run), checkpoint=step)
 
 
 def evaluation_due(config: TrainConfig, step: int) -> bool:

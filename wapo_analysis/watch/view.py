@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, culprit_words
+from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.errors import printable
 from wapo_analysis.store import Run
@@ -187,7 +187,7 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
         title.append(f" ({driver.share:.0%} of the push)")
     lines: list[RenderableType] = [title, Text(printable(diagnosis.sentence))]
     if diagnosis.culprits:
-        lines.append(Text(printable(culprit_words(diagnosis.culprits))))
+        lines.append(Text(printable(diagnosis.culprits.words())))
     for finding in diagnosis.findings[:_MAX_FINDINGS]:
         line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
         line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])

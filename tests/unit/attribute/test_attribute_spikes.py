@@ -8,8 +8,6 @@ import pytest
 
 from tests.support.builders import write_fake_run
 from wapo_analysis.attribute import attribute_step
-from wapo_analysis.attribute.spikes import one_line
-from wapo_analysis.attribute.words import to_markdown, to_text
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import Run, open_run
@@ -76,7 +74,8 @@ def test_missing_statistics_are_told_apart(tmp_path: Path) -> None:
     found = attribute_step(blind, 1)
     assert np.isnan(found.flow)
     assert found.by_flow.empty
-    assert "entropy flow" not in to_text(found)
+    assert "predicted dH" not in found.headline
+    assert "Tokens by share of the predicted dH" not in found.to_text()
     json.dumps(found.to_dict(), allow_nan=False)
     none = open_run(write_fake_run(tmp_path / "n", steps=2, missing=("collision_rest",)))
     with pytest.raises(UserError, match="no gradient per token"):
@@ -94,11 +93,11 @@ def test_steps_without_rows_name_the_nearest(run: Run, tmp_path: Path) -> None:
 
 
 def test_words_hold_tables_and_three_numbers_where_probed(run: Run) -> None:
-    probed, plain = to_text(attribute_step(run, 3, 4)), to_text(attribute_step(run, 5, 4))
+    probed, plain = attribute_step(run, 3, 4).to_text(), attribute_step(run, 5, 4).to_text()
     assert "predicted, class alone, measured" in probed
     assert "neg_valley" in probed
     assert "class alone" not in plain
-    markdown = to_markdown(attribute_step(run, 3, 4))
+    markdown = attribute_step(run, 3, 4).to_markdown()
     assert markdown.count("### ") == 5
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("| --- ")}
     assert len(widths) > 1
@@ -107,11 +106,10 @@ def test_words_hold_tables_and_three_numbers_where_probed(run: Run) -> None:
 def test_text_from_a_model_cannot_break_the_terminal(tmp_path: Path) -> None:
     texts = {"completion": "a\x1b[31mred\n|b", "prompt": "p\r\n", "vocab": "\x07"}
     run = open_run(write_fake_run(tmp_path / "evil", steps=1, texts=texts))
-    text = to_text(attribute_step(run, 1, 3))
+    text = attribute_step(run, 1, 3).to_text()
     assert not {"\x1b", "\x07", "\r"} & set(text)
     assert "\\x1b[31mred\\n|b" in text
-    assert "\\|b" in to_markdown(attribute_step(run, 1, 3))
-    assert one_line("ä\t→") == "ä\\t→"
+    assert "\\|b" in attribute_step(run, 1, 3).to_markdown()
 
 
 def test_command_prints_every_format(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
@@ -124,14 +122,14 @@ def test_command_prints_every_format(run: Run, capfd: pytest.CaptureFixture[str]
     assert len(found["tokens"]) == 10
     assert {row["tokens_of"] for row in found["three_numbers"]} == set(range(6))
     assert wapo(["diagnose", path, "--step", "3", "-f", "markdown"]) == 0
-    assert "| gradient | flow |" in capfd.readouterr().out
+    assert "| gradient | predicted dH |" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (["--step", "4"], "nearest of the 6 steps that have"),
-        (["--step", "3", "--fail-on", "critical"], "cannot stand beside --step"),
+        (["--step", "3", "--fail-on", "critical"], "cannot be combined with --step"),
         (["--step", "x"], "--step"),
         (["--step", "3", "--top", "0"], "--top"),
     ],

@@ -65,7 +65,7 @@ def test_shares_are_those_of_the_tokens_and_rollouts(tmp_path: Path) -> None:
     assert [place[:2] for place in d.culprits.rollouts] == [(43, 14), (43, 90), (43, 3)]
     assert [share for *_, share in d.culprits.rollouts] == pytest.approx([3 / 6, 2 / 6, 1 / 6])
     assert (
-        "The neg_peak push at step 43: tokens '\\n\\n' 83%, ' the' 17%; "
+        "Predicted dH of neg_peak at step 43 comes from tokens '\\n\\n' 83%, ' the' 17%; "
         "rollouts 14 50%, 90 33%, 3 17%." in d.to_text()
     )
 
@@ -102,7 +102,7 @@ def test_many_small_rollouts_are_not_named(tmp_path: Path) -> None:
     path = exploding(tmp_path / "run", ())
     write_tokens(path, 43, [(number, 7 + number % 4, -1.0) for number in range(50)])
     text = diagnose(open_run(path)).to_text()
-    assert "tokens '\\n\\n' 26%, ' the' 26%, '#9' 24%; spread over many rollouts" in text
+    assert "tokens '\\n\\n' 26%, ' the' 26%, '#9' 24%; many rollouts" in text
     assert "none above 2.0%" in text
 
 
@@ -111,10 +111,10 @@ def test_what_has_no_number_is_not_named(tmp_path: Path) -> None:
     write_tokens(path, 43, [(-1, -1, -3.0), (-1, -1, -1.0)])
     d = diagnose(open_run(path))
     assert d.culprits.tokens == d.culprits.rollouts == ()
-    assert "The neg_peak push at step 43: unknown tokens." in d.to_text()
+    assert "Predicted dH of neg_peak at step 43 comes from tokens that the source" in d.to_text()
     write_tokens(path, 44, [(-1, 7, -4.0)])
     text = diagnose(open_run(path)).to_text()
-    assert "The neg_peak push at steps 43, 44: tokens '\\n\\n' 50%." in text
+    assert "at steps 43, 44 comes from tokens '\\n\\n' 50%." in text
 
 
 @pytest.mark.parametrize("flow", [1.0, -1.0])
