@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.bench.micro_step import MicroStep, Shape, Watcher
 from tests.support.recorder_passes import ROLLOUTS, record, spell, tokens
-from wapo_analysis.bench.micro_step import MicroStep, Shape, Watcher
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import DevicePass, on_host
 from wapo_analysis.store import open_run

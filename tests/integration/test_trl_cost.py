@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
+from experiments.watching_cost import KNOBS, watching_cost
 from tests.support.trl_toy import toy_trainer
-from wapo_analysis.capture.trl.cost import KNOBS, watching_cost
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")

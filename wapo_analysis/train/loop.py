@@ -27,7 +27,13 @@ from wapo_analysis.objectives.weights import (
 from wapo_analysis.record.recorder import NullRecorder, Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
-from wapo_analysis.train.batch import batch_columns, batch_sums, draw_batch, rollout_columns
+from wapo_analysis.train.batch import (
+    Batch,
+    batch_columns,
+    batch_sums,
+    draw_batch,
+    rollout_columns,
+)
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
@@ -252,6 +258,10 @@ class Trainer:
             if self.world.first:
                 save_checkpoint(run, step, self.policy, self.optimizer, keep)
 
+    def draw(self, step: int) -> Batch:
+        """Sample and grade the batch of a step."""
+        return draw_batch(self.policy, self.task, self.config, step, self.world)
+
     def step(self, step: int, recorder: NullRecorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
 
@@ -263,7 +273,7 @@ class Trainer:
         started = perf_counter()
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = learning_rate(self.config, step)
-        batch = draw_batch(self.policy, self.task, self.config, step, self.world)
+        batch = self.draw(step)
         sampled = perf_counter()
         weights = batch_weights(
             self.objective,

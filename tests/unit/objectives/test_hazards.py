@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.gold_folders import SMALL
+from tests.gold.checks import check_hazard
+from tests.gold.folders import SMALL, rows_of
+from tests.gold.hazards import replay_hazard
+from tests.gold.metrics import Microbatch
+from tests.gold.replay import objective_config
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.loss import LossOutput
 from wapo_analysis.objectives.weights import batch_weights, kept_token_weights
-from wapo_analysis.verify.gold_checks import check_hazard
-from wapo_analysis.verify.gold_files import rows_of
-from wapo_analysis.verify.gold_hazards import replay_hazard
-from wapo_analysis.verify.gold_replay import objective_config
-from wapo_analysis.verify.official_metrics import Microbatch
 
 HAZARDS: dict[str, Mapping[str, Any]] = {r["name"]: r for r in rows_of(SMALL / "hazards.json")}
 

@@ -1,4 +1,4 @@
-"""Errors against float64: the gate every timed variant passes, and the goals on precision.
+"""Errors against float64: the gate every timed variant passes, and the numbers on precision.
 
 Relative errors of logp, H, the gradient norm g = sqrt((1-p)^2 + C_o) and of B, the change of the
 entropy per unit step with reversed sign, B = p(1-p)(ln p + H) - (Q_o + C_o H). g and B come from
@@ -18,10 +18,10 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.bench.data import Rows, load_rows, model_rows, rlvr_rows
-from wapo_analysis.bench.harness import Measure, Measures
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import exact_stats, four_pass
+from experiments.bench.data import Rows, load_rows, model_rows, rlvr_rows
+from experiments.bench.harness import Measure, Measures
+from experiments.bench.options import Options
+from experiments.bench.reference import exact_stats, four_pass
 from wapo_analysis.stats import TokenStats, token_stats
 
 MUST = 1e-4

@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from wapo_analysis.bench.data import token_columns, token_records
-from wapo_analysis.bench.harness import Measure, Measures, Work, interleave
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import jsonl_bytes, npz_bytes, official_plots
+from experiments.bench.data import token_columns, token_records
+from experiments.bench.harness import Measure, Measures, Work, interleave
+from experiments.bench.options import Options
+from experiments.bench.reference import jsonl_bytes, npz_bytes, official_plots
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Array, Records

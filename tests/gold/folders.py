@@ -16,6 +16,9 @@ from wapo_analysis.errors import UserError
 
 Array = NDArray[Any]
 
+SMALL = Path(__file__).parents[1] / "data" / "gold"
+"""Six cases, all rows and all hazards of a larger set."""
+
 ADVANTAGES_FILE = "advantages.json"
 HAZARDS_FILE = "hazards.json"
 

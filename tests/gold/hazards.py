@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tests.gold import metrics
+from tests.gold.replay import objective_config
 from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, minibatch_weights
-from wapo_analysis.verify import official_metrics as metrics
-from wapo_analysis.verify.gold_replay import objective_config
 
 HAZARD_COLLISION = 0.3
 """Collision probability of the hazard calls that name none."""
@@ -37,7 +37,7 @@ def replay_hazard(
         Result of the loss.
     coef : Tensor, shape (B, T)
         d loss / d logp from autograd.
-    view : official_metrics.Microbatch
+    view : Microbatch
         For the diagnostics.
 
     Raises

@@ -13,9 +13,9 @@ from dataclasses import asdict
 
 import torch
 
-from wapo_analysis.bench.data import Rows, rlvr_rows
-from wapo_analysis.bench.errors import gate, gate_close
-from wapo_analysis.bench.harness import (
+from experiments.bench.data import Rows, rlvr_rows
+from experiments.bench.errors import gate, gate_close
+from experiments.bench.harness import (
     Measure,
     Measures,
     Timings,
@@ -26,15 +26,15 @@ from wapo_analysis.bench.harness import (
     map_memory,
     worst,
 )
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import exact_stats, three_pass, trl_selective
+from experiments.bench.options import Options
+from experiments.bench.reference import exact_stats, three_pass, trl_selective
 from wapo_analysis.stats import TokenStats, token_stats
 
 _CASES = ((512, 49_152), (256, 151_936))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOP_K = 20
 _LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats; a reference keeps its own rounding
-_MODULE = "wapo_analysis.bench.stats"
+_MODULE = "experiments.bench.stats"
 
 
 def measure(options: Options) -> Measures:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.bench.harness import Measure, Measures, Work, interleave
-from wapo_analysis.bench.micro_step import Shape, llama
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import trl_selective
+from experiments.bench.harness import Measure, Measures, Work, interleave
+from experiments.bench.micro_step import Shape, llama
+from experiments.bench.options import Options
+from experiments.bench.reference import trl_selective
 from wapo_analysis.probes.split import class_gradients
 
 _SMALL = Shape(2000, 256, 1024, 4, 4, 4, "small")

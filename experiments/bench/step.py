@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from time import process_time
 
-from wapo_analysis.bench.harness import Measure, Measures, interleave
-from wapo_analysis.bench.micro_step import MicroStep, Watcher
-from wapo_analysis.bench.options import Options
+from experiments.bench.harness import Measure, Measures, interleave
+from experiments.bench.micro_step import MicroStep, Watcher
+from experiments.bench.options import Options
 
 KNOBS = {"class_totals": {"token_every": 0}, "full": {"token_every": 1}}
 """What the recorder writes: class totals only, or every token row as well."""

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.bench.data import token_columns
-from wapo_analysis.bench.errors import GateError
-from wapo_analysis.bench.harness import Measures, Work, interleave, keep_memory, map_memory
-from wapo_analysis.bench.memory import summary_peaks
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import pandas_summary
+from experiments.bench.data import token_columns
+from experiments.bench.errors import GateError
+from experiments.bench.harness import Measures, Work, interleave, keep_memory, map_memory
+from experiments.bench.memory import summary_peaks
+from experiments.bench.options import Options
+from experiments.bench.reference import pandas_summary
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.store.summary import Engine, class_summary

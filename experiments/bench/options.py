@@ -26,7 +26,7 @@ class Options:
     model : str or None
         Model whose rollout supplies real rows for the errors.
     logits : Path or None
-        Recorded logits for the errors, see `wapo_analysis.bench.data.load_rows`.
+        Recorded logits for the errors, see `experiments.bench.data.load_rows`.
     say : callable
         Gets one line of progress at a time.
     """

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wapo_analysis.bench.reference import chunked_entropy, trl_selective
+from experiments.bench.reference import chunked_entropy, trl_selective
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import policy_loss
 from wapo_analysis.record.recorder import Recorder, TokenPass

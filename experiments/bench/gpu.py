@@ -1,16 +1,16 @@
-"""Goals 10 to 14 on one GPU, in one command of under ten minutes, without a network.
+"""The GPU rows of the page on one GPU, in one command of under ten minutes, without a network.
 
 Errors of the Triton kernel and of the plain blocks against float64, the copy rate of this GPU, the
 statistics against the official three passes (with and without TRL's Triton kernels), the fused
 head, and the share of a whole micro-step of models shaped like Qwen2-0.5B and -1.5B with random
 weights. Times are CUDA events; variants take turns. Uses trl where it is installed.
 
-    python experiments/gpu_bench.py --out gpu_results.json
-    python experiments/gpu_bench.py --device cpu --tiny      # the same code on a CPU, small
+    python -m experiments.bench.gpu --out gpu_results.json
+    python -m experiments.bench.gpu --device cpu --tiny      # the same code on a CPU, small
 
-In a bare checkout set PYTHONPATH=.:taxonomy first.
+From the top folder; in a bare checkout set PYTHONPATH=taxonomy first.
 
-`wapo bench --gpu-results gpu_results.json --doc FILE` puts the numbers on the page.
+`python -m experiments.bench --gpu-results gpu_results.json` puts the numbers on the page.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.bench.data import rlvr_rows
-from wapo_analysis.bench.errors import gate
-from wapo_analysis.bench.harness import (
+from experiments.bench.data import rlvr_rows
+from experiments.bench.errors import gate
+from experiments.bench.harness import (
     Clock,
     Measure,
     Measures,
@@ -41,9 +41,9 @@ from wapo_analysis.bench.harness import (
     peak_bytes,
     release_memory,
 )
-from wapo_analysis.bench.head import Head
-from wapo_analysis.bench.micro_step import MicroStep, Shape, Watcher
-from wapo_analysis.bench.reference import exact_stats, three_pass, trl_selective
+from experiments.bench.head import Head
+from experiments.bench.micro_step import MicroStep, Shape, Watcher
+from experiments.bench.reference import exact_stats, three_pass, trl_selective
 from wapo_analysis.stats import token_stats
 
 QWEN_05B = Shape(151_936, 896, 4864, 24, 14, 2, "Qwen2-0.5B")
@@ -289,7 +289,7 @@ def main() -> None:
         parser.error("no CUDA device here; --device cpu --tiny runs the same code on a CPU")
     bench = Bench(options.device, SMALL if options.tiny else Sizes())
     results: dict[str, Any] = {
-        "command": f"python experiments/gpu_bench.py{' --tiny' if options.tiny else ''}",
+        "command": f"python -m experiments.bench.gpu{' --tiny' if options.tiny else ''}",
         "machine": facts(options.device),
         "measures": {},
         "failures": {},

@@ -11,24 +11,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from wapo_analysis.errors import UserError
-from wapo_analysis.verify.gold_checks import (
+from tests.gold.checks import (
     ItemResult,
     check_advantage_row,
     check_case,
     check_hazard,
 )
-from wapo_analysis.verify.gold_files import (
+from tests.gold.folders import (
     ADVANTAGES_FILE,
     HAZARDS_FILE,
     case_paths,
     read_case,
     rows_of,
 )
+from wapo_analysis.errors import UserError
 
 __all__ = ["GoldReport", "ItemResult", "WorstError", "check_folder"]
 
@@ -109,28 +106,6 @@ class GoldReport:
             lines.append("  ".join([*cells, row[-1]]))
         failures = [f"FAILED {line}" for line in self.failures]
         return "\n".join([*lines, *([""] if failures else []), *failures])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; an infinite or undefined error is null."""
-        return {
-            "folder": str(self.folder),
-            "passed": self.passed,
-            "counts": {
-                kind: {"passed": sum(item.passed for item in items), "total": len(items)}
-                for kind, items in self.groups.items()
-            },
-            "worst": [
-                {
-                    "quantity": w.quantity,
-                    "precision": w.precision,
-                    "error": w.error if np.isfinite(w.error) else None,
-                    "limit": w.limit,
-                    "item": w.item,
-                }
-                for w in self.worst
-            ],
-            "failures": list(self.failures),
-        }
 
 
 def _checked(name: str, check: Callable[[], ItemResult]) -> ItemResult:

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tests.gold import metrics
+from tests.gold.batch_metrics import batch_metrics, overlap_metrics
+from tests.gold.compare import Check, check
+from tests.gold.folders import Case
+from tests.gold.hazards import replay_hazard
+from tests.gold.replay import Replay, replay_case
 from wapo_analysis.objectives.advantages import group_advantages
 from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
 from wapo_analysis.objectives.weights import batch_weights
-from wapo_analysis.verify import official_metrics as metrics
-from wapo_analysis.verify.compare import Check, check
-from wapo_analysis.verify.gold_files import Case
-from wapo_analysis.verify.gold_hazards import replay_hazard
-from wapo_analysis.verify.gold_replay import Replay, replay_case
-from wapo_analysis.verify.official_batch import batch_metrics, overlap_metrics
 
 PRECISIONS = {"float64": (torch.float64, "f64"), "float32": (torch.float32, "f32")}
 
@@ -107,7 +107,7 @@ def check_case(case: Case) -> ItemResult:
     Parameters
     ----------
     case : Case
-        Golden case (`gold_files.read_case`).
+        Golden case (`folders.read_case`).
 
     Returns
     -------

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from wapo_analysis.bench.errors import GateError
-from wapo_analysis.bench.goals import judge
-from wapo_analysis.bench.harness import Measures, keep_memory, machine, release_memory
-from wapo_analysis.bench.options import Options
+from experiments.bench.errors import GateError
+from experiments.bench.harness import Measures, keep_memory, machine, release_memory
+from experiments.bench.options import Options
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store import write_atomic
 from wapo_analysis.version import __version__
@@ -24,9 +23,12 @@ AREAS = (*QUICK_AREAS, "attribution", "passive")
 
 
 def run_bench(
-    options: Options, only: Iterable[str] = (), threads: int = 1, command: str = "wapo bench"
+    options: Options,
+    only: Iterable[str] = (),
+    threads: int = 1,
+    command: str = "python -m experiments.bench",
 ) -> dict[str, Any]:
-    """Measure all areas, or some, and judge the goals.
+    """Measure all areas, or some.
 
     Parameters
     ----------
@@ -41,7 +43,7 @@ def run_bench(
     Returns
     -------
     dict
-        ``machine``, ``goals``, ``measures`` and ``failures`` (area -> why it gave no numbers);
+        ``machine``, ``measures`` and ``failures`` (area -> why it gave no numbers);
         every measure also stands at the top level by its name.
 
     Raises
@@ -60,14 +62,12 @@ def run_bench(
         measures, failures = _measure(areas, options)
     finally:
         torch.set_num_threads(before)
-    rows = judge(measures)
     return {
         "version": __version__,
         "command": command,
         "quick": options.quick,
         "seconds": round(perf_counter() - started, 1),
         "machine": {**facts, "load_after": machine()["load"]},
-        "goals": rows,
         "failures": failures,
         "measures": {name: asdict(found) for name, found in measures.items()},
         **{name: found.value for name, found in measures.items()},
@@ -75,11 +75,11 @@ def run_bench(
 
 
 def _measure(areas: tuple[str, ...], options: Options) -> tuple[Measures, dict[str, str]]:
-    """Numbers of each area; one that fails leaves its goals unmeasured and says why."""
+    """Numbers of each area; one that fails says why, the others go on."""
     measures: Measures = {}
     failures: dict[str, str] = {}
     for area in areas:
-        work: Callable[[Options], Measures] = import_module(f"wapo_analysis.bench.{area}").measure
+        work: Callable[[Options], Measures] = import_module(f"experiments.bench.{area}").measure
         try:
             measures |= work(options)
         except UserError:
@@ -106,7 +106,7 @@ def save(results: dict[str, Any], file: Path) -> None:
 
 
 def load(file: Path) -> dict[str, Any]:
-    """Read results written by `save` or by experiments/gpu_bench.py.
+    """Read results written by `save` or by `experiments.bench.gpu`.
 
     Raises
     ------

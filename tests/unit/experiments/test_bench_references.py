@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wapo_analysis.bench import reference
-from wapo_analysis.bench.data import load_rows, rlvr_rows, token_columns, token_records
-from wapo_analysis.bench.errors import GateError, errors_of, gate, gate_close, textbook_errors
-from wapo_analysis.bench.head import Head, check
+from experiments.bench import reference
+from experiments.bench.data import load_rows, rlvr_rows, token_columns, token_records
+from experiments.bench.errors import GateError, errors_of, gate, gate_close, textbook_errors
+from experiments.bench.head import Head, check
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
 from wapo_analysis.stats import token_stats

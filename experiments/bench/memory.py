@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wapo_analysis.bench.harness import Measure, Measures, Work, in_fresh_process, peak_bytes
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import pandas_summary, three_pass, trl_selective
+from experiments.bench.harness import Measure, Measures, Work, in_fresh_process, peak_bytes
+from experiments.bench.options import Options
+from experiments.bench.reference import pandas_summary, three_pass, trl_selective
 from wapo_analysis.stats import fused_head_stats, token_stats
 
 _ROWS, _VOCABULARY, _WIDTH = 256, 151_936, 896
-_HEAD_ROWS = 512  # the size the goal of the fused head names
-_MODULE = "wapo_analysis.bench.memory"
+_HEAD_ROWS = 512  # the size the page names
+_MODULE = "experiments.bench.memory"
 
 
 def measure(options: Options) -> Measures:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from wapo_analysis.bench.harness import Measure, Measures
-from wapo_analysis.bench.options import Options
+from experiments.bench.harness import Measure, Measures
+from experiments.bench.options import Options
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
 

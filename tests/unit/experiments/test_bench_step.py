@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wapo_analysis.bench.micro_step import MicroStep, Shape, Watcher
-from wapo_analysis.bench.step import overheads
+from experiments.bench.micro_step import MicroStep, Shape, Watcher
+from experiments.bench.step import overheads
 from wapo_analysis.store import open_run
 
 TINY = Shape(300, 32, 64, 2, 2, 2, "tiny")

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wapo_analysis.bench.errors import GateError, gate, gate_close
-from wapo_analysis.bench.harness import Measures, Timings, Work, interleave, worst
-from wapo_analysis.bench.options import Options
-from wapo_analysis.bench.reference import (
+from experiments.bench.errors import GateError, gate, gate_close
+from experiments.bench.harness import Measures, Timings, Work, interleave, worst
+from experiments.bench.options import Options
+from experiments.bench.reference import (
     chunked_entropy,
     exact_stats,
     three_pass,
@@ -97,7 +97,7 @@ class Head:
 
 
 def measure(options: Options) -> Measures:
-    """Ratios of all cases; goals take the worst case."""
+    """Ratios of all cases; the page shows the worst case."""
     found = []
     for rows, vocabulary, width, dtype in _QUICK if options.quick else _FULL:
         count = options.size(rows)

@@ -1,0 +1,115 @@
+"""The numbers of the page, in its order: what each is and what exactly is compared."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["x", "%", "bytes", "rel", "count", "MB"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One row of the page.
+
+    Attributes
+    ----------
+    key : str
+        Measure it shows.
+    name : str
+        Quantity in words.
+    how : str
+        What exactly is compared.
+    unit : str
+        x ratio, % share, bytes, rel relative error, count, MB.
+    """
+
+    key: str
+    name: str
+    how: str
+    unit: Unit = "x"
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it needs a GPU; measured by `experiments.bench.gpu`."""
+        return self.key.startswith("gpu_")
+
+
+_PASSES = (
+    "all statistics against logp, entropy and sum p^2 of the official passes; worse of "
+    "V=49152 and 151936"
+)
+_KEPT = "the official passes at their best: no page faults for their temporaries"
+_LOGP = "against TRL's selective log-softmax, which gives logp and nothing else"
+_READ = "against a sum over the logits, the floor of anything that reads them"
+
+# fmt: off
+NUMBERS: tuple[Number, ...] = (
+    Number("stats_time_vs_reference",
+           "statistics from float32 logits, time / official three passes", _PASSES),
+    Number("stats_time_vs_reference_bf16",
+           "statistics from bfloat16 logits, time / official three passes", _PASSES),
+    Number("stats_time_vs_reference_kept",
+           "statistics, float32, memory kept, time / official three passes", _KEPT),
+    Number("stats_time_vs_reference_bf16_kept",
+           "statistics, bfloat16, memory kept, time / official three passes", _KEPT),
+    Number("stats_time_vs_logp_only",
+           "statistics, float32, time / log-probability alone", _LOGP),
+    Number("stats_time_vs_logp_only_bf16",
+           "statistics, bfloat16, time / log-probability alone", _LOGP),
+    Number("stats_time_vs_read", "statistics, float32, time / one read of the logits", _READ),
+    Number("stats_time_vs_read_bf16", "statistics, bfloat16, time / one read of the logits", _READ),
+    Number("compiled_time_vs_read", "compiled statistics, float32, time / one read",
+           'backend="compile" against the same floor'),
+    Number("compiled_time_vs_read_bf16", "compiled statistics, bfloat16, time / one read",
+           'backend="compile" against the same floor'),
+    Number("stats_extra_memory_vs_logits", "statistics, extra peak memory / logits",
+           "fresh process, above the inputs; the official passes need 3.0"),
+    Number("capture_overhead_full", "passive watching, full rows, share of a micro-step",
+           "statistics beside the trainer's logp, recorder and writer thread, in CPU time of a "
+           "step of a 135M model", "%"),
+    Number("capture_overhead_class_totals",
+           "passive watching, class totals only, share of a micro-step",
+           "the same with token_every=0", "%"),
+    Number("fused_head_vs_no_capture", "fused head with statistics / head without capture",
+           "forward and backward, against materialised logits and selective log-softmax"),
+    Number("fused_head_working_memory_vs_logits", "fused head, working memory / logits",
+           "fresh process, forward and backward at 512 x 151936, returned gradients left out"),
+    Number("max_rel_error", "greatest relative error of logp, H, g, B",
+           "against float64 on the same logits, every token", "rel"),
+    Number("sign_errors", "wrong signs of B, the entropy change", "no token left out", "count"),
+    Number("passive_differing_weights", "weights changed by passive watching",
+           "bitwise, training with and without a recorder", "count"),
+    Number("gpu_stats_vs_copy_floor", "GPU: statistics / one read at copy bandwidth",
+           "16384 x 151936 bf16, bytes over the copy rate of the same run"),
+    Number("gpu_speedup_vs_reference", "GPU: official passes / ours",
+           "official passes on torch operations"),
+    Number("gpu_speedup_vs_reference_trl", "GPU: official passes with TRL's kernels / ours",
+           "TRL's Triton kernels in place of its two calls"),
+    Number("gpu_extra_memory_mb", "GPU: extra memory of the statistics",
+           "above inputs, 16384 x 151936", "MB"),
+    Number("gpu_share_1b", "GPU: share of a micro-step, 1.5B", "Qwen2-1.5B shape, bf16", "%"),
+    Number("gpu_share_05b", "GPU: share of a micro-step, 0.5B", "Qwen2-0.5B shape, bf16", "%"),
+    Number("gpu_fused_head_stats_vs_plain", "GPU: fused head with / without statistics",
+           "forward and backward"),
+    Number("topk_extra_vs_stats", "exact top-20, extra time / statistics", "what topk=20 adds"),
+    Number("store_rows_per_s_vs_npz", "token rows written per second / compressed npz",
+           "one step of 32768 tokens; ours goes to disk and is fsynced"),
+    Number("store_rows_per_s_vs_jsonl", "token rows written per second / JSON lines",
+           "one object per sequence"),
+    Number("store_bytes_per_token", "bytes on disk per token",
+           "all columns but the scores after the update", "bytes"),
+    Number("commit_vs_official_plots", "commit of a step / official per-step figures",
+           "wall time with fsync, against eight figures"),
+    Number("summary_time_vs_pandas", "class summary, time / pandas",
+           "by step and class, pyarrow alone"),
+    Number("summary_time_vs_pandas_kept", "class summary, memory kept, time / pandas",
+           "pandas at its best: no page faults for its whole columns"),
+    Number("summary_memory_vs_pandas", "class summary, peak memory / pandas",
+           "fresh processes, same files"),
+    Number("class_gradients_vs_step", "gradients of four classes / plain step",
+           "forward and four backward passes against one of each"),
+    Number("class_gradients_amortised", "class gradients every 20 updates, share of training",
+           "on top of the trainer's own backward pass", "%"),
+    Number("jvp_vs_forward", "JVP of all logits / forward without gradient",
+           "torch.func.jvp, eager attention"),
+)
+# fmt: on
