@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     model: Annotated[
-        str | None, Option(help="Measure with this model (as in wapo train), not a random one.")
+        str | None, Option(help="Model to measure, as in wapo train.  [default: random weights]")
     ] = None,
     layers: Annotated[int, Option(help="Layers of the random model.")] = 4,
     width: Annotated[int, Option(help="Its width, a multiple of 64.")] = 256,
