@@ -279,7 +279,7 @@ def _random(layers: int, width: int, vocabulary: int, device: str) -> Policy:
 
     if layers < 1 or vocabulary < 64:
         raise UserError(
-            f"layers and vocab: 1 layer and 64 tokens or more, got {layers} and {vocabulary}"
+            f"layers must be at least 1 and vocab at least 64, got {layers} and {vocabulary}"
         )
     if width < _HEAD_WIDTH or width % _HEAD_WIDTH:
         raise UserError(f"width must be a multiple of {_HEAD_WIDTH}, got {width}")
