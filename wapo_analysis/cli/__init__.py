@@ -58,6 +58,7 @@ _MODULES = (
     "diagnose",
     "figures",
     "report",
+    "board",
     "schema",
     "whatif",
     "watch",

@@ -20,8 +20,13 @@ def report(
     out: Annotated[
         Path | None, Option(help="HTML file.  [default: report.html in the first RUN]")
     ] = None,
+    rows: Annotated[
+        int, Option(help="Token rows the page may carry; steps the findings name first.", min=0)
+    ] = 60_000,
 ) -> None:
-    """Write one HTML page: verdict, table, figures, completions.
+    """Write one HTML page: verdict, charts, rollouts, tokens.
+
+    It works from disk, without a network; wapo board serves the same page live.
 
     Example:
 
@@ -30,5 +35,5 @@ def report(
     from wapo_analysis.report.build import build_report
 
     target = out or runs[0] / "report.html"
-    build_report(open_runs(runs), target)
+    build_report(open_runs(runs), target, rows=rows)
     say(f"report: {target}")

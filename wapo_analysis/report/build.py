@@ -1,36 +1,62 @@
-"""One self-contained HTML page from runs: verdict, table, figures, completions, provenance.
+"""One self-contained HTML page from runs; the same page, without data, is what `wapo board` serves.
 
-The page loads nothing: styles are inline, figures are inline SVG, there is no script. Every text
-that comes from a model, a data set or a manifest is escaped by the template engine.
+Charts are data drawn by Bokeh's own JavaScript, which comes with its wheel and is written into the
+page: nothing is loaded from a network. Every text of a model, a data set or a manifest reaches the
+page as data and is set as text; a content policy lets no script run but the page's own.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
-import wapo_taxonomy as tax
+from markupsafe import Markup
 
-from wapo_analysis.compare import compare
+from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.plots import CLASS_COLORS
-from wapo_analysis.report import content
-from wapo_analysis.report.figures import draw_figures
-from wapo_analysis.report.samples import visible
-from wapo_analysis.store import Run, write_atomic
+from wapo_analysis.report.data import Json, comparison_data, run_data
+from wapo_analysis.report.steps import block, chosen_steps, step_data
+from wapo_analysis.settings import setting_labels
+from wapo_analysis.store import write_atomic
 from wapo_analysis.version import __version__
 
+if TYPE_CHECKING:
+    from wapo_analysis.store import Run
 
-def build_report(runs: Sequence[Run], out: Path | None = None, title: str | None = None) -> str:
+HERE = Path(__file__).parent / "page"
+MODULES = ("unpack", "words", "dom", "model", "charts", "step", "tokens", "story", "runs", "main")
+"""The page's own code, in the order the modules build on each other."""
+ROWS = 60_000
+"""Token rows that a page carries by default: about a megabyte."""
+MORE_STEPS = 40
+"""Steps whose rollouts are carried where a run has no token rows."""
+
+
+def build_report(
+    runs: Sequence[Run], out: Path | None = None, title: str | None = None, rows: int = ROWS
+) -> str:
     """Build the page and, if asked, write it.
 
     Parameters
     ----------
     runs : sequence of Run
-        Opened runs; those that share a label are seeds of one setting.
+        Opened runs.
     out : Path, optional
         HTML file; its folder is made. Written whole or not at all.
     title : str, optional
-        Heading; by default what is compared.
+        Title of the window; by default the names of the runs.
+    rows : int
+        Token rows the page may carry, over all runs. Steps that the findings name come first; the
+        page says how many recorded steps it holds.
 
     Returns
     -------
@@ -42,51 +68,158 @@ def build_report(runs: Sequence[Run], out: Path | None = None, title: str | None
     UserError
         If there are no runs, a run is broken, or the file cannot be written.
     """
-    comparison = compare(runs)
-    header, *rows = comparison.rows()
-    cards = content.verdict_cards(comparison)
-    figures = draw_figures(runs, content.key_figure(comparison))
-    page = _environment().get_template("template.html").render(
-        title=title or comparison.title,
-        version=__version__,
-        cards=cards,
-        header=header,
-        rows=rows,
-        notes=content.table_notes(comparison),
-        figures=figures,
-        findings=content.finding_lists(comparison),
-        samples=content.sample_lists(runs),
-        effects=tax.EFFECTS.values(),
-        colors=CLASS_COLORS,
-        provenance=[content.provenance(run) for run in runs],
-        commands=content.commands(runs),
-    )  # fmt: skip
+    if not runs:
+        raise UserError("a report needs at least one run")
+    settings = setting_labels(runs)
+    told, blocks, notes = [], [], []
+    for run, setting in zip(runs, settings, strict=True):
+        data = run_data(run, diagnose(run)) | {"setting": setting}
+        steps = _steps(run, data, rows // len(runs))
+        blocks += [(f"block-{data['id']}-{step}", _text(run, step)) for step in steps]
+        notes.append(_held(run, steps))
+        told.append(data)
+    data = {"live": False, "runs": told, "comparison": comparison_data(runs)}
+    page = render(
+        data,
+        title=title or ", ".join(run.name for run in runs[:4]),
+        blocks=blocks,
+        note=_note([note for note in notes if note]),
+        commands=commands(runs),
+        plain=" ".join(f"{one['name']}: {one['sentence']}" for one in told),
+    )
     if out is not None:
         _write(out, page)
     return page
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+def _steps(run: Run, data: Json, rows: int) -> list[int]:
+    """Steps that the page carries whole: those the findings name, then evenly spread."""
+    named = [data["onset"], data["first_warning"], *(f["step"] for f in data["findings"])]
+    pointed = [one["step"] for f in data["findings"] for one in f["rollouts"]]
+    wanted = [int(step) for step in [*pointed, *named] if step is not None]
+    if run.token_steps():
+        return chosen_steps(run, wanted, rows)
+    recorded = sorted({int(step) for step in run.rollouts["step"]}) if len(run.rollouts) else []
+    stride = -(-len(recorded) // MORE_STEPS) or 1
+    return sorted({*recorded[::stride], *(step for step in wanted if step in recorded)})
+
+
+def _text(run: Run, step: int) -> str:
+    return b64encode(block(step_data(run, step))).decode()
+
+
+def _note(held: list[str]) -> str:
+    if not held:
+        return ""
+    more = f" and of {len(held) - 2} more runs" if len(held) > 2 else ""
+    return (
+        f"This page holds tokens and rollouts of {', '.join(held[:2])}{more}; wapo board shows all."
     )
-    environment.filters |= {"rgba": _rgba, "visible": visible, "headline": content.headline}
-    return environment
 
 
-def _rgba(color: str, alpha: float) -> str:
-    """CSS colour of a ``#rrggbb`` one at an opacity."""
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha:.2f})"
+def _held(run: Run, steps: Sequence[int]) -> str:
+    recorded = len(run.token_steps()) or run.rollouts["step"].nunique()
+    if len(steps) >= recorded:
+        return ""
+    return f"{len(steps)} of {recorded} recorded steps of {run.name}"
+
+
+def render(
+    data: Json,
+    *,
+    title: str,
+    blocks: Iterable[tuple[str, str]] = (),
+    note: str = "",
+    commands: Sequence[str] = (),
+    plain: str = "",
+) -> str:
+    """Render the page around its data.
+
+    Parameters
+    ----------
+    data : dict
+        What the page's code starts from: ``live``, ``runs``, ``comparison``.
+    title, note, plain : str
+        Title; what the page leaves out; the verdict for readers without JavaScript.
+    blocks : iterable of (id, text)
+        Steps as base64 blocks.
+    commands : sequence of str
+        Shown at the bottom.
+    """
+    scripts = [_harmless(script) for script in (*_bokeh(), bundle())]
+    told = _harmless_json(data)
+    hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
+    asked = "'self'" if data["live"] else "'none'"
+    policy = (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"font-src data:; base-uri 'none'; form-action 'none'; connect-src {asked}"
+    )
+    safe = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return safe.get_template("page.html").render(
+        title=title,
+        version=__version__,
+        policy=Markup(policy),
+        css=Markup((HERE / "page.css").read_text("utf-8")),
+        data=Markup(told),
+        blocks=[(name, Markup(text)) for name, text in blocks],
+        scripts=[Markup(script) for script in scripts],
+        note=note,
+        commands=commands,
+        plain=plain,
+    )
+
+
+@cache
+def bundle() -> str:
+    """The page's modules as one script: imports and exports are taken out, order is kept."""
+    parts = []
+    for name in MODULES:
+        code = (HERE / f"{name}.mjs").read_text("utf-8")
+        code = re.sub(r'(?ms)^import .*?from "\./\w+\.mjs";\n', "", code)
+        code = re.sub(r"(?m)^export \{.*\};\n", "", code)
+        parts.append(re.sub(r"(?m)^export ", "", code))
+    return '(() => {\n"use strict";\n' + "\n".join(parts) + "})();\n"
+
+
+@cache
+def _bokeh() -> tuple[str, ...]:
+    """Bokeh's JavaScript, read from its installed wheel without importing it."""
+    spec = find_spec("bokeh")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("the page draws with Bokeh, which is not installed: pip install bokeh")
+    folder = Path(spec.submodule_search_locations[0]) / "server" / "static" / "js"
+    try:
+        return tuple((folder / f"{n}.min.js").read_text("utf-8") for n in ("bokeh", "bokeh-api"))
+    except OSError as error:
+        raise UserError(f"Bokeh's JavaScript cannot be read: {error}") from error
+
+
+def _harmless(script: str) -> str:
+    """The script without the one text that would end its element."""
+    return script.replace("</script", "<\\/script").replace("<!--", "<\\!--").strip()
+
+
+def _harmless_json(data: Json) -> str:
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").encode("utf-8", "backslashreplace").decode()
+
+
+def _sha256(script: str) -> str:
+    return b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def commands(runs: Sequence[Run]) -> list[str]:
+    """Commands that go on from here."""
+    folders = shlex.join(str(run.path) for run in runs)
+    first = shlex.quote(str(runs[0].path))
+    return [f"wapo diagnose {first}", f"wapo board {folders}", f"wapo figures {folders}"]
 
 
 def _write(out: Path, page: str) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(out, page.encode())
+        write_atomic(out, page.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise UserError(f"cannot write report {out}: {error.strerror}") from error

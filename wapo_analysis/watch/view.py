@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
+from wapo_analysis.diagnose.band import Band, entropy_band
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.errors import printable
 from wapo_analysis.store import Run
-from wapo_analysis.watch.band import Band, entropy_band
 from wapo_analysis.watch.chart import Rule, bar, line_chart
 
 LAST_STEPS = 10

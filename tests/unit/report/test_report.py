@@ -1,339 +1,221 @@
-"""The page is whole, loads nothing, escapes everything and never mixes up its figures."""
+"""The page: its data are the run's, it holds what it says, and no text of a run becomes code."""
 
+import gzip
+import json
 import re
-from collections import Counter
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.builders import write_fake_run
+from wapo_analysis.completions import distinguishing
+from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.plots import FIGURES
-from wapo_analysis.report.build import build_report
-from wapo_analysis.report.samples import STRONGEST, pick_samples, visible
-from wapo_analysis.report.svg import inline_svg
-from wapo_analysis.store import Run, RunWriter, open_run
+from wapo_analysis.report.build import MODULES, build_report, bundle
+from wapo_analysis.report.data import class_columns, run_data, step_columns
+from wapo_analysis.report.steps import block, chosen_steps, merged_passes, rounded, step_data
+from wapo_analysis.store import Run, open_run
 
-EVIL = "</span><script>alert('x')</script><img src=x onerror=\"alert(2)\">&amp; $\\frac{$"
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+ROOT = Path(__file__).parents[3]
+HOSTILE = "</script><script>alert(1)</script><!-- \u202e\x00\x1b[2J <img src=x onerror=alert(1)>"
 
 
-class Page(HTMLParser):
-    """Tags with attributes and text of a page; checks that elements are closed in order."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    path = write_fake_run(tmp_path_factory.mktemp("page") / "run", drift="explosion", steps=30)
+    return open_run(path)
 
-    def __init__(self, html: str) -> None:
+
+@pytest.fixture(scope="module")
+def page(run: Run) -> str:
+    return build_report([run])
+
+
+class Scripts(HTMLParser):
+    """Elements of a page: scripts with their attributes and text, names of all tags."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.open: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.tags: list[str] = []
+        self._open: dict[str, str | None] | None = None
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        self.tags.append(tag)
+        self._open = dict(attrs) if tag == "script" else None
 
     def handle_data(self, data: str) -> None:
-        self.texts.append(data)
+        if self._open is not None:
+            self.scripts.append((self._open, data))
 
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def ids(self) -> list[str]:
-        return [attrs["id"] for _, attrs in self.tags if attrs.get("id")]
+    def handle_endtag(self, tag: str) -> None:
+        self._open = None
 
 
-def fake_runs(folder: Path, seeds: int, **settings: object) -> list[Run]:
-    return [
-        open_run(
-            write_fake_run(
-                folder / f"{objective}-{seed}",
-                probe_every=8,
-                objective=objective,
-                seed=seed,
-                steps=24,
-                prompts=8,
-                drift="explosion" if objective == "grpo" else "healthy",
-                **settings,
-            )
-        )
-        for objective in ("grpo", "wapo")
-        for seed in range(seeds)
+def parsed(page: str) -> Scripts:
+    reader = Scripts()
+    reader.feed(page)
+    return reader
+
+
+def embedded(page: str) -> dict[str, object]:
+    (text,) = (t for a, t in parsed(page).scripts if a.get("id") == "page-data")
+    data: dict[str, object] = json.loads(text)
+    return data
+
+
+def test_the_page_says_what_diagnose_says(run: Run, page: str) -> None:
+    found = diagnose(run)
+    (told,) = embedded(page)["runs"]  # type: ignore[misc]
+    assert told["verdict"] == found.verdict == "entropy_explosion"
+    assert (told["onset"], told["first_warning"]) == (found.onset_step, found.first_warning_step)
+    assert [f["name"] for f in told["findings"]] == [f.name for f in found.findings]
+    assert told["sentence"] == found.sentence
+
+
+def test_step_columns_are_those_of_the_run(run: Run) -> None:
+    told = step_columns(run)
+    np.testing.assert_allclose(told["values"]["entropy"], run.steps["entropy"], rtol=1e-5)
+    assert told["units"]["entropy"] == "nats"
+    assert step_columns(run, after=25)["values"]["step"] == [26, 27, 28, 29, 30]
+
+
+def test_class_columns_add_up_to_the_exact_totals(run: Run) -> None:
+    told = class_columns(run)
+    total = sum(sum(v) for v in told["pred_dentropy_sum"].values())
+    cells = run.classes
+    known = cells[cells["sign"] != 0]["pred_dentropy_sum"].sum()
+    assert total == pytest.approx(known, rel=1e-4)
+
+
+def test_a_step_travels_whole(run: Run) -> None:
+    data = step_data(run, 12)
+    raw = gzip.decompress(block(data))
+    length = int.from_bytes(raw[:4], "little")
+    head = json.loads(raw[4 : 4 + length])
+    rows = merged_passes(run.tokens([12]))
+    assert head["tokens"]["count"] == len(rows)
+    form, at = head["tokens"]["arrays"]["pred_dentropy"]
+    planes = np.frombuffer(raw[4 + length + at :][: 3 * len(rows)], np.uint8).reshape(3, -1)
+    words = sum(planes[i].astype(np.uint32) << (8 * (i + 1)) for i in range(3))
+    got = np.asarray(words, "<u4").view("<f4")
+    assert form == "f3"
+    np.testing.assert_allclose(got, rows["pred_dentropy"], rtol=1e-3, atol=1e-12)
+
+
+def test_passes_of_a_token_become_one_row_with_the_sum_of_what_they_did() -> None:
+    rows = pd.DataFrame(
+        {
+            "rollout": [0, 0], "group": [0, 0], "position": [3, 3], "minibatch": [1, 0],
+            "cls": [2, 2], "logp": [-2.0, -1.0], "grad_norm": [1.0, 2.0],
+            "pred_dentropy": [0.5, 0.25], "coef": [-1.0, -2.0], "dprob": [0.2, 0.1],
+            "dentropy": [0.02, 0.01],
+        }
+    )  # fmt: skip
+    (one,) = merged_passes(rows).to_dict("records")
+    assert (one["logp"], one["grad_norm"], one["pred_dentropy"]) == (-1.0, 3.0, 0.75)
+    assert (one["coef"], one["dprob"]) == (-3.0, 0.2)
+
+
+def test_rounding_keeps_three_digits_and_nan() -> None:
+    values = np.array([1.2345678, -3e-7, np.nan, 0.0], "<f4")
+    got = rounded(values)
+    np.testing.assert_allclose(got[[0, 1, 3]], values[[0, 1, 3]], rtol=5e-4)
+    assert np.isnan(got[2])
+    assert not (got.view("<u4") & 0x1FFF).any()
+
+
+def test_steps_that_findings_name_come_first_and_the_budget_holds(run: Run) -> None:
+    tokens = int(run.steps["tokens"].iloc[0])
+    chosen = chosen_steps(run, [13], 3 * tokens)
+    assert 13 in chosen
+    assert len(chosen) == 3
+    assert chosen_steps(run, [], 10**9) == run.token_steps()
+
+
+def test_the_page_says_what_it_leaves_out(run: Run) -> None:
+    tokens = int(run.steps["tokens"].iloc[0])
+    small = build_report([run], rows=2 * tokens)
+    assert "2 of 30 recorded steps" in small
+    assert "recorded steps of" not in build_report([run], rows=10**9)
+
+
+def test_the_same_runs_give_the_same_page(run: Run, page: str) -> None:
+    assert build_report([run]) == page
+
+
+def test_nothing_is_loaded_and_only_our_scripts_may_run(page: str) -> None:
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1]
+    assert "unsafe-eval" not in policy[1]
+    assert "unsafe-inline" not in policy[1].split("style-src")[0]
+    found = parsed(page)
+    assert not {"link", "iframe", "object", "img"} & set(found.tags)
+    assert not any(attributes.get("src") for attributes, _ in found.scripts)
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run", drift="explosion", steps=12, label=HOSTILE)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "name": HOSTILE}))
+    page = build_report([open_run(path)])
+    plain = parsed(build_report([open_run(write_fake_run(tmp_path / "plain", steps=12))]))
+    found = parsed(page)
+    code = [t for a, t in found.scripts if not a.get("type")]
+    assert code == [t for a, t in plain.scripts if not a.get("type")]
+    assert "img" not in found.tags
+    (told,) = embedded(page)["runs"]  # type: ignore[misc]
+    assert told["name"] == HOSTILE
+
+
+def test_one_bundle_without_names_declared_twice() -> None:
+    code = bundle()
+    assert not re.search(r"(?m)^(import|export) ", code)
+    names = re.findall(r"(?m)^(?:async )?(?:function|class|const|let) (\w+)", code)
+    assert len(names) == len(set(names))
+    files = {f.stem for f in (ROOT / "wapo_analysis/report/page").glob("*.mjs")}
+    assert files == set(MODULES)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_page_code_in_node() -> None:
+    done = subprocess.run(
+        ["node", "--test", "tests/page"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_several_runs_bring_the_table_and_their_settings(tmp_path: Path) -> None:
+    runs = [
+        open_run(write_fake_run(tmp_path / str(seed), steps=12, seed=seed)) for seed in range(2)
     ]
+    data = embedded(build_report(runs))
+    assert len(data["runs"]) == 2  # type: ignore[arg-type]
+    assert data["comparison"]["rows"]  # type: ignore[index]
+    assert len({one["setting"] for one in data["runs"]}) == 1  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def few_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw a few figures only: what is tested does not depend on how many there are."""
-    few = ("reward", "entropy", "entropy_flow", "theory_classes")
-    subset = {name: FIGURES[name] for name in few}
-    monkeypatch.setattr("wapo_analysis.report.figures.FIGURES", subset)
+def test_prompts_are_shown_by_what_sets_them_apart() -> None:
+    head = "<|im_start|>system You are a helpful assistant. user "
+    asked = [f"{head}What is {n}+1? <|end|>" for n in (3, 4)]
+    assert distinguishing(asked) == ["... 3+1? ...", "... 4+1? ..."]
+    assert distinguishing(["same", "same"]) == ["same", "same"]
+    assert distinguishing(["", "a"]) == ["", "a"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    return fake_runs(tmp_path_factory.mktemp("runs"), 2)
-
-
-@pytest.fixture(scope="module")
-def html(runs: list[Run]) -> str:
-    return build_report(runs)
-
-
-@pytest.fixture(scope="module")
-def evil_html(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Every text that comes from a model, a data set or a manifest tries to break out."""
-    texts = dict.fromkeys(("prompt", "completion", "answer", "vocab"), EVIL)
-    manifest = {
-        "name": EVIL,
-        "task": EVIL,
-        "model": EVIL,
-        "source": EVIL,
-        "started": EVIL,
-        "versions": {EVIL: EVIL},
-        "config": {"task": EVIL, "include_bins": [EVIL]},
-        "objective": {"name": "grpo", "note": EVIL},
-    }
-    folder = tmp_path_factory.mktemp("evil")
-    return build_report(fake_runs(folder, 1, label=EVIL, texts=texts, manifest=manifest))
-
-
-def test_six_runs_of_the_demo_would_stay_small(html: str) -> None:
-    assert len(html.encode()) < 2_000_000
-
-
-def test_the_first_screen_holds_verdict_table_and_picture(html: str) -> None:
-    text = Page(html).text
-    for word in ("GRPO: entropy explosion", "WAPO: healthy", "(2 of 2 runs)", "What to do."):
-        assert word in text
-    places = [html.index(mark) for mark in ('id="verdict"', 'id="table"', 'id="figure-entropy"')]
-    assert places == sorted(places)
-    assert places[-1] < html.index('id="group-1"')
-    assert re.search(r"Began at step \d+, first warning at step \d+", text)
-    assert re.search(r"0\.\d+ ± 0\.\d+", text)
-
-
-def test_every_figure_is_there_once_with_its_caption(html: str) -> None:
-    page = Page(html)
-    counts = Counter(attrs.get("id") for tag, attrs in page.tags if tag == "figure")
-    assert counts == {f"figure-{name}": 1 for name in FIGURES}
-    for spec in FIGURES.values():
-        assert " ".join(spec.caption.split()) in page.text
-    drawn = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert len(drawn) == len(FIGURES)
-    assert all(attrs["role"] == "img" and attrs["aria-label"] for attrs in drawn)
-
-
-def test_samples_taxonomy_and_provenance_are_there(html: str, runs: list[Run]) -> None:
-    page = Page(html)
-    tokens = [attrs for _, attrs in page.tags if attrs.get("class") == "token"]
-    assert tokens
-    for part in ("p = ", "H = ", "A = ", "coef = "):
-        assert all(part in attrs["title"] for attrs in tokens)
-    for word in ("pos_peak", "pos_valley", "neg_peak", "neg_valley", "How to read this"):
-        assert word in page.text
-    for run in runs:
-        assert run.name in page.text
-        assert f"--out {run.path}" in page.text
-    assert '"schema_version": 1' in page.text
-
-
-@pytest.mark.parametrize("which", ["html", "evil_html"])
-def test_it_loads_nothing_and_runs_nothing(which: str, request: pytest.FixtureRequest) -> None:
-    text = request.getfixturevalue(which)
-    page = Page(text)
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "object", "embed", "base", "form", "img"}
-    for tag, attrs in page.tags:
-        for name, value in attrs.items():
-            assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-                assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
-            for target in re.findall(r"url\(([^)]*)\)", value or ""):
-                assert target.startswith("#"), (tag, name, value)
-    style = text[text.index("<style>") : text.index("</style>")]
-    assert "@import" not in style
-    assert "url(" not in style
-
-
-def test_texts_are_shown_escaped(evil_html: str) -> None:
-    assert "<script" not in evil_html
-    assert "<img" not in evil_html
-    text = Page(evil_html).text
-    assert text.count("<script>alert('x')</script>") > 20
-
-
-@pytest.mark.parametrize("which", ["html", "evil_html"])
-def test_ids_are_unique_and_every_reference_is_met(
-    which: str, request: pytest.FixtureRequest
-) -> None:
-    page = Page(request.getfixturevalue(which))
-    ids = page.ids()
-    assert [name for name, count in Counter(ids).items() if count > 1] == []
-    used = {
-        target
-        for _, attrs in page.tags
-        for value in attrs.values()
-        for target in re.findall(r"url\(#([^)]+)\)", value or "")
-    }
-    used |= {
-        attrs["href"][1:] for _, attrs in page.tags if (attrs.get("href") or "").startswith("#")
-    }
-    assert used
-    assert used <= set(ids)
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_the_same_runs_give_the_same_page(runs: list[Run]) -> None:
-    again = build_report([open_run(run.path) for run in runs])
-    assert build_report(runs) == again
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_it_is_written_whole_into_a_new_folder(tmp_path: Path, runs: list[Run]) -> None:
-    target = tmp_path / "new" / "page.html"
-    page = build_report(runs[:1], target, title="My <run>")
-    assert target.read_text(encoding="utf-8") == page
-    assert "<h1>My &lt;run&gt;</h1>" in page
-    assert page.endswith("</html>")
-    assert [file.name for file in target.parent.iterdir()] == ["page.html"]
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_a_target_that_cannot_be_written_is_one_clear_line(tmp_path: Path, runs: list[Run]) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write report"):
-        build_report(runs[:1], tmp_path / "file" / "page.html")
+def test_no_runs_and_a_bad_place_are_one_line(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one run"):
         build_report([])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write report"):
+        build_report([run], tmp_path / "file" / "report.html")
 
 
-@pytest.mark.usefixtures("few_figures")
-@pytest.mark.parametrize("steps", [0, 1])
-def test_runs_too_short_to_judge(tmp_path: Path, steps: int) -> None:
-    path = write_fake_run(tmp_path / "run", steps=steps)
-    text = Page(build_report([open_run(path)])).text
-    assert "insufficient data" in text
-    assert ("Not available here" in text) == (steps == 0)
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_a_run_of_nothing_but_a_step_log(tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run", {"name": "bare"})
-    for step in range(1, 31):
-        writer.append_step({"step": step, "entropy": 0.4, "reward": float("nan")})
-    writer.close("finished")
-    text = Page(build_report([open_run(tmp_path / "run")])).text
-    assert "Not available here" in text
-    assert "healthy" in text
-    assert "n/a" in text
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_missing_statistics_are_named_not_drawn_as_zero(tmp_path: Path) -> None:
-    path = write_fake_run(tmp_path / "run", missing=("collision_rest", "collision_logp_rest"))
-    run = open_run(path)
-    text = Page(build_report([run])).text
-    assert "Not checked" in text
-    titles = [token.title for sample in pick_samples(run) for token in sample.tokens]
-    assert titles
-    assert all("predicted dH = n/a" in title for title in titles)
-
-
-def test_samples_are_best_and_worst_of_first_and_last_step(runs: list[Run]) -> None:
-    run = runs[0]
-    samples = pick_samples(run)
-    assert [(s.step, s.kind) for s in samples] == [
-        (1, "best"), (1, "worst"), (24, "best"), (24, "worst"),
-    ]  # fmt: skip
-    first = run.rollouts[run.rollouts["step"] == 1]
-    assert float(samples[0].reward) == first["reward"].max()
-    assert float(samples[1].reward) == first["reward"].min()
-    sample = samples[0]
-    rows = run.tokens([1])
-    chosen = rows[(rows["advantage"] - float(sample.advantage)).abs() < 0.01]
-    assert len(sample.tokens) == 6
-    assert sample.tokens[0].row[1] in ("pos_peak", "pos_valley")
-    assert set(sample.tokens[0].row[4:5]) == {f"{chosen['advantage'].iloc[0]:.3g}"}
-    strengths = [token.strength for token in sample.strongest]
-    assert strengths == sorted(strengths, reverse=True)
-    assert len(strengths) <= STRONGEST
-    assert max(strengths) <= 1
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_samples_without_token_rows_keep_their_text(tmp_path: Path) -> None:
-    run = open_run(write_fake_run(tmp_path / "run", token_every=0, steps=9))
-    samples = pick_samples(run)
-    assert len(samples) == 4
-    assert all(not sample.tokens and sample.completion for sample in samples)
-    assert samples[0].completion in Page(build_report([run])).text
-
-
-def test_repeated_passes_show_a_token_once(tmp_path: Path) -> None:
-    path = write_fake_run(tmp_path / "run", steps=2)
-    run = open_run(path)
-    again = run.tokens([1, 2], derived=False).assign(minibatch=7)
-    from wapo_analysis.schema import TOKENS
-    from wapo_analysis.table import Records
-
-    writer = RunWriter(path, run.manifest, resume_after=99)
-    columns = {name: again[name].to_numpy() for name in again.columns}
-    writer.write_part(Records.build(TOKENS, columns), 2, rank=9)
-    writer.close("finished")
-    positions = [len(sample.tokens) for sample in pick_samples(open_run(path))]
-    assert positions == [6, 6, 6, 6]
-
-
-def test_blanks_become_visible() -> None:
-    assert visible("a b\n") == "a\u2423b\u23ce"
-
-
-def test_inline_svg_keeps_the_drawing_and_drops_the_rest() -> None:
-    content = b"""<?xml version="1.0"?>
-    <svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"
-         width="10pt" height="5pt" viewBox="0 0 10 5" version="1.1">
-     <metadata><x/></metadata><defs><style>*{}</style><path id="m" d="M 0.123456 1"/></defs>
-     <g id="a" clip-path="url(#c)" style="fill: #ffffff; stroke: url(#c)">
-      <use xlink:href="#m"/><image xlink:href="data:image/png;base64,AA1.23456"/>
-      <text>a &lt;b&gt; url(#c) id="m"</text></g>
-     <clipPath id="c"/></svg>"""
-    svg = inline_svg(content, "fig", 'say "x" < y')
-    assert svg.startswith("<svg ")
-    assert 'aria-label="say &quot;x&quot; &lt; y"' in svg
-    for gone in ("http", "metadata", "<style", "width=", "xlink", 'id="m"/', "#ffffff"):
-        assert gone not in svg
-    for kept in (
-        'id="fig-a"', 'id="fig-m"', 'id="fig-c"', 'href="#fig-m"', 'clip-path="url(#fig-c)"',
-        "stroke: url(#fig-c)", 'd="M 0.12 1"', "base64,AA1.23456", "a &lt;b&gt; url(#c)",
-        "var(--paper)", 'viewBox="0 0 10 5"',
-    ):  # fmt: skip
-        assert kept in svg
-
-
-def test_strength_is_relative_to_the_strong_tokens_of_the_step(runs: list[Run]) -> None:
-    samples = pick_samples(runs[0])
-    rows = runs[0].tokens([1])
-    full = float(np.quantile(rows["grad_norm"][rows["grad_norm"] > 0], 0.95))
-    best = samples[0].tokens
-    assert max(token.strength for token in best) == pytest.approx(
-        min(1.0, max(_size(rows, token.title) for token in best) / full), abs=0.02
-    )
-
-
-def _size(rows: object, title: str) -> float:
-    """Gradient norm of the token whose p and coef a title shows."""
-    p, coef = (float(re.search(rf"{name} = ([-\d.e]+)", title).group(1)) for name in ("p", "coef"))
-    gap = (rows["prob"] - p).abs() / p + (rows["coef"] - coef).abs() / max(abs(coef), 1e-12)
-    return float(rows.loc[gap.idxmin(), "grad_norm"])
+def test_numbers_of_a_run_are_finite_or_null(run: Run) -> None:
+    json.dumps(run_data(run), allow_nan=False)

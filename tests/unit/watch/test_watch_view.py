@@ -9,9 +9,9 @@ import pytest
 from tests.support.builders import write_fake_run
 from tests.support.terminal import shown
 from wapo_analysis.diagnose import diagnose
+from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.store import RunWriter, open_run
-from wapo_analysis.watch.band import entropy_band
 from wapo_analysis.watch.chart import Rule, bar, bucket_means, line_chart
 from wapo_analysis.watch.view import one_line, render
 

@@ -1,0 +1,284 @@
+"""What the page shows, as plain values: the same for a file and for a live server.
+
+One run is one dictionary: verdict and advice, the step columns, the predicted dH per class and
+step, findings with the steps and rollouts they point at, and how far the prediction can be trusted.
+What a single step holds (rollouts, tokens) is made by :mod:`wapo_analysis.report.steps`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import wapo_taxonomy as tax
+
+from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, Finding, diagnose
+from wapo_analysis.diagnose.band import entropy_band
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.probes import three_numbers
+from wapo_analysis.schema import STEPS
+from wapo_analysis.settings import recorded_settings, shown_value
+
+if TYPE_CHECKING:
+    from wapo_analysis.store import Run
+
+Json = dict[str, Any]
+FACTS = ("source", "status", "task", "model", "temperature", "seed", "device", "started")
+SHOWN_FOREIGN = 40
+"""Most columns beside the schema's that a page carries of a run."""
+
+
+def run_data(run: Run, found: Diagnosis | None = None) -> Json:
+    """Everything of a run that does not belong to a single step.
+
+    Parameters
+    ----------
+    run : Run
+        An open run, finished or still being written.
+    found : Diagnosis, optional
+        Its diagnosis, if the caller has it.
+
+    Returns
+    -------
+    dict
+        Plain values for JSON: strings, finite numbers, None, lists, dictionaries.
+    """
+    found = found or diagnose(run)
+    context = Context(run)
+    return {
+        "id": run_id(run.path),
+        "name": run.name,
+        "label": run.label,
+        "seed": run.seed,
+        "path": str(run.path),
+        "facts": _facts(run),
+        "settings": {name: shown_value(value) for name, value in recorded_settings(run).items()},
+        **verdict(run, found),
+        "bands": _bands(context),
+        "steps": step_columns(run),
+        "classes": class_columns(run),
+        "trust": trust(run),
+        "token_steps": run.token_steps(),
+        "updates": _updates(run),
+    }
+
+
+def run_id(folder: Path) -> str:
+    """Short name of a run in addresses: one folder always has the same."""
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:12]
+
+
+def verdict(run: Run, found: Diagnosis) -> Json:
+    """The first screen in words: what, since when, what to do; then every finding."""
+    worst = found.worst_severity
+    told = next((f for f in found.findings if f.severity != "info"), None)
+    return {
+        "verdict": found.verdict,
+        "verdict_words": VERDICT_WORDS[found.verdict],
+        "tone": _tone(found),
+        "severity": worst,
+        "sentence": found.sentence,
+        "onset": found.onset_step,
+        "first_warning": found.first_warning_step,
+        "advice": advice_lines(told.advice) if told else [],
+        "drivers": [driver.to_dict() for driver in found.drivers],
+        "findings": [_finding(found, finding) for finding in found.findings],
+        "skipped": [skipped.to_dict() for skipped in found.skipped],
+    }
+
+
+def advice_lines(advice: Any) -> list[str]:
+    """Advice as lines of plain text, most useful first."""
+    return [line for line in str(advice).splitlines() if line.strip()]
+
+
+def _tone(found: Diagnosis) -> str:
+    if found.verdict == "insufficient_data":
+        return "unknown"
+    if found.verdict != "healthy":
+        return "bad"
+    return "warn" if found.reaches("warning") else "good"
+
+
+def _finding(found: Diagnosis, finding: Finding) -> Json:
+    """A finding with what a reader can click: its step, its tokens and rollouts."""
+    named = found.culprits
+    mine = named if named is not None and named.finding == finding.name else None
+    return {
+        "name": finding.name,
+        "severity": finding.severity,
+        "step": finding.step,
+        "message": finding.message,
+        "advice": advice_lines(finding.advice),
+        "reference": finding.reference,
+        "evidence": finding.to_dict()["evidence"],
+        "tokens": [{"text": t, "share": plain(s)} for t, s in mine.tokens] if mine else [],
+        "rollouts": [
+            {"step": step, "rollout": number, "share": plain(share)}
+            for step, number, share in (mine.rollouts if mine else ())
+        ],
+        "cls": mine.cls if mine else None,
+    }
+
+
+def _facts(run: Run) -> list[list[str]]:
+    known = [(name, run.manifest.get(name)) for name in FACTS]
+    return [[name, str(value)] for name, value in known if value not in (None, "")]
+
+
+def _bands(context: Context) -> Json:
+    """Levels that entropy and reward are judged by, and the best step."""
+    band, reward = entropy_band(context), context.reward
+    bands: Json = {}
+    if band is not None:
+        bands["entropy"] = {
+            name: plain(getattr(band, name))
+            for name in ("level", "low", "high", "lowest", "highest")
+        }
+    if reward is not None:
+        series = reward.series
+        best = int(np.argmax(series.smooth))
+        bands["reward"] = {
+            "level": plain(series.level),
+            "low": plain(series.level - reward.margin),
+            "high": plain(series.level + reward.margin),
+            "best_step": int(series.steps[best]),
+            "best": plain(series.smooth[best]),
+        }
+        bands["best_checkpoint"] = _checkpoint_before(context.run, int(series.steps[best]))
+    return bands
+
+
+def _checkpoint_before(run: Run, step: int) -> int | None:
+    """Last recorded checkpoint at or before a step."""
+    folder = run.path / "checkpoints"
+    if not folder.is_dir():
+        return None
+    numbers = (name.name.rpartition("-")[2] for name in folder.iterdir() if name.is_dir())
+    known = [int(number) for number in numbers if number.isdigit() and int(number) <= step]
+    return max(known, default=None)
+
+
+def _updates(run: Run) -> float | None:
+    """Optimizer updates of a step, if it says: what one rollout step of an axis stands for."""
+    column = run.steps.get("updates")
+    if column is None:
+        return None
+    known = pd.to_numeric(column, errors="coerce").dropna()
+    return plain(np.median(known)) if len(known) else None
+
+
+def step_columns(run: Run, after: int | None = None) -> Json:
+    """Step columns as lists, those without a number left out; units and words beside them.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    after : int, optional
+        Only steps beyond this one.
+    """
+    frame = run.steps if after is None else run.steps[run.steps["step"] > after]
+    values: dict[str, list[float | None]] = {}
+    foreign = 0
+    for name in frame.columns:
+        numbers = pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64)
+        if not np.isfinite(numbers).any():
+            continue
+        foreign += name not in STEPS
+        if name in STEPS or foreign <= SHOWN_FOREIGN:
+            values[str(name)] = plain_list(numbers)
+    known = {name: STEPS[name] for name in values if name in STEPS}
+    return {
+        "values": values,
+        "units": {name: "" if c.unit in ("1", "text") else c.unit for name, c in known.items()},
+        "docs": {name: column.doc for name, column in known.items()},
+    }
+
+
+def class_columns(run: Run) -> Json:
+    """Per step and class: tokens, gradient mass, predicted dH, all exact over every token."""
+    totals = run.classes
+    if totals.empty:
+        return {"step": []}
+    named = totals.assign(cls=class_names(totals["cls"]))
+    steps = sorted(int(step) for step in named["step"].unique())
+    data: Json = {"step": steps}
+    for column in ("tokens", "grad_mass", "pred_dentropy_sum", "dentropy_sum"):
+        table = named.pivot_table(
+            index="step", columns="cls", values=column, aggfunc=lambda v: v.sum(min_count=1)
+        )
+        table = table.reindex(index=steps, columns=tax.CLASSES)
+        if np.isfinite(table.to_numpy(np.float64)).any():
+            # A class without tokens has nothing to add: zero is its true value.
+            data[column] = {name: plain_list(table[name].fillna(0.0)) for name in tax.CLASSES}
+    return data
+
+
+def class_names(codes: pd.Series) -> pd.Series:
+    """Class column as names, whether a table holds names or codes."""
+    if pd.api.types.is_numeric_dtype(codes):
+        return codes.map(tax.CLASS_NAMES)
+    return codes.astype(str)
+
+
+def trust(run: Run) -> list[Json]:
+    """How often the predicted dH of a class had the measured sign, over the probed updates.
+
+    Own class alone against its prediction: what shared parameters, momentum and the interaction of
+    classes do to the law of one softmax.
+    """
+    probes = run.probes
+    if probes.empty:
+        return []
+    numbers = three_numbers(probes)
+    rows = []
+    for code, name in enumerate(tax.CLASSES):
+        mine = numbers[(numbers["tokens_of"] == code) & (numbers["predicted"] != 0)]
+        mine = mine.dropna(subset=["predicted", "measured"])
+        if mine.empty:
+            continue
+        alone = mine.dropna(subset=["counterfactual"])
+        agreed = np.sign(alone["predicted"]) == np.sign(alone["counterfactual"])
+        rows.append(
+            {
+                "cls": name,
+                "updates": len(mine),
+                "alone": int(agreed.sum()),
+                "alone_of": len(alone),
+                "whole": int((np.sign(mine["predicted"]) == np.sign(mine["measured"])).sum()),
+            }
+        )
+    return rows
+
+
+def plain(value: Any) -> float | int | None:
+    """A number for JSON: six digits, None for what is not finite."""
+    if value is None:
+        return None
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() and abs(number) < 1e15 else float(f"{number:.6g}")
+
+
+def plain_list(values: Iterable[Any]) -> list[float | int | None]:
+    """Numbers for JSON; see :func:`plain`."""
+    return [plain(value) for value in values]
+
+
+def comparison_data(runs: Sequence[Run]) -> Json | None:
+    """The verdict table of several runs; None for one."""
+    if len(runs) < 2:
+        return None
+    from wapo_analysis.compare import compare
+
+    found = compare(runs)
+    header, *rows = found.rows()
+    return {"header": header, "rows": rows, "sentences": list(found.sentences())}
