@@ -6,15 +6,15 @@ blindness; objectives use purple and green, which no class uses.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
-from matplotlib.colors import Colormap, to_rgb
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES, NONE, UNKNOWN
 
@@ -47,6 +47,7 @@ BAND_ALPHA = 0.18
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 10.0
 PNG_DPI = 120
+_POINTS = 72  # matplotlib lays vector files out in points
 
 _Dash = str | tuple[int, tuple[float, ...]]
 _SOLID: _Dash = "-"
@@ -68,7 +69,13 @@ _OBJECTIVES: Mapping[str, tuple[str, _Dash]] = {
 }
 _SPARE = ("#444444", "#A0522D", "#6A5ACD", "#2F6F6F", "#8B0A50", "#556B2F")
 
-_SAVE_RC: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "wapo", "pdf.fonttype": 42}
+_SAVE_RC: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "wapo",
+    "pdf.fonttype": 42,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
+}
 _METADATA: Mapping[str, dict[str, Any]] = {
     "png": {"Software": None},
     "svg": {"Date": None, "Creator": "wapo-analysis"},
@@ -129,7 +136,10 @@ def _words_style(label: str, place: int) -> tuple[str, _Dash]:
 def theme() -> dict[Any, Any]:
     """Matplotlib settings of every figure, to be used in ``matplotlib.rc_context``."""
     return {
-        **sns.axes_style("ticks"),
+        "text.color": INK,
+        "lines.solid_capstyle": "round",
+        "patch.edgecolor": "white",
+        "patch.force_edgecolor": True,
         "font.family": ["sans-serif"],
         "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
         "font.size": 10,
@@ -170,8 +180,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 def sign_map(sign: int) -> Colormap:
     """Colour map from a pale to a dark shade of the colour of a sign of the advantage."""
     color = np.array(to_rgb(SIGN_COLORS[sign]))
-    ramp: Colormap = sns.blend_palette([0.3 * color + 0.7, color, 0.45 * color], as_cmap=True)
-    return ramp
+    shades = [tuple(0.3 * color + 0.7), tuple(color), tuple(0.45 * color)]
+    return LinearSegmentedColormap.from_list(f"sign {sign:+d}", shades)
 
 
 def encode_figure(figure: Figure, format: str) -> bytes:
@@ -192,9 +202,26 @@ def encode_figure(figure: Figure, format: str) -> bytes:
     if format not in FORMATS:
         raise unknown_name("figure format", format, FORMATS)
     sink = io.BytesIO()
-    with mpl.rc_context(_SAVE_RC):
+    with mpl.rc_context(_SAVE_RC), _laid_out(figure, PNG_DPI if format == "png" else _POINTS):
         figure.savefig(sink, format=format, dpi=PNG_DPI, metadata=_METADATA[format])
     return sink.getvalue()
+
+
+@contextmanager
+def _laid_out(figure: Figure, dpi: float) -> Iterator[None]:
+    """Lay the panels out once; ``savefig`` would draw everything an extra time to do so."""
+    engine, before = figure.get_layout_engine(), figure.dpi
+    if engine is None:
+        yield
+        return
+    figure.dpi = dpi
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+    try:
+        yield
+    finally:
+        figure.set_layout_engine(engine)
+        figure.dpi = before
 
 
 def save_figure(figure: Figure, path: Path, format: str | None = None) -> Path:
