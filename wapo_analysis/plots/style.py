@@ -211,7 +211,7 @@ def encode_figure(figure: Figure, format: str) -> bytes:
 def _laid_out(figure: Figure, dpi: float) -> Iterator[None]:
     """Lay the panels out once; ``savefig`` would draw everything an extra time to do so."""
     engine, before = figure.get_layout_engine(), figure.dpi
-    if engine is None:
+    if engine is None or not figure.axes:
         yield
         return
     figure.dpi = dpi
