@@ -10,14 +10,14 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.version import __version__
 
 if TYPE_CHECKING:
-    from wapo_analysis.capture.loop import Recorder
     from wapo_analysis.capture.trl.attachment import attach
     from wapo_analysis.capture.trl.objective import use_wapo
+    from wapo_analysis.record.recorder import Recorder
     from wapo_analysis.run import Run, open_run
     from wapo_analysis.train.config import TrainConfig
 
 _LAZY = {
-    "Recorder": "wapo_analysis.capture.loop",
+    "Recorder": "wapo_analysis.record.recorder",
     "Run": "wapo_analysis.run",
     "TrainConfig": "wapo_analysis.train.config",
     "attach": "wapo_analysis.capture.trl.attachment",

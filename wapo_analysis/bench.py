@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.recorder import NullRecorder, Recorder
+from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.store import open_run
 from wapo_analysis.train.batch import Batch, draw_batch
@@ -236,7 +236,7 @@ class _Trainer(Trainer):
         self._watched, self._number = recorder is not None, self._number + 1
         clock = _clock(self.policy.device)
         started = clock()
-        self.step(self._number, recorder or NullRecorder())
+        self.step(self._number, recorder or Recorder(None))
         if recorder is not None:
             recorder.flush()
             if recorder.failure is not None or self.prober.failed:

@@ -244,9 +244,15 @@ class MicroStep:
             "advantage": self.advantage.cpu().numpy(),
             "length": np.full(self.batch, self.length),
         }
-        row = {"step": self.number, "reward": 0.5, "entropy": 1.0, "tokens": self.tokens}
         recorder = watcher.recorder
-        recorder.end_step(row, rollouts, lambda ids: [f"token {i}" for i in ids])
+        recorder.finish_step(
+            self.number,
+            reward=0.5,
+            rollouts=rollouts,
+            texts=lambda ids: [f"token {i}" for i in ids],
+            entropy=1.0,
+            tokens=self.tokens,
+        )
         if watcher.closes:
             recorder.close("finished")
         if recorder.failure is not None:

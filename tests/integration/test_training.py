@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wapo_analysis.objectives.config import OBJECTIVES
-from wapo_analysis.record.recorder import NullRecorder, TokenPass
+from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import Trainer, train
@@ -76,13 +76,14 @@ def test_microbatches_do_not_change_the_update(tiny_config: TrainConfig) -> None
             torch.testing.assert_close(value, weights(split)[name], rtol=1e-4, atol=2e-6)
 
 
-class Spy(NullRecorder):
+class Spy(Recorder):
     """Keeps every pass and the gradient that reached its logp."""
 
     def __init__(self) -> None:
+        super().__init__(None)
         self.seen: list[tuple[TokenPass, torch.Tensor]] = []
 
-    def watch(self, tokens: TokenPass, logp: torch.Tensor) -> None:
+    def watch(self, tokens: TokenPass, logp: torch.Tensor, read: object = None) -> None:  # type: ignore[override]
         logp.retain_grad()
         self.seen.append((tokens, logp))
 

@@ -104,12 +104,12 @@ def test_replace_mode_in_two_processes_stays_one_model(tmp_path: Path) -> None:
 
 def test_other_ranks_leave_manifest_and_step_log_to_the_first(tmp_path: Path) -> None:
     other = Recorder(tmp_path / "run", {"name": "x"}, rank=1)
-    other.end_step({"step": 1}, {"group": [0], "rollout": [4], "reward": [1.0]})
+    other.finish_step(1, rollouts={"group": [0], "rollout": [4], "reward": [1.0]})
     other.close("finished")
     assert other.failure is None
     assert not (tmp_path / "run" / MANIFEST).exists()
     first = Recorder(tmp_path / "run", {"name": "x"}, rank=0)
-    first.end_step({"step": 1}, {"group": [0], "rollout": [0], "reward": [0.0]})
+    first.finish_step(1, rollouts={"group": [0], "rollout": [0], "reward": [0.0]})
     first.close("finished")
     found = open_run(tmp_path / "run")
     assert found.rollouts["rollout"].tolist() == [0, 4]

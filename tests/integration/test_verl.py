@@ -22,7 +22,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.loop import Recorder
+from wapo_analysis import Recorder
 from wapo_analysis.capture.verl import PREFIX, VerlWatcher, watch_verl, watched
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run

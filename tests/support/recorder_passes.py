@@ -43,7 +43,7 @@ def record(recorder: Recorder, steps: Iterator[int] | range, passes: int = 2) ->
     for step in steps:
         for number in range(passes):
             recorder.watch(tokens(10 * step + number, minibatch=number))
-        recorder.end_step({"step": step, "reward": step / 10}, ROLLOUTS, spell)
+        recorder.finish_step(step, reward=step / 10, rollouts=ROLLOUTS, texts=spell)
 
 
 def spell(ids: list[int]) -> list[str]:

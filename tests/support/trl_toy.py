@@ -169,9 +169,9 @@ def collect_tokens(recorder: Any) -> list[Any]:
     steps: list[Any] = []
     settle = recorder.settle
 
-    def keep(step: int, texts: Any = None) -> None:
-        settle(step, texts)
-        steps.append(recorder.tokens)
+    def keep(step: int, texts: Any = None) -> Any:
+        steps.append(settle(step, texts))
+        return steps[-1]
 
     recorder.settle = keep
     return steps

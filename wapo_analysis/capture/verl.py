@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.loop import Recorder
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.guard import Guarded, guarded
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.store import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -54,22 +57,7 @@ def watched(loss: PolicyLoss, watcher: "VerlWatcher") -> PolicyLoss:
     return policy_loss
 
 
-def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
-    """A watcher that fails says so once and is out of the way; training goes on."""
-
-    @wraps(method)
-    def wrapper(self: "VerlWatcher", *args: Any, **kwargs: Any) -> None:
-        if self.failure is None:
-            try:
-                method(self, *args, **kwargs)
-            except Exception as error:
-                self.failure = f"{type(error).__name__}: {error}"
-                log.warning("watching verl stopped (%s); training goes on", self.failure)
-
-    return wrapper
-
-
-class VerlWatcher:
+class VerlWatcher(Guarded):
     """What one actor process knows of the step it is in.
 
     Parameters
@@ -88,7 +76,6 @@ class VerlWatcher:
     def __init__(self, open_recorder: Callable[[int, float], Recorder]) -> None:
         self._open = open_recorder
         self.recorder: Recorder | None = None
-        self.failure: str | None = None
         self._step = 0
         self._first = 0
         self._active = False
@@ -96,7 +83,12 @@ class VerlWatcher:
         self._rewards: Tensor | None = None
         self._micro: dict[str, Any] = {}
 
-    @_never_raises
+    def fail(self, error: Exception) -> None:
+        """Watch no more, with one warning."""
+        super().fail(error)
+        log.warning("watching verl stopped (%s); training goes on", self.failure)
+
+    @guarded
     def begin_step(self, engine: Any, data: Any) -> None:
         """Take identity and rewards of the n rollouts of a step before its updates.
 
@@ -133,7 +125,7 @@ class VerlWatcher:
         finally:
             self._micro = {}
 
-    @_never_raises
+    @guarded
     def _gather(self, model_output: Mapping[str, Any], data: Any) -> None:
         padding = import_module("verl.workers.utils.padding")
         micro: dict[str, Any] = {"tokens": _dense(data["responses"])}
@@ -147,7 +139,7 @@ class VerlWatcher:
                 micro[name] = padding.no_padding_2_padding(values.detach(), data)
         self._micro = micro
 
-    @_never_raises
+    @guarded
     def see(self, old_log_prob: Tensor, log_prob: Tensor, given: Mapping[str, Any]) -> None:
         """Look at the tensors of one call of a policy loss."""
         if self.recorder is None or not (self._active and log_prob.requires_grad):
@@ -172,7 +164,7 @@ class VerlWatcher:
             **micro,
         )
 
-    @_never_raises
+    @guarded
     def end_step(self) -> None:
         """Write the step, unless no policy loss was called in it (a critic's update)."""
         active, self._active = self._active, False
@@ -228,7 +220,7 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
     manifest : mapping, optional
         Entries of the manifest.
     **settings
-        ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.capture.loop.Recorder`.
+        ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.record.recorder.Recorder`.
 
     Returns
     -------
@@ -256,7 +248,9 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
         raise UserError("verl is already watched in this process; close that watch first")
 
     def open_recorder(rank: int, temperature: float) -> Recorder:
-        described = {"source": "verl", **(manifest or {})}
+        name = Path(path).name
+        described = Manifest.begun("verl", ("verl", "torch"), name=name, label=name)
+        described = described.changed(manifest or {})
         return Recorder(path, described, rank=rank, temperature=temperature, **settings)
 
     watcher, patches = VerlWatcher(open_recorder), Patches()

@@ -1,52 +1,59 @@
-"""The recorder: turns gradient passes into token rows, exact class totals and step lines.
+"""The recorder: gradient passes in, a run folder out; any trainer feeds it.
 
 It reads tensors, draws no random numbers and never raises into training: a failure (disk full, a
 bug) is logged once and recording stops while training goes on. The training thread only keeps
 references and starts copies; a thread of its own computes and writes.
+
+Shapes: B rollouts of a gradient pass, T positions, V vocabulary, N tokens, R rollouts of a step.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.null_recorder import NullRecorder, RowOf, Texts, guarded, on_schedule
-from wapo_analysis.record.step_job import StepJob, token_records
-from wapo_analysis.record.step_writer import QUEUE_ROWS, StepWriter
-from wapo_analysis.record.tokens import TokenPass, on_host
-from wapo_analysis.schema import ROLLOUTS
-from wapo_analysis.store import RunWriter
+from wapo_analysis.record.batches import BatchPass, batch_pass, step_rollouts
+from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
+from wapo_analysis.record.step import OpenStep
+from wapo_analysis.record.tokens import TokenPass
+from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
+from wapo_analysis.store import Manifest, RunWriter
 from wapo_analysis.store.files import MANTISSA_BITS
 from wapo_analysis.store.ranks import PartWriter
 from wapo_analysis.table import Records
 
-__all__ = ["NullRecorder", "Recorder", "TokenPass", "guarded", "on_schedule"]
+__all__ = ["Recorder", "TokenPass", "on_schedule"]
 
 log = logging.getLogger(__name__)
 
 
-class Recorder(NullRecorder):
+class Recorder(Guarded, Closing):
     """Records one run into a folder.
 
     Parameters
     ----------
-    path : str or Path
-        Run folder, new unless ``resume_after`` is given.
-    manifest : mapping
-        Description of the run, see docs/run_format.md.
+    path : str or Path, or None
+        Run folder, new unless ``resume_after`` is given; None records nothing.
+    manifest : mapping, optional
+        What is known of the run: ``label`` (legends), ``objective`` (``{"name": "grpo"}``),
+        ``seed``, ``model``, ...; see docs/run_format.md.
     token_every : int
         Write token rows of every n-th step (class totals are kept of every step); 0 writes none.
     token_fraction : float
         Share of the rollouts whose token rows are written, in (0, 1]; chosen by a fixed rule from
         step and rollout number, so no random state is touched.
     rescore_every : int
-        Score the tokens again after the update on every n-th step; 0 never.
+        Score the tokens again after the update on every n-th step; 0 never. For a trainer that
+        asks `wants_rescore`.
     probe_every : int
-        Take one update of every n-th step apart (docs/attribution.md); 0 never.
+        Take one update of every n-th step apart (docs/attribution.md); 0 never. For a trainer
+        that asks `wants_probe`.
     temperature : float
         Softmax temperature of the statistics.
     rank : int
@@ -61,31 +68,36 @@ class Recorder(NullRecorder):
         the column ``token_fraction``. Class totals, rollouts and step lines are always written.
     synchronous : bool
         Write in the training thread; the files are the same.
-
-    Attributes
-    ----------
-    failure : str or None
-        Why recording stopped.
-    seconds : float
-        Time that recording took of the training thread.
-    tokens : Records or None
-        Derived token records of the last `settle`.
+    sequence_level : bool
+        The clip looks at the ratio of the whole rollout (GSPO).
 
     Raises
     ------
     UserError
-        On numbers out of range or a folder that cannot be used. Later failures never raise; see
-        ``failure``.
+        On numbers out of range or a folder that cannot be used. Later failures never raise: they
+        are logged once, ``failure`` says what happened, and training goes on.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> logits = torch.randn(2, 3, 5, requires_grad=True)
+    >>> tokens, mask = torch.randint(5, (2, 3)), torch.ones(2, 3)
+    >>> advantages, groups = torch.tensor([0.5, -0.5]), torch.tensor([0, 0])
+    >>> logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    >>> with tempfile.TemporaryDirectory() as folder, Recorder(folder) as recorder:
+    ...     recorder.watch_batch(logp, tokens, mask, advantages, groups, logits=logits)
+    ...     (-(logp * advantages[:, None]).mean()).backward()
+    ...     recorder.finish_step(1, reward=[1.0, 0.0])
     """
 
     def __init__(
         self,
-        path: str | Path,
-        manifest: Mapping[str, Any],
+        path: str | Path | None,
+        manifest: Mapping[str, Any] | None = None,
         *,
         token_every: int = 1,
         token_fraction: float = 1.0,
-        rescore_every: int = 10,
+        rescore_every: int = 0,
         probe_every: int = 0,
         temperature: float = 1.0,
         rank: int = 0,
@@ -93,6 +105,7 @@ class Recorder(NullRecorder):
         store_bits: int = MANTISSA_BITS,
         queue_rows: int = QUEUE_ROWS,
         synchronous: bool = False,
+        sequence_level: bool = False,
     ) -> None:
         if min(token_every, rescore_every, probe_every) < 0:
             raise UserError(
@@ -100,12 +113,10 @@ class Recorder(NullRecorder):
             )
         if not 0 < token_fraction <= 1:
             raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.token_every, self.token_fraction = token_every, token_fraction
         self.rescore_every, self.probe_every = rescore_every, probe_every
-        self.temperature, self.rank = temperature, rank
-        self.failure = None
-        self.seconds = 0.0
+        self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
         settings = {
             "temperature": temperature,
             "token_every": token_every,
@@ -114,19 +125,25 @@ class Recorder(NullRecorder):
             "probe_every": probe_every,
             "store_bits": store_bits,
         }
+        self._step = OpenStep()
+        self._warned = False
+        self._since, self._captured = perf_counter(), 0.0
+        if self.path is None:
+            return
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
-        writer = RunWriter if rank == 0 else PartWriter
-        self._writer = writer(self.path, {**manifest, **settings}, resume_after, store_bits)
+        kind = RunWriter if rank == 0 else PartWriter
+        described = {**_described(self.path, manifest or {}), **settings}
+        self._writer = kind(self.path, described, resume_after, store_bits)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous)
-        self._passes: list[TokenPass] = []
-        self._probes: list[Records] = []
-        self._settled: list[Records] = []
-        self.tokens: Records | None = None
+
+    def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an action, unless recording has failed or nothing is recorded; else None."""
+        return None if self.path is None else super().guard(action, *args, **kwargs)
 
     def fail(self, error: Exception) -> None:
         """Stop recording for good, with one warning; training goes on."""
         if self.failure is None:
-            self.failure = f"{type(error).__name__}: {error}"
+            super().fail(error)
             self._steps.abandon()
             log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
 
@@ -140,91 +157,124 @@ class Recorder(NullRecorder):
         # have shares out of all proportion to the step.
         return self.failure is None and self.probe_every > 0 and step % self.probe_every == 0
 
-    @guarded
-    def add_probe(self, rows: Records) -> None:
-        """Take the rows of one probed update; they are written when the step ends."""
-        self._probes.append(rows)
+    @property
+    def watching(self) -> bool:
+        """Whether a gradient pass was watched since the last finished step."""
+        return bool(self._step.passes or self._step.settled)
 
     @guarded
-    def watch(self, tokens: TokenPass, logp: Tensor | None = None) -> None:
+    def watch(
+        self,
+        tokens: TokenPass,
+        logp: Tensor | None = None,
+        read: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Take the tokens of one gradient pass, before its backward pass.
 
         Parameters
         ----------
         tokens : TokenPass
             Tokens with every statistic known before the backward pass.
-        logp : Tensor, shape (N,), on the autograd graph, optional
-            Its gradient is the exact -coef of any loss: ratio, clip, masks and normalisers in.
-            None if the caller fills ``tokens.coef`` before the step ends.
+        logp : Tensor on the autograd graph, optional
+            The tensor the loss is made of, shape (N,) unless ``read`` is given. Its gradient is the
+            exact -coef of any loss: ratio, clip, masks and normalisers in. None if the caller
+            fills ``tokens.coef`` before the step ends.
+        read : callable, optional
+            Fills ``tokens`` from the gradient; by default coef alone is filled.
         """
 
-        def keep_gradient(grad: Tensor) -> None:
-            tokens.coef = -grad.detach()
+        def keep_gradient(gradient: Tensor) -> None:
+            tokens.coef = -gradient.detach()
 
         if logp is not None and logp.requires_grad:
-            logp.register_hook(keep_gradient)
-        self._passes.append(tokens)
+            reader = read or keep_gradient
+            logp.register_hook(lambda gradient: self.guard(reader, gradient))
+        self._step.passes.append(tokens)
 
     @guarded
-    def end_step(
+    def watch_batch(
         self,
-        row: Mapping[str, float],
-        rollouts: Mapping[str, Sequence[Any]],
-        texts: Texts | None = None,
-        row_of: RowOf | None = None,
+        logp: Tensor,
+        tokens: Tensor | None,
+        mask: Tensor,
+        advantages: Tensor,
+        groups: Tensor | None,
+        *,
+        logits: Tensor | None = None,
+        logp_old: Tensor | None = None,
+        entropy: Tensor | None = None,
+        collision: Tensor | None = None,
+        rollouts: Tensor | None = None,
+        kept: Tensor | None = None,
+        clip: tuple[float, float] | None = None,
+        minibatch: int | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
-        """Finish a step: class totals, token rows, rollouts and the step line will be written.
+        """Watch one gradient pass; call it after the forward and before the backward pass.
 
         Parameters
         ----------
-        row : mapping
-            Columns of the ``steps`` table, ``step`` among them.
-        rollouts : mapping of str to sequence
-            Columns of the ``rollouts`` table without ``step`` and ``rank``; copied.
-        texts : callable, optional
-            Token ids to their texts, for the vocabulary of the run; called in this thread.
-        row_of : callable, optional
-            Further columns of the ``steps`` table from the step's derived token records, computed
-            by the writer thread; not called for a step without tokens.
+        logp : Tensor, shape (B, T)
+            Log-probability of each sampled token in nats: the very tensor the loss is made of.
+            The gradient that reaches it is recorded: exactly -coef, whatever the loss is.
+        tokens : Tensor of int64, shape (B, T)
+            Sampled tokens; None if the source does not know them.
+        mask : Tensor, shape (B, T)
+            Non-zero on completion tokens.
+        advantages : Tensor, shape (B,) or (B, T)
+        groups : Tensor of int64, shape (B,)
+            Prompt of each rollout within the step; None if unknown.
+        logits : Tensor, shape (B, T, V), optional
+            Logits that predict each token, before the division by temperature. They give
+            entropy, class and predicted changes; only read, block by block, nothing is kept.
+        logp_old : Tensor, shape (B, T), optional
+            Log-probabilities under the behaviour policy.
+        entropy, collision : Tensor, shape (B, T), optional
+            Entropy in nats and sum of p_v^2, where they are known and logits are not. A
+            collision of single precision loses the class of tokens within 1e-4 of certainty.
+        rollouts : Tensor of int64, shape (B,), optional
+            Number of each rollout within the step. By default they are counted up, which is right
+            while every rollout is passed once a step; with epochs, give them.
+        kept : Tensor of bool, shape (B, T), optional
+            Tokens that take part in the loss; by default the gradient tells.
+        clip : tuple of float, optional
+            Bounds of the ratio, e.g. ``(0.8, 1.2)``: sharpens the clip flag, see
+            :meth:`wapo_analysis.record.batches.BatchPass.read_gradient`.
+        minibatch : int, optional
+            Gradient pass within the step; by default each call is the next.
+        loss_scale : float
+            What the loss is multiplied by before backward (``GradScaler.get_scale()``).
         """
-        self._end_step(row, rollouts, texts, row_of)
-
-    def _end_step(
-        self,
-        row: Mapping[str, float],
-        rollouts: Mapping[str, Sequence[Any]],
-        texts: Texts | None,
-        row_of: RowOf | None = None,
-    ) -> None:
-        step = int(row["step"])
-        job = StepJob(
-            dict(row),
-            self.rank,
-            self.temperature,
-            passes=[on_host(tokens) for tokens in self._passes],
-            tokens=self._settled,
-            share=self.token_fraction if on_schedule(step, self.token_every) else 0.0,
-            others=self._beside_tokens(step, rollouts),
-            row_of=row_of,
+        if not loss_scale > 0:
+            raise UserError(f"loss_scale must be positive, got {loss_scale}")
+        batch = batch_pass(
+            logp,
+            tokens,
+            mask,
+            advantages,
+            groups,
+            rollouts=rollouts,
+            first_rollout=self._step.rollouts,
+            temperature=self.temperature,
+            minibatch=len(self._step.batches) if minibatch is None else minibatch,
+            logits=logits,
+            entropy=entropy,
+            collision=collision,
+            logp_old=logp_old,
+            kept=kept,
+            clip=clip,
         )
-        self._passes, self._settled, self._probes = [], [], []
-        self._steps.put(job, texts if self.rank == 0 else None)
-
-    def _beside_tokens(self, step: int, rollouts: Mapping[str, Sequence[Any]]) -> list[Records]:
-        """Rollouts and probes of the step; what the caller may write again is copied."""
-        others = []
-        count = len(rollouts["reward"]) if rollouts else 0
-        if count:
-            keys = {"step": np.full(count, step), "rank": np.full(count, self.rank)}
-            own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
-            others.append(Records.build(ROLLOUTS, {**keys, **own}))
-        if self._probes:
-            others.append(Records.concat(self._probes))
-        return others
+        self._step.batches.append(batch)
+        self.watch(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
 
     @guarded
-    def settle(self, step: int, texts: Texts | None = None) -> None:
-        """Compute the token records of the passes so far, ahead of `end_step`, in this thread.
+    def add_probe(self, rows: Records) -> None:
+        """Take the rows of one probed update; the step's end writes them."""
+        self._step.probes.append(rows)
+
+    @guarded
+    def settle(self, step: int, texts: Texts | None = None) -> Records | None:
+        """Compute the token records of the passes so far, ahead of `finish_step`, in this thread.
 
         Parameters
         ----------
@@ -233,19 +283,84 @@ class Recorder(NullRecorder):
         texts : callable, optional
             Token ids to their texts, for the vocabulary of the run.
 
-        Notes
-        -----
-        ``tokens`` then holds these records, derived columns included. It waits for the device; a
-        caller who does not need the numbers now leaves it out, or gives `end_step` a ``row_of``.
+        Returns
+        -------
+        Records or None
+            Derived records, waited for on a device; None without passes.
         """
-        passes = [on_host(tokens) for tokens in self._passes]
-        self._passes = []
-        built = token_records(passes, step, self.rank, self.temperature)
-        if built:
-            self.tokens = built[0]
-            self._settled += built
-            if texts is not None and self.rank == 0 and on_schedule(step, self.token_every):
-                self._steps.name(built[0]["token_id"], texts)
+        tokens = self._step.settle(step, self.rank, self.temperature)
+        named = texts is not None and self.rank == 0 and on_schedule(step, self.token_every)
+        if tokens is not None and texts is not None and named:
+            self._steps.name(tokens["token_id"], texts)
+        return tokens
+
+    @guarded
+    def finish_step(
+        self,
+        step: int,
+        *,
+        reward: Tensor | Sequence[float] | float | None = None,
+        texts: Texts | None = None,
+        prompts: Sequence[str] | None = None,
+        completions: Sequence[str] | None = None,
+        rollouts: Mapping[str, Any] | None = None,
+        sums: Mapping[str, float] | None = None,
+        **columns: float,
+    ) -> None:
+        """Finish a step; call it after the last optimizer step on a batch of rollouts.
+
+        Parameters
+        ----------
+        step : int
+            Step number, from 1, counting up.
+        reward : Tensor or sequence of R numbers, or one number
+            Reward of each watched rollout in the order of their numbers, or only their mean.
+        texts : callable, optional
+            Token ids to their texts, e.g. ``tokenizer.batch_decode``; called in this thread.
+        prompts, completions : sequence of R str, optional
+            Texts of the rollouts.
+        rollouts : mapping of str to sequence, optional
+            Columns of the ``rollouts`` table, of a caller that has them itself; copied.
+        sums : mapping of str to float, optional
+            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step whose passes were
+            given to `watch`; the writer thread adds those over its tokens and computes the step
+            columns. None if ``columns`` holds all of them.
+        **columns : float
+            Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
+        """
+        now, self._step = self._step, OpenStep()
+        row: dict[str, Any] = {"step": int(step), **self._times()}
+        found = step_rollouts(now.batches, reward, prompts, completions)
+        row |= found.row
+        if now.batches:
+            rollouts, sums = found.columns, found.sums
+            self._check_gradients(now.batches)
+        row |= {n: v.item() if isinstance(v, Tensor) else v for n, v in columns.items()}
+        job = now.job(
+            row,
+            rollouts or {},
+            rank=self.rank,
+            temperature=self.temperature,
+            share=self.token_fraction if on_schedule(step, self.token_every) else 0.0,
+            sums=sums,
+            sequence_level=self.sequence_level,
+        )
+        self._steps.put(job, texts if self.rank == 0 else None)
+
+    def _times(self) -> dict[str, float]:
+        """Wall time of the step and what recording took of it."""
+        now = perf_counter()
+        row = {"seconds": now - self._since, "seconds_capture": self.seconds - self._captured}
+        self._since, self._captured = now, self.seconds
+        return row
+
+    def _check_gradients(self, batches: Sequence[BatchPass]) -> None:
+        if not self._warned and any(b.needs_grad and b.tokens.coef is None for b in batches):
+            self._warned = True
+            log.warning(
+                "no gradient reached the logp given to watch_batch: give the very tensor the loss "
+                "is computed from; coef is recorded as missing"
+            )
 
     @guarded
     def name_tokens(self, ids: Iterable[int], texts: Texts) -> None:
@@ -263,9 +378,21 @@ class Recorder(NullRecorder):
         """Wait until every finished step is on disk, as a checkpoint needs that may be resumed."""
         self._steps.drain()
 
-    @guarded
-    def close(self, status: str) -> None:
+    def close(self, status: str = "finished") -> None:
         """End the run; a step that was not finished is dropped."""
-        self._passes, self._probes, self._settled = [], [], []
-        self._steps.finish()
-        self._writer.close(status if self.failure is None else "recording_failed")
+        if self.path is None:
+            return
+        self._step = OpenStep()
+        try:
+            self._steps.finish()
+            self._writer.close(status if self.failure is None else "recording_failed")
+        except Exception as error:
+            self.fail(error)
+
+
+def _described(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Manifest entries; a run whose source nobody names is that of a loop, named as its folder."""
+    if "source" in manifest:
+        return manifest
+    begun = Manifest.begun("loop", ("torch",), name=path.name, label=path.name)
+    return begun.changed(manifest)

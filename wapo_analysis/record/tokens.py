@@ -1,15 +1,14 @@
 """The tokens of one gradient pass, and their way from the trainer's device to numpy columns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wapo_analysis.stats import TokenStats
-
-Array = np.ndarray[Any, np.dtype[Any]]
+from wapo_analysis.table import Array
 
 
 @dataclass
@@ -186,3 +185,9 @@ def _as_numpy(values: Tensor) -> Array:
     if values.dtype in (torch.bfloat16, torch.float16):
         values = values.float()  # numpy has no bfloat16
     return np.asarray(values.cpu().numpy())
+
+
+def given_in_all(passes: Sequence[TokenPass]) -> frozenset[str]:
+    """Statistics that every one of some passes has."""
+    names = [frozenset(tokens.given()) for tokens in passes]
+    return frozenset.intersection(*names) if names else frozenset()

@@ -24,7 +24,7 @@ from wapo_analysis.objectives.weights import (
     kept_token_weights,
     minibatch_weights,
 )
-from wapo_analysis.record.recorder import NullRecorder, Recorder, TokenPass, on_schedule
+from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
 from wapo_analysis.train.batch import (
@@ -141,7 +141,7 @@ def train(
 
 
 def _steps(
-    trainer: "Trainer", done: int, run: Path | None, recorder: NullRecorder
+    trainer: "Trainer", done: int, run: Path | None, recorder: Recorder
 ) -> Iterator[dict[str, float]]:
     """Train the steps after ``done``, with checkpoints; yields their rows.
 
@@ -178,9 +178,9 @@ def _checkpoint_due(config: TrainConfig, step: int) -> bool:
     return step == config.steps or (every > 0 and step % every == 0)
 
 
-def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) -> NullRecorder:
+def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) -> Recorder:
     if run is None:
-        return NullRecorder()
+        return Recorder(None)
     config, capture = trainer.config, trainer.capture
     if resume_after is None:
         manifest = new_manifest(config, trainer.policy, capture)
@@ -242,7 +242,7 @@ class Trainer:
         self.world.start_alike(list(self.policy.module.parameters()))
         self.capture = self.world.gather(self.capture)[0]
 
-    def checkpoint(self, run: Path, step: int, recorder: NullRecorder) -> None:
+    def checkpoint(self, run: Path, step: int, recorder: Recorder) -> None:
         """Write a checkpoint, once every process has recorded every step before it.
 
         Raises
@@ -262,7 +262,7 @@ class Trainer:
         """Sample and grade the batch of a step."""
         return draw_batch(self.policy, self.task, self.config, step, self.world)
 
-    def step(self, step: int, recorder: NullRecorder) -> dict[str, float]:
+    def step(self, step: int, recorder: Recorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
 
         Returns
@@ -289,7 +289,7 @@ class Trainer:
         for update in mini_batches(batch, self.config, self.policy.device):
             self._update(step, update, weights, tally, recorder)
         self.prober.other = batch.rollouts
-        row: dict[str, float] = {"step": step, **batch_columns(batch)}
+        row: dict[str, Any] = {"step": step, **batch_columns(batch)}
         row |= tally.columns(self.world.total, batch_sums(batch))
         row |= {"lr": learning_rate(self.config, step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
@@ -301,7 +301,7 @@ class Trainer:
         if self.world.size > 1 and on_schedule(step, self.config.token_every):
             seen = batch.rollouts.completion_ids[batch.rollouts.mask]
             recorder.name_tokens(seen.unique().tolist(), self.policy.texts)
-        recorder.end_step(row, rollout_columns(batch), self.policy.texts)
+        recorder.finish_step(rollouts=rollout_columns(batch), texts=self.policy.texts, **row)
         return row
 
     def _update(
@@ -310,7 +310,7 @@ class Trainer:
         update: MiniBatch,
         weights: BatchWeights,
         tally: StepTally,
-        recorder: NullRecorder,
+        recorder: Recorder,
     ) -> None:
         """One optimizer update on one mini-batch, accumulated over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -371,7 +371,7 @@ class Trainer:
         return keep_tokens(self.objective, update.advantage, mask, peak)
 
     def _backward(
-        self, update: MiniBatch, weights: BatchWeights, tally: StepTally, recorder: NullRecorder
+        self, update: MiniBatch, weights: BatchWeights, tally: StepTally, recorder: Recorder
     ) -> tuple[TokenPass, Rollouts]:
         """Forward and backward of one micro-batch; the recorder sees the pass in between."""
         rollouts, mask = update.rollouts, update.rollouts.mask

@@ -19,7 +19,7 @@ from wapo_analysis.probes.measure import (
     take_apart,
 )
 from wapo_analysis.probes.split import Before
-from wapo_analysis.record.recorder import NullRecorder, TokenPass
+from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.rollout import Rollouts
@@ -68,7 +68,7 @@ class Prober:
     seconds: float = 0.0
     failed: bool = False
 
-    def start(self, step: int, minibatch: int, recorder: NullRecorder) -> NullProbe:
+    def start(self, step: int, minibatch: int, recorder: Recorder) -> NullProbe:
         """Probe of an update that is about to be made; a null one off schedule.
 
         One update of a probed step is taken apart; which one moves on from probe to probe, so that
@@ -97,13 +97,13 @@ class UpdateProbe(NullProbe):
     Parameters
     ----------
     prober : Prober
-    recorder : NullRecorder
+    recorder : Recorder
         Gets the rows.
     step, minibatch : int
         Which update.
     """
 
-    def __init__(self, prober: Prober, recorder: NullRecorder, step: int, minibatch: int) -> None:
+    def __init__(self, prober: Prober, recorder: Recorder, step: int, minibatch: int) -> None:
         self._prober, self._recorder = prober, recorder
         self._step, self._minibatch = step, minibatch
         self._before = Before.of(prober.parameters, prober.optimizer)

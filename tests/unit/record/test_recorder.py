@@ -17,7 +17,7 @@ from tests.support.recorder_passes import (
     tokens,
     without_times,
 )
-from wapo_analysis.record import recorder as module
+from wapo_analysis.record import step as step_module
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.tokens import DevicePass, HostPass
 from wapo_analysis.store import open_run
@@ -96,11 +96,11 @@ def test_settling_early_changes_no_file(tmp_path: Path) -> None:
         recorder = Recorder(tmp_path / name, {"name": "r"})
         recorder.watch(tokens(1))
         if name == "early":
-            recorder.settle(1, spell)
-            assert recorder.tokens is not None
-            assert np.isfinite(recorder.tokens["grad_norm"]).all()
+            rows = recorder.settle(1, spell)
+            assert rows is not None
+            assert np.isfinite(rows["grad_norm"]).all()
         recorder.watch(tokens(2, minibatch=1))
-        recorder.end_step({"step": 1}, ROLLOUTS, spell)
+        recorder.finish_step(1, rollouts=ROLLOUTS, texts=spell)
         recorder.close("finished")
     early, late = open_run(tmp_path / "early"), open_run(tmp_path / "late")
     assert early.tokens().equals(late.tokens())
@@ -108,28 +108,37 @@ def test_settling_early_changes_no_file(tmp_path: Path) -> None:
     assert early.vocab == late.vocab
 
 
-def test_columns_from_the_tokens_are_computed_in_the_thread(tmp_path: Path) -> None:
-    seen: list[str] = []
+def test_columns_of_the_tokens_are_computed_in_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    real = step_module.pass_sums
 
-    def row_of(records: Any) -> dict[str, float]:
-        seen.append(threading.current_thread().name)
-        return {"entropy": float(records["entropy"].mean())}
+    def pass_sums(*given: Any) -> dict[str, float]:
+        threads.append(threading.current_thread().name)
+        return real(*given)
 
-    with_thread = Recorder(tmp_path / "r", {"name": "r"})
-    with_thread.watch(tokens(1))
-    with_thread.end_step({"step": 1, "entropy": 9.0, "reward": 0.5}, {}, None, row_of)
-    with_thread.end_step({"step": 2, "entropy": 9.0}, {}, None, row_of)
-    with_thread.close("finished")
+    monkeypatch.setattr(step_module, "pass_sums", pass_sums)
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    recorder.watch(tokens(1))
+    recorder.finish_step(1, reward=0.5, sums={}, kl_old=7.0)
+    recorder.finish_step(2, sums={}, entropy=9.0)
+    recorder.watch(tokens(3))
+    recorder.finish_step(3, entropy=9.0)
+    recorder.close("finished")
     steps = open_run(tmp_path / "r").steps
-    assert steps.entropy.tolist() == pytest.approx([float(tokens(1).entropy.mean()), 9.0])
+    assert steps.entropy.tolist() == pytest.approx([float(tokens(1).entropy.mean()), 9.0, 9.0])
+    assert steps.kl_old[0] == 7.0, "a column the caller gives stays"
     assert steps.reward[0] == 0.5
-    assert seen == ["wapo-writer"]
+    assert steps.kept_tokens.tolist()[0] == int(tokens(1).kept.sum())
+    assert steps.kept_tokens.isna().tolist() == [False, True, True], "not asked for is not computed"
+    assert threads == ["wapo-writer"]
 
 
 def test_tokens_that_come_from_a_device_are_named_by_the_caller(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "on_host", DevicePass)
+    monkeypatch.setattr(step_module, "on_host", DevicePass)
     threads: list[str] = []
 
     def named(ids: list[int]) -> list[str]:
@@ -139,7 +148,7 @@ def test_tokens_that_come_from_a_device_are_named_by_the_caller(
     recorder = Recorder(tmp_path / "r", {"name": "r"})
     for step in range(1, 4):
         recorder.watch(tokens(step))
-        recorder.end_step({"step": step}, {}, named)
+        recorder.finish_step(step, texts=named)
         recorder.flush()
     recorder.close("finished")
     assert len(threads) == 3
@@ -161,7 +170,7 @@ def test_arrays_the_caller_writes_again_are_copied(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "r", {"name": "r"})
     reward = np.array([1.0, 0.5], np.float32)
     with stuck(recorder):
-        recorder.end_step({"step": 1}, {"group": [0, 0], "rollout": [0, 1], "reward": reward})
+        recorder.finish_step(1, rollouts={"group": [0, 0], "rollout": [0, 1], "reward": reward})
         reward[:] = 7
     recorder.close("finished")
     assert open_run(tmp_path / "r").rollouts.reward.tolist() == [1.0, 0.5]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests.support.recorder_passes import ROWS, record, stuck, tokens
-from wapo_analysis.record.queue import WriterThread
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.writer import WriterThread
 from wapo_analysis.store import open_run
 
 ROOT = Path(__file__).parents[3]
@@ -93,7 +93,7 @@ def test_a_failure_in_the_training_thread_drops_what_waits(tmp_path: Path) -> No
     recorder = Recorder(tmp_path / "r", {"name": "r"})
     with stuck(recorder):
         record(recorder, range(1, 4))
-        recorder.end_step({"step": 4}, {"reward": [1.0], "no such": [1]})
+        recorder.finish_step(4, rollouts={"reward": [1.0], "no such": [1]})
         assert recorder.failure is not None
         assert "no such" in recorder.failure
     recorder.close("finished")

@@ -2,23 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from wapo_analysis.capture.hooks import Patches
 from wapo_analysis.capture.mode import PASSIVE, REPLACE, CaptureMode
 from wapo_analysis.capture.trl.probe import check_probing
 from wapo_analysis.capture.trl.replace import check_replaceable
-from wapo_analysis.capture.trl.source import check_trainer, hidden_tensors, new_manifest
+from wapo_analysis.capture.trl.source import check_trainer, clip_rule, hidden_tensors, new_manifest
 from wapo_analysis.capture.trl.stats import causal_model, richer_head
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.guard import Closing
 from wapo_analysis.record.recorder import Recorder
 
 _MARK = "_wapo_attachment"
 
 
-class Attachment:
+class Attachment(Closing):
     """A trainer being watched; ends with its with-block or with `close`.
 
     Attributes
@@ -45,18 +45,6 @@ class Attachment:
             return
         self._patches.close()
         self.recorder.close(status)
-
-    def __enter__(self) -> "Attachment":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        stopped = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.close("finished" if kind is None else "interrupted" if stopped else "failed")
 
 
 def attach(
@@ -162,6 +150,7 @@ def attach(
         temperature=float(getattr(trainer, "temperature", 1.0)),
         rank=rank,
         resume_after=resume_after,
+        sequence_level=clip_rule(trainer).per_sequence,
     )
     patches = Patches()
     attachment = Attachment(recorder, patches, folder)

@@ -4,20 +4,22 @@ Sums, not means, so that processes can be added up before any division.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from wapo_taxonomy import CLASSES
 
-from wapo_analysis.derive import sequence_ratio, token_sums
+from wapo_analysis.derive import token_sums
+from wapo_analysis.record.step import pass_sums
 from wapo_analysis.table import Records
 
 SHOWN = (*CLASSES, "none", "unknown")
+_NONE = dict.fromkeys(("advantage", "cls", "pred_dentropy", "grad_norm"), np.zeros(0))
 _CODES = (*range(len(CLASSES)), len(CLASSES), -1)
 
 
 def log_sums(
-    tokens: Records | None, given: Collection[str] | None = None, sequence_level: bool = False
+    tokens: Records | None, given: frozenset[str] = frozenset(), sequence_level: bool = False
 ) -> dict[str, float]:
     """Sums over the tokens of a step: those of the step columns, and of every class.
 
@@ -25,8 +27,8 @@ def log_sums(
     ----------
     tokens : Records or None
         Token records with derived columns; None is no tokens, and every sum 0.
-    given : collection of str, optional
-        Statistics the passes have, see `wapo_analysis.derive.token_sums`.
+    given : frozenset of str
+        Statistics that every pass has.
     sequence_level : bool
         The clip looks at the ratio of the whole rollout.
 
@@ -35,14 +37,9 @@ def log_sums(
     dict of str to float
         The same names always. Missing statistics are left out of their sum and their count.
     """
-    if tokens is None:
-        names = ("advantage", "cls", "pred_dentropy", "grad_norm")
-        columns = {name: np.zeros(0) for name in names}
-    else:
-        columns = dict(tokens.columns)
-    if sequence_level and tokens is not None:
-        columns["ratio"] = sequence_ratio(columns)
-    sums = {name: float(value) for name, value in token_sums(columns, given).items()}
+    columns = _NONE if tokens is None else tokens.columns
+    sums = token_sums(_NONE) if tokens is None else pass_sums(tokens, given, sequence_level)
+    sums = {name: float(value) for name, value in sums.items()}
     for name, code in zip(SHOWN, _CODES, strict=True):
         chosen = columns["cls"] == code
         flow = columns["pred_dentropy"][chosen]

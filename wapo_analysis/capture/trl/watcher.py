@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.loop_passes import given_in_all
 from wapo_analysis.capture.mode import PASSIVE, CaptureMode
 from wapo_analysis.capture.trl.passes import (
     SeenPass,
@@ -31,9 +30,8 @@ from wapo_analysis.capture.trl.scalars import log_entries, log_sums
 from wapo_analysis.capture.trl.source import SCORER, clip_rule, hidden_tensors, logps_and_entropies
 from wapo_analysis.capture.trl.stats import StatsReader
 from wapo_analysis.derive import step_columns
-from wapo_analysis.record.null_recorder import RowOf
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
-from wapo_analysis.table import Records
+from wapo_analysis.record.tokens import given_in_all
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +76,6 @@ class TrlWatcher:
         self._training = self._named = False
         self._saw_tokens: bool | None = None
         self._stats: StatsReader | None = None
-        self._spent = self._reported = 0.0
         self._start_step()
         patches.wrap(trainer, "_generate_and_score_completions", self._generate)
         if callable(getattr(trainer, "_calculate_rewards", None)):
@@ -100,7 +97,6 @@ class TrlWatcher:
         self._loss: Tensor | None = None
         self._row: dict[str, Any] = {}
         self._generating = 0.0
-        self._started = perf_counter()
         self._rollouts.start_step()
 
     def _only_scalars(self, reason: str) -> None:
@@ -119,16 +115,7 @@ class TrlWatcher:
 
     def guard(self, action: Callable[..., Any], *args: Any) -> Any:
         """Run an action of ours; its failure ends the recording and never the training."""
-        if self._recorder.failure is not None:
-            return None
-        started = perf_counter()
-        try:
-            return action(*args)
-        except Exception as error:
-            self._recorder.fail(error)
-            return None
-        finally:
-            self._spent += perf_counter() - started
+        return self._recorder.guard(action, *args)
 
     # Calls of the trainer, in the order they happen ------------------------------------------
 
@@ -220,9 +207,8 @@ class TrlWatcher:
         mask_BT, numbers = loss_mask(inputs), self._rollouts.numbers(inputs)
         index = len(self._passes)
         tokens = token_pass(inputs, logps_BT.detach(), columns, numbers, self._clip, index)
-        logps_BT.register_hook(lambda grad: self.guard(self._gradient, tokens, mask_BT, grad))
         seen.tokens, seen.mask_BT = tokens, mask_BT
-        self._recorder.watch(tokens)
+        self._recorder.watch(tokens, logps_BT, partial(self._gradient, tokens, mask_BT))
 
     def _gradient(self, tokens: TokenPass, mask_BT: Tensor, grad_BT: Tensor) -> None:
         accelerator = self._trainer.accelerator
@@ -251,13 +237,12 @@ class TrlWatcher:
             if self._several or self._recorder.failure is None:
                 self._rescore()
         if self._several or self._log_metrics:
-            self.guard(self._settle, step)
-            sums = self.guard(self._sums) or self._no_sums()
+            sums = self.guard(self._sums, step) or self._no_sums()
             if self._several:
                 sums = self._over_processes(sums)
             self.guard(self._write, step, sums)
         else:
-            self.guard(self._write_later, step)
+            self.guard(self._finish_step, step, {}, self._sums_beside_tokens())
         self._start_step()
 
     def flush(self) -> None:
@@ -271,27 +256,20 @@ class TrlWatcher:
                 score_again(self._trainer.model, self._passes)
         except Exception as error:
             self._recorder.fail(error)
-        self._spent += perf_counter() - started
+        self._recorder.seconds += perf_counter() - started
 
-    def _settle(self, step: int) -> None:
+    def _sums(self, step: int) -> dict[str, float]:
         recorder, texts = self._recorder, self._rollouts.texts
-        recorder.tokens = None
         if self._several and not self._named:
             # Rank 0 names every token, for it does not see those of the other processes.
             self._named = True
             recorder.name_tokens(range(len(self._trainer.processing_class)), texts)
-        recorder.settle(step, texts)
-
-    def _sums(self) -> dict[str, float]:
-        return self._token_sums()(self._recorder.tokens) | self._sums_beside_tokens()
+        given = given_in_all([seen.tokens for seen in self._passes if seen.tokens is not None])
+        tokens = recorder.settle(step, texts)
+        return log_sums(tokens, given, self._clip.per_sequence) | self._sums_beside_tokens()
 
     def _no_sums(self) -> dict[str, float]:
         return dict.fromkeys([*log_sums(None), *self._sums_beside_tokens()], 0.0)
-
-    def _token_sums(self) -> Callable[[Records | None], dict[str, float]]:
-        seen = [seen.tokens for seen in self._passes if seen.tokens is not None]
-        sequence_level = self._clip.per_sequence
-        return partial(log_sums, given=given_in_all(seen), sequence_level=sequence_level)
 
     def _sums_beside_tokens(self) -> dict[str, float]:
         loss = 0.0 if self._loss is None else float(self._loss)
@@ -309,27 +287,18 @@ class TrlWatcher:
         if self._log_metrics and self._saw_tokens:
             for name, value in log_entries(sums, columns).items():
                 self._trainer._metrics["train"][name].append(value)
-        self._end_step(step, columns)
+        self._finish_step(step, columns)
 
-    def _write_later(self, step: int) -> None:
-        """Leave the sums over tokens to the writer thread: nobody needs them now."""
-        beside, of_tokens = self._sums_beside_tokens(), self._token_sums()
-        self._end_step(
-            step, step_columns(beside), lambda tokens: step_columns(of_tokens(tokens) | beside)
+    def _finish_step(
+        self, step: int, columns: dict[str, float], sums: dict[str, float] | None = None
+    ) -> None:
+        """Write the step; ``sums`` leaves those over tokens to the writer thread."""
+        row: dict[str, Any] = {"updates": 1, **(step_columns(sums) if sums else {}), **columns}
+        row |= {name: float(value) for name, value in self._row.items()}
+        row |= self._rollouts.statistics() | {"seconds_rollout": self._generating}
+        self._recorder.finish_step(
+            step, rollouts=self._rollouts.columns(), texts=self._rollouts.texts, sums=sums, **row
         )
-
-    def _end_step(self, step: int, columns: dict[str, float], row_of: RowOf | None = None) -> None:
-        row = {
-            "step": step,
-            "updates": 1,
-            **columns,
-            **{n: float(value) for n, value in self._row.items()},
-        }
-        row |= self._rollouts.statistics()
-        row |= {"seconds_rollout": self._generating, "seconds": perf_counter() - self._started}
-        row["seconds_capture"] = self._spent - self._reported
-        self._reported = self._spent
-        self._recorder.end_step(row, self._rollouts.columns(), self._rollouts.texts, row_of)
 
 
 def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:

@@ -1,11 +1,11 @@
-"""One gradient pass of a hand-written loop: (B, T) tensors to token rows and rollouts.
+"""Padded (B, T) tensors of a gradient pass to token rows; the rollouts of a step to columns.
 
 Shapes: B rollouts of the pass, T positions, V vocabulary, N tokens under the mask. Nothing here
 draws random numbers, keeps a graph or changes a tensor it was given.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wapo_analysis.derive import reward_columns, rollout_sums, step_columns
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.recorder import TokenPass
+from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.stats import TokenStats, token_stats
+from wapo_analysis.table import Array
 
 MATCH = 0.1
 """Mean distance in nats beyond which log-probabilities do not belong to the logits."""
@@ -89,7 +91,8 @@ def batch_pass(
     advantages: Tensor,
     groups: Tensor | None,
     *,
-    rollouts: Tensor,
+    rollouts: Tensor | None,
+    first_rollout: int,
     temperature: float,
     minibatch: int,
     logits: Tensor | None = None,
@@ -101,6 +104,8 @@ def batch_pass(
 ) -> BatchPass:
     """Gather the N masked tokens of one gradient pass; see ``Recorder.watch_batch``.
 
+    Rollouts without numbers get those from ``first_rollout`` on.
+
     Raises
     ------
     UserError
@@ -108,6 +113,9 @@ def batch_pass(
     """
     _check_shapes(logp, mask, advantages, logits, (tokens, entropy, collision, logp_old, kept))
     _check_rollouts(logp, groups, rollouts)
+    if rollouts is None:
+        rollouts = torch.arange(len(logp)) + first_rollout
+    rollouts = rollouts.detach().to(logp.device)
     mask = mask.detach().bool()
     row, column = mask.nonzero(as_tuple=True)
     advantage = advantages.detach()
@@ -149,7 +157,7 @@ def batch_pass(
     )
 
 
-def _check_rollouts(logp: Tensor, groups: Tensor | None, rollouts: Tensor) -> None:
+def _check_rollouts(logp: Tensor, groups: Tensor | None, rollouts: Tensor | None) -> None:
     for name, values in (("groups", groups), ("rollouts", rollouts)):
         if values is not None and values.shape != logp.shape[:1]:
             raise UserError(f"{name} must have shape {tuple(logp.shape[:1])}, one per rollout")
@@ -219,12 +227,6 @@ def _stats(
     return stats
 
 
-def given_in_all(passes: Sequence[TokenPass]) -> frozenset[str]:
-    """Statistics that every one of some passes has."""
-    names = [frozenset(tokens.given()) for tokens in passes]
-    return frozenset.intersection(*names) if names else frozenset()
-
-
 def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
     """Rollout, group, advantage and length of every rollout of a step, each once, by number.
 
@@ -244,3 +246,66 @@ def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
         "advantage": advantage[first],
         "length": length[first],
     }
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """What the watched batches of a step and its rewards say.
+
+    Attributes
+    ----------
+    row : dict
+        Columns of the ``steps`` table.
+    columns : dict
+        Columns of the ``rollouts`` table; empty without a reward for each rollout.
+    sums : dict
+        Sums over rollouts, see `wapo_analysis.derive.rollout_sums`.
+    """
+
+    row: dict[str, float]
+    columns: dict[str, Any]
+    sums: dict[str, float]
+
+
+def step_rollouts(
+    batches: Sequence[BatchPass],
+    reward: Tensor | Sequence[float] | float | None,
+    prompts: Sequence[str] | None = None,
+    completions: Sequence[str] | None = None,
+) -> StepRollouts:
+    """Rollouts of a step from its batches and what the caller knows; see `Recorder.finish_step`.
+
+    Raises
+    ------
+    UserError
+        If rewards or texts are not as many as the rollouts that were watched.
+    """
+    table = rollout_table(batches)
+    sums = rollout_sums({"length": table["length"]} if table else {})
+    row: dict[str, float] = step_columns(sums)
+    if reward is None:
+        return StepRollouts(row, {}, sums)
+    rewards = _numbers(reward)
+    if rewards.ndim == 0:
+        return StepRollouts({**row, "reward": float(rewards)}, {}, sums)
+    given = {"reward": rewards, "prompt": prompts, "completion": completions}
+    table |= {name: list(values) for name, values in given.items() if values is not None and table}
+    _check_counts(table)
+    return StepRollouts({**row, **reward_columns(rewards, table.get("group"))}, table, sums)
+
+
+def _numbers(values: Tensor | Sequence[float] | float) -> Array:
+    if isinstance(values, Tensor):
+        return np.asarray(values.detach().double().cpu().numpy())
+    return np.asarray(values, np.float64)
+
+
+def _check_counts(rollouts: Mapping[str, Any]) -> None:
+    """Per-rollout values must be as many as the rollouts that were watched."""
+    for name, values in rollouts.items():
+        if len(values) != len(rollouts["rollout"]):
+            raise UserError(
+                f"{name} has {len(values)} values, but {len(rollouts['rollout'])} rollouts were "
+                "watched; where a step passes a rollout more than once, give rollouts to "
+                "watch_batch"
+            )

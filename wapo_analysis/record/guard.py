@@ -1,0 +1,86 @@
+"""The one guard: what watches a training may fail, the training may not."""
+
+from collections.abc import Callable
+from functools import wraps
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Guarded:
+    """Watches a training: its first failure is told and ends the watching, never the training.
+
+    Attributes
+    ----------
+    failure : str or None
+        Why watching stopped.
+    seconds : float
+        Time that guarded work took of the training thread.
+    """
+
+    failure: str | None = None
+    seconds = 0.0
+    _inside = False
+
+    def fail(self, error: Exception) -> None:
+        """Watch no more."""
+        self.failure = f"{type(error).__name__}: {error}"
+
+    def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an action, unless watching has failed; None if it has, or fails now."""
+        if self.failure is not None:
+            return None
+        if self._inside:  # guarded and timed already
+            return action(*args, **kwargs)
+        self._inside, started = True, perf_counter()
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:
+            self.fail(error)
+            return None
+        finally:
+            self._inside = False
+            self.seconds += perf_counter() - started
+
+
+def guarded(method: F) -> F:
+    """Let no failure of a method reach the training that is being watched."""
+
+    @wraps(method)
+    def wrapper(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        return self.guard(method, self, *args, **kwargs)
+
+    return cast(F, wrapper)
+
+
+def on_schedule(step: int, every: int) -> bool:
+    """Steps 1, 1 + every, ... so that the first step always counts."""
+    return every > 0 and (step - 1) % every == 0
+
+
+class Closing:
+    """Ends with its with-block; ``close`` hears how the training in it ended."""
+
+    def close(self, status: str = "finished") -> None:
+        """End; may be called twice.
+
+        Parameters
+        ----------
+        status : {"finished", "interrupted", "failed"}
+            How the training ended, for the manifest.
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("finished" if kind is None else "interrupted" if interrupted else "failed")

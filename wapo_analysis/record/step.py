@@ -1,0 +1,192 @@
+"""A step: what is collected while it trains, and what of it goes to the run folder."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from wapo_analysis.derive import class_totals, derive, sequence_ratio, step_columns, token_sums
+from wapo_analysis.record.batches import BatchPass
+from wapo_analysis.record.tokens import HostPass, TokenPass, given_in_all, on_host
+from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.table import Array, Records
+
+_LEAST_SHARE = 1 / 64
+
+
+@dataclass
+class OpenStep:
+    """What a recorder has been given since the last finished step.
+
+    Attributes
+    ----------
+    passes : list of TokenPass
+        Gradient passes whose rows have not been built.
+    batches : list of BatchPass
+        The passes that came as padded tensors.
+    probes : list of Records
+    settled : list of Records
+        Derived token records that have been built already.
+    """
+
+    passes: list[TokenPass] = field(default_factory=list)
+    batches: list[BatchPass] = field(default_factory=list)
+    probes: list[Records] = field(default_factory=list)
+    settled: list[Records] = field(default_factory=list)
+    _given: list[frozenset[str]] = field(default_factory=list)
+
+    @property
+    def rollouts(self) -> int:
+        """Rollouts of the padded batches so far, each as often as it was passed."""
+        return sum(len(batch.lengths) for batch in self.batches)
+
+    def settle(self, step: int, rank: int, temperature: float) -> Records | None:
+        """Build the rows of the passes so far; None without passes."""
+        built = token_records(self._taken(), step, rank, temperature)
+        self.settled += built
+        return built[0] if built else None
+
+    def job(self, row: dict[str, Any], rollouts: Mapping[str, Any], **settings: Any) -> "StepJob":
+        """Everything of the step for the writer; what the caller may write again is copied."""
+        passes = self._taken()
+        given = frozenset.intersection(*self._given) if self._given else frozenset()
+        others = [Records.concat(self.probes)] if self.probes else []
+        count = len(rollouts["reward"]) if rollouts else 0
+        if count:
+            keys = {"step": np.full(count, row["step"]), "rank": np.full(count, settings["rank"])}
+            own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
+            others.insert(0, Records.build(ROLLOUTS, {**keys, **own}))
+        return StepJob(row, passes, self.settled, given, others, **settings)
+
+    def _taken(self) -> list[HostPass]:
+        taken, self.passes = self.passes, []
+        self._given += [given_in_all(taken)] if taken else []
+        return [on_host(tokens) for tokens in taken]
+
+
+@dataclass
+class StepJob:
+    """Everything of one step of one process, on its way to the run folder.
+
+    Attributes
+    ----------
+    row : dict
+        Columns of the step line, ``step`` among them.
+    passes : list of HostPass
+        Gradient passes whose rows have not been built.
+    tokens : list of Records
+        Derived token records that have been built already.
+    given : frozenset of str
+        Statistics that every pass has.
+    others : list of Records
+        Rollouts and probes.
+    rank : int
+    temperature : float
+        Softmax temperature of the statistics.
+    share : float
+        Share of the rollouts whose token rows are written.
+    sums : mapping of str to float, optional
+        What the tokens' sums are added to for the step columns; a column in ``row`` stays as it
+        is. None if the row has all that tokens can tell.
+    sequence_level : bool
+        The clip looks at the ratio of the whole rollout.
+    """
+
+    row: dict[str, Any]
+    passes: list[HostPass]
+    tokens: list[Records]
+    given: frozenset[str]
+    others: list[Records]
+    rank: int = 0
+    temperature: float = 1.0
+    share: float = 1.0
+    sums: Mapping[str, float] | None = None
+    sequence_level: bool = False
+    _totals: list[Records] = field(default_factory=list)
+    _chosen: list[Records] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Number of the step."""
+        return int(self.row["step"])
+
+    @property
+    def rows(self) -> int:
+        """Token rows it keeps in memory."""
+        waiting = sum(len(tokens) for tokens in self.passes)
+        return waiting + sum(len(rows) for rows in (*self.tokens, *self._chosen))
+
+    def condense(self) -> None:
+        """Sum up tokens and classes, pick the rows to be written, let go of all others."""
+        built = token_records(self.passes, self.step, self.rank, self.temperature)
+        derived = [*self.tokens, *built]
+        self.passes, self.tokens = [], []
+        if not derived:
+            return
+        tokens = Records.concat(derived) if len(derived) > 1 else derived[0]
+        if self.sums is not None:
+            sums = pass_sums(tokens, self.given, self.sequence_level)
+            self.row = step_columns({**sums, **self.sums}) | self.row
+        self._totals = [class_totals(tokens)]
+        self.row["token_fraction"] = self.share
+        if self.share > 0:
+            stored = {column.name: tokens[column.name] for column in TOKENS.stored}
+            chosen = Records(TOKENS, stored)
+            if self.share < 1:
+                chosen = chosen.select(chosen_rows(tokens["rollout"], self.step, self.share))
+            self._chosen = [chosen]
+
+    def thin(self, room: int) -> None:
+        """Keep the rows of fewer rollouts, by halves, until they fit; only once condensed."""
+        while self._chosen and self.rows > room:
+            self.share = self.share / 2 if self.share > _LEAST_SHARE else 0.0
+            rows = self._chosen.pop()
+            if self.share > 0:
+                kept = chosen_rows(rows["rollout"], self.step, self.share)
+                self._chosen = [rows.select(kept)]
+            self.row["token_fraction"] = self.share
+
+    def records(self) -> list[Records]:
+        """Tables to be written, once condensed: class totals, token rows, rollouts, probes."""
+        return [*self._totals, *self._chosen, *self.others]
+
+
+def token_records(
+    passes: Iterable[HostPass], step: int, rank: int, temperature: float
+) -> list[Records]:
+    """Derived token records of some passes as one table; none without passes."""
+    built = [Records.build(TOKENS, p.columns(step, rank)) for p in passes]
+    return [derive(Records.concat(built), temperature)] if built else []
+
+
+def pass_sums(
+    tokens: Records, given: frozenset[str], sequence_level: bool = False
+) -> dict[str, float]:
+    """Sums for the step columns, see `wapo_analysis.derive.token_sums`.
+
+    Parameters
+    ----------
+    tokens : Records
+        Derived token records of the passes.
+    given : frozenset of str
+        Statistics that every pass has, see `given_in_all`.
+    sequence_level : bool
+        The clip looks at the ratio of the whole rollout.
+    """
+    columns = dict(tokens.columns)
+    if sequence_level:
+        columns["ratio"] = sequence_ratio(columns)
+    return {name: float(value) for name, value in token_sums(columns, given).items()}
+
+
+def chosen_rows(rollout: Array, step: int, fraction: float) -> Array:
+    """Rows of the chosen rollouts: a multiplicative hash of (step, rollout) below the fraction.
+
+    The rollouts of a smaller fraction are among those of a larger one.
+    """
+    mixed = (rollout.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed += np.uint64(step * 0xBF58476D1CE4E5B9 % 2**64)
+    mixed ^= mixed >> np.uint64(31)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction)
