@@ -1,6 +1,8 @@
 """The exception of a user's mistake, one line and exit code 2; and text that is safe to show."""
 
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 # Control characters, surrogates, line separators, and format characters that reorder or hide text.
 # The joiners U+200C and U+200D stay: Persian, Indic scripts and emoji are written with them.
@@ -8,14 +10,29 @@ _UNSAFE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     r"\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
+_MANY = 24
+"""A longer list of names is not told whole where a close one is found."""
 
 
 class UserError(ValueError):
     """Something the user gave is wrong; the message says what, and what is allowed, in one line."""
 
 
-def unknown_name(kind: str, name: object, allowed: object) -> UserError:
-    """Build the error for a name that is not in a list of allowed ones.
+def closest(name: object, allowed: Iterable[object]) -> str | None:
+    """The allowed name that is most like the one given, case, - and _ aside; None if none is.
+
+    Examples
+    --------
+    >>> closest("Rollout-per-prompt", ["rollouts_per_prompt", "epochs"])
+    'rollouts_per_prompt'
+    """
+    plain = {str(a).lower().replace("-", "_"): str(a) for a in allowed}
+    found = get_close_matches(str(name).lower().replace("-", "_"), list(plain), n=1)
+    return plain[found[0]] if found else None
+
+
+def unknown_name(kind: str, name: object, allowed: Iterable[object]) -> UserError:
+    """Build the error for a name that is not in a list of allowed ones; it names the closest.
 
     Parameters
     ----------
@@ -23,11 +40,14 @@ def unknown_name(kind: str, name: object, allowed: object) -> UserError:
         What the name stands for, e.g. ``"objective"``.
     name : object
         The name that was given.
-    allowed : iterable of str
+    allowed : iterable
         The names that exist.
     """
-    names = ", ".join(str(a) for a in allowed)  # type: ignore[attr-defined]
-    return UserError(f"unknown {kind} {name!r}; allowed: {names}")
+    names = [str(a) for a in allowed]
+    like = closest(name, names)
+    listed = f"; allowed: {', '.join(names)}" if like is None or len(names) <= _MANY else ""
+    asked = f"; did you mean {like!r}?" if like is not None else ""
+    return UserError(f"unknown {kind} {name!r}{listed}{asked}")
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -7,14 +7,13 @@ in one line; 130 interrupted.
 import os
 import re
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from inspect import cleandoc
 
 import typer
 
 from wapo_analysis.cli.common import console_error
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, closest
 from wapo_analysis.version import __version__
 
 app = typer.Typer(
@@ -121,5 +120,5 @@ def _with_closest(told: str) -> str:
     text = " ".join(told.split()).replace("Value error, ", "")
     text = re.sub(r" ?\(Possible options: (.+?)\)", r". Did you mean \1?", text)
     choice = re.search(r"'([^']*)' is not one of (.+)\.$", text)
-    close = choice and get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), 1)
-    return f"{text} Did you mean {close[0]!r}?" if close else text
+    close = choice and closest(choice[1], re.findall(r"'([^']*)'", choice[2]))
+    return f"{text} Did you mean {close!r}?" if close else text

@@ -1,7 +1,8 @@
-"""Commands that train: ``wapo train`` and ``wapo demo``."""
+"""The command that trains: ``wapo train``."""
 
+import inspect
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -9,94 +10,79 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import DataOption, EvalDataOption, console_error, progress, say
+from wapo_analysis.cli.common import console_error, progress, say
+from wapo_analysis.declare import Declared, declared_settings, settings_table
 from wapo_analysis.errors import UserError
+from wapo_analysis.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from wapo_analysis.train.config import TrainConfig
     from wapo_analysis.train.distributed import World
 
+MAX_THREADS = 1024
 Option = typer.Option
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
-    app.command()(train)
+    """Add the command to the application."""
+    app.command()(with_settings(train))
 
 
-def _bins(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the settings that have one, before its own.
+
+    They are read from the declarations of `TrainConfig` and passed by the setting's name, None if
+    not given: the file or the continued run then decides.
+    """
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    declared = [each for each in declared_settings(TrainConfig).values() if each.option]
+    parameters = [
+        *(_parameter(each) for each in declared),
+        *(each.replace(kind=each.KEYWORD_ONLY) for each in own if each.kind != each.VAR_KEYWORD),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+_TYPES = {"int": int, "float": float, "bool": bool}
+
+
+def _parameter(declared: Declared) -> inspect.Parameter:
+    words = declared.limit.words if declared.limit is not None else ()
+    allowed = f"{declared.limit.allowed}; " if words and declared.limit is not None else ""
+    text = f"{declared.doc}  [{allowed}default: {declared.shown_default}]"
+    kind = _TYPES.get(declared.kind.partition(" ")[0], str)
+    return inspect.Parameter(
+        declared.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, Option(declared.option, help=text)],
+    )
 
 
 def train(
-    objective: Annotated[
-        str | None,
-        Option(help="grpo, dr_grpo, dapo, dr_dapo, dr_dapo_seq, gspo, raft, raft++ or wapo."),
-    ] = None,
     out: Annotated[
         Path | None, Option(help="Run folder.  [default: runs/<objective>-<seed>]")
     ] = None,
-    task: Annotated[
-        str | None, Option(help="What to train on; wapo tasks lists them.  [default: chain-sum]")
-    ] = None,
-    data: DataOption = None,
-    eval_data: EvalDataOption = None,
-    model: Annotated[
-        str | None, Option(help="base (shipped), a model folder, a hub name, or a .gguf file.")
-    ] = None,
-    include_bins: Annotated[
-        str | None,
-        Option(help="Train on these classes only, e.g. neg_peak or pos_peak,pos_valley."),
-    ] = None,
-    exclude_bins: Annotated[str | None, Option(help="Leave these classes out.")] = None,
-    steps: Annotated[int | None, Option(help="Batches of rollouts.")] = None,
-    seed: Annotated[int | None, Option(help="Decides prompts and sampling.")] = None,
-    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
-    epochs: Annotated[int | None, Option(help="Passes over each batch.")] = None,
-    minibatches: Annotated[int | None, Option(help="Updates per pass.")] = None,
-    prompts: Annotated[int | None, Option(help="Prompts per batch.")] = None,
-    rollouts: Annotated[int | None, Option(help="Completions per prompt.")] = None,
-    max_new_tokens: Annotated[
-        int | None, Option(help="Longest completion.  [default: the task's own]")
-    ] = None,
-    temperature: Annotated[float | None, Option(help="Softmax temperature.")] = None,
-    optimizer: Annotated[str | None, Option(help="adamw or sgd.")] = None,
-    probe_every: Annotated[
-        int | None,
-        Option(help="Take one update of every n-th step apart by class; 0 never."),
-    ] = None,
-    probe_rows: Annotated[int | None, Option(help="Rollouts that a probe scores.")] = None,
-    eval_every: Annotated[
-        int | None, Option(help="Steps between evaluations on held-out prompts; 0 never.")
-    ] = None,
-    lora_rank: Annotated[int | None, Option(help="Train low-rank adapters of this rank.")] = None,
-    microbatch_size: Annotated[
-        int | None, Option(help="Rollouts per forward pass; smaller takes less memory.")
-    ] = None,
-    token_fraction: Annotated[
-        float | None, Option(help="Share of rollouts whose token rows are written.")
-    ] = None,
-    log_to: Annotated[
-        str | None, Option(help="Copy the step log to tensorboard, wandb or both.")
-    ] = None,
-    device: Annotated[str | None, Option(help="auto, cpu or cuda.")] = None,
     threads: Annotated[
-        int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
+        int | None, Option(min=1, max=MAX_THREADS, help="CPU threads.  [default: torch's own]")
     ] = None,
     other: Annotated[
         list[str] | None,
-        Option("--set", metavar="NAME=VALUE", help="Any setting of docs/training.md; repeatable."),
+        Option("--set", metavar="NAME=VALUE", help="Any setting; repeatable.  [default: none]"),
     ] = None,
     config: Annotated[
-        Path | None, Option(help="TOML file of settings; options given here win over it.")
+        Path | None,
+        Option(help="TOML file of settings; options given here win over it.  [default: none]"),
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    settings: Annotated[
+        bool, Option("--settings", help="Print every setting with its default and limits.")
+    ] = False,
+    **given: Any,
 ) -> None:
     """Train a policy and watch every token of it.
 
-    Every setting of docs/training.md can stand in the TOML file or after --set. Examples:
+    Every setting (--settings lists them) can stand in the TOML file or after --set. Examples:
 
         wapo train --objective wapo --steps 100 --out runs/wapo
         wapo train --include-bins neg_peak --epochs 2 --minibatches 2 --out runs/explode
@@ -107,43 +93,32 @@ def train(
 
     Several processes: torchrun --nproc-per-node 2 -m wapo_analysis train ...
     """
-    given = {
-        "objective": objective,
-        "task": task,
-        "data": data,
-        "eval_data": eval_data,
-        "model": model,
-        "include_bins": _bins(include_bins),
-        "exclude_bins": _bins(exclude_bins),
-        "steps": steps,
-        "seed": seed,
-        "lr": lr,
-        "epochs": epochs,
-        "minibatches": minibatches,
-        "prompts_per_step": prompts,
-        "rollouts_per_prompt": rollouts,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "optimizer": optimizer,
-        "probe_every": probe_every,
-        "probe_rows": probe_rows,
-        "eval_every": eval_every,
-        "lora_rank": lora_rank,
-        "microbatch_size": microbatch_size,
-        "token_fraction": token_fraction,
-        "log_to": log_to,
-        "device": device,
-    }
-    changes = _assigned(other or [])
-    changes |= {name: value for name, value in given.items() if value is not None}
+    if settings:
+        typer.echo(settings_table(TrainConfig))
+        return
+    changes = assigned(other or []) | as_settings(given)
     with _told_once():
-        settings = _settings(config, changes, out if resume else None)
-        folder = out or Path("runs") / f"{settings.objective}-{settings.seed}"
-        settings.load_task()  # what is wrong with the data shows before the model is loaded
-        _train(settings, folder, resume, threads)
+        chosen = _chosen(config, changes, out if resume else None)
+        folder = out or Path("runs") / f"{chosen.objective}-{chosen.seed}"
+        chosen.load_task()  # what is wrong with the data shows before the model is loaded
+        _train(chosen, folder, resume, threads)
 
 
-def _train(settings: "TrainConfig", folder: Path, resume: bool, threads: int | None) -> None:
+def as_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the options that were given; lists are comma-separated there."""
+    declared = declared_settings(TrainConfig)
+    return {
+        name: _listed(value) if declared[name].kind.startswith("tuple") else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _train(settings: TrainConfig, folder: Path, resume: bool, threads: int | None) -> None:
     """Train, alone or with the processes a launcher has started, and say how it ended."""
     from wapo_analysis.train.distributed import ProcessFailed
     from wapo_analysis.train.launched import joined_processes
@@ -179,7 +154,7 @@ def _told_once() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, UserError) else 130) from error
 
 
-def _assigned(pairs: list[str]) -> dict[str, Any]:
+def assigned(pairs: list[str]) -> dict[str, Any]:
     """Settings from NAME=VALUE texts: numbers, booleans and lists as in TOML, else plain text."""
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -193,10 +168,9 @@ def _assigned(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _settings(config: Path | None, changes: dict[str, Any], resumed: Path | None) -> "TrainConfig":
+def _chosen(config: Path | None, changes: dict[str, Any], resumed: Path | None) -> TrainConfig:
     """Settings from the resumed run or the file, with the options given on top."""
     from wapo_analysis.store import read_manifest
-    from wapo_analysis.train.config import TrainConfig
 
     if resumed is not None:
         base = TrainConfig.from_dict(read_manifest(resumed).get("config", {}))
@@ -206,7 +180,7 @@ def _settings(config: Path | None, changes: dict[str, Any], resumed: Path | None
 
 
 def _train_with_bar(
-    settings: "TrainConfig", folder: Path, resume: bool, threads: int | None, world: "World"
+    settings: TrainConfig, folder: Path, resume: bool, threads: int | None, world: "World"
 ) -> None:
     from wapo_analysis.train.loop import train as run_training
 

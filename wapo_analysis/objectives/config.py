@@ -10,15 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from numpy.typing import ArrayLike
 from wapo_taxonomy import CLASSES, expand_bins
 
+from wapo_analysis.declare import Limit, between, check_settings, setting
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.objectives.advantages import FloatArray, group_advantages
 from wapo_analysis.objectives.official import Rules, rules
 from wapo_analysis.objectives.table import OBJECTIVES, Objective
 from wapo_analysis.objectives.token_losses import Bounds, TokenLoss, TokenLossFunction
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from wapo_analysis.objectives.advantages import FloatArray
 
 __all__ = [
     "BIN_NAMES",
@@ -43,8 +48,51 @@ def _known_classes(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(expand_bins(known)) if known else ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ObjectiveConfig:
+_MOST_CLIP = 1e9
+"""Beyond exp(MAX_LOG_RATIO) no ratio is ever clipped."""
+_LOW = Limit(lambda value: 0 <= value <= 1, "0 to 1 (0 <= low <= 1 <= high)")
+_HIGH = Limit(
+    lambda value: 1 <= value <= _MOST_CLIP, f"1 to {_MOST_CLIP:g} (0 <= low <= 1 <= high)"
+)
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """What a user may set of an objective; declared once, for `ObjectiveConfig` and the trainer."""
+
+    clip_eps: float | None = setting(
+        None, "Clip half-width of the importance ratio.", between(0, _MOST_CLIP),
+        unset="the objective's own")
+    mask_ratio_low: float = setting(
+        0.8, "Lower clip bound of the ratio, dapo family.", _LOW)
+    mask_ratio_high: float = setting(
+        1.2, "Upper clip bound of the ratio, dapo family.", _HIGH)
+    use_importance_sampling: bool = setting(
+        True, "wapo only: false drops the ratio from the loss, -A log p.")
+    include_bins: tuple[str, ...] = setting(
+        (), "Train on tokens of these classes only, e.g. neg_peak or pos_peak,pos_valley.",
+        cli=True)
+    exclude_bins: tuple[str, ...] = setting(
+        (), "Leave tokens of these classes out of the loss.", cli=True)
+    loss_mean_level: str | None = setting(
+        None, "Over what token losses are averaged first: seq, group or global.",
+        unset="the objective's own")
+    normalize_by_kept_tokens: bool = setting(
+        False, "Average over the tokens kept after bins and gates instead of all.")
+    mask_negative_advantages: bool = setting(
+        False, "Drop rollouts with advantage <= 0; always done by raft, raft++ and wapo.")
+    mask_positive_advantages: bool = setting(False, "Drop rollouts with advantage >= 0.")
+    max_seq_len: int | None = setting(
+        None, "Tokens of a longest sequence: the constant length in wapo's group mean.",
+        between(1, 10_000_000), unset="max_new_tokens")
+    official: bool = setting(
+        False, "Reproduce the published code with its defects, see docs/objectives.md.")
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig(ObjectiveSettings):
     """Settings of one objective; checked when made.
 
     Raises
@@ -56,58 +104,21 @@ class ObjectiveConfig:
 
     name: str
     """Objective, one of `OBJECTIVES`."""
-    clip_eps: float | None = None
-    """Clip half-width of the ratio; None takes the objective's default."""
-    mask_ratio_low: float = 0.8
-    """Lower ratio bound of the DAPO family, 0 to 1."""
-    mask_ratio_high: float = 1.2
-    """Upper ratio bound of the DAPO family, 1 or more."""
-    use_importance_sampling: bool = True
-    """False: WAPO uses -A log p without a ratio; no other objective changes."""
-    include_bins: tuple[str, ...] = ()
-    """Train on tokens of these classes only."""
-    exclude_bins: tuple[str, ...] = ()
-    """Train on all tokens but those of these classes."""
-    loss_mean_level: str | None = None
-    """``seq``, ``group``, ``global``; None takes the objective's default."""
-    normalize_by_kept_tokens: bool = False
-    """Average over the tokens kept after bins and gates instead of over all completion tokens."""
-    mask_negative_advantages: bool = False
-    """Drop rollouts with advantage <= 0."""
-    mask_positive_advantages: bool = False
-    """Drop rollouts with advantage >= 0."""
-    max_seq_len: int | None = None
-    """Tokens of a longest sequence, prompt included: the constant length of WAPO's group mean."""
-    official: bool = False
-    """Reproduce the official code with its defects (docs/objectives.md lists them)."""
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise unknown_name("objective", self.name, OBJECTIVES)
-        self._check_clip()
+        check_settings(self)
         self._check_level()
         for field in ("include_bins", "exclude_bins"):
             object.__setattr__(self, field, self._checked_bins(field, getattr(self, field)))
         if self.rules.strict_names:
             self._check_something_is_kept()
 
-    def _check_clip(self) -> None:
-        eps = self.clip_eps
-        if eps is not None and not (math.isfinite(eps) and eps >= 0):
-            raise UserError(f"clip_eps must be a finite number >= 0, got {eps}")
-        low, high = self.mask_ratio_low, self.mask_ratio_high
-        if not (0 <= low <= 1 <= high < math.inf):
-            raise UserError(
-                "mask_ratio_low and mask_ratio_high must satisfy 0 <= low <= 1 <= high, "
-                f"got {low} and {high}"
-            )
-
     def _check_level(self) -> None:
         level = self.loss_mean_level
         if self.rules.strict_names and level is not None and level not in LEVELS:
             raise unknown_name("loss_mean_level", level, LEVELS)
-        if self.max_seq_len is not None and self.max_seq_len < 1:
-            raise UserError(f"max_seq_len must be a positive integer, got {self.max_seq_len}")
         if (
             self.weight_rule == "fixed_length"
             and self.max_seq_len is None
@@ -155,6 +166,8 @@ class ObjectiveConfig:
 
     def advantages(self, rewards: ArrayLike, group: ArrayLike) -> FloatArray:
         """Advantage of every rollout within its group, shape (N,); see `group_advantages`."""
+        from wapo_analysis.objectives.advantages import group_advantages
+
         return group_advantages(self.objective.advantage, rewards, group, self.official)
 
     @property

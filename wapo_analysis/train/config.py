@@ -1,20 +1,58 @@
-"""Settings of a training run: one frozen dataclass, readable from TOML."""
+"""Settings of a training run: one frozen dataclass, readable from TOML, and what they decide."""
 
+import json
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.objectives.config import ObjectiveConfig
-from wapo_analysis.train.limits import LIMITS
-from wapo_analysis.train.tasks import Task, check_task, get_task
+from wapo_analysis.declare import (
+    Limit,
+    above_zero,
+    between,
+    check_settings,
+    declared_settings,
+    one_of,
+    setting,
+    typed_values,
+)
+from wapo_analysis.errors import UserError
+from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, ObjectiveSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from wapo_analysis.train.tasks import Task
+
+_SHARE = Limit(lambda value: 0 <= value < 1, "in [0, 1)")
+_STEPS = between(1, 10_000_000)
+_EVERY = between(0, 10_000_000)
+_TOKENS = between(1, 10_000_000)
+_ROWS = between(1, 131_072)
+MAX_ROLLOUTS = 131_072
+"""Most rollouts of a step; no published run comes near."""
+MAX_EVALUATED = 1_000_000
+"""Most completions of one evaluation."""
+
+
+# fmt: off
+@dataclass(frozen=True, kw_only=True)
+class _Objective:
+    """The setting that stands before those of the objective."""
+
+    objective: str = setting(
+        "grpo", "What is optimised, see docs/objectives.md.", one_of(*OBJECTIVES), cli=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ObjectiveSettings, _Objective):
     """Everything that decides a run; written whole to its manifest.
+
+    Each setting is declared once, by `declare.setting`: its limits, its option of ``wapo train``,
+    whether a continued run or a fork may change it, and its line of docs/training.md.
 
     Raises
     ------
@@ -22,165 +60,162 @@ class TrainConfig:
         On values out of range, naming the field, the value and what is allowed.
     """
 
-    objective: str = "grpo"
-    """Objective, one of the nine in docs/objectives.md."""
-    clip_eps: float | None = None
-    """Clip range of the importance ratio; None takes the objective's own."""
-    mask_ratio_low: float = 0.8
-    """Lower clip of the dapo family."""
-    mask_ratio_high: float = 1.2
-    """Upper clip of the dapo family."""
-    use_importance_sampling: bool = True
-    """wapo only: False drops the ratio from the loss."""
-    include_bins: tuple[str, ...] = ()
-    """Train on these classes only, e.g. ("neg_peak",)."""
-    exclude_bins: tuple[str, ...] = ()
-    """Leave these classes out of the loss."""
-    loss_mean_level: str | None = None
-    """seq, group or global; None takes the objective's own."""
-    normalize_by_kept_tokens: bool = False
-    """Divide by the tokens that stay in the loss instead of all."""
-    official: bool = False
-    """Reproduce the official implementation's quirks, see docs/objectives.md."""
+    task: str = setting(
+        "chain-sum", "What is trained on: embedded, a data format, or a reward of your own; "
+        "wapo tasks lists them.", forkable=False, cli=True)
+    data: str | None = setting(
+        None, "Data of the task: a file, a folder, a hub name, or the settings of a reasoning-gym "
+        "data set.", unset="none", forkable=False, cli=True)
+    eval_data: str | None = setting(
+        None, "Held-out problems, in the form of data.", unset="a part of data",
+        resumable=True, cli=True)
+    eval_fraction: float = setting(
+        0.05, "Share of data held out where there is no eval_data.",
+        _SHARE, forkable=False)
+    context_words: int = setting(
+        800, "hotpotqa: most words of paragraphs in a prompt.", _TOKENS, forkable=False)
+    model: str = setting(
+        "base", "Policy to start from: base (shipped), a folder, a hub name, a .gguf file, or "
+        "smollm2.", forkable=False, cli=True)
+    dtype: str = setting(
+        "float32", "Weights; LoRA adapters are float32 always.", one_of("float32", "bfloat16"),
+        forkable=False)
+    gradient_checkpointing: bool = setting(
+        False, "Compute layers again in the backward pass: less memory, same update, a third more "
+        "time.", resumable=True)
+    lora_rank: int | None = setting(
+        None, "Train low-rank adapters of this rank beside frozen weights.", between(1, 16_384),
+        unset="all weights are trained", forkable=False, cli=True)
+    lora_alpha: float | None = setting(
+        None, "Adapters count alpha / rank times.", above_zero(1e6), unset="twice the rank",
+        forkable=False)
+    lora_targets: tuple[str, ...] = setting(
+        ("all-linear",), "Layers that get adapters, by name; all-linear is every linear layer but "
+        "the output head.", Limit(lambda names: len(names) > 0 and all(names), "names of layers"),
+        forkable=False)
 
-    task: str = "chain-sum"
-    """What is trained on: embedded, a data format, or a reward of your own; see docs/tasks.md."""
-    data: str | None = None
-    """Data of the task: a file, a folder or a hub name; settings of a reasoning-gym data set."""
-    eval_data: str | None = None
-    """Held-out problems, in the form of data; None holds out a part of data."""
-    eval_fraction: float = 0.05
-    """Share of data held out where there is no eval_data."""
-    context_words: int = 800
-    """hotpotqa: most words of paragraphs in a prompt."""
-    model: str = "base"
-    """Policy to start from: "base" (shipped), a folder, a hub name, a .gguf file, or "smollm2"."""
-    dtype: str = "float32"
-    """Weights: float32 or bfloat16 (LoRA adapters are float32 always)."""
-    gradient_checkpointing: bool = False
-    """Compute layers again in the backward pass: less memory, same update, a third more time."""
-    lora_rank: int | None = None
-    """Train low-rank adapters of this rank beside frozen weights; None trains all weights."""
-    lora_alpha: float | None = None
-    """Adapters count alpha / rank times; None takes twice the rank."""
-    lora_targets: tuple[str, ...] = ("all-linear",)
-    """Layers that get adapters, by name; all-linear is every linear layer but the output head."""
+    chat: str = setting(
+        "auto", "Use the tokenizer's chat template; auto does if there is one.",
+        one_of("auto", "on", "off"), forkable=False)
+    system_prompt: str | None = setting(
+        None, "System prompt of the chat template.", unset="the template's own", forkable=False)
+    stop: tuple[str, ...] = setting(
+        (), "Texts that end a completion, beside the model's end tokens.",
+        Limit(all, "texts that are not empty"))
+    max_prompt_tokens: int | None = setting(
+        None, "Longer prompts lose their beginning.", _TOKENS,
+        unset="one that does not fit is refused", resumable=True)
+    sample_batch_size: int | None = setting(
+        None, "Rollouts sampled at once; does not change the samples.", _ROWS, unset="all",
+        resumable=True)
+    temperature: float = setting(
+        1.0, "Softmax temperature of sampling and training.", above_zero(1000, 1e-6), cli=True)
+    max_new_tokens: int | None = setting(
+        None, "Longest completion, in tokens.", _TOKENS, unset="the task's own", cli=True)
 
-    chat: str = "auto"
-    """Use the tokenizer's chat template: on, off, or auto (if there is one)."""
-    system_prompt: str | None = None
-    """System prompt of the chat template; None leaves the template's own."""
-    stop: tuple[str, ...] = ()
-    """Texts that end a completion, beside the model's end tokens."""
-    max_prompt_tokens: int | None = None
-    """Longer prompts lose their beginning; None refuses one that does not fit the model."""
-    sample_batch_size: int | None = None
-    """Rollouts sampled at once; None takes all. Does not change the samples."""
-    temperature: float = 1.0
-    """Softmax temperature of sampling and training."""
-    max_new_tokens: int | None = None
-    """Longest completion; None takes the task's own."""
-    max_seq_len: int | None = None
-    """Length in WAPO's constant denominator; None takes max_new_tokens."""
+    steps: int = setting(100, "Batches of rollouts.", _STEPS, resumable=True, cli=True)
+    prompts_per_step: int = setting(
+        16, "Prompts (groups) in a batch.", _ROWS, forkable=False, cli="--prompts")
+    rollouts_per_prompt: int = setting(
+        8, "Completions per prompt (group size).", between(2, MAX_ROLLOUTS), cli="--rollouts")
+    epochs: int = setting(1, "Passes over each batch.", between(1, 1000), cli=True)
+    minibatches: int = setting(4, "Optimizer updates per pass.", _ROWS, cli=True)
+    microbatch_size: int | None = setting(
+        None, "Rollouts per forward pass: smaller takes less memory and does not change the "
+        "update.", _ROWS, unset="the whole mini-batch", resumable=True, cli=True)
 
-    steps: int = 100
-    """Batches of rollouts."""
-    prompts_per_step: int = 16
-    """Prompts (groups) in a batch."""
-    rollouts_per_prompt: int = 8
-    """Completions per prompt (group size)."""
-    epochs: int = 1
-    """Passes over each batch."""
-    minibatches: int = 4
-    """Optimizer updates per pass."""
-    microbatch_size: int | None = None
-    """Rollouts per forward pass; None takes the whole mini-batch. Does not change the update."""
+    lr: float = setting(5e-5, "Peak learning rate.", above_zero(1000), cli=True)
+    lr_schedule: str = setting(
+        "constant", "Course after the warm-up; linear and cosine fall to zero over the steps.",
+        one_of("constant", "linear", "cosine"))
+    optimizer: str = setting(
+        "adamw", "sgd has no momentum (betas are then not used).", one_of("adamw", "sgd"),
+        forkable=False, cli=True)
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", _EVERY)
+    weight_decay: float = setting(0.0, "Weight decay of the optimizer.", between(0, 100))
+    beta1: float = setting(0.9, "AdamW beta1.", _SHARE)
+    beta2: float = setting(0.999, "AdamW beta2.", _SHARE)
+    max_grad_norm: float = setting(
+        1.0, "Gradient norm clip; 0 switches it off.", between(0, 1e9))
 
-    lr: float = 5e-5
-    """Peak learning rate."""
-    lr_schedule: str = "constant"
-    """After the warm-up: constant, or falling to zero over steps: linear, cosine."""
-    optimizer: str = "adamw"
-    """adamw, or sgd without momentum (betas are then not used)."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.0
-    """Weight decay of the optimizer."""
-    beta1: float = 0.9
-    """AdamW beta1."""
-    beta2: float = 0.999
-    """AdamW beta2."""
-    max_grad_norm: float = 1.0
-    """Gradient norm clip; 0 switches it off."""
+    seed: int = setting(
+        0, "Decides prompts and sampling.", between(0, 2**63 - 1), forkable=False, cli=True)
+    device: str = setting(
+        "auto", "Where it runs; auto takes a GPU if there is one.", one_of("auto", "cpu", "cuda"),
+        resumable=True, cli=True)
+    checkpoint_every: int = setting(
+        50, "Steps between checkpoints; 0 keeps only the last one.", _EVERY, resumable=True)
+    keep_checkpoints: int = setting(
+        2, "Checkpoints that are kept; older ones are deleted.", _STEPS, resumable=True)
+    log_to: str = setting(
+        "none", "Copy the step log to TensorBoard or Weights & Biases.",
+        one_of("none", "tensorboard", "wandb", "both"), resumable=True, cli=True)
+    label: str | None = setting(
+        None, "Name in figures; runs that share it count as seeds of one setting.",
+        Limit(lambda text: 0 < len(text) <= 200, "1 to 200 characters"),
+        unset="objective and classes", resumable=True)
 
-    seed: int = 0
-    """Decides prompts and sampling."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints; 0 keeps only the last one."""
-    keep_checkpoints: int = 2
-    """Checkpoints that are kept; older ones are deleted."""
-    log_to: str = "none"
-    """Copy the step log to none, tensorboard, wandb or both."""
-    label: str | None = None
-    """Name in figures; runs that share it count as seeds of one setting."""
+    eval_every: int = setting(
+        0, "Steps between evaluations on held-out prompts (one before, one after training); 0 "
+        "never.", _EVERY, resumable=True, cli=True)
+    eval_prompts: int = setting(
+        64, "Held-out prompts of an evaluation.", between(1, 100_000), resumable=True)
+    eval_samples: int = setting(
+        4, "Completions of each held-out prompt; pass@1, pass@2, pass@4 ... up to this number.",
+        between(1, 10_000), resumable=True)
 
-    eval_every: int = 0
-    """Steps between evaluations on held-out prompts (one before, one after training); 0 never."""
-    eval_prompts: int = 64
-    """Held-out prompts of an evaluation."""
-    eval_samples: int = 4
-    """Completions of each held-out prompt; pass@1, pass@2, pass@4 ... up to this number."""
-
-    token_every: int = 1
-    """Write token rows of every n-th step; class totals are exact at every step."""
-    token_fraction: float = 1.0
-    """Share of rollouts whose token rows are written."""
-    store_bits: int = 15
-    """Mantissa bits that float32 columns keep on disk, 7 to 23; 23 keeps all."""
-    capture_mode: str = "passive"
-    """Read statistics off the logits (passive), or make no logits at all (replace); or auto."""
-    rescore_every: int = 10
-    """Score tokens again after the update on every n-th step; 0 never."""
-    probe_every: int = 0
-    """Take one update of every n-th step apart by class, see docs/attribution.md; 0 never."""
-    probe_rows: int | None = 32
-    """Rollouts that a probe scores; None takes the whole mini-batch."""
+    token_every: int = setting(
+        1, "Write token rows of every n-th step; class totals are exact at every step.", _EVERY,
+        resumable=True)
+    token_fraction: float = setting(
+        1.0, "Share of rollouts whose token rows are written.",
+        Limit(lambda value: 0 < value <= 1, "in (0, 1]"), resumable=True, cli=True)
+    store_bits: int = setting(
+        15, "Mantissa bits that float32 columns keep on disk; 23 keeps all.", between(7, 23),
+        resumable=True)
+    capture_mode: str = setting(
+        "passive", "Read statistics off the logits (passive), or make no logits at all (replace).",
+        one_of("passive", "replace", "auto"), resumable=True)
+    rescore_every: int = setting(
+        10, "Score tokens again after the update on every n-th step; 0 never.", _EVERY,
+        resumable=True)
+    probe_every: int = setting(
+        0, "Take one update of every n-th step apart by class, see docs/attribution.md; 0 never.",
+        _EVERY, resumable=True, cli=True)
+    probe_rows: int | None = setting(
+        32, "Rollouts that a probe scores.", _ROWS, unset="the whole mini-batch", resumable=True,
+        cli=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, limit = getattr(self, field.name), LIMITS.get(field.name)
-            if limit is None or (value is None and "None" in str(field.type)):
-                continue
-            _require(self, field.name, limit.holds(value), limit.allowed)
+        check_settings(self)
         if self.probe_every and self.dtype != "float32":
             raise UserError(
                 "probe_every needs dtype float32: bfloat16 weights do not resolve the share of "
                 "one class in a step"
             )
-        rollouts = self.prompts_per_step * self.rollouts_per_prompt
-        _require(self, "minibatches", rollouts % self.minibatches == 0, f"a divisor of {rollouts}")
+        rollouts = self._product("prompts_per_step", "rollouts_per_prompt", MAX_ROLLOUTS)
+        self._product("eval_prompts", "eval_samples", MAX_EVALUATED)
+        if rollouts % self.minibatches:
+            raise UserError(f"minibatches must be a divisor of {rollouts}, got {self.minibatches}")
+        from wapo_analysis.train.tasks import check_task
+
         check_task(self.task, self.data, self.eval_data, self.eval_fraction)
         self.objective_config(max_new_tokens=1)  # checks its own fields
 
+    def _product(self, first: str, second: str, most: int) -> int:
+        product = int(getattr(self, first) * getattr(self, second))
+        if product > most:
+            raise UserError(f"{first} times {second} must be at most {most}, got {product}")
+        return product
+
     def objective_config(self, max_new_tokens: int) -> ObjectiveConfig:
         """Settings of the objective; ``max_new_tokens`` fills WAPO's length if none is set."""
-        return ObjectiveConfig(
-            name=self.objective,
-            clip_eps=self.clip_eps,
-            mask_ratio_low=self.mask_ratio_low,
-            mask_ratio_high=self.mask_ratio_high,
-            use_importance_sampling=self.use_importance_sampling,
-            include_bins=self.include_bins,
-            exclude_bins=self.exclude_bins,
-            loss_mean_level=self.loss_mean_level,
-            normalize_by_kept_tokens=self.normalize_by_kept_tokens,
-            max_seq_len=self.max_seq_len or max_new_tokens,
-            official=self.official,
-        )
+        own = {field.name: getattr(self, field.name) for field in fields(ObjectiveSettings)}
+        own["max_seq_len"] = self.max_seq_len or max_new_tokens
+        return ObjectiveConfig(name=self.objective, **own)
 
-    def load_task(self) -> Task:
+    def load_task(self) -> "Task":
         """The task with its data; read once as long as the files stay as they are.
 
         Raises
@@ -188,6 +223,8 @@ class TrainConfig:
         UserError
             If the data cannot be used.
         """
+        from wapo_analysis.train.tasks import get_task
+
         return get_task(
             self.task,
             self.data,
@@ -195,6 +232,45 @@ class TrainConfig:
             eval_fraction=self.eval_fraction,
             context_words=self.context_words,
         )
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of a step, from 1.
+
+        Warm-up: lr step / warmup_steps. After it, with N steps to go and n of them done, linear is
+        lr (1 - n / N) and cosine lr (1 + cos(pi n / N)) / 2, so the last step still moves.
+        """
+        warmup = self.warmup_steps
+        if step <= warmup:
+            return self.lr * (step / warmup)
+        done = min((step - 1 - warmup) / max(self.steps - warmup, 1), 1.0)
+        if self.lr_schedule == "linear":
+            return self.lr * (1.0 - done)
+        if self.lr_schedule == "cosine":
+            return self.lr * (1.0 + math.cos(math.pi * done)) / 2.0
+        return self.lr
+
+    def make_optimizer(self, parameters: Iterable["Tensor"]) -> "Optimizer":
+        """The optimizer of the run, in its first state."""
+        from torch.optim import SGD, AdamW
+
+        if self.optimizer == "sgd":
+            return SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return AdamW(
+            parameters,
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            weight_decay=self.weight_decay,
+        )
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a step ends with a checkpoint: every n-th and the last one."""
+        every = self.checkpoint_every
+        return step == self.steps or (every > 0 and step % every == 0)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Whether a step ends with an evaluation: every n-th and the last one."""
+        every = self.eval_every
+        return every > 0 and (step % every == 0 or step == self.steps)
 
     @property
     def shown_label(self) -> str:
@@ -221,11 +297,7 @@ class TrainConfig:
         UserError
             On an unknown name or a value of the wrong type.
         """
-        known = {f.name: f.type for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown_name("setting", name, known)
-        clean = {name: _typed(name, value, str(known[name])) for name, value in values.items()}
+        clean = typed_values(cls, values)
         return replace(base, **clean) if base is not None else cls(**clean)
 
     @classmethod
@@ -241,27 +313,28 @@ class TrainConfig:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read config {file}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"config {file} is not valid TOML: {error}") from error
         return cls.from_dict(values)
 
+    def options(self) -> list[str]:
+        """Options of ``wapo train`` that give these settings again: those off their default."""
+        words = []
+        for name, declared in declared_settings(type(self)).items():
+            value = getattr(self, name)
+            if value == declared.default:
+                continue
+            if declared.option:
+                words += [declared.option, _as_option(value)]
+            else:
+                words += ["--set", f"{name}={_as_toml(value)}"]
+        return words
 
-def _require(config: TrainConfig, name: str, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise UserError(f"{name} must be {allowed}, got {getattr(config, name)!r}")
+
+def _as_option(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
-def _typed(name: str, value: Any, declared: str) -> Any:
-    """Check a plain value against a field's declared type; ints pass as floats, lists as tuples."""
-    wanted = {t.strip() for t in declared.replace("<class '", "").replace("'>", "").split("|")}
-    if isinstance(value, list | tuple):
-        if "tuple[str, ...]" in wanted and all(isinstance(v, str) for v in value):
-            return tuple(value)
-    elif value is None:
-        if "None" in wanted:
-            return None
-    elif type(value).__name__ in wanted:
-        return value
-    elif isinstance(value, int) and not isinstance(value, bool) and "float" in wanted:
-        return float(value)
-    raise UserError(f"{name} must be of type {declared}, got {value!r}")
+def _as_toml(value: Any) -> str:
+    """A setting's value as TOML; None, which TOML has not, never differs from a default."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -242,9 +242,3 @@ def evaluate_run(
         torch.set_num_threads(threads)
     policy = configured_policy(config, weights)
     return replace(evaluate(policy, config.load_task(), config), run=str(run), checkpoint=step)
-
-
-def evaluation_due(config: TrainConfig, step: int) -> bool:
-    """Whether a step ends with an evaluation: every n-th and the last one."""
-    every = config.eval_every
-    return every > 0 and (step % every == 0 or step == config.steps)

@@ -29,26 +29,25 @@ from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
 from wapo_analysis.train.batch import (
     Batch,
+    MiniBatch,
     batch_columns,
     batch_sums,
     draw_batch,
+    mini_batches,
     rollout_columns,
 )
 from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
-from wapo_analysis.train.evaluate import evaluate, evaluation_due
+from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.interrupt import stop_between_steps
 from wapo_analysis.train.launched import check_processes
 from wapo_analysis.train.loggers import check_loggers, open_loggers
-from wapo_analysis.train.manifest import new_manifest, resumed_manifest
-from wapo_analysis.train.minibatch import MiniBatch, mini_batches
+from wapo_analysis.train.manifest import check_resumed, new_manifest, resumed_manifest
 from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.recompute import recomputing
-from wapo_analysis.train.resume import check_resumed
 from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts
-from wapo_analysis.train.schedule import learning_rate
 from wapo_analysis.train.scoring import capture_mode, score
 from wapo_analysis.train.tally import StepTally
 
@@ -155,27 +154,11 @@ def _steps(
         for step in range(done + 1, config.steps + 1):
             row = trainer.step(step, recorder)
             stopping = trainer.world.longest(int(stop.asked)) > 0
-            if run is not None and (_checkpoint_due(config, step) or stopping):
+            if run is not None and (config.checkpoint_due(step) or stopping):
                 trainer.checkpoint(run, step, recorder)
             yield row
             if stopping and step < config.steps:
                 raise KeyboardInterrupt
-
-
-def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(
-        parameters,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-    )
-
-
-def _checkpoint_due(config: TrainConfig, step: int) -> bool:
-    every = config.checkpoint_every
-    return step == config.steps or (every > 0 and step % every == 0)
 
 
 def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) -> Recorder:
@@ -233,7 +216,7 @@ class Trainer:
         self.capture = capture_mode(policy, config, longest, manifest)
         self.objective: ObjectiveConfig = config.objective_config(longest)
         self.parameters: list[Tensor] = list(policy.trainable().values())
-        self.optimizer = _optimizer(self.parameters, config)
+        self.optimizer = config.make_optimizer(self.parameters)
         self.prober = Prober(self.parameters, self.optimizer, config, self._score)
         self._captured = self._probed = 0.0
 
@@ -272,7 +255,7 @@ class Trainer:
         """
         started = perf_counter()
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = learning_rate(self.config, step)
+            parameters["lr"] = self.config.learning_rate(step)
         batch = self.draw(step)
         sampled = perf_counter()
         weights = batch_weights(
@@ -291,12 +274,12 @@ class Trainer:
         self.prober.other = batch.rollouts
         row: dict[str, Any] = {"step": step, **batch_columns(batch)}
         row |= tally.columns(self.world.total, batch_sums(batch))
-        row |= {"lr": learning_rate(self.config, step), "seconds_rollout": sampled - started}
+        row |= {"lr": self.config.learning_rate(step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
         row |= {"seconds_capture": recorder.seconds - self._captured}
         row |= {"seconds_probe": self.prober.seconds - self._probed}
         self._captured, self._probed = recorder.seconds, self.prober.seconds
-        if evaluation_due(self.config, step):
+        if self.config.evaluation_due(step):
             row |= evaluate(self.policy, self.task, self.config, self.world).columns()
         if self.world.size > 1 and on_schedule(step, self.config.token_every):
             seen = batch.rollouts.completion_ids[batch.rollouts.mask]

@@ -2,10 +2,12 @@
 
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 from wapo_analysis.capture.mode import CaptureMode
+from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError
-from wapo_analysis.store import Manifest
+from wapo_analysis.store import Manifest, read_manifest
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import Policy
 
@@ -19,7 +21,11 @@ def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> M
         ("torch", "transformers", "numpy", "pandas", "pyarrow"),
         name=f"{config.shown_label} seed {config.seed}",
         label=config.shown_label,
-        objective={**asdict(objective), "bounds": [objective.bounds.low, objective.bounds.high]},
+        objective={
+            "name": objective.name,
+            **asdict(objective),
+            "bounds": [objective.bounds.low, objective.bounds.high],
+        },
         task=config.task,
         data=task.data_record(),
         model=config.model,
@@ -59,3 +65,21 @@ def resumed_manifest(before: Manifest, config: TrainConfig, capture: CaptureMode
             "step_lines": None,
         }
     )
+
+
+def check_resumed(run: Path, config: TrainConfig) -> None:
+    """Check that a run is continued with the settings that made it what it is.
+
+    Raises
+    ------
+    UserError
+        If one of them has changed, naming it and both values.
+    """
+    before = TrainConfig.from_dict(read_manifest(run).config)
+    for name, declared in declared_settings(TrainConfig).items():
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new and not declared.resumable:
+            raise UserError(
+                f"{name} of a run that is continued cannot change from {old!r} to {new!r}; "
+                "start a new run with another --out"
+            )
