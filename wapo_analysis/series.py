@@ -19,11 +19,13 @@ RANGE_SIGMAS = 5.0
 HOME_RANGE = 0.1
 MAX_WINDOW = 25
 MAD_TO_SIGMA = 1.4826
+QUINTILES = 1.683
+"""Distance of the first and the last quintile of a normal distribution, in standard deviations."""
 MEDIAN_EFFICIENCY = 1.2533
 RELATIVE_FLOOR = 0.01
-QUIET_SHARE = 0.9
+QUIET_SHARE = 0.82
 """Share of quiet records at which a stretch neither gains nor loses as a silence."""
-SILENT_SHARE = 0.95
+SILENT_SHARE = 0.88
 """Share of quiet records of a silence."""
 MIN_SILENT = 8
 """Records of a silence, at least."""
@@ -130,7 +132,11 @@ class Series:
 def _spread(values: Array, lag: int) -> float:
     """Standard deviation of one value, from differences ``lag`` apart: a steady trend adds none."""
     apart = values[lag:] - values[:-lag] if lag else values[:0]
-    return robust_sigma(apart) / float(np.sqrt(2)) if len(apart) else 0.0
+    if not len(apart):
+        return 0.0
+    # Many neighbours are equal where a reward is mostly 0 or 1: the quintiles see what moves then.
+    low, high = np.quantile(apart, (0.2, 0.8))
+    return max(robust_sigma(apart), float(high - low) / QUINTILES) / float(np.sqrt(2))
 
 
 def _slow_variance(values: Array, window: int) -> float:
@@ -171,11 +177,11 @@ def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
 
 
 def silent_since(quiet: Array) -> int | None:
-    """Index from which a series is quiet to its end, one record in twenty excepted.
+    """Index from which a series is quiet to its end, one record in eight excepted.
 
     A record may be quiet by chance, as where the one prompt of a step is solved by every rollout
     or by none. So the stretch must be too long for chance, judged by how often records were quiet
-    before it. It begins where the sum of (quiet - 0.9) up to the end is largest.
+    before it. It begins where the sum of (quiet - 0.82) up to the end is largest.
 
     Parameters
     ----------

@@ -36,7 +36,10 @@ SAID_BY = {
         "plateau", "reward_function_silent", "one_reward_takes_over",
     },
     "diverged": {"gradient_grows", "gradient_spikes", "plateau"},
-    "reward_collapse": {"plateau"},
+    "reward_collapse": {
+        "plateau", "stalled", "gradient_vanishes",
+        "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy",
+    },
     "entropy_collapse": {"plateau", "entropy_arrival", "early_warning"},
     "entropy_explosion": {"plateau", "entropy_arrival", "early_warning"},
     "truncation_drift": {"length_drift"},

@@ -7,6 +7,7 @@ from wapo_analysis.series import Series, episodes
 from wapo_analysis.table import Array
 
 LEVEL_SIGMAS = 6.0
+MOST_RISE = 0.5
 
 
 def lasting(series: Series, mask: Array) -> int | None:
@@ -31,11 +32,12 @@ def risen(series: Series, least: float, absolute: float) -> int | None:
     series : Series
         A share in [0, 1].
     least : float
-        Rise above the beginning that counts; six times the noise if that is more.
+        Rise above the beginning that counts; six times the noise if that is more, half at most: a
+        jump is noise to itself.
     absolute : float
         Level that counts wherever it began, if it is more than twice the rise that counts.
     """
-    rise = max(least, LEVEL_SIGMAS * series.smooth_noise)
+    rise = max(least, min(LEVEL_SIGMAS * series.smooth_noise, MOST_RISE))
     return lasting(series, series.smooth >= min(series.level + rise, max(absolute, 2 * rise)))
 
 

@@ -12,6 +12,8 @@ CALM_STEPS = 8
 """Steps up to the peak on which the noise of the reward can be measured."""
 GAINING = 2.5
 """Standard deviations of the rise over the last third that make a reward still gain."""
+RISING = 1.5
+"""Standard deviations of the rise over the whole run that are more than chance."""
 LEAST_GAIN = 0.1
 """Share of the whole gain that the last third must add for it to be still gaining."""
 ENOUGH = 1 / 3
@@ -58,8 +60,12 @@ class RewardState:
 
     @property
     def rising(self) -> bool:
-        """It ends above its beginning by more than chance, short of a clear gain."""
-        return not self.lost and self.series.end - self.series.level > self.margin / 3
+        """It ends above its beginning, or went up over the run, by more than chance."""
+        if self.lost:
+            return False
+        rise, noise = _straight_rise(self.series.values)
+        ends = self.series.end - self.series.level
+        return ends > self.margin / 3 or rise > RISING * noise
 
     @property
     def bounded(self) -> bool:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.collapse_suite import Alarms, Beginning, Judged, score
-from experiments.suite_runs import (
+from experiments.suite.collapse_suite import Alarms, Beginning, Judged, score
+from experiments.suite.runs import (
     FAULTS,
     RECIPES,
     STEPS,

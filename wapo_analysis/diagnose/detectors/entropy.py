@@ -25,6 +25,8 @@ FALL_UNPAID = 0.05
 """Ratio of a collapse where no reward was recorded: learning alone seldom goes that far."""
 FALL_LOST = 0.5
 """Ratio of a collapse where the reward was lost: no learning asks for the doubt."""
+LATE = 0.1
+"""Part of the run by which the entropy may follow the reward and still be the cause of its loss."""
 HOME = 0.25
 """Share of the beginning within which a run has not left it: half the way to a warning."""
 MIN_RISE = 0.05
@@ -70,11 +72,12 @@ def find_entropy_fall(context: Context) -> list[Finding]:
     """
     series, reward = context.series("entropy"), context.reward
     level, smooth = series.level, series.smooth
-    most = level - SIGMAS * series.gap_noise
-    deep = FALL_UNPAID if reward is None else FALL_LOST if reward.lost else FALL[1]
+    # The entropy has a floor at zero, so that noise is a factor: six sigma never ask for less.
+    noise = series.gap_noise / level if level > 0 else 0.0
+    deep = FALL_UNPAID if reward is None else FALL_LOST if _before_loss(series, reward) else FALL[1]
     gone = departure(
-        smooth <= min(FALL[0] * level, most),
-        smooth <= min(deep * level, most),
+        smooth <= level * min(FALL[0], np.exp(-SIGMAS / 2 * noise)),
+        smooth <= level * min(deep, np.exp(-SIGMAS * noise)),
         _home(series),
         series.persist,
     )
@@ -87,6 +90,16 @@ def find_entropy_fall(context: Context) -> list[Finding]:
     if gone.crossed is None:
         return [_entropy_finding(context, gone, -1, "entropy_fall", "warning")]
     return [_entropy_finding(context, gone, -1, "entropy_collapse", "critical")]
+
+
+def _before_loss(entropy: Series, reward: RewardState) -> bool:
+    """The reward was lost, and by then the entropy was below half of its beginning."""
+    if not reward.lost or reward.loss is None or reward.loss.crossed is None:
+        return False
+    span = entropy.step(-1) - entropy.step(0)
+    lost = reward.series.step(reward.loss.crossed) + LATE * span
+    seen = entropy.smooth[entropy.steps <= lost]
+    return len(seen) > 0 and bool(seen.min() <= FALL[0] * entropy.level)
 
 
 def _home(series: Series) -> Array:

@@ -30,7 +30,7 @@ def find_reward_loss(context: Context) -> list[Finding]:
     return [
         Finding(
             name="reward_collapse" if severe else "reward_drop",
-            severity="critical" if severe else "warning",
+            severity="critical" if severe else "warning" if loss.ongoing else "info",
             step=onset,
             message=said,
             evidence={

@@ -1,13 +1,14 @@
-"""How well ``wapo diagnose`` and its neighbours see a collapse coming.
+r"""How well ``wapo diagnose`` and its neighbours see a collapse coming.
 
 Trains a suite of short runs that stay healthy or fail in known ways, labels each by its outcome,
 replays it step by step to every tool, and scores who warned, when, and of what. Seeds split it into
 a tuning part and a test part. About forty minutes on two idle CPU cores, fifteen with
 ``--part test``; a second call trains only what is missing.
 
-    python experiments/collapse_suite.py --out runs/collapse_suite
-    rivals/bin/python experiments/suite_rivals.py runs/collapse_suite
-    python experiments/collapse_suite.py --out runs/collapse_suite --doc docs/collapse_suite.md
+    python experiments/suite/collapse_suite.py --out runs/collapse_suite
+    rivals/bin/python experiments/suite/rivals.py runs/collapse_suite
+    python experiments/suite/collapse_suite.py --out runs/collapse_suite \
+        --doc docs/collapse_suite.md
 
 Prints the tables, and with ``--doc`` writes the page.
 """
@@ -27,7 +28,7 @@ from typing import Any
 import pandas as pd
 from scipy.stats import beta
 
-from experiments.suite_runs import (
+from experiments.suite.runs import (
     BAD,
     STEPS,
     TEST_SEEDS,
@@ -206,7 +207,7 @@ def score(judged: Sequence[Judged], alarms: dict[str, Alarms], severity: str) ->
 
 
 def rivals(out: Path) -> dict[str, dict[str, Alarms]]:
-    """What the other tools said, if ``suite_rivals.py`` has run."""
+    """What the other tools said, if ``rivals.py`` has run."""
     file = out / "rivals.json"
     found = json.loads(file.read_text()) if file.exists() else {}
     return {
@@ -326,7 +327,7 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
     """The documentation page."""
     test = [j for j in judged if j.run.test]
     tuning = [j for j in judged if not j.run.test]
-    text = (Path(__file__).parent / "collapse_suite.md").read_text()
+    text = (Path(__file__).parent / "page.md").read_text()
     parts = {
         "runs": len(judged),
         "steps": STEPS,

@@ -3,7 +3,7 @@
 Runs in an environment of its own, which needs none of ours:
 
     python -m venv rivals && rivals/bin/pip install rldoctor==0.2.0 rlprobe==0.1.0 rlwatch==0.5.1
-    rivals/bin/python experiments/suite_rivals.py runs/collapse_suite
+    rivals/bin/python experiments/suite/rivals.py runs/collapse_suite
 
 Reads ``scalars.json`` (run to list of steps) and writes ``rivals.json``: per tool and run the first
 step of a warning or worse, of a critical one, and the names of everything at warning or worse. A

@@ -1,0 +1,362 @@
+"""Step logs made by formula: kinds of courses that training cannot make cheaply, or at will.
+
+Nothing here was trained. A log is drawn from a kind and a seed: how many records, how far apart,
+how noisy, on which scale of entropy, and which columns the source did not log. The curves are the
+shapes that bug reports and papers show; the noise is that of a batch of rollouts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from wapo_analysis.store import RunWriter
+
+Values = np.ndarray
+
+
+@dataclass
+class Draw:
+    """What one log is made from.
+
+    Attributes
+    ----------
+    rng : Generator
+        Randomness of this log.
+    records, every : int
+        Records, and steps from one to the next.
+    batch, group : int
+        Rollouts of a step, which the noise of a share comes from, and rollouts of a prompt.
+    """
+
+    rng: np.random.Generator
+    records: int
+    every: int
+    batch: int
+    group: int
+    columns: dict[str, Values] = field(default_factory=dict)
+
+    @property
+    def u(self) -> Values:
+        """Progress from 0 to 1, shape (records,)."""
+        return np.linspace(0, 1, self.records)
+
+    def share(self, rate: Values) -> Values:
+        """A share of the rollouts of a step: binomial noise around a rate."""
+        rate = np.clip(rate * np.ones(self.records), 0, 1)
+        return self.rng.binomial(self.batch, rate) / self.batch
+
+    def about(self, values: Values, relative: float) -> Values:
+        """Values with multiplicative noise."""
+        noise = self.rng.normal(0, relative, self.records)
+        return np.asarray(values * np.ones(self.records) * np.exp(noise))
+
+    def between(self, low: float, high: float) -> float:
+        """One number of the log, uniform in its logarithm."""
+        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
+
+    def uniform(self, low: float, high: float) -> float:
+        """One number of the log, uniform."""
+        return float(self.rng.uniform(low, high))
+
+    def evaluations(self, values: Values, size: int = 500) -> Values:
+        """A score on held-out problems at every n-th record, NaN between."""
+        often = max(1, self.records // int(self.rng.integers(8, 20)))
+        seen = np.arange(self.records) % often == 0
+        score = self.rng.binomial(size, np.clip(values, 0, 1)) / size
+        return np.where(seen, score, np.nan)
+
+
+def rise(u: Values, start: float, end: float, middle: float, pace: float) -> Values:
+    """Logistic curve from start to end."""
+    return start + (end - start) / (1 + np.exp(-pace * (u - middle)))
+
+
+def flat_share(rate: Values, group: int) -> Values:
+    """Share of groups all right or all wrong, if every rollout is right at a rate."""
+    return np.asarray(rate**group + (1 - rate) ** group)
+
+
+def _sound(d: Draw, end: float | None = None) -> Values:
+    """Columns of a run that learns and goes on learning; returns its rate of success."""
+    top = d.uniform(0.5, 0.75) if end is None else end
+    rate = rise(d.u, d.uniform(0.15, 0.3), top, d.uniform(0.4, 0.6), d.uniform(4, 7))
+    start = d.between(0.1, 1.5)
+    d.columns |= {
+        "reward": d.share(rate),
+        "groups_flat": d.share(flat_share(rate, d.group)),
+        "entropy": d.about(start * np.exp(-d.uniform(0.2, 0.9) * d.u), 0.03),
+        "grad_norm": d.about(np.full(d.records, d.between(0.05, 2)), 0.2),
+        "length": d.about(d.between(100, 3000) * (1 + d.uniform(0, 0.35) * d.u), 0.04),
+        "truncated": d.share(np.full(d.records, d.uniform(0, 0.03))),
+        "kl_ref": d.about(0.002 + d.uniform(0.01, 0.3) * d.u**1.3, 0.05),
+        "clip_high": d.share(np.full(d.records, d.uniform(0, 0.03))),
+        "clip_low": d.share(np.full(d.records, d.uniform(0, 0.03))),
+        "lr": np.full(d.records, d.between(3e-7, 1e-5)),
+    }
+    return rate
+
+
+def healthy(d: Draw) -> None:
+    """Learns to the end, or solves the task."""
+    rate = _sound(d)
+    if d.rng.random() < 0.5:
+        d.columns["eval_reward"] = d.evaluations(rate - d.uniform(0, 0.05))
+
+
+def never_learned(d: Draw) -> None:
+    """No completion ever earns anything; the gradient is zero."""
+    _sound(d)
+    zero = np.zeros(d.records)
+    d.columns |= {"reward": zero, "grad_norm": zero, "groups_flat": zero + 1, "kl_ref": zero}
+    d.columns["entropy"] = d.about(np.full(d.records, d.between(0.1, 1.5)), 0.03)
+
+
+def early_death(d: Draw) -> None:
+    """A reward that dies after a few records, to exactly nothing."""
+    _sound(d)
+    alive = int(d.rng.integers(3, 9))
+    reward = d.share(np.full(d.records, d.uniform(0.1, 0.6)))
+    reward[:alive] = np.maximum(reward[:alive], 1 / d.batch)
+    reward[alive:] = 0
+    d.columns["reward"] = reward
+    d.columns["groups_flat"] = np.where(np.arange(d.records) < alive, 0.2, 1.0)
+    del d.columns["grad_norm"]
+
+
+def scattered_zeros(d: Draw) -> None:
+    """One prompt a step: no gradient wherever its group is flat; it learns all the same."""
+    _sound(d)
+    rate = rise(d.u, 0.35, 0.6, 0.5, 5)
+    hard = np.clip(rate + d.rng.normal(0, 0.35, d.records), 0, 1)
+    reward = d.rng.binomial(d.group, hard) / d.group
+    flat = (reward == 0) | (reward == 1)
+    d.columns |= {"reward": reward, "groups_flat": flat.astype(float)}
+    d.columns["grad_norm"] = np.where(flat, 0.0, d.columns["grad_norm"])
+    for name in ("kl_ref", "truncated"):
+        del d.columns[name]
+
+
+def climb_and_fall(d: Draw) -> None:
+    """The reward climbs and loses most of the climb again."""
+    _sound(d)
+    start, top, turn = d.uniform(0.2, 0.5), d.uniform(0.75, 0.9), d.uniform(0.35, 0.65)
+    end = start + d.uniform(0.2, 0.5) * (top - start)
+    rate = np.interp(d.u, [0, turn, min(turn + 0.3, 0.95), 1], [start, top, end, end])
+    d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, d.group))}
+
+
+def held_out_falls(d: Draw) -> None:
+    """The training reward rises, the held-out score rises with it at first and then falls."""
+    rate = _sound(d, d.uniform(0.7, 0.95))
+    turn, start = d.uniform(0.2, 0.5), d.uniform(0.2, 0.4)
+    top = start + d.uniform(0.0, 0.2)
+    score = np.interp(d.u, [0, turn, 1], [start, top, top * d.uniform(0.2, 0.6)])
+    d.columns |= {"reward": d.share(rate), "eval_reward": d.evaluations(score)}
+
+
+def held_out_stands(d: Draw) -> None:
+    """Answers grow and the training reward with them; the held-out score shows nothing of it."""
+    _sound(d, d.uniform(0.75, 0.95))
+    start = d.uniform(0.2, 0.4)
+    d.columns["eval_reward"] = d.evaluations(np.full(d.records, start))
+    d.columns["length"] = d.columns["length"] * (1 + d.uniform(1, 2.5) * d.u**1.3)
+
+
+def kl_blow_up(d: Draw) -> None:
+    """The policy runs away from the reference; the reward has stopped."""
+    _sound(d)
+    rate = rise(d.u, 0.2, d.uniform(0.4, 0.55), 0.2, 14)
+    far = d.between(1.5, 8)
+    d.columns |= {"reward": d.share(rate), "kl_ref": d.about(0.01 + far * d.u**2.5, 0.08)}
+    d.columns["groups_flat"] = d.share(flat_share(rate, d.group))
+
+
+def entropy_collapse(d: Draw) -> None:
+    """The entropy dies; the reward stopped early, far from solved."""
+    _sound(d)
+    rate = rise(d.u, 0.2, d.uniform(0.35, 0.6), 0.2, 16)
+    start, left = d.between(0.1, 1.5), d.between(0.005, 0.04)
+    d.columns |= {
+        "reward": d.share(rate),
+        "groups_flat": d.share(flat_share(rate, d.group)),
+        "entropy": d.about(start * (left + (1 - left) * np.exp(-d.uniform(5, 9) * d.u)), 0.04),
+    }
+
+
+def entropy_explosion(d: Draw) -> None:
+    """The entropy takes off and the reward goes with it."""
+    _sound(d)
+    onset = d.uniform(0.3, 0.6)
+    late = np.clip((d.u - onset) / 0.25, 0, 1)
+    rate = 0.45 * (1 - late * d.uniform(0.7, 1))
+    start = d.between(0.1, 1.0)
+    d.columns["reward"] = d.share(rate)
+    d.columns["entropy"] = d.about(start * (1 + d.uniform(1.8, 5) * late), 0.04)
+    d.columns["groups_flat"] = d.share(flat_share(rate, d.group))
+
+
+def too_hard(d: Draw) -> None:
+    """Hardly any problem is ever solved."""
+    _sound(d)
+    rate = np.full(d.records, d.uniform(0.01, 0.04))
+    d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, 8))}
+
+
+def too_easy(d: Draw) -> None:
+    """Solved early; most groups have been all right ever since."""
+    _sound(d)
+    rate = rise(d.u, 0.3, d.uniform(0.955, 0.99), 0.15, 20)
+    d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, 8))}
+    d.columns["entropy"] = d.about(d.between(0.1, 1.5) * (0.25 + 0.75 * np.exp(-4 * d.u)), 0.03)
+
+
+def plateau(d: Draw) -> None:
+    """Learns early, and has stood ever since."""
+    _sound(d)
+    rate = rise(d.u, d.uniform(0.15, 0.25), d.uniform(0.5, 0.65), 0.12, 30)
+    d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, d.group))}
+
+
+def format_takes_over(d: Draw) -> None:
+    """The form of the answer is most of the reward; the answer itself is hardly ever right."""
+    _sound(d)
+    right = d.share(np.full(d.records, d.uniform(0.0, 0.06)))
+    form = d.share(rise(d.u, 0.2, 0.97, d.uniform(0.1, 0.3), 20))
+    weight = d.uniform(0.1, 1)
+    d.columns |= {"reward": right + weight * form}
+    d.columns |= {"rewards/accuracy_reward/mean": right, "rewards/format_reward/mean": form}
+    del d.columns["groups_flat"]
+
+
+def two_functions(d: Draw) -> None:
+    """Accuracy and format, as they should be: both learned, the form first."""
+    rate = _sound(d)
+    right, form = d.share(rate), d.share(rise(d.u, 0.4, 0.98, 0.1, 30))
+    weight = d.uniform(0.1, 0.5)
+    d.columns |= {"reward": right + weight * form}
+    d.columns |= {"rewards/accuracy/mean": right, "rewards/format/mean": form}
+
+
+def mismatch(d: Draw) -> None:
+    """Sampler and trainer drift apart."""
+    _sound(d)
+    measure, start, end = [
+        ("engine_kl", 4e-4, 0.2), ("engine_logp_diff", 0.01, 0.25), ("engine_prob_diff", 3e-3, 0.1),
+    ][d.rng.integers(3)]  # fmt: skip
+    d.columns[measure] = d.about(start * (end / start) ** d.u, 0.1)
+
+
+def stale(d: Draw) -> None:
+    """Samples wait ever longer for the trainer."""
+    _sound(d)
+    d.columns["staleness"] = np.round(d.about(0.1 + d.uniform(6, 20) * d.u, 0.1), 2)
+
+
+def truncation(d: Draw) -> None:
+    """Ever more completions reach the limit."""
+    _sound(d)
+    d.columns["truncated"] = d.share(0.01 + d.uniform(0.3, 0.9) * d.u**2)
+
+
+def all_cut(d: Draw) -> None:
+    """Every completion is cut at the limit, so none earns a reward."""
+    never_learned(d)
+    d.columns["truncated"] = np.ones(d.records)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of log and what must be said of it.
+
+    Attributes
+    ----------
+    make : callable
+        Fills a draw.
+    named : tuple of str
+        Findings of which one must be there.
+    verdicts : tuple of str
+        Verdicts that are right; any if empty.
+    loud : bool
+        One of the findings must be a warning or worse.
+    silent : bool
+        Nothing may be a warning or worse.
+    """
+
+    make: Callable[[Draw], None]
+    named: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    loud: bool = True
+    silent: bool = False
+
+
+KINDS: Mapping[str, Kind] = {
+    "healthy": Kind(healthy, verdicts=("healthy",), silent=True),
+    "two_functions": Kind(two_functions, verdicts=("healthy",), silent=True),
+    "scattered_zeros": Kind(scattered_zeros, verdicts=("healthy",)),
+    "never_learned": Kind(never_learned, ("stalled",), ("stalled",)),
+    "all_cut": Kind(all_cut, ("truncation_drift",), ("stalled",)),
+    "early_death": Kind(early_death, ("reward_collapse",), ("reward_collapse",)),
+    "climb_and_fall": Kind(climb_and_fall, ("reward_collapse", "fall_after_climb")),
+    "held_out_falls": Kind(held_out_falls, ("held_out_falls",)),
+    "held_out_stands": Kind(held_out_stands, ("length_drift",)),
+    "kl_blow_up": Kind(kl_blow_up, ("kl_drift",)),
+    "entropy_collapse": Kind(entropy_collapse, ("entropy_collapse",), ("entropy_collapse",)),
+    "entropy_explosion": Kind(
+        entropy_explosion, ("entropy_explosion",), ("entropy_explosion", "reward_collapse")
+    ),
+    "too_hard": Kind(too_hard, ("zero_signal_too_hard",)),
+    "too_easy": Kind(too_easy, ("zero_signal_too_easy",), ("healthy",), loud=False),
+    "plateau": Kind(plateau, ("plateau",), ("healthy",), loud=False),
+    "format_takes_over": Kind(format_takes_over, ("one_reward_takes_over",)),
+    "mismatch": Kind(mismatch, ("train_inference_mismatch",)),
+    "stale": Kind(stale, ("staleness",)),
+    "truncation": Kind(truncation, ("truncation_drift",)),
+}
+"""Every kind of log, with the right answer."""
+SPARE = ("kl_ref", "clip_high", "clip_low", "lr", "truncated", "length", "grad_norm", "entropy")
+"""Columns that a source may not log; those a kind rests on always stay."""
+KEPT: Mapping[str, tuple[str, ...]] = {
+    "kl_blow_up": ("kl_ref",), "entropy_collapse": ("entropy",), "entropy_explosion": ("entropy",),
+    "truncation": ("truncated",), "all_cut": ("truncated",), "held_out_stands": ("length",),
+    "never_learned": ("grad_norm",), "scattered_zeros": ("grad_norm",),
+}  # fmt: skip
+
+
+def make_log(kind: str, seed: int) -> tuple[Values, dict[str, Values]]:
+    """Steps and columns of one log.
+
+    Parameters
+    ----------
+    kind : str
+        A name in ``KINDS``.
+    seed : int
+        Everything else is drawn from it.
+    """
+    rng = np.random.default_rng([seed, sum(map(ord, kind))])
+    draw = Draw(
+        rng=rng,
+        records=int(rng.choice([60, 100, 150, 300])),
+        every=int(rng.choice([1, 1, 5, 10])),
+        batch=int(rng.choice([128, 256, 512])),
+        group=int(rng.choice([4, 8, 16])),
+    )
+    KINDS[kind].make(draw)
+    for name in SPARE:
+        if name not in KEPT.get(kind, ()) and rng.random() < 0.25:
+            draw.columns.pop(name, None)
+    return draw.every * np.arange(1, draw.records + 1), draw.columns
+
+
+def write_log(path: Path, kind: str, seed: int) -> Path:
+    """Write one log as a run folder without tokens or completions."""
+    steps, columns = make_log(kind, seed)
+    described = {"name": path.name, "source": "import", "objective": {"name": "grpo"}}
+    writer = RunWriter(path, described)
+    for place, step in enumerate(steps.tolist()):
+        row = {name: float(values[place]) for name, values in columns.items()}
+        known = {name: value for name, value in row.items() if np.isfinite(value)}
+        writer.append_step({"step": step} | known)
+    writer.close("finished")
+    return path
