@@ -131,7 +131,7 @@ def watch(run: SuiteRun) -> Judged:
     whole = open_run(run.out)
     names: dict[str, int] = {}
     for last in whole.steps["step"].tolist():
-        manifest = whole.manifest | {"status": "running"}
+        manifest = whole.manifest.changed({"status": "running"})
         _note(names, diagnose(Beginning(whole.path, manifest, whole, last)).findings, last)
     final = diagnose(whole)
     _note(names, final.findings, int(whole.steps["step"].iloc[-1]))

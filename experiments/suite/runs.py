@@ -234,7 +234,7 @@ def finished(out: Path) -> bool:
     """Whether a folder holds a run that came to its end, be it a bad one."""
     if not (out / MANIFEST).exists():
         return False
-    return open_run(out).manifest.get("status") in ("finished", "diverged")
+    return open_run(out).manifest.status in ("finished", "diverged")
 
 
 def train_one(run: SuiteRun) -> str:
@@ -316,7 +316,7 @@ def outcome(run: Run) -> Outcome:
     lost = peak - end >= max(stake / 2, GAIN)
     unpaid = lost or (end - start < GAIN and end < 0.8)
     flat = (steps["groups_all_wrong"] + steps["groups_all_right"]).tail(EDGE).mean() >= 0.9
-    if run.manifest.get("status") == "diverged" or (steps["skipped_updates"].tail(EDGE) > 0).all():
+    if run.manifest.status == "diverged" or (steps["skipped_updates"].tail(EDGE) > 0).all():
         label = "diverged"
     elif (
         seen.tail(EDGE).mean() - end >= 0.3 and seen.tail(EDGE).mean() - seen.head(3).mean() > GAIN

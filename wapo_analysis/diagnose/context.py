@@ -129,9 +129,9 @@ class Context:
         logged = any(
             len(self.series(f"engine_{name}")) for name in ("kl", "logp_diff", "prob_diff")
         )
-        if logged or manifest.get("source") not in ("built-in", "trl"):
+        if logged or manifest.source not in ("built-in", "trl"):
             return True if logged else None
-        return bool(manifest.get("config", {}).get("use_vllm"))
+        return bool(manifest.config.get("use_vllm"))
 
     def checkpoint_before(self, step: int) -> int | None:
         """Step of the newest checkpoint in the run folder that is not after a step."""

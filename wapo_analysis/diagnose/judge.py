@@ -79,7 +79,7 @@ def diagnose(run: Run) -> Diagnosis:
     """
     context = Context(run)
     found, skipped = run_detectors(context)
-    source = run.manifest.get("source")
+    source = run.manifest.source
     findings = _said_once([replace(f, advice=in_names_of(source, f.advice)) for f in found])
     critical = {f.name: f for f in findings if f.severity == "critical"}
     verdict = next((name for name in GRAVEST_FIRST if name in critical), None)

@@ -92,7 +92,7 @@ def test_the_loss_is_timed_where_half_of_the_gain_is_gone(tmp_path: Path) -> Non
 
 def test_a_beginning_shows_nothing_of_what_came_later(tmp_path: Path) -> None:
     whole = open_run(write_fake_run(tmp_path / "run", drift="explosion", steps=40))
-    early = Beginning(whole.path, whole.manifest | {"status": "running"}, whole, 12)
+    early = Beginning(whole.path, whole.manifest.changed({"status": "running"}), whole, 12)
     short = open_run(write_fake_run(tmp_path / "short", drift="explosion", steps=40))
     for table in (early.steps, early.classes, early.rollouts, early.tokens()):
         assert table["step"].max() == 12

@@ -132,8 +132,7 @@ def _paid(context: Context) -> bool:
 
 def _one_class_wanted(context: Context) -> bool:
     """The run was told to train on some classes only."""
-    objective = context.run.manifest.get("objective")
-    return isinstance(objective, dict) and bool(objective.get("include_bins"))
+    return bool(context.run.manifest.objective.get("include_bins"))
 
 
 def _unpaid_move(context: Context) -> int:

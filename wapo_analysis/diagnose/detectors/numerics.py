@@ -53,7 +53,7 @@ def find_nonfinite(context: Context) -> list[Finding]:
 
 def _given_up(context: Context) -> list[Finding]:
     """The trainer closed the run because the policy could not be sampled from any more."""
-    if context.run.manifest.get("status") != "diverged" or not len(context.step_numbers):
+    if context.run.manifest.status != "diverged" or not len(context.step_numbers):
         return []
     last = int(context.step_numbers[-1])
     return [

@@ -83,7 +83,7 @@ def _go_back(context: Context, best: int) -> str:
     if saved is not None:
         where = "at" if saved == best else f"before step {best}, at"
         return f"Go back to the checkpoint {where} step {saved}, where the reward was best."
-    if context.run.manifest.get("source") == "built-in":
+    if context.run.manifest.source == "built-in":
         return (
             f"The reward was best at step {best}; there is no checkpoint before it: set "
             "checkpoint_every."
