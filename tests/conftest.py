@@ -1,5 +1,7 @@
 """Shared fixtures: seeded runs that are built once, and a quiet, single-threaded torch."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ torch.set_num_threads(1)
 collect_ignore = ["compat", "unit/stats/triton_cases.py"]
 
 TINY = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 3}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_as_in_a_terminal() -> Iterator[None]:
+    """A shell starts ``make test &`` with Ctrl-C ignored; tests of interrupts need it heard."""
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, held)
 
 
 @pytest.fixture(scope="session")
