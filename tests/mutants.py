@@ -1,0 +1,244 @@
+"""``make mutants``: small plausible faults, one at a time, that the nearest tests should notice.
+
+A mutant flips a comparison or a sign, swaps an operator, drops a term, changes a constant or a
+reduction. It is made in a copy of the checkout, and the tests of its package (`NEAREST`) run until
+one fails, those first that import the changed module. Survivors are listed, with the reason where
+`tests/mutants_explained.toml` gives one (mostly: no result can differ). One process, and only the
+changed line differs from what you have:
+
+    python -m tests.mutants --sample 100 --seed 0
+    python -m tests.mutants --only store,derive --sample 20
+"""
+
+import argparse
+import ast
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+NEAREST = {
+    "taxonomy/wapo_taxonomy": ["tests/unit/taxonomy"],
+    "wapo_analysis/derive.py": ["tests/unit/test_derive.py", "tests/unit/importers"],
+    "wapo_analysis/stats": ["tests/unit/stats"],
+    "wapo_analysis/objectives": ["tests/unit/objectives", "tests/gold"],
+    "wapo_analysis/record": ["tests/unit/record", "tests/integration/test_training.py"],
+    "wapo_analysis/capture": [
+        "tests/unit/capture",
+        "tests/integration/test_torch_loop.py",
+        "tests/integration/test_verl.py",
+        "tests/integration/test_trl_attach.py",
+        "tests/integration/test_trl_attach_exact.py",
+        "tests/integration/test_trl_attach_rows.py",
+        "tests/integration/test_trl_wapo.py",
+    ],
+    "wapo_analysis/store": ["tests/unit/store"],
+    "wapo_analysis/diagnose": ["tests/unit/diagnose"],
+    "wapo_analysis/importers": ["tests/unit/importers"],
+}
+# Sizes of blocks, limits of memory and waiting times: no result depends on them.
+_NO_RESULT = re.compile(r"ROWS|BYTES|BLOCK|CHUNK|SECONDS|TIMEOUT|WIDTH|SIZE|QUEUE|CACHE|MEMORY")
+_OPERATORS = {
+    ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"),
+    ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.Div: ("/", "*"),
+    ast.BitAnd: ("&", "|"), ast.BitOr: ("|", "&"), ast.And: ("and", "or"), ast.Or: ("or", "and"),
+}  # fmt: skip
+_CALLS = {"max": "min", "min": "max", "any": "all", "all": "any", "sum": "mean", "floor": "ceil"}
+
+
+class Mutant(NamedTuple):
+    """A change of bytes in one file."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: `{self.old}` -> `{self.new}`"
+
+
+def mutants(file: str) -> list[Mutant]:
+    """Every mutant of one source file, in order."""
+    source = (ROOT / file).read_bytes()
+    starts = [0]
+    for text in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(text))
+
+    def span(node: ast.expr) -> tuple[int, int]:
+        first, last = starts[node.lineno - 1], starts[(node.end_lineno or node.lineno) - 1]
+        return first + node.col_offset, last + (node.end_col_offset or 0)
+
+    found = []
+    for node, start, end, new in _changes(ast.parse(source), source, span):
+        found.append(Mutant(file, node.lineno, start, end, source[start:end].decode(), new))
+    return sorted(set(found))
+
+
+def _changes(tree: ast.AST, source: bytes, span) -> Iterator[tuple[ast.expr, int, int, str]]:
+    for node in _code(tree):
+        pairs = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            pairs = list(zip(sides[:-1], sides[1:], node.ops, strict=True))
+        elif isinstance(node, ast.BinOp) and not (_is_text(node.left) or _is_text(node.right)):
+            pairs = [(node.left, node.right, node.op)]
+        elif isinstance(node, ast.BoolOp):
+            pairs = [(a, b, node.op) for a, b in zip(node.values, node.values[1:], strict=False)]
+        for left, right, operator in pairs:
+            old, new = _OPERATORS.get(type(operator), ("", ""))
+            start, end = span(left)[1], span(right)[0]
+            gap = source[start:end].decode()
+            if old and old in gap:
+                yield node, start, end, gap.replace(old, new, 1)
+            if isinstance(operator, ast.Add | ast.Mult) and isinstance(node, ast.BinOp):
+                yield node, *span(node), ast.unparse(left)  # drops a term or factor
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.Invert | ast.Not):
+            yield node, *span(node), f"({ast.unparse(node.operand)})"
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            yield node, *span(node), repr(2 * node.value if node.value else 1)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if name in _CALLS:
+                end = span(node.func)[1]
+                yield node, end - len(name), end, _CALLS[name]
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or isinstance(getattr(node, "value", None), str)
+
+
+def _code(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes whose value a result may depend on: no annotations, messages or block sizes."""
+    for name, child in ast.iter_fields(tree):
+        if name in ("annotation", "returns", "decorator_list", "type_params"):
+            continue
+        for node in child if isinstance(child, list) else [child]:
+            if not isinstance(node, ast.AST) or isinstance(node, ast.Raise | ast.JoinedStr):
+                continue
+            target = getattr(node, "target", (getattr(node, "targets", None) or [None])[0])
+            if isinstance(target, ast.Name) and _NO_RESULT.search(target.id):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "cast"):
+                continue  # types, joined by |
+            yield node
+            yield from _code(node)
+
+
+def nearest(room: str, file: str) -> list[str]:
+    """Test files of a room, those that import the module first."""
+    paths = [p for place in NEAREST[room] for p in sorted((ROOT / place).rglob("test_*.py"))]
+    paths += [ROOT / place for place in NEAREST[room] if place.endswith(".py")]
+    module = Path(file).stem
+    near = {
+        p: not re.search(rf"import .*\b{module}\b|\.{module} import", p.read_text()) for p in paths
+    }
+    return [str(p.relative_to(ROOT)) for p in sorted(near, key=lambda p: near[p])]
+
+
+def killed(copy: Path, tests: list[str], limit: float) -> bool:
+    """Whether a test fails, or the tests take longer than the limit; in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(copy)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        sys.path[:0] = [str(copy), str(copy / "taxonomy")]
+        import pytest
+
+        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) != 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sample", type=int, default=100, help="mutants, evenly over the rooms")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="rooms, comma-separated, e.g. store,derive")
+    options = parser.parse_args()
+    only = [name for name in options.only.split(",") if name]
+    rooms = [r for r in NEAREST if not only or Path(r).stem.removeprefix("wapo_") in only]
+    chosen = _chosen(rooms, options.sample, random.Random(options.seed))
+    known = tomllib.loads((ROOT / "tests/mutants_explained.toml").read_text())["mutant"]
+    why = {(m["file"], m["old"], m["new"]): m["why"] for m in known}
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    sys.dont_write_bytecode = True
+    import pandas, pyarrow.parquet, scipy.stats, torch, transformers  # noqa: E401, F401  # once
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", ".*_cache")
+        shutil.copytree(ROOT, copy, ignore=ignored)
+        os.environ["PYTHONPATH"] = f"{copy}:{copy}/taxonomy"
+        survivors = []
+        for room in rooms:
+            some, started = [m for r, m in chosen if r == room], time.monotonic()
+            if killed(copy, nearest(room, ""), 3600):
+                print(f"{room}: its tests fail without a mutant; not counted", flush=True)
+                return 2
+            limit = 60 + 3 * (time.monotonic() - started)
+            left = [m for m in some if not _killed_in(copy, room, m, limit)]
+            print(f"{room}: {len(some) - len(left)} of {len(some)} killed", flush=True)
+            survivors += left
+    for mutant in survivors:
+        print(
+            f"survived {mutant}\n    {why.get((mutant.file, mutant.old, mutant.new), 'NOT EXPLAINED')}"
+        )
+    score = 1 - len(survivors) / len(chosen)
+    print(f"score {score:.1%}: {len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return 0 if score >= 0.92 else 1
+
+
+def _chosen(rooms: list[str], number: int, draw: random.Random) -> list[tuple[str, Mutant]]:
+    """Mutants drawn alike from every room, and within a room alike from every file."""
+    chosen = []
+    for index, room in enumerate(rooms):
+        place = ROOT / room
+        files = [place] if place.suffix else sorted(place.rglob("*.py"))
+        drawn = [m for f in files for m in _shuffled(mutants(str(f.relative_to(ROOT))), draw)]
+        share = number * (index + 1) // len(rooms) - number * index // len(rooms)
+        draw.shuffle(drawn)
+        chosen += [(room, mutant) for mutant in drawn[:share]]
+    return chosen
+
+
+def _shuffled(found: list[Mutant], draw: random.Random, most: int = 12) -> list[Mutant]:
+    draw.shuffle(found)
+    return found[:most]  # of a file, so that long ones do not fill the sample
+
+
+def _killed_in(copy: Path, room: str, mutant: Mutant, limit: float) -> bool:
+    file, source = copy / mutant.file, (ROOT / mutant.file).read_bytes()
+    file.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
+    try:
+        return killed(copy, nearest(room, mutant.file), limit)
+    finally:
+        file.write_bytes(source)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
