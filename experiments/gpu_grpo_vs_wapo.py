@@ -50,7 +50,7 @@ import wapo_taxonomy as tax
 
 from experiments.gpu_start import Start, join_parts, pretrain, write_problems
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.cli.compare import print_comparison
+from wapo_analysis.cli.common import show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import Comparison, compare
 from wapo_analysis.errors import UserError
@@ -310,7 +310,7 @@ def conclude(options: argparse.Namespace, jobs: Sequence[Job], finished: bool) -
         rows += numbers(setting, comparison)
         compared[setting] = comparison.to_dict()
         print(f"\n{setting}")
-        print_comparison(comparison)
+        show(comparison, "text")
         report = options.out / setting / "report.html"
         build_report(runs, report)
         _ship(report, ship / f"{setting}.html")

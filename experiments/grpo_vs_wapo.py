@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.cli.compare import print_comparison
+from wapo_analysis.cli.common import show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import compare
 from wapo_analysis.errors import UserError
@@ -50,7 +50,7 @@ def main() -> None:
             if failure:
                 print(f"{job.out}: {failure}", file=sys.stderr)
         runs = [open_run(job.out) for job in jobs]
-        print_comparison(compare(runs))
+        show(compare(runs), "text")
         write_figures(runs, options.out / "figures", "png", None)
         build_report(runs, options.out / "report.html")
     except UserError as error:

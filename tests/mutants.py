@@ -12,6 +12,7 @@ changed line differs from what you have:
 
 import argparse
 import ast
+import importlib
 import os
 import random
 import re
@@ -162,7 +163,8 @@ def killed(copy: Path, tests: list[str], limit: float) -> bool:
         sys.path[:0] = [str(copy), str(copy / "taxonomy")]
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])))
+        quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        os._exit(int(pytest.main(["-x", *quiet, *tests])))
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -187,7 +189,8 @@ def main() -> int:
     why = {(m["file"], m["old"], m["new"]): m["why"] for m in known}
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     sys.dont_write_bytecode = True
-    import pandas, pyarrow.parquet, scipy.stats, torch, transformers  # noqa: E401, F401  # once
+    for heavy in ("pandas", "pyarrow.parquet", "scipy.stats", "torch", "transformers"):
+        importlib.import_module(heavy)  # once, not in every child
 
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
