@@ -208,9 +208,8 @@ def main() -> int:
             print(f"{room}: {len(some) - len(left)} of {len(some)} killed", flush=True)
             survivors += left
     for mutant in survivors:
-        print(
-            f"survived {mutant}\n    {why.get((mutant.file, mutant.old, mutant.new), 'NOT EXPLAINED')}"
-        )
+        reason = why.get((mutant.file, mutant.old, mutant.new), "NOT EXPLAINED")
+        print(f"survived {mutant}\n    {reason}")
     score = 1 - len(survivors) / len(chosen)
     print(f"score {score:.1%}: {len(chosen) - len(survivors)} of {len(chosen)} killed")
     return 0 if score >= 0.92 else 1
