@@ -346,3 +346,37 @@ def test_precision(stored: torch.dtype, expected: torch.dtype) -> None:
     assert out.loss.dtype == out.token_loss.dtype == out.ratio.dtype == expected
     assert not out.token_loss.requires_grad
     assert not out.ratio.requires_grad
+
+
+def test_only_kept_tokens_count_as_not_finite() -> None:
+    logp = torch.tensor([[-1.0, float("nan"), -1.0]], requires_grad=True)
+    old, mask, advantage = (
+        torch.full((1, 3), -1.0),
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.ones(1),
+    )
+    peak = torch.tensor([[True, False, True]])
+    config = config_of("grpo", exclude_bins=("pos_valley",))
+    keep = keep_tokens(config, advantage, mask, peak)
+    assert keep.tolist() == [[True, False, True]], "the token that is not finite has no part"
+    out = policy_loss(config, logp, old, advantage, mask, keep, torch.ones(1))
+    assert int(out.nonfinite) == 0
+    assert out.kept.tolist() == keep.tolist()
+    everything = policy_loss(config_of("grpo"), logp, old, advantage, mask, mask, torch.ones(1))
+    assert int(everything.nonfinite) == 1
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_official_global_kept_weights_leave_out_the_batch_normaliser(minibatches: int) -> None:
+    config = config_of(
+        "dr_grpo", official=True, normalize_by_kept_tokens=True, loss_mean_level="global"
+    )
+    keep, group = torch.tensor([[True, True, False], [True, False, False]]), torch.tensor([0, 0])
+    batch = batch_weights(
+        config, np.array([1.0, -1.0]), np.array([3, 2]), np.array([0, 0]), 2, minibatches
+    )
+    assert batch.normalizer == 5, "of the whole batch, before any token is dropped"
+    found = kept_token_weights(config, keep, group, batch)
+    assert found.normalizer == 1.0
+    assert found.multiplier == minibatches
+    torch.testing.assert_close(found.sequence_weight, torch.full((2,), 1 / 3))

@@ -88,6 +88,37 @@ def test_independent_softmaxes_obey_the_law_and_give_back_their_learning_rate() 
     assert left.abs().max() < 1e-12
 
 
+def carrying(momentum: float, decay: float) -> pd.DataFrame:
+    """A probe of which the local law holds, with so much carried of its gradient's change."""
+    rows = one_softmax(1e-4)
+    gradient = rows[rows["cls"] == GRADIENT].set_index("tokens_of")["counterfactual_dentropy"]
+    rows = rows.set_index("tokens_of")
+    for part, share in ((MOMENTUM, momentum), (WEIGHT_DECAY, decay)):
+        carried = share * gradient.reindex(rows.index[rows["cls"] == part])
+        rows.loc[rows["cls"] == part, "counterfactual_dentropy"] = carried.to_numpy()
+    return rows.reset_index()
+
+
+@pytest.mark.parametrize(
+    ("momentum", "decay", "verdict"),
+    [
+        (0.0, 0.0, "local law holds"),
+        (0.7, 0.0, "local law holds"),
+        (0.0, 1.5, "momentum dominates"),
+        (0.7, 0.7, "momentum dominates"),
+        (1.5, -1.5, "local law holds"),
+    ],
+)
+def test_weight_decay_is_carried_as_momentum_is(
+    momentum: float, decay: float, verdict: str
+) -> None:
+    table = three_numbers(carrying(momentum, decay))
+    expected = (momentum + decay) * table["gradient"]
+    np.testing.assert_allclose(table["carried"], expected, rtol=1e-12, atol=1e-18)
+    moved = table["gradient"].abs() > 1e-5
+    assert set(table.loc[moved, "verdict"]) == {verdict}
+
+
 def test_a_huge_step_of_independent_softmaxes_is_called_too_large() -> None:
     table = three_numbers(one_softmax(30.0)).set_index("tokens_of")
     assert "step too large" in set(table["verdict"])

@@ -93,6 +93,24 @@ def test_any_mixture_of_parts_and_merged_files_reads_the_same(
     assert open_run(path).tokens(derived=False).equals(before)
 
 
+def test_a_part_left_by_a_crash_is_deleted_and_never_merged_again(tmp_path: Path) -> None:
+    path = with_rows(tmp_path / "r", {(step, 0): 20 + step for step in range(1, 7)})
+    before = open_run(path).tokens()
+    tokens = path / "tokens"
+    shutil.copy(tokens / part_name(2, 0), tmp_path / "left")
+    replace_files(tokens, [part for part in list_parts(tokens) if part.first <= 3])
+    shutil.copy(tmp_path / "left", tokens / part_name(2, 0))  # as if killed before the deletion
+    assert open_run(path).tokens().equals(before)
+    assert merge_parts(tokens, 0, 2)
+    assert names(path) == [
+        "merged-00000001-00000003-0.parquet",
+        "merged-00000004-00000006-0.parquet",
+    ]
+    held = [step for part in list_parts(tokens) for step in part.steps()]
+    assert sorted(held) == [1, 2, 3, 4, 5, 6], "every step in one file"
+    assert open_run(path).tokens().equals(before)
+
+
 def test_a_row_group_holds_whole_steps_and_others_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,22 @@ def test_broken_lines_and_parts_are_named_and_left_out(slow: Slow) -> None:
     assert part.name in tail.notes[2]
 
 
+def test_a_log_cut_short_in_place_is_read_anew(slow: Slow) -> None:
+    tail, log = Tail(slow.target), slow.target / "steps.jsonl"
+    slow.steps(1, 10)
+    tail.poll()
+    inode, kept = log.stat().st_ino, "".join(slow.lines[:3]).encode()
+    with log.open("r+b") as stream:
+        stream.truncate(len(kept))
+    assert log.stat().st_ino == inode
+    assert tail.poll()
+    assert tail.run().steps.step.tolist() == [1, 2, 3]
+    assert set(tail.run().classes.step) == {1, 2, 3}
+    slow.log(slow.lines[3])
+    assert tail.poll()
+    assert tail.run().steps.step.tolist() == [1, 2, 3, 4]
+
+
 def test_a_resumed_run_starts_over(slow: Slow) -> None:
     tail = Tail(slow.target)
     slow.steps(1, 10)
