@@ -29,7 +29,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 NEAREST = {
     "taxonomy/wapo_taxonomy": ["tests/unit/taxonomy"],
-    "wapo_analysis/derive.py": ["tests/unit/test_derive.py", "tests/unit/importers"],
+    "wapo_analysis/derive.py": [
+        "tests/unit/test_derive.py",
+        "tests/unit/record",
+        "tests/unit/importers/test_import_tables.py",
+    ],
     "wapo_analysis/stats": ["tests/unit/stats"],
     "wapo_analysis/objectives": ["tests/unit/objectives", "tests/gold"],
     "wapo_analysis/record": ["tests/unit/record", "tests/integration/test_training.py"],
