@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-compat lint wheel clean
+.PHONY: demo test test-slow test-gpu test-compat mutants lint wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ test-compat: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps rldoctor==0.2.0 rlprobe==0.1.0 martingale==0.2.0
 	$(BIN)/python -m pytest -q tests/integration/test_neighbours.py
 	$(BIN)/python tests/compat/run_matrix.py
+
+# Small faults, one at a time, that the nearest tests should notice; about an hour for 100.
+SAMPLE ?= 100
+SEED ?= 0
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
