@@ -1,8 +1,10 @@
 """Who may import whom (docs/architecture.md), read from the imports themselves."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,13 @@ def test_importing_the_package_loads_no_matplotlib() -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_modules_stay_small(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    "name", ["torch", "transformers", "numpy", "pandas", "matplotlib", "seaborn", "typer"]
+)
+def test_the_fixed_stack_stays(name: str) -> None:
+    """Named by the project's user and not ours to drop: each is a dependency and is used."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert any(re.split(r"[<>=]", one)[0] == name for one in project["dependencies"])
+    assert any(n.split(".")[0] == name for file in SOURCES for n in imported(file))
