@@ -20,7 +20,7 @@ float32 LoRA adapters beside bfloat16 weights. TF32 stays off.
 
 A machine without network needs the wheel of this project (``make wheel``; taxonomy is in it) and,
 for a .gguf file, that of gguf, beside torch, transformers, accelerate, numpy, pandas, pyarrow,
-scipy, matplotlib, typer, rich, jinja2 and safetensors; peft for bfloat16; math-verify with
+scipy, matplotlib, seaborn, typer, rich, jinja2 and safetensors; peft for bfloat16; math-verify with
 latex2sympy2-extended and antlr4-python3-runtime for ``--task gsm8k``. Start it in the repository
 root with PYTHONPATH=. there. A model larger than a transfer goes in parts, in several folders:
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
+import seaborn as sns
+from matplotlib.colors import Colormap, to_rgb
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES, NONE, UNKNOWN
 
@@ -136,10 +137,7 @@ def _words_style(label: str, place: int) -> tuple[str, _Dash]:
 def theme() -> dict[Any, Any]:
     """Matplotlib settings of every figure, to be used in ``matplotlib.rc_context``."""
     return {
-        "text.color": INK,
-        "lines.solid_capstyle": "round",
-        "patch.edgecolor": "white",
-        "patch.force_edgecolor": True,
+        **sns.axes_style("ticks"),
         "font.family": ["sans-serif"],
         "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
         "font.size": 10,
@@ -180,8 +178,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 def sign_map(sign: int) -> Colormap:
     """Colour map from a pale to a dark shade of the colour of a sign of the advantage."""
     color = np.array(to_rgb(SIGN_COLORS[sign]))
-    shades = [tuple(0.3 * color + 0.7), tuple(color), tuple(0.45 * color)]
-    return LinearSegmentedColormap.from_list(f"sign {sign:+d}", shades)
+    ramp: Colormap = sns.blend_palette([0.3 * color + 0.7, color, 0.45 * color], as_cmap=True)
+    return ramp
 
 
 def encode_figure(figure: Figure, format: str) -> bytes:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 import wapo_taxonomy as tax
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
+from matplotlib.colors import Colormap, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -256,7 +257,7 @@ def plot_theory_map(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
             table.index,
             sign * table,
             norm=norm,
-            cmap="BrBG_r",  # teal where entropy falls, brown where it rises: no colour of a class
+            cmap=_entropy_map(),
             rasterized=True,
         )
         ax.contour(table.columns, table.index, table, [0.0], colors=INK, linewidths=1.2)
@@ -284,6 +285,12 @@ _BORDERS = [
     Line2D([], [], color=INK, linestyle="--", label="p = S: border of peak (right) and valley"),
     Line2D([], [], color=INK, label="exact dH = 0: between the two lines the rule is wrong"),
 ]
+
+
+def _entropy_map() -> Colormap:
+    """Teal where entropy falls, brown where it rises: no colour of a class."""
+    colors: Colormap = sns.diverging_palette(190, 40, s=85, l=45, as_cmap=True)
+    return colors
 
 
 def _map_axis(ax: Axes, title: str) -> None:
