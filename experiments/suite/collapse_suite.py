@@ -77,6 +77,11 @@ class Beginning(Run):
         assert self.whole is not None
         return self._cut(self.whole.classes)
 
+    def recorded_steps(self, table: str) -> list[int]:
+        """Steps with rows in a table, up to the last step."""
+        assert self.whole is not None
+        return [step for step in self.whole.recorded_steps(table) if step <= self.last]
+
     def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
         """Rows up to the last step; those of the completions are read once for all beginnings."""
         assert self.whole is not None

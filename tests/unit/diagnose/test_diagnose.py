@@ -102,6 +102,26 @@ def test_judged_by_ratio_at_any_scale(
     assert judge(tmp_path, entropy=entropy, reward=reward).verdict == verdict
 
 
+@pytest.mark.parametrize(
+    ("ratio", "paid", "said"),
+    [
+        (1.3, False, None),
+        (1.9, False, ("entropy_rise", "warning")),
+        (1.9, True, ("entropy_rise", "warning")),
+        (2.2, False, ("entropy_explosion", "critical")),
+        (2.2, True, ("entropy_rise", "warning")),
+    ],
+)
+def test_twice_the_beginning_is_an_explosion_unless_the_reward_pays(
+    tmp_path: Path, ratio: float, paid: bool, said: tuple[str, str] | None
+) -> None:
+    reward = noisy(ramp(0.3, 0.7 if paid else 0.3, 120, 30, 60), 0.02, 1)
+    d = judge(tmp_path, entropy=noisy(ramp(0.4, 0.4 * ratio, 120, 40, 30), 0.01), reward=reward)
+    told = {(f.name, f.severity) for f in d.findings if f.name.startswith("entropy")}
+    assert told == ({said} if said else set())
+    assert d.verdict == (said[0] if said and said[1] == "critical" else "healthy")
+
+
 @pytest.mark.parametrize("steps", [20, 60, 200])
 def test_an_explosion_from_the_very_first_step_is_seen(tmp_path: Path, steps: int) -> None:
     early = 1 - np.exp(-np.arange(steps) / 8)

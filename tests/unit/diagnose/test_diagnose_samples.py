@@ -1,6 +1,7 @@
 """Detectors of completions, and of another policy than the one that sampled."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from wapo_analysis.diagnose.samples import (
     completion_rows,
     evenly,
     first_pass_gap,
+    is_noise,
     length_pay,
     shared_answers,
 )
@@ -145,6 +147,37 @@ def test_the_pay_for_length_leaves_out_what_the_prompt_decides(tmp_path: Path) -
     assert length_pay(completion_rows(open_run(path))).values == pytest.approx([0.0], abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("text", "noise"),
+    [
+        ("!" * 20, True),
+        ("! " * 20, True),
+        ("ation \u0442\u0443\u0442 \u7684 uckle \u0442\u0443\u0442 \u7684 ation", True),
+        ("So x = 12, and \u03b1 + \u03b2 is \u03c0.", False),
+        ("The word \u4f60\u597d means hello in Chinese.", False),
+        ("\u3053\u308c\u306f\u65e5\u672c\u8a9e\u306e\u30c6\u30b9\u30c8 with English", False),
+        ("1000000", False),
+        ("", False),
+    ],
+)
+def test_what_noise_is(text: str, noise: bool) -> None:
+    assert is_noise(text) == noise
+
+
+def test_completions_that_turn_into_noise_are_told(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"reward": [0.5] * 12})
+    writer = reopened(path)
+    for step in range(1, 13):
+        texts = ["the answer is 42"] * 4 if step < 7 else ["!" * 40] * 3 + ["the answer is 42"]
+        columns = {name: np.zeros(4) for name in ("rank", "group", "reward")}
+        columns |= {"step": np.full(4, step), "rollout": np.arange(4)}
+        writer.write_part(Records.build(ROLLOUTS, columns | {"completion": texts}), step)
+    writer.close("finished")
+    found = finding(diagnose(open_run(path)), "garbled_completions")
+    assert (found.step, found.severity) == (7, "warning")
+    assert found.evidence["end"] == pytest.approx(0.75)
+
+
 def test_at_most_forty_steps_are_read() -> None:
     assert evenly(np.arange(1, 10)) == list(range(1, 10))
     chosen = evenly(np.arange(1, 1001))
@@ -192,6 +225,44 @@ def test_a_gap_from_the_first_step_on_is_a_mismatch_of_engines(tmp_path: Path) -
     assert found.evidence["start"] == pytest.approx(0.3**2 / 2, rel=0.3)
     assert found.evidence["ess"] == pytest.approx(math.exp(-(0.3**2)), abs=0.05)
     assert 0.05 < found.evidence["max_dp"] < 1
+
+
+def test_one_token_in_a_thousand_that_is_off_makes_the_ratio_uneven(tmp_path: Path) -> None:
+    path = write_steps(tmp_path / "run", {"reward": np.full(12, 0.5)})
+    n, writer = 1000, reopened(path)
+    for step in range(1, 13):
+        keys = {name: np.zeros(n) for name in ("minibatch", "rank", "group", "rollout", "token_id")}
+        logp = np.full(n, np.log(0.6))
+        columns = keys | {"step": np.full(n, step), "position": np.arange(n), "logp": logp}
+        columns |= {"advantage": np.ones(n), "logp_old": np.r_[np.log(0.05), logp[1:]]}
+        writer.write_part(Records.build(TOKENS, columns), step)
+    writer.close("finished")
+    gap = first_pass_gap(open_run(path))
+    assert gap["k3"].max() < 0.01
+    assert gap["ess"].max() < 0.9
+    assert finding(diagnose(open_run(path)), "train_inference_mismatch").step == 1
+
+
+def test_a_run_without_a_second_engine_is_never_told_of_one(tmp_path: Path) -> None:
+    run = off_policy(tmp_path, np.full(30, 0.3))
+    alone = {"source": "trl", "config": {"use_vllm": False}}
+    for described in ({"source": "built-in"}, alone):
+        told = diagnose(replace(run, manifest=run.manifest.changed(described)))
+        assert "train_inference_mismatch" not in names(told)
+    engine = {"source": "trl", "config": {"use_vllm": True}}
+    told = diagnose(replace(run, manifest=run.manifest.changed(engine)))
+    assert "train_inference_mismatch" in names(told)
+
+
+def test_only_fresh_rollouts_are_judged(tmp_path: Path) -> None:
+    """Of a TRL run that trains four times on a batch, the first step of each batch."""
+    run = off_policy(tmp_path, np.where(np.arange(40) % 4 == 0, 0.003, 0.4))
+    config = {"num_iterations": 2, "steps_per_generation": 8, "gradient_accumulation_steps": 4}
+    described = {"source": "trl", "config": config | {"use_vllm": True}}
+    told = replace(run, manifest=run.manifest.changed(described))
+    assert list(first_pass_gap(told).index) == list(range(1, 41, 4))
+    assert not names(diagnose(told)) & {"train_inference_mismatch", "staleness"}
+    assert len(first_pass_gap(run)) == 40
 
 
 def test_a_gap_that_grows_from_nothing_is_staleness(tmp_path: Path) -> None:

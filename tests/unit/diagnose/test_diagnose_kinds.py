@@ -1,0 +1,139 @@
+"""Every kind of log in experiments/suite/logs.py is named, and sound ones are left alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.suite.logs import KINDS, make_log, write_log
+from tests.support.step_logs import finding, judge, names
+from wapo_analysis.diagnose import Diagnosis, diagnose
+from wapo_analysis.store import open_run
+
+
+def right(kind: str, d: Diagnosis) -> bool:
+    """Whether a diagnosis says what the kind is, and nothing against it."""
+    wanted = KINDS[kind]
+    loud = {f.name for f in d.findings if f.severity != "info"}
+    told = loud if wanted.loud else names(d)
+    named = not wanted.named or bool(told & set(wanted.named))
+    verdict = not wanted.verdicts or d.verdict in wanted.verdicts
+    return named and verdict and not (wanted.silent and loud)
+
+
+def read(tmp_path: Path, kind: str, seed: int) -> Diagnosis:
+    return diagnose(open_run(write_log(tmp_path / f"{kind}-{seed}", kind, seed)))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_kind_is_named(tmp_path: Path, kind: str) -> None:
+    for seed in range(3):
+        d = read(tmp_path, kind, seed)
+        assert right(kind, d), (seed, d.verdict, [(f.severity, f.name) for f in d.findings])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_kind_is_named_whatever_its_level_noise_length_and_columns(
+    tmp_path: Path, kind: str
+) -> None:
+    wrong = [seed for seed in range(1000, 1100) if not right(kind, read(tmp_path, kind, seed))]
+    assert len(wrong) <= 2, wrong
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("alive", range(3, 9))
+def test_a_reward_that_dies_after_a_few_records_is_lost(
+    tmp_path: Path, alive: int, seed: int
+) -> None:
+    rng = np.random.default_rng([alive, seed])
+    reward = np.r_[rng.uniform(0.3, 0.5, alive), np.zeros(30)]
+    d = judge(tmp_path, reward=reward)
+    assert d.verdict == "reward_collapse"
+    assert d.onset_step == alive + 1
+    assert names(d) == {"reward_collapse"}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_scattered_zero_gradients_are_no_stall(tmp_path: Path, share: float) -> None:
+    rng = np.random.default_rng(1)
+    flat = rng.random(300) < share
+    reward = np.where(flat, rng.integers(0, 2, 300), rng.uniform(0.2, 0.8, 300))
+    d = judge(tmp_path, reward=reward, grad_norm=np.where(flat, 0, 2.5), groups_flat=flat)
+    assert d.verdict == "healthy"
+
+
+def test_a_long_silence_after_scattered_zeros_is_a_stall(tmp_path: Path) -> None:
+    flat = np.random.default_rng(1).random(300) < 0.5
+    flat[200:] = True
+    reward = np.where(flat, 0.0, 0.5)
+    d = judge(tmp_path, reward=reward, grad_norm=np.where(flat, 0, 2.5))
+    assert d.verdict in ("stalled", "reward_collapse")
+    assert 195 <= (d.onset_step or 0) <= 203
+
+
+def test_one_cause_is_said_once(tmp_path: Path) -> None:
+    zero = np.zeros(60)
+    d = judge(tmp_path, reward=zero, grad_norm=zero, groups_flat=zero + 1, truncated=zero + 1)
+    assert d.verdict == "stalled"
+    assert names(d) == {"stalled", "truncation_drift"}
+    assert "every completion is cut at the limit, so none earns a reward" in d.sentence
+
+
+def test_functions_that_vary_but_never_within_a_group_are_named(tmp_path: Path) -> None:
+    n = 60
+    alive = np.arange(n) < 10
+    reward = np.where(alive, 1.9 + 0.2 * np.sin(np.arange(n)), 3.0)
+    d = judge(
+        tmp_path,
+        **{
+            "reward": reward,
+            "grad_norm": np.where(alive, 0.3, 0),
+            "groups_flat": np.where(alive, 0.2, 1),
+            "rewards/rewrite/mean": np.full(n, -3.0),
+            "rewards/rewrite/std": np.full(n, 5.0),
+            "rewards/json/mean": np.full(n, 2.0),
+        },
+    )
+    assert d.verdict == "stalled"
+    assert "although rewrite varies between prompts" in d.sentence
+
+
+@pytest.mark.parametrize(
+    ("side", "reward", "name"),
+    [
+        ("groups_all_wrong", 0.1, "zero_signal_too_hard"),
+        ("groups_all_right", 0.7, "zero_signal_too_easy"),
+    ],
+)
+@pytest.mark.parametrize(("share", "told"), [(0.45, False), (0.6, True)])
+def test_half_of_the_groups_flat_warns(
+    tmp_path: Path, side: str, reward: float, name: str, share: float, told: bool
+) -> None:
+    columns = {"reward": np.full(60, reward), side: np.full(60, share)}
+    d = judge(tmp_path, **columns)
+    assert names(d) == ({name} if told else set())
+    assert not told or finding(d, name).severity == "warning"
+
+
+@pytest.mark.parametrize(
+    ("flat", "reward", "name"),
+    [(0.7, 0.1, "zero_signal_too_hard"), (0.7, 0.9, "zero_signal_too_easy"), (0.7, 2.0, "")],
+)
+def test_flat_groups_are_hard_or_easy_by_the_reward(
+    tmp_path: Path, flat: float, reward: float, name: str
+) -> None:
+    d = judge(tmp_path, reward=np.full(60, reward), groups_flat=np.full(60, flat))
+    assert names(d) == {name or "zero_signal"}
+
+
+def test_steps_are_steps_and_records_are_records(tmp_path: Path) -> None:
+    d = diagnose(open_run(write_log(tmp_path / "run", "plateau", sparse("plateau"))))
+    steps, columns = make_log("plateau", sparse("plateau"))
+    assert f"{len(steps)} records covering {steps[-1]} steps" in d.sentence
+    assert finding(d, "plateau").step % steps[0] == 0
+
+
+def sparse(kind: str) -> int:
+    """A seed whose log has a record every ten steps."""
+    return next(seed for seed in range(99) if make_log(kind, seed)[0][0] == 10)
