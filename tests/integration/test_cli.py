@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.builders import write_fake_run
 from wapo_analysis.cli import COMMANDS, run
+from wapo_analysis.cli.train import step_lines
 from wapo_analysis.store import open_run
 
 TINY = "--steps 2 --prompts 4 --rollouts 4 --minibatches 2 --threads 1".split()
@@ -97,6 +98,43 @@ def test_an_unknown_setting_in_a_file_is_named(
     assert "unknown setting 'stepz'" in refused(capfd, "train", "--config", str(file))
     file.write_text('steps = "three"\n')
     assert "steps must be of type" in refused(capfd, "train", "--config", str(file))
+
+
+def test_a_refused_run_leaves_its_folder_to_the_corrected_command(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    new, mine = tmp_path / "new", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    for out in (new, mine):
+        line = refused(capfd, "train", "--out", str(out), *TINY, "--max-new-tokens", "4096")
+        assert "do not fit the model's 64" in line
+    assert not new.exists()
+    assert [file.name for file in mine.iterdir()] == ["notes.txt"]
+    assert run(["train", "--out", str(new), *TINY, "--max-new-tokens", "6"]) == 0
+    assert run(["train", "--out", str(new), "--resume"]) == 0
+    assert "nothing to do: step 2 is done" in capfd.readouterr().out
+
+
+def test_without_a_terminal_training_prints_lines(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--out", str(tmp_path / "r"), *TINY]) == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"capture: passive .*\n", err)
+    assert re.fullmatch(
+        r"(step \d/2  reward \d\.\d\d  entropy \d\.\d\d nats  \d+ s\n){2}"
+        r"run: .*\nnext: .*\n",
+        out,
+    )
+
+
+def test_of_a_long_run_only_some_steps_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    for steps, expected in ((100, 20 + 1), (2000, 200 + 1), (7, 7)):
+        show = step_lines(steps)
+        for step in range(1, steps + 1):
+            show({"step": step, "reward": 0.5, "entropy": 1.0})
+        assert len(capsys.readouterr().out.splitlines()) == expected
 
 
 @pytest.mark.parametrize("command", ["diagnose", "report", "compare", "figures"])

@@ -13,7 +13,7 @@ import torch
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
 from wapo_analysis.train import loop
-from wapo_analysis.train.checkpoint import checkpoints, last_checkpoint, save_checkpoint
+from wapo_analysis.train.checkpoint import checkpoints, defect, last_checkpoint, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.evaluate import evaluate, ks, pass_at_k
 from wapo_analysis.train.loop import train
@@ -135,6 +135,41 @@ def test_a_checkpoint_is_whole_or_absent(
     monkeypatch.undo()
     save_checkpoint(tmp_path, 3, policy, optimizer)
     assert not list((tmp_path / "checkpoints").glob(".*")), "leftovers are removed"
+
+
+def test_a_broken_checkpoint_is_named_and_an_older_one_offered(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    config = replace(tiny_config, checkpoint_every=1, keep_checkpoints=9)
+    whole = train(config, run)
+    *_, before, newest = checkpoints(run)
+    damage = {
+        "model.safetensors cannot be read": lambda: (newest / "model.safetensors").write_bytes(b""),
+        "trainer.json cannot be read": lambda: (newest / "trainer.json").write_text("{"),
+        "it has no optimizer.safetensors": lambda: (newest / "optimizer.safetensors").unlink(),
+        "it is empty": lambda: [file.unlink() for file in newest.iterdir()],
+    }
+    for what, harm in damage.items():
+        harm()
+        with pytest.raises(UserError, match=rf"{newest} is broken \({what}.*\-\-checkpoint 2$"):
+            train(config, run, resume=True)
+    (before / "config.json").write_text("{}")  # only its model can tell
+    with pytest.raises(UserError, match=rf"{before} is broken .*\-\-checkpoint 1$"):
+        train(config, run, resume=True, checkpoint=2)
+    assert_same_weights(train(config, run, resume=True, checkpoint=1), whole)
+    assert [defect(folder) for folder in checkpoints(run)] == [None] * 3
+    assert open_run(run).steps.step.tolist() == [1, 2, 3]
+
+
+def test_folders_of_other_names_are_no_checkpoints(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    train(replace(tiny_config, steps=1), tmp_path / "run")
+    for name in ("step-x", "step-00000009.bak", "step-"):
+        (tmp_path / "run" / "checkpoints" / name).mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000007").write_text("a file")
+    assert last_checkpoint(tmp_path / "run")[1] == 1
 
 
 @pytest.mark.parametrize("mode", ["passive", "replace"])

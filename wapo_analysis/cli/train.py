@@ -1,25 +1,30 @@
 """The command that trains: ``wapo train``."""
 
 import inspect
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wapo_analysis.cli.common import console_error, progress, say
 from wapo_analysis.declare import Declared, declared_settings, settings_table
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from wapo_analysis.train.distributed import World
+    from rich.progress import Progress
 
 MAX_THREADS = 1024
+LINES, STEPS_A_LINE = 20, 10
+"""A run that is not on a terminal prints about so many lines, a long one one of so many steps."""
 Option = typer.Option
+Row = dict[str, float]
 
 
 def register(app: typer.Typer) -> None:
@@ -75,6 +80,10 @@ def train(
         Option(help="TOML file of settings; options given here win over it.  [default: none]"),
     ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    checkpoint: Annotated[
+        int | None,
+        Option(min=1, help="Step of the checkpoint to resume from.  [default: the last]"),
+    ] = None,
     settings: Annotated[
         bool, Option("--settings", help="Print every setting with its default and limits.")
     ] = False,
@@ -96,12 +105,14 @@ def train(
     if settings:
         typer.echo(settings_table(TrainConfig))
         return
+    if checkpoint is not None and not resume:
+        raise UserError("--checkpoint says where to --resume from; give both")
     changes = assigned(other or []) | as_settings(given)
     with _told_once():
         chosen = _chosen(config, changes, out if resume else None)
         folder = out or Path("runs") / f"{chosen.objective}-{chosen.seed}"
         chosen.load_task()  # what is wrong with the data shows before the model is loaded
-        _train(chosen, folder, resume, threads)
+        _train(chosen, folder, resume, checkpoint, threads)
 
 
 def as_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,17 +129,38 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _train(settings: TrainConfig, folder: Path, resume: bool, threads: int | None) -> None:
+def _train(
+    settings: TrainConfig,
+    folder: Path,
+    resume: bool,
+    checkpoint: int | None,
+    threads: int | None,
+) -> None:
     """Train, alone or with the processes a launcher has started, and say how it ended."""
     from wapo_analysis.train.distributed import ProcessFailed
     from wapo_analysis.train.launched import joined_processes
+    from wapo_analysis.train.loop import train as run_training
     from wapo_analysis.train.rollout import NonFiniteLogits
 
     first = True
     try:
         with joined_processes(settings.device) as world:
             first = world.first
-            _train_with_bar(settings, folder, resume, threads, world)
+            run = partial(
+                run_training,
+                settings,
+                folder,
+                resume=resume,
+                checkpoint=checkpoint,
+                threads=threads,
+                world=world,
+            )
+            if not first:
+                run()
+                return
+            name = f"{settings.shown_label} seed {settings.seed}"
+            with shown_progress(name, settings.steps, folder) as shown:
+                run(progress=shown)
     except NonFiniteLogits as error:
         if first:
             console_error(f"stopped: {error}; the run up to here is in {folder}")
@@ -179,27 +211,63 @@ def _chosen(config: Path | None, changes: dict[str, Any], resumed: Path | None) 
     return TrainConfig.from_dict(changes, base)
 
 
-def _train_with_bar(
-    settings: TrainConfig, folder: Path, resume: bool, threads: int | None, world: "World"
-) -> None:
-    from wapo_analysis.train.loop import train as run_training
+@contextmanager
+def shown_progress(name: str, steps: int, folder: Path) -> Iterator[Callable[[Row], None]]:
+    """Show the rows of steps as they come: a bar on a terminal, else lines on stdout.
 
-    run = partial(run_training, settings, folder, resume=resume, threads=threads, world=world)
-    if not world.first:
-        run()
-        return
-    name = f"{settings.shown_label} seed {settings.seed}"
-    with progress() as bar:
+    Parameters
+    ----------
+    name : str
+        Of the run.
+    steps : int
+        Its last step.
+    folder : Path
+        Run folder; how it takes its statistics is said with the first step, so that a refused run
+        prints one line only.
+    """
+    begun = False
+    terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    with progress() if terminal else nullcontext() as bar:
+        show = step_lines(steps) if bar is None else _bar(bar, name, steps)
 
-        def shown(row: dict[str, float]) -> None:
-            # The bar appears with the first step, so that a refused run prints one line only.
-            if not bar.task_ids:
-                bar.console.print(_capture_line(folder), highlight=False, soft_wrap=True)
-                bar.add_task(name, total=settings.steps, now="")
-            now = f"reward {row['reward']:.2f}  entropy {row['entropy']:.2f} nats"
-            bar.update(bar.task_ids[0], completed=int(row["step"]), now=now)
+        def shown(row: Row) -> None:
+            nonlocal begun
+            if not begun:
+                typer.echo(printable(_capture_line(folder)), err=True)
+            begun = True
+            show(row)
 
-        run(progress=shown)
+        yield shown
+    if not begun:
+        say(f"nothing to do: step {steps} is done; --steps N trains on")
+
+
+def _bar(bar: "Progress", name: str, steps: int) -> Callable[[Row], None]:
+    def moved(row: Row) -> None:
+        if not bar.task_ids:
+            bar.add_task(printable(name), total=steps, now="")
+        bar.update(bar.task_ids[0], completed=int(row["step"]), now=_now(row))
+
+    return moved
+
+
+def step_lines(steps: int) -> Callable[[Row], None]:
+    """One line of every n-th step, of the first and of the last."""
+    started, every, last = perf_counter(), max(1, min(STEPS_A_LINE, steps // LINES)), 0
+
+    def printed(row: Row) -> None:
+        nonlocal last
+        step = int(row["step"])
+        if not last or step == steps or step % every == 0:
+            say(f"step {step}/{steps}  {_now(row)}  {perf_counter() - started:.0f} s")
+            sys.stdout.flush()
+        last = step
+
+    return printed
+
+
+def _now(row: Row) -> str:
+    return f"reward {row['reward']:.2f}  entropy {row['entropy']:.2f} nats"
 
 
 def _capture_line(folder: Path) -> str:

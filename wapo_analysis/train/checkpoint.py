@@ -5,11 +5,14 @@ Prompts and sampling are seeded per step from (seed, step), so no random state n
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,13 +20,16 @@ from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.adapters import save_options
 from wapo_analysis.train.models import Policy, no_progress_bars
 
-_STATE, _OPTIMIZER = "trainer.json", "optimizer.safetensors"
+_STATE, _OPTIMIZER, _WEIGHTS = "trainer.json", "optimizer.safetensors", ".safetensors"
+_NAME = re.compile(r"step-\d+")
 
 
 def save_checkpoint(
     run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int = 2
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, whole or not at all, and drop all but the last ``keep``.
+
+    Checkpoints of later steps, which a run that went on from an older one has left behind, go too.
 
     Returns
     -------
@@ -47,8 +53,10 @@ def save_checkpoint(
         _remove(target)
     unfinished.rename(target)
     _to_disk(root)
-    for old in checkpoints(run)[:-keep]:
-        _remove(old)
+    held = checkpoints(run)
+    later = [other for other in held if step_of(other) > step]
+    for other in {*held[: len(held) - len(later)][:-keep], *later}:
+        _remove(other)
     return target
 
 
@@ -69,8 +77,14 @@ def _to_disk(path: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    """Checkpoints of a run, oldest first."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted((p for p in found if _NAME.fullmatch(p.name) and p.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_checkpoint(run: Path) -> tuple[Path, int]:
@@ -79,12 +93,12 @@ def last_checkpoint(run: Path) -> tuple[Path, int]:
     Raises
     ------
     UserError
-        If the run has none.
+        If the run has none, or the newest is broken.
     """
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run} has no checkpoint to resume from; start a new run with --out")
-    return found[-1], int(found[-1].name.split("-")[1])
+    return _whole(found[-1]), step_of(found[-1])
 
 
 def checkpoint_at(run: Path, step: int) -> Path:
@@ -93,33 +107,91 @@ def checkpoint_at(run: Path, step: int) -> Path:
     Raises
     ------
     UserError
-        If the run has none of that step; the message lists those it has.
+        If the run has none of that step (the message lists those it has), or it is broken.
     """
-    steps = {int(folder.name.split("-")[1]): folder for folder in checkpoints(run)}
+    steps = {step_of(folder): folder for folder in checkpoints(run)}
     if step not in steps:
         raise unknown_name("checkpoint", step, sorted(steps) or ["none, the run has no checkpoint"])
-    return steps[step]
+    return _whole(steps[step])
 
 
-def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Fill an optimizer with the state saved in a checkpoint.
+def resume_point(run: Path, step: int | None = None) -> tuple[Path, int]:
+    """Checkpoint to go on from, that of a step or the newest, and its step; raises as those."""
+    return last_checkpoint(run) if step is None else (checkpoint_at(run, step), step)
+
+
+def _whole(checkpoint: Path) -> Path:
+    found = defect(checkpoint)
+    if found is not None:
+        raise _broken(checkpoint, found)
+    return checkpoint
+
+
+def defect(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, as far as can be seen without its model."""
+    files = {file.name for file in checkpoint.iterdir()}
+    if not files:
+        return "it is empty"
+    lost = [name for name in (_STATE, _OPTIMIZER) if name not in files]
+    if not any(name.endswith(_WEIGHTS) and name != _OPTIMIZER for name in files):
+        lost.append(f"*{_WEIGHTS}")
+    if lost:
+        return f"it has no {' and no '.join(lost)}"
+    try:
+        if json.loads((checkpoint / _STATE).read_bytes())["step"] != step_of(checkpoint):
+            return f"{_STATE} is of another step"
+        for name in sorted(name for name in files if name.endswith(_WEIGHTS)):
+            with safe_open(checkpoint / name, "pt"):
+                pass
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{_STATE} cannot be read: {error}"
+    except SafetensorError as error:
+        return f"{name} cannot be read: {error}"
+    return None
+
+
+def _broken(checkpoint: Path, what: str) -> UserError:
+    """The error that names a broken checkpoint and offers the next older one that is whole."""
+    older = [c for c in checkpoints(checkpoint.parents[1]) if step_of(c) < step_of(checkpoint)]
+    sound = next((step_of(c) for c in reversed(older) if defect(c) is None), None)
+    offer = (
+        f"the next older one is whole: add --checkpoint {sound}"
+        if sound is not None
+        else "there is no older one; start a new run with another --out"
+    )
+    return UserError(f"checkpoint {checkpoint} is broken ({what}); {offer}")
+
+
+@contextmanager
+def naming(checkpoint: Path | None) -> Iterator[None]:
+    """A block that reads a checkpoint, if there is one: what fails in it names the checkpoint.
 
     Raises
     ------
     UserError
-        If the file is missing, broken, or of another model.
+        Instead of whatever else is raised.
     """
-    file = folder / _OPTIMIZER
     try:
-        tensors = load_file(file, device=str(policy.device))
-        if not tensors and isinstance(optimizer, torch.optim.SGD):
-            return  # without momentum it has no state
-        for name, parameter in policy.trainable().items():
+        yield
+    except Exception as error:
+        if checkpoint is None or isinstance(error, UserError):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _broken(checkpoint, first) from error
+
+
+def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Fill an optimizer with the state saved in a checkpoint; call it within `naming`."""
+    tensors = load_file(folder / _OPTIMIZER, device=str(policy.device))
+    if not tensors and isinstance(optimizer, torch.optim.SGD):
+        return  # without momentum it has no state
+    for name, parameter in policy.trainable().items():
+        try:
             entries = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
             step = tensors[f"{name}/step"].cpu()
-            optimizer.state[parameter] = {"step": step, **entries}
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+        except KeyError as error:
+            raise ValueError(f"{_OPTIMIZER} lacks {error}") from error
+        optimizer.state[parameter] = {"step": step, **entries}
 
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

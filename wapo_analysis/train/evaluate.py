@@ -22,7 +22,7 @@ from wapo_analysis.train.batch import (
     whole_grades,
     whole_rollouts,
 )
-from wapo_analysis.train.checkpoint import checkpoint_at, last_checkpoint
+from wapo_analysis.train.checkpoint import naming, resume_point
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy, configured_policy
@@ -234,11 +234,10 @@ def evaluate_run(
     given = {name: value for name, value in changes.items() if value is not None}
     config = TrainConfig.from_dict(given, settings)
     weights = None
-    if step is None:
-        weights, step = last_checkpoint(run)
-    elif step > 0:
-        weights = checkpoint_at(run, step)
+    if step != 0:
+        weights, step = resume_point(run, step)
     if threads is not None:
         torch.set_num_threads(threads)
-    policy = configured_policy(config, weights)
+    with naming(weights):
+        policy = configured_policy(config, weights)
     return replace(evaluate(policy, config.load_task(), config), run=str(run), checkpoint=step)

@@ -36,14 +36,19 @@ from wapo_analysis.train.batch import (
     mini_batches,
     rollout_columns,
 )
-from wapo_analysis.train.checkpoint import last_checkpoint, load_optimizer, save_checkpoint
+from wapo_analysis.train.checkpoint import (
+    load_optimizer,
+    naming,
+    resume_point,
+    save_checkpoint,
+)
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
+from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps
 from wapo_analysis.train.evaluate import evaluate
-from wapo_analysis.train.interrupt import stop_between_steps
 from wapo_analysis.train.launched import check_processes
 from wapo_analysis.train.loggers import check_loggers, open_loggers
-from wapo_analysis.train.manifest import check_resumed, new_manifest, resumed_manifest
+from wapo_analysis.train.manifest import check_resumed, open_recorder
 from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.recompute import recomputing
@@ -61,6 +66,7 @@ def train(
     out: str | Path | None = None,
     *,
     resume: bool = False,
+    checkpoint: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
     world: World = ALONE,
@@ -74,6 +80,8 @@ def train(
         Run folder; None trains without a recorder and gives bitwise the same weights.
     resume : bool
         Continue the run in ``out`` from its last checkpoint.
+    checkpoint : int, optional
+        Continue from the checkpoint of this step instead; what came later is dropped.
     progress : callable, optional
         Called with the step's row after every step.
     threads : int, optional
@@ -102,30 +110,56 @@ def train(
         torch.set_num_threads(threads)
     check_processes(config, world)
     run = Path(out) if out is not None else None
-    started_at, weights, earlier = 0, None, None
     with world.together():
-        if resume and run is not None:
-            weights, started_at = last_checkpoint(run)
-            check_resumed(run, config)
-            earlier = read_manifest(run)
-        policy = configured_policy(config, weights)
-        trainer = Trainer(policy, config, earlier, world)
-        if weights is not None:
-            load_optimizer(weights, policy, trainer.optimizer)
+        trainer, done = _begin(config, run if resume else None, checkpoint, world)
         check_loggers(config.log_to)
     trainer.start_alike()
-    resume_after = started_at if resume else None
-    recorder = world.in_turn(partial(_recorder, run, trainer, resume_after))
+    with nothing_left_if_refused(run if world.first else None) as begun:
+
+        def shown(row: dict[str, float]) -> None:
+            begun.yes = True
+            if progress is not None:
+                progress(row)
+
+        _record(trainer, run, done if resume else None, shown)
+    return trainer.policy
+
+
+def _begin(
+    config: TrainConfig, resumed: Path | None, checkpoint: int | None, world: World
+) -> "tuple[Trainer, int]":
+    """Trainer in the state it starts from, and the step it has reached."""
+    weights, done, earlier = None, 0, None
+    if resumed is not None:
+        weights, done = resume_point(resumed, checkpoint)
+        check_resumed(resumed, config)
+        earlier = read_manifest(resumed)
+    with naming(weights):
+        policy = configured_policy(config, weights)
+    trainer = Trainer(policy, config, earlier, world)
+    if weights is not None:
+        with naming(weights):
+            load_optimizer(weights, policy, trainer.optimizer)
+    return trainer, done
+
+
+def _record(
+    trainer: "Trainer", run: Path | None, resume_after: int | None, shown: Progress
+) -> None:
+    """Train and record the steps after ``resume_after``, and show their rows."""
+    config, world = trainer.config, trainer.world
+    recorder = world.in_turn(
+        partial(open_recorder, run, config, trainer.policy, trainer.capture, world, resume_after)
+    )
     loggers = open_loggers(config.log_to, run if world.first else None, config, resume_after)
     status = "failed"
     try:
         if run is not None and resume_after is None and config.eval_every:
-            before = evaluate(policy, trainer.task, config, world)
+            before = evaluate(trainer.policy, trainer.task, config, world)
             recorder.note(eval_before=before.columns())
-        for row in _steps(trainer, started_at, run, recorder):
+        for row in _steps(trainer, resume_after or 0, run, recorder):
             loggers.log(row)
-            if progress is not None:
-                progress(row)
+            shown(row)
         status = "finished" if trainer.recorded else "recording_failed"
     except KeyboardInterrupt:
         status = "interrupted"
@@ -136,7 +170,6 @@ def train(
     finally:
         recorder.close(status)
         loggers.close(status)
-    return policy
 
 
 def _steps(
@@ -159,28 +192,6 @@ def _steps(
             yield row
             if stopping and step < config.steps:
                 raise KeyboardInterrupt
-
-
-def _recorder(run: Path | None, trainer: "Trainer", resume_after: int | None) -> Recorder:
-    if run is None:
-        return Recorder(None)
-    config, capture = trainer.config, trainer.capture
-    if resume_after is None:
-        manifest = new_manifest(config, trainer.policy, capture)
-    else:
-        manifest = resumed_manifest(read_manifest(run), config, capture)
-    return Recorder(
-        run,
-        {**manifest, "processes": trainer.world.size},
-        token_every=config.token_every,
-        token_fraction=config.token_fraction,
-        store_bits=config.store_bits,
-        rescore_every=config.rescore_every,
-        probe_every=config.probe_every,
-        temperature=config.temperature,
-        rank=trainer.world.rank,
-        resume_after=resume_after,
-    )
 
 
 class Trainer:

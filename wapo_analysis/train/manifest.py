@@ -1,4 +1,4 @@
-"""What the manifest of a built-in run says: settings, model, versions."""
+"""What the manifest of a built-in run says, and the recorder that keeps it."""
 
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -7,8 +7,10 @@ from pathlib import Path
 from wapo_analysis.capture.mode import CaptureMode
 from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import Manifest, read_manifest
 from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.distributed import World
 from wapo_analysis.train.models import Policy
 
 
@@ -83,3 +85,38 @@ def check_resumed(run: Path, config: TrainConfig) -> None:
                 f"{name} of a run that is continued cannot change from {old!r} to {new!r}; "
                 "start a new run with another --out"
             )
+
+
+def open_recorder(
+    run: Path | None,
+    config: TrainConfig,
+    policy: Policy,
+    capture: CaptureMode,
+    world: World,
+    resume_after: int | None,
+) -> Recorder:
+    """Recorder of a new run or of one that is continued after a step; without folder, of none.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be used, or the task's data are not those the run began with.
+    """
+    if run is None:
+        return Recorder(None)
+    if resume_after is None:
+        manifest = new_manifest(config, policy, capture)
+    else:
+        manifest = resumed_manifest(read_manifest(run), config, capture)
+    return Recorder(
+        run,
+        {**manifest, "processes": world.size},
+        token_every=config.token_every,
+        token_fraction=config.token_fraction,
+        store_bits=config.store_bits,
+        rescore_every=config.rescore_every,
+        probe_every=config.probe_every,
+        temperature=config.temperature,
+        rank=world.rank,
+        resume_after=resume_after,
+    )

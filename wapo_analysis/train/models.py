@@ -193,6 +193,8 @@ def _load(name: str, dtype: str, checkpoint: Path | None) -> tuple[Any, Any]:
                 source, dtype=getattr(torch, dtype), **extra, **(_unpacked() if extra else {})
             )
     except (OSError, ValueError, ImportError) as error:
+        if checkpoint is not None:
+            raise  # `checkpoint.naming` says which
         first = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load model {name!r}: {first} "

@@ -1,12 +1,17 @@
-"""Ctrl-C and SIGTERM end a run between two steps, where its state is whole."""
+"""How a run ends early: between two steps, where its state is whole, or before it has begun."""
 
 import logging
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.store.files import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -54,3 +59,30 @@ def stop_between_steps(announce: bool = True) -> Iterator[StopRequest]:
     finally:
         for number, plain in held.items():
             signal.signal(number, plain)
+
+
+@dataclass
+class Begun:
+    """Whether a run has finished a step."""
+
+    yes: bool = False
+
+
+@contextmanager
+def nothing_left_if_refused(run: Path | None) -> Iterator[Begun]:
+    """Take away what was written of a new run that a mistake ends before its first step.
+
+    So the corrected command can have the same folder. What else lies in it stays.
+    """
+    begun = Begun()
+    fresh = run is not None and not (run / MANIFEST).exists()
+    before = set(run.iterdir()) if run is not None and run.is_dir() else None
+    try:
+        yield begun
+    except UserError:
+        if run is not None and fresh and not begun.yes and run.is_dir():
+            for path in set(run.iterdir()) - (before or set()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if before is None:
+                run.rmdir()
+        raise
