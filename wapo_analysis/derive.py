@@ -81,8 +81,16 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
         # A difference of logs keeps its digits where a difference of probabilities loses them.
         "dprob": prob * np.expm1(after.astype(np.float64) - logp),
         "dentropy": entropy_after.astype(np.float64) - entropy,
-        "ratio": np.exp(logp - columns["logp_old"].astype(np.float64)),
+        "ratio": np.exp(logp - _loss_old(columns)),
     }
+
+
+def _loss_old(columns: Mapping[str, Array]) -> Array:
+    """Old log-probabilities of the loss's ratio: the proximal policy's, else the behaviour's."""
+    old = columns["logp_old"].astype(np.float64)
+    if "logp_prox" not in columns:
+        return old
+    return np.where(np.isnan(columns["logp_prox"]), old, columns["logp_prox"])
 
 
 def derive(tokens: Records, temperature: float) -> Records:
@@ -92,7 +100,7 @@ def derive(tokens: Records, temperature: float) -> Records:
 
 def sequence_ratio(columns: Mapping[str, Array]) -> Array:
     """Geometric mean of the importance ratios of a rollout's tokens in one pass, shape (rows,)."""
-    log_ratio = columns["logp"].astype(np.float64) - columns["logp_old"]
+    log_ratio = columns["logp"].astype(np.float64) - _loss_old(columns)
     keys = np.stack([columns["minibatch"], columns["rollout"]])
     index = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
     mean = np.bincount(index, log_ratio) / np.maximum(np.bincount(index), 1)
@@ -225,10 +233,10 @@ def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
     missing = xp.full_like(advantage, np.nan)
     logp, logp_old, entropy = (known.get(name, missing) for name in _STATISTICS)
     kept, clipped = known.get("kept", missing), known.get("clipped", missing)
-    log_ratio = xp.where(xp.isfinite(logp_old), logp - logp_old, np.nan)
-    ratio = known.get("ratio", xp.exp(log_ratio))
+    prox = known.get("logp_prox", missing)
+    old = xp.where(xp.isnan(prox), logp_old, prox)
+    ratio = known.get("ratio", xp.exp(xp.where(xp.isfinite(old), logp - old, np.nan)))
     stopped = xp.where((kept > 0) & ~xp.isnan(ratio), clipped, np.nan)
-    held = xp.clip(log_ratio, None, K3_LIMIT)
     broken = sum(
         (~xp.isfinite(known[n]) for n in _STATISTICS if n in known), xp.zeros_like(advantage)
     )
@@ -236,14 +244,22 @@ def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
         "entropy": entropy,
         "entropy_pos": xp.where(advantage > 0, entropy, np.nan),
         "entropy_neg": xp.where(advantage < 0, entropy, np.nan),
-        # k3 = r - ln r - 1 with r = pi / pi_old, an unbiased estimate of KL(pi_old || pi).
-        "kl_old": xp.expm1(held) - held,
+        "kl_old": _k3(logp - logp_old, xp),
+        "engine_kl": _k3(prox - logp_old, xp),
+        "engine_logp_diff": xp.abs(prox - logp_old),
+        "engine_prob_diff": xp.abs(xp.exp(prox) - xp.exp(logp_old)),
         "clip_low": stopped * (ratio < 1),
         "clip_high": stopped * (ratio > 1),
         "rows": xp.ones_like(advantage),
         "kept_tokens": kept,
         "nonfinite": xp.asarray(broken > 0, dtype=xp.float64),
     }
+
+
+def _k3(log_ratio: Any, xp: Any) -> Any:
+    """R - ln r - 1, an unbiased estimate of KL(q || p) from samples of q, with r = p / q."""
+    held = xp.where(xp.isfinite(log_ratio), xp.clip(log_ratio, None, K3_LIMIT), np.nan)
+    return xp.expm1(held) - held
 
 
 _TOTALS = ("rows", "kept_tokens", "nonfinite")

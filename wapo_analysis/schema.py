@@ -102,6 +102,12 @@ TOKENS = Table(
         _measured("advantage", "1", "advantage of the token's rollout", required=True),
         _measured("logp", "nats", "log-probability under the policy being updated", required=True),
         _measured("logp_old", "nats", "log-probability under the behaviour policy that sampled it"),
+        _measured(
+            "logp_prox",
+            "nats",
+            "log-probability under the proximal policy, the old one of the loss's ratio, where "
+            "that is not the behaviour policy",
+        ),
         _measured("entropy", "nats", "entropy of the policy at this position"),
         _measured("collision_rest", "1", "sum of p_v^2 over all tokens but the sampled one"),
         _measured(
@@ -127,7 +133,13 @@ TOKENS = Table(
         Column("pred_dentropy", "float64", "nats", "derived", "first-order dH, unit step"),
         Column("dprob", "float64", "probability", "derived", "measured change of p"),
         Column("dentropy", "float64", "nats", "derived", "measured change of the entropy"),
-        Column("ratio", "float64", "1", "derived", "importance ratio exp(logp - logp_old)"),
+        Column(
+            "ratio",
+            "float64",
+            "1",
+            "derived",
+            "importance ratio of the loss: exp(logp - logp_prox), exp(logp - logp_old) without it",
+        ),
     ),
 )
 

@@ -69,7 +69,7 @@ def toy_dataset() -> Dataset:
     )
 
 
-def toy_config(out: Path, **settings: Any) -> GRPOConfig:
+def toy_config(out: Path, kind: Any = GRPOConfig, **settings: Any) -> Any:
     """Settings of a short run; those an older TRL does not know are left out."""
     given = {
         "output_dir": str(out), "per_device_train_batch_size": 4, "num_generations": 4,
@@ -78,10 +78,10 @@ def toy_config(out: Path, **settings: Any) -> GRPOConfig:
         "disable_tqdm": True, "learning_rate": 1e-2, "bf16": False, "temperature": TEMPERATURE,
         "seed": 3, "beta": 0.0, **settings,
     }  # fmt: skip
-    known = {f.name for f in dataclasses.fields(GRPOConfig)}
+    known = {f.name for f in dataclasses.fields(kind)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return GRPOConfig(**{name: value for name, value in given.items() if name in known})
+        return kind(**{name: value for name, value in given.items() if name in known})
 
 
 def toy_trainer(
@@ -92,16 +92,17 @@ def toy_trainer(
     lora: Any = None,
     reward: Any = digits,
     eval_dataset: Any = None,
+    config: Any = GRPOConfig,
     **settings: Any,
 ) -> Any:
     """Build a trainer on a fresh toy model."""
-    config = toy_config(out, **settings)
+    args = toy_config(out, config, **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind(
             toy_model() if model is None else model,
             reward,
-            args=config,
+            args=args,
             train_dataset=toy_dataset(),
             eval_dataset=eval_dataset,
             processing_class=toy_tokenizer(),
@@ -117,7 +118,7 @@ def run(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-class WatchedLoss(GRPOTrainer):
+class WatchesLoss:
     """Keeps what every loss was given, so that its gradient can be taken again by autograd."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +158,10 @@ class WatchedLoss(GRPOTrainer):
             results.append((-grad, inputs))
         self._leaf = None
         return results
+
+
+class WatchedLoss(WatchesLoss, GRPOTrainer):
+    """A GRPOTrainer that keeps what its loss was given."""
 
 
 def mask_of(inputs: dict[str, Any]) -> torch.Tensor:

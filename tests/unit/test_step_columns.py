@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis import Recorder, open_run
-from wapo_analysis.capture.trl.scalars import log_sums
+from wapo_analysis.capture.trl.rollouts import log_sums
 from wapo_analysis.derive import (
     derive,
     reward_columns,

@@ -30,6 +30,7 @@ class TokenPass:
     advantage: Tensor
     logp: Tensor
     logp_old: Tensor | None = None
+    logp_prox: Tensor | None = None
     entropy: Tensor | None = None
     collision_rest: Tensor | None = None
     collision_logp_rest: Tensor | None = None

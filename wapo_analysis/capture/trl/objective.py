@@ -3,6 +3,9 @@
 Shapes: B rollouts of a gradient pass, T completion positions.
 """
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +13,12 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.trl.source import (
+from wapo_analysis.capture.trl.trainer import (
     SCORER,
-    check_trainer,
     hidden_tensors,
+    kind_of,
     logps_and_entropies,
+    loss_mask,
 )
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.advantages import RESIDUAL_ULPS
@@ -57,13 +61,14 @@ def use_wapo(trainer: Any, *, clip_eps: float = 9.0, max_seq_len: int | None = N
     Raises
     ------
     UserError
-        If it is no GRPOTrainer, is WAPO already, or has a setting that WAPO has no place for.
+        If it is no GRPOTrainer or has a loss of its own, is WAPO already, or has a setting that
+        WAPO has no place for.
 
     Notes
     -----
     Source: arXiv 2606.16154 and docs/objectives.md. Call it before `wapo_analysis.attach`.
     """
-    check_trainer(trainer)
+    _check_loss(trainer)
     if _MARK in vars(trainer):
         raise UserError("this trainer is WAPO already; close() what use_wapo returned to go back")
     _check_settings(trainer)
@@ -84,6 +89,47 @@ def use_wapo(trainer: Any, *, clip_eps: float = 9.0, max_seq_len: int | None = N
 def _longest(trainer: Any) -> int:
     prompt = getattr(trainer, "max_prompt_length", None) or 0
     return int(prompt) + int(trainer.max_completion_length)
+
+
+def _check_loss(trainer: Any) -> None:
+    """Refuse a loss that WAPO would replace without a word."""
+    kind = kind_of(trainer)
+    if kind != "GRPOTrainer":
+        raise UserError(f"WAPO replaces the loss of trl's GRPOTrainer; {kind} has one of its own")
+    for owner in type(trainer).__mro__:
+        if owner.__module__.startswith("trl."):
+            return
+        for name in ("compute_loss", "_compute_loss"):
+            if name in vars(owner) and not _passes_on(vars(owner)[name]):
+                raise UserError(
+                    f"WAPO replaces the loss of trl's GRPOTrainer; {owner.__name__} has one of its "
+                    f"own ({name})"
+                )
+
+
+def _passes_on(method: Callable[..., Any]) -> bool:
+    """Whether a loss returns that of the class above as it is: a look at it, no loss of its own."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    plain: set[str] = set()
+    changed: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            whole = isinstance(node, ast.Assign) and _calls_above(node.value, method.__name__)
+            (plain if whole else changed).update(ast.unparse(target) for target in targets)
+    returned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return)]
+    return bool(returned) and all(
+        value is not None
+        and (ast.unparse(value) in plain - changed or _calls_above(value, method.__name__))
+        for value in returned
+    )
+
+
+def _calls_above(value: ast.expr, name: str) -> bool:
+    return isinstance(value, ast.Call) and ast.unparse(value.func) == f"super().{name}"
 
 
 def _check_settings(trainer: Any) -> None:
@@ -171,9 +217,7 @@ class _WapoLoss:
 
     def compute(self, original: Callable[..., Any], model: Any, inputs: Any) -> Any:
         """Loss of one gradient pass, a scalar."""
-        mask = inputs["completion_mask"].bool()
-        if inputs.get("tool_mask") is not None:
-            mask = mask & inputs["tool_mask"].bool()
+        mask = loss_mask(inputs)
         logps, entropies = self._score(model, inputs)
         old = inputs.get("old_per_token_logps")
         old = logps.detach() if old is None else old

@@ -1,9 +1,10 @@
-"""Rollouts of a TRL trainer: who is who through shuffle and split, rewards, texts.
+"""Rollouts and numbers of a step: who is who through shuffle and split, rewards, log entries.
 
 Every generated batch gets a tensor of rollout numbers. TRL shuffles and splits all tensors of the
 batch in unison, so each gradient pass still knows its rollouts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from wapo_taxonomy import CLASSES
 
+from wapo_analysis.capture.trl.trainer import OLD_LOGPS, TrlTrainer, loss_mask
 from wapo_analysis.completions import repetition
-from wapo_analysis.derive import reward_columns, rollout_sums
+from wapo_analysis.derive import reward_columns, rollout_sums, token_sums
+from wapo_analysis.record.step import pass_sums
+from wapo_analysis.table import Array, Records
 
 ID_KEY = "wapo_rollout"
 _ANSWERS = ("answer", "solution", "ground_truth", "label", "target")
-
-Array = np.ndarray[Any, np.dtype[Any]]
+SHOWN = (*CLASSES, "none", "unknown")
+_CODES = (*range(len(CLASSES)), len(CLASSES), -1)
+_NONE = dict.fromkeys(("advantage", "cls", "pred_dentropy", "grad_norm"), np.zeros(0))
 
 
 @dataclass
@@ -53,12 +59,13 @@ class RolloutReader:
 
     Parameters
     ----------
-    trainer : trl.GRPOTrainer
+    trainer : TrlTrainer
     """
 
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: TrlTrainer) -> None:
+        self._trainer = trainer.raw
         self._rewards: Tensor | None = None
+        self._scored: list[Tensor] = []
         self._batches: dict[int, Generation] = {}
         self._order: list[int] = []
         self._made = 0
@@ -75,6 +82,10 @@ class RolloutReader:
         """Keep the (rollouts of all processes, reward functions) matrix of the coming batch."""
         self._rewards = rewards_per_func.detach()
 
+    def take_scores(self, logps_BT: Tensor) -> None:
+        """Keep log-probabilities that were scored while the coming batch was made."""
+        self._scored.append(logps_BT.detach())
+
     def take_batch(self, examples: Sequence[dict[str, Any]], batch: dict[str, Any]) -> None:
         """Number the rollouts of a generated batch, in place, and describe them."""
         ids_BT = batch["completion_ids"]
@@ -82,8 +93,10 @@ class RolloutReader:
         first, self._total = accelerator.process_index * count, accelerator.num_processes * count
         start = self._made * self._total + first
         batch[ID_KEY] = torch.arange(start, start + count, device=ids_BT.device)
-        lengths, stopped = self._lengths(batch)
-        ids = [row[:n] for row, n in zip(ids_BT.tolist(), lengths, strict=True)]
+        self._keep_old(batch)
+        ends, stopped = self._ends(batch)
+        ids = [row[:n] for row, n in zip(ids_BT.tolist(), ends.tolist(), strict=True)]
+        own = loss_mask(batch).sum(dim=1)
         rewards = self._total_rewards()
         columns = {
             "prompt": self._prompts(examples, batch),
@@ -91,8 +104,9 @@ class RolloutReader:
             "answer": [_answer(example) for example in examples],
             "reward": rewards[first : first + count].tolist(),
             "advantage": _per_rollout(batch).tolist(),
-            "length": lengths,
-            "finish_reason": ["stop" if s else "length" for s in stopped],
+            # Tokens the policy wrote, as TRL counts them; those of a tool are none of its own.
+            "length": torch.where(own > 0, own, ends).tolist(),
+            "finish_reason": ["stop" if s else "length" for s in stopped.tolist()],
         }
         repeated = np.array([repetition(row) for row in ids])
         self._batches[self._made] = Generation(first, columns, rewards, repeated)
@@ -169,8 +183,18 @@ class RolloutReader:
         total[rewards.isnan().all(dim=1)] = torch.nan
         return np.asarray(total.cpu().numpy())
 
-    def _lengths(self, batch: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        """Tokens of each completion, and whether it ended by itself.
+    def _keep_old(self, batch: dict[str, Any]) -> None:
+        """Let old log-probabilities of each token travel with a batch that has but their sum."""
+        scored, self._scored = self._scored, []
+        if "old_logps" not in batch:
+            return
+        mask = batch["completion_mask"]
+        for logps_BT in scored:
+            if torch.equal((logps_BT * mask).sum(1), batch["old_logps"]):
+                batch[OLD_LOGPS] = logps_BT
+
+    def _ends(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Where each completion ends, and whether it ended by itself.
 
         A masked-out completion (``mask_truncated_completions``) still has its tokens.
         """
@@ -181,8 +205,7 @@ class RolloutReader:
         masked = batch["completion_mask"].sum(dim=1)
         last = (masked - 1).clamp(min=0)
         stopped = ends.gather(1, last.unsqueeze(1)).squeeze(1) & (masked > 0)
-        lengths = torch.where(masked > 0, masked, ids_BT.shape[1])
-        return lengths.tolist(), stopped.tolist()
+        return torch.where(masked > 0, masked, ids_BT.shape[1]), stopped
 
     def _end_tokens(self) -> list[int]:
         config = getattr(self._trainer, "generation_config", None)
@@ -222,3 +245,71 @@ def _per_rollout(batch: dict[str, Any]) -> Tensor:
 def _answer(example: dict[str, Any]) -> str | None:
     found = [example[name] for name in _ANSWERS if example.get(name) is not None]
     return str(found[0]) if found else None
+
+
+def log_sums(
+    tokens: Records | None, given: frozenset[str] = frozenset(), sequence_level: bool = False
+) -> dict[str, float]:
+    """Sums over the tokens of a step: those of the step columns, and of every class.
+
+    Parameters
+    ----------
+    tokens : Records or None
+        Token records with derived columns; None is no tokens, and every sum 0.
+    given : frozenset of str
+        Statistics that every pass has.
+    sequence_level : bool
+        The clip looks at the ratio of the whole rollout.
+
+    Returns
+    -------
+    dict of str to float
+        The same names always. Missing statistics are left out of their sum and their count.
+    """
+    columns = _NONE if tokens is None else tokens.columns
+    sums = token_sums(_NONE) if tokens is None else pass_sums(tokens, given, sequence_level)
+    sums = {name: float(value) for name, value in sums.items()}
+    for name, code in zip(SHOWN, _CODES, strict=True):
+        chosen = columns["cls"] == code
+        flow = columns["pred_dentropy"][chosen]
+        sums[f"tokens/{name}"] = float(chosen.sum())
+        sums[f"grad_mass/{name}"] = float(np.nansum(columns["grad_norm"][chosen]))
+        sums[f"flow/{name}"] = float(np.nansum(flow))
+        sums[f"flow_tokens/{name}"] = float(np.isfinite(flow).sum())
+    return sums
+
+
+def log_entries(sums: Mapping[str, float], columns: Mapping[str, float]) -> dict[str, float]:
+    """Numbers for the trainer's own log, under ``wapo/``; missing ones are left out.
+
+    Parameters
+    ----------
+    sums : mapping of str to float
+        Of `log_sums`.
+    columns : mapping of str to float
+        Step columns of the same step.
+
+    Returns
+    -------
+    dict of str to float
+        ``entropy_pos``, ``entropy_neg`` (nats); per class ``share`` (of all tokens), ``grad_share``
+        (of the summed |dL/dz|) and ``entropy_flow`` (summed first-order dH of one unit of learning
+        rate, nats), the last only where every token of the step has it; ``grad_mass`` in all.
+    """
+    entries = {name: columns[name] for name in ("entropy_pos", "entropy_neg") if name in columns}
+    total = sum(sums[f"grad_mass/{name}"] for name in SHOWN)
+    measured = sums["rows"] - sums["tokens/unknown"]
+    if measured:
+        entries["grad_mass"] = total
+    flow_known = all(sums[f"flow_tokens/{n}"] == sums[f"tokens/{n}"] for n in CLASSES)
+    for name in CLASSES:
+        if measured:
+            entries[f"share/{name}"] = sums[f"tokens/{name}"] / sums["rows"]
+            entries[f"grad_share/{name}"] = _ratio(sums[f"grad_mass/{name}"], total)
+        if measured and flow_known:
+            entries[f"entropy_flow/{name}"] = sums[f"flow/{name}"]
+    return {f"wapo/{name}": value for name, value in entries.items() if math.isfinite(value)}
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.lm_head import LmHead, inner_model
+from wapo_analysis.capture.lm_head import LmHead
 from wapo_analysis.capture.trl.replace import TrlHead
+from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.stats import TokenStats, token_stats
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class StatsReader:
 
     Parameters
     ----------
-    trainer : trl.GRPOTrainer
+    trainer : TrlTrainer
     patches : Patches
         Takes the two changes made here: the forward of the causal model, a hook on its backbone.
     guard : callable
@@ -63,11 +64,16 @@ class StatsReader:
     """
 
     def __init__(
-        self, trainer: Any, patches: Patches, guard: Callable[..., Any], top1: bool, head: TrlHead
+        self,
+        trainer: TrlTrainer,
+        patches: Patches,
+        guard: Callable[..., Any],
+        top1: bool,
+        head: TrlHead,
     ) -> None:
         self._trainer, self._guard, self._head = trainer, guard, head
-        self._model = causal_model(trainer)
-        self._richer = richer_head(trainer, self._model, top1)
+        self._model = trainer.model
+        self._richer = richer_head(trainer, top1)
         self._call: _Call | None = None
         self._trusted = True
         self.source = "none"
@@ -177,10 +183,10 @@ class StatsReader:
     @torch.no_grad()
     def _project(self, hidden_ND: Tensor, ids_N: Tensor) -> TokenStats:
         """Statistics from hidden states and head, with the precision of the trainer's own head."""
-        cast = getattr(self._trainer.args, "cast_lm_head_to_fp32", False)
+        cast = self._trainer.casts_head
         head = LmHead.of(self._model)
         with (
-            nullcontext() if cast else self._trainer.accelerator.autocast(),
+            nullcontext() if cast else self._trainer.raw.accelerator.autocast(),
             _whole(head.weight, head.bias),
         ):
             hidden = hidden_ND.float() if cast else hidden_ND
@@ -243,12 +249,7 @@ def _whole(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
     return gathering
 
 
-def causal_model(trainer: Any) -> Any:
-    """Return the causal language model inside distributed wrappers and PEFT."""
-    return inner_model(trainer.accelerator.unwrap_model(trainer.model))
-
-
-def richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | None:
+def richer_head(trainer: TrlTrainer, top1: bool) -> Callable[..., Any] | None:
     """Forward of the fused head that also returns log sum p^2; None before TRL 1.15.
 
     None too if somebody has wrapped the trainer's head: replacing it would cut that wrapper off.
@@ -257,6 +258,7 @@ def richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | No
         from trl.trainer.utils import add_fused_lm_head
     except ImportError:
         return None
+    model = trainer.model
     plain = vars(model).get("forward")
     code = getattr(getattr(plain, "__func__", None), "__code__", None)
     if code is None or "add_fused_lm_head" not in code.co_qualname:
@@ -265,7 +267,7 @@ def richer_head(trainer: Any, model: Any, top1: bool) -> Callable[..., Any] | No
         add_fused_lm_head(
             model,
             temperature=trainer.temperature,
-            cast_lm_head_to_fp32=getattr(trainer.args, "cast_lm_head_to_fp32", False),
+            cast_lm_head_to_fp32=trainer.casts_head,
             outputs=("log_probs", "entropy", "log_sum_sq_probs", *(("is_top1",) if top1 else ())),
         )
         richer: Callable[..., Any] = model.forward

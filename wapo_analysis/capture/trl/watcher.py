@@ -16,24 +16,18 @@ from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
 from wapo_analysis.capture.mode import PASSIVE, CaptureMode
-from wapo_analysis.capture.trl.passes import (
-    SeenPass,
-    loss_mask,
-    score_again,
-    take_gradient,
-    token_pass,
-)
-from wapo_analysis.capture.trl.probe import TrlProber
+from wapo_analysis.capture.trl.passes import SeenPass, TrlProber, score_again, token_pass
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead
-from wapo_analysis.capture.trl.rollouts import RolloutReader
-from wapo_analysis.capture.trl.scalars import log_entries, log_sums
-from wapo_analysis.capture.trl.source import SCORER, clip_rule, hidden_tensors, logps_and_entropies
+from wapo_analysis.capture.trl.rollouts import RolloutReader, log_entries, log_sums
 from wapo_analysis.capture.trl.stats import StatsReader
+from wapo_analysis.capture.trl.trainer import SCORER, TrlTrainer, logps_and_entropies, loss_mask
 from wapo_analysis.derive import step_columns
-from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
+from wapo_analysis.record.recorder import Recorder, on_schedule
 from wapo_analysis.record.tokens import given_in_all
 
 log = logging.getLogger(__name__)
+
+_MASKS = ("get_high_entropy_mask", "get_off_policy_mask")
 
 
 class TrlWatcher:
@@ -41,7 +35,7 @@ class TrlWatcher:
 
     Parameters
     ----------
-    trainer : trl.GRPOTrainer
+    trainer : TrlTrainer
     recorder : Recorder
     patches : Patches
         Takes every change that is made to the trainer.
@@ -53,11 +47,13 @@ class TrlWatcher:
         Rollouts that a probe scores.
     replace : bool
         Let our head make the log-probabilities of the loss.
+    resume_after : int, optional
+        Step after which the run is continued.
     """
 
     def __init__(
         self,
-        trainer: Any,
+        trainer: TrlTrainer,
         recorder: Recorder,
         patches: Patches,
         *,
@@ -65,32 +61,39 @@ class TrlWatcher:
         log_metrics: bool,
         probe_rows: int,
         replace: bool = False,
+        resume_after: int | None = None,
     ) -> None:
         self._trainer, self._recorder = trainer, recorder
-        self._head = OwnHead(self._fell_back) if replace else TrlHead()
+        self._guard = recorder.guard
         self._exact_every, self._log_metrics = exact_every, log_metrics
-        self._rollouts, self._clip = RolloutReader(trainer), clip_rule(trainer)
+        self._rollouts = RolloutReader(trainer)
         self._prober = TrlProber(trainer, recorder, probe_rows)
-        self._several = trainer.accelerator.num_processes > 1
+        self._several = trainer.processes > 1
         self._inputs: dict[str, Any] | None = None
-        self._training = self._named = False
+        self._current: SeenPass | None = None
+        self._training = self._generating_now = self._named = False
         self._saw_tokens: bool | None = None
-        self._stats: StatsReader | None = None
+        self._scores_others = False
+        self._resume_after, self._last = resume_after, resume_after or 0
         self._start_step()
-        patches.wrap(trainer, "_generate_and_score_completions", self._generate)
-        if callable(getattr(trainer, "_calculate_rewards", None)):
-            patches.wrap(trainer, "_calculate_rewards", self._calculate_rewards)
-        patches.wrap(trainer, "training_step", self._training_step)
-        patches.wrap(trainer.accelerator, "clip_grad_norm_", self._clip_grad_norm)
-        _add_callback(trainer, patches, self)
-        hidden = hidden_tensors(trainer)
-        if hidden is None and callable(getattr(trainer, SCORER, None)):
-            rows = recorder.token_every > 0
-            self._stats = StatsReader(trainer, patches, self.guard, rows, self._head)
-            patches.wrap(trainer, "_compute_loss", self._compute_loss)
-            patches.wrap(trainer, SCORER, self._scoring)
-        else:
-            self._only_scalars(hidden or f"a trainer without {SCORER}")
+        raw = trainer.raw
+        patches.wrap(raw, "_generate_and_score_completions", self._generate)
+        if callable(getattr(raw, "_calculate_rewards", None)):
+            patches.wrap(raw, "_calculate_rewards", self._calculate_rewards)
+        patches.wrap(raw, "training_step", self._training_step)
+        patches.wrap(raw.accelerator, "clip_grad_norm_", self._clip_grad_norm)
+        _add_callback(raw, patches, self)
+        if trainer.hidden_by is not None:
+            self._only_scalars(trainer.hidden_by)
+            return
+        self._head = OwnHead(self._fell_back) if replace else TrlHead()
+        rows = recorder.token_every > 0
+        self._stats = StatsReader(trainer, patches, self._guard, rows, self._head)
+        patches.wrap(raw, "_compute_loss", self._compute_loss)
+        patches.wrap(raw, SCORER, self._scoring)
+        for name in _MASKS:
+            if callable(getattr(raw, name, None)):
+                patches.wrap(raw, name, self._keep_mask)
 
     def _start_step(self) -> None:
         self._passes: list[SeenPass] = []
@@ -109,30 +112,43 @@ class TrlWatcher:
         self._recorder.note(tokens_hidden_by=reason)
 
     def _fell_back(self, error: Exception) -> None:
-        step = int(self._trainer.state.global_step) + 1
-        rule = f"our head failed in step {step} ({type(error).__name__}: {error})"
+        rule = f"our head failed in step {self._trainer.step} ({type(error).__name__}: {error})"
         self._recorder.note(capture=CaptureMode(PASSIVE, rule).to_dict())
 
-    def guard(self, action: Callable[..., Any], *args: Any) -> Any:
-        """Run an action of ours; its failure ends the recording and never the training."""
-        return self._recorder.guard(action, *args)
-
     # Calls of the trainer, in the order they happen ------------------------------------------
+
+    def begin_training(self, done: int) -> None:
+        """Say which step comes next; called by every ``train()`` with the steps it starts after.
+
+        A second ``train()`` starts from 0 again: its steps count on. A continued run must start
+        where it was left.
+        """
+        if self._resume_after is not None and done != self._resume_after:
+            raise ValueError(
+                f"resume_after={self._resume_after}, but training starts after step {done}: give "
+                "both the step of the checkpoint, trainer.train(resume_from_checkpoint=...)"
+            )
+        self._resume_after = None
+        self._trainer.done = max(self._last - done, 0)
 
     def _generate(
         self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         started = perf_counter()
-        batch = original(inputs, *args, **kwargs)
-        if self._trainer.model.training:
+        self._generating_now = self._trainer.training
+        try:
+            batch = original(inputs, *args, **kwargs)
+        finally:
+            self._generating_now = False
+        if self._trainer.training:
             self._generating += perf_counter() - started
-            self.guard(self._rollouts.take_batch, inputs, batch)
+            self._guard(self._rollouts.take_batch, inputs, batch)
         return batch
 
     def _calculate_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         rewards = original(*args, **kwargs)
-        if self._trainer.model.training:
-            self.guard(self._rollouts.take_rewards, rewards)
+        if self._trainer.training:
+            self._guard(self._rollouts.take_rewards, rewards)
         return rewards
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -141,45 +157,57 @@ class TrlWatcher:
             loss = original(*args, **kwargs)
         finally:
             self._training = False
-        self.guard(self._add_loss, loss)
+        self._guard(self._add_loss, loss)
         return loss
 
     def _add_loss(self, loss: Tensor) -> None:
         part = loss.detach().double()
         self._loss = part if self._loss is None else self._loss + part
+        if self._saw_tokens is None:
+            self._only_scalars(f"the loss of {type(self._trainer.raw).__name__}")
 
     def _compute_loss(
         self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
     ) -> Any:
         if not self._training:
             return original(model, inputs, *args, **kwargs)
-        self._inputs = inputs
+        self._inputs, self._current = inputs, None
         try:
-            loss = original(model, inputs, *args, **kwargs)
+            return original(model, inputs, *args, **kwargs)
         finally:
             self._inputs = None
-        if self._saw_tokens is None:
-            self.guard(self._only_scalars, f"the loss of {type(self._trainer).__name__}")
-        return loss
 
     def _scoring(self, original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs, stats = self._inputs, self._stats
-        if inputs is None or stats is None or not torch.is_grad_enabled():
-            return original(model, *args, **kwargs)
+        if self._inputs is None or not torch.is_grad_enabled():
+            scored = original(model, *args, **kwargs)
+            if self._generating_now:
+                self._guard(self._take_scores, scored)
+            return scored
 
         def score() -> Any:
             with self._head.scoring():
                 return original(model, *args, **kwargs)
 
-        seen = SeenPass(score)
-        self.guard(self._open, stats, inputs)
+        if self._current is not None:
+            scored = score()
+            ids = args[0] if args else kwargs.get("input_ids")
+            self._guard(self._take_second, self._inputs, self._current, scored, ids)
+            return scored
+        seen = self._current = SeenPass(score)
+        self._guard(self._open, self._inputs)
         try:
             scored = score()
-            self.guard(self._take_pass, stats, inputs, scored, seen)
+            self._guard(self._take_pass, self._inputs, scored, seen)
         finally:
-            stats.cancel()
+            self._stats.cancel()
         self._passes.append(seen)
         return scored
+
+    def _keep_mask(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mask = original(*args, **kwargs)
+        if self._inputs is not None and self._current is not None:
+            self._current.masks.append(mask.detach())
+        return mask
 
     def _clip_grad_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         norm = original(*args, **kwargs)
@@ -189,60 +217,77 @@ class TrlWatcher:
 
     # A gradient pass -------------------------------------------------------------------------
 
-    def _open(self, stats: StatsReader, inputs: dict[str, Any]) -> None:
-        step = int(self._trainer.state.global_step) + 1
-        exact = on_schedule(step, self._exact_every) or self._recorder.wants_probe(step)
-        stats.open(loss_mask(inputs), inputs["completion_ids"], exact)
+    def _take_scores(self, scored: Any) -> None:
+        logps_BT, _ = logps_and_entropies(scored)
+        if logps_BT is not None:
+            self._rollouts.take_scores(logps_BT)
 
-    def _take_pass(
-        self, stats: StatsReader, inputs: dict[str, Any], scored: Any, seen: SeenPass
-    ) -> None:
+    def _open(self, inputs: dict[str, Any]) -> None:
+        step = self._trainer.step
+        exact = on_schedule(step, self._exact_every) or self._recorder.wants_probe(step)
+        self._stats.open(loss_mask(inputs), inputs["completion_ids"], exact)
+
+    def _take_pass(self, inputs: dict[str, Any], scored: Any, seen: SeenPass) -> None:
         logps_BT, entropies_BT = logps_and_entropies(scored)
         if logps_BT is None or not logps_BT.requires_grad:
             return
-        columns = stats.close(logps_BT, entropies_BT)
+        columns = self._stats.close(logps_BT, entropies_BT)
         if self._saw_tokens is None:
-            self._recorder.note(statistics_from=stats.source)
+            self._recorder.note(statistics_from=self._stats.source)
         self._saw_tokens = True
-        mask_BT, numbers = loss_mask(inputs), self._rollouts.numbers(inputs)
-        index = len(self._passes)
-        tokens = token_pass(inputs, logps_BT.detach(), columns, numbers, self._clip, index)
-        seen.tokens, seen.mask_BT = tokens, mask_BT
-        self._recorder.watch(tokens, logps_BT, partial(self._gradient, tokens, mask_BT))
+        numbers, index = self._rollouts.numbers(inputs), len(self._passes)
+        seen.mask_BT = loss_mask(inputs)
+        seen.tokens, seen.clipped = token_pass(
+            self._trainer, inputs, logps_BT.detach(), columns, numbers, index
+        )
+        weight = self._trainer.weight(inputs)
+        seen.masks += [] if weight is None else [weight.detach()]
+        self._recorder.watch(seen.tokens, logps_BT, partial(self._gradient, seen))
 
-    def _gradient(self, tokens: TokenPass, mask_BT: Tensor, grad_BT: Tensor) -> None:
-        accelerator = self._trainer.accelerator
-        scaler = getattr(accelerator, "scaler", None)
-        scale = scaler.get_scale() if scaler is not None else 1.0
-        take_gradient(tokens, mask_BT, grad_BT, scale * accelerator.num_processes)
+    def _take_second(
+        self, inputs: dict[str, Any], seen: SeenPass, scored: Any, ids: Tensor | None
+    ) -> None:
+        """Add the gradient of a loss that scores the same tokens twice to their rows."""
+        logps_BT, _ = logps_and_entropies(scored)
+        if logps_BT is None or not logps_BT.requires_grad or seen.tokens is None:
+            return
+        own = inputs["completion_ids"]
+        if ids is not None and torch.equal(ids[:, -own.shape[1] :], own):
+            logps_BT.register_hook(lambda grad: self._guard(self._gradient, seen, grad))
+        elif not self._scores_others:
+            self._scores_others = True
+            self._recorder.note(not_in_coef=[*self._trainer.beside_logp, "scoring of other tokens"])
+
+    def _gradient(self, seen: SeenPass, grad_BT: Tensor) -> None:
+        seen.take_gradient(grad_BT, self._trainer.loss_scale, self._trainer.has_kl)
 
     # The end of a step -----------------------------------------------------------------------
 
     def before_update(self) -> None:
         """Note the learning rate; called by the trainer before its optimizer steps."""
-        self._row["lr"] = self._trainer.optimizer.param_groups[0]["lr"]
-        self._prober.before_update(int(self._trainer.state.global_step) + 1)
+        self._row["lr"] = self._trainer.raw.optimizer.param_groups[0]["lr"]
+        self._prober.before_update(self._trainer.step)
 
     def after_update(self) -> None:
         """Take the update apart, if it is its turn; called after the optimizer has stepped."""
         started = perf_counter()
-        step = int(self._trainer.state.global_step) + 1
-        self._prober.after_update(step, self._passes, self._row.get("grad_norm"))
+        self._prober.after_update(self._trainer.step, self._passes, self._row.get("grad_norm"))
         self._row["seconds_probe"] = perf_counter() - started
 
-    def end_step(self, step: int) -> None:
+    def end_step(self) -> None:
         """Score again, write, log; called by the trainer after its optimizer has stepped."""
+        step = self._last = self._trainer.step - 1
         # What all processes do together must happen on each, even where recording has failed.
         if on_schedule(step, self._recorder.rescore_every):
             if self._several or self._recorder.failure is None:
                 self._rescore()
         if self._several or self._log_metrics:
-            sums = self.guard(self._sums, step) or self._no_sums()
+            sums = self._guard(self._sums, step) or self._no_sums()
             if self._several:
-                sums = self._over_processes(sums)
-            self.guard(self._write, step, sums)
+                sums = self._trainer.sum_over_processes(sums)
+            self._guard(self._write, step, sums)
         else:
-            self.guard(self._finish_step, step, {}, self._sums_beside_tokens())
+            self._guard(self._finish_step, step, {}, self._sums_beside_tokens())
         self._start_step()
 
     def flush(self) -> None:
@@ -252,8 +297,8 @@ class TrlWatcher:
     def _rescore(self) -> None:
         started = perf_counter()
         try:
-            with self._trainer.compute_loss_context_manager():
-                score_again(self._trainer.model, self._passes)
+            with self._trainer.precision():
+                score_again(self._trainer.raw.model, self._passes)
         except Exception as error:
             self._recorder.fail(error)
         self._recorder.seconds += perf_counter() - started
@@ -263,10 +308,10 @@ class TrlWatcher:
         if self._several and not self._named:
             # Rank 0 names every token, for it does not see those of the other processes.
             self._named = True
-            recorder.name_tokens(range(len(self._trainer.processing_class)), texts)
+            recorder.name_tokens(range(len(self._trainer.raw.processing_class)), texts)
         given = given_in_all([seen.tokens for seen in self._passes if seen.tokens is not None])
         tokens = recorder.settle(step, texts)
-        return log_sums(tokens, given, self._clip.per_sequence) | self._sums_beside_tokens()
+        return log_sums(tokens, given, recorder.sequence_level) | self._sums_beside_tokens()
 
     def _no_sums(self) -> dict[str, float]:
         return dict.fromkeys([*log_sums(None), *self._sums_beside_tokens()], 0.0)
@@ -275,18 +320,10 @@ class TrlWatcher:
         loss = 0.0 if self._loss is None else float(self._loss)
         return {**self._rollouts.sums(), "loss": loss, "loss n": float(self._loss is not None)}
 
-    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
-        accelerator = self._trainer.accelerator
-        vector = torch.tensor(list(sums.values()), dtype=torch.float64)
-        vector = vector.to(accelerator.device)
-        total = accelerator.reduce(vector, reduction="sum").tolist()
-        return dict(zip(sums, total, strict=True))
-
     def _write(self, step: int, sums: dict[str, float]) -> None:
         columns = step_columns(sums)
         if self._log_metrics and self._saw_tokens:
-            for name, value in log_entries(sums, columns).items():
-                self._trainer._metrics["train"][name].append(value)
+            self._trainer.log(log_entries(sums, columns))
         self._finish_step(step, columns)
 
     def _finish_step(
@@ -305,17 +342,22 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
     """Let the trainer tell the watcher about updates; transformers is loaded only here."""
     from transformers import TrainerCallback
 
+    guard = watcher._guard
+
     class Steps(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            guard(watcher.begin_training, int(state.global_step))
+
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watcher.guard(watcher.before_update)
+            guard(watcher.before_update)
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watcher.guard(watcher.after_update)
+            guard(watcher.after_update)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watcher.end_step(int(state.global_step))
+            watcher.end_step()
             if control.should_save:
-                watcher.guard(watcher.flush)
+                guard(watcher.flush)
 
     callback = Steps()
     trainer.add_callback(callback)
