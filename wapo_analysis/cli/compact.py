@@ -18,8 +18,11 @@ def compact(
         list[Path],
         typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN..."),
     ],
-    force: Annotated[
-        bool, typer.Option("--force", help="Also a run that may still be written.")
+    take_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over", "--force", help="Also a run that another process seems to write."
+        ),
     ] = False,
 ) -> None:
     """Merge the part files of finished or crashed runs.
@@ -29,10 +32,10 @@ def compact(
         wapo compact runs/mine
     """
     from wapo_analysis.store import find_runs
-    from wapo_analysis.store.compact import compact as compact_run
+    from wapo_analysis.store.merge import compact as compact_run
 
     for folder in dict.fromkeys(folder for path in runs for folder in find_runs(path)):
-        done = compact_run(folder, force)
+        done = compact_run(folder, take_over)
         say(
             f"{folder}: {done.files_before} files, {done.bytes_before:,} bytes -> "
             f"{done.files_after} files, {done.bytes_after:,} bytes"

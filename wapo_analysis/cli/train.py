@@ -84,6 +84,12 @@ def train(
         int | None,
         Option(min=1, help="Step of the checkpoint to resume from.  [default: the last]"),
     ] = None,
+    take_over: Annotated[
+        bool,
+        Option(
+            "--take-over", help="With --resume: also if another process still seems to write it."
+        ),
+    ] = False,
     settings: Annotated[
         bool, Option("--settings", help="Print every setting with its default and limits.")
     ] = False,
@@ -112,7 +118,8 @@ def train(
         chosen = _chosen(config, changes, out if resume else None)
         folder = out or Path("runs") / f"{chosen.objective}-{chosen.seed}"
         chosen.load_task()  # what is wrong with the data shows before the model is loaded
-        _train(chosen, folder, resume, checkpoint, threads)
+        options = {"resume": resume, "checkpoint": checkpoint, "take_over": take_over}
+        _train(chosen, folder, threads=threads, **options)
 
 
 def as_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,13 +136,7 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _train(
-    settings: TrainConfig,
-    folder: Path,
-    resume: bool,
-    checkpoint: int | None,
-    threads: int | None,
-) -> None:
+def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
     """Train, alone or with the processes a launcher has started, and say how it ended."""
     from wapo_analysis.train.distributed import ProcessFailed
     from wapo_analysis.train.launched import joined_processes
@@ -146,15 +147,7 @@ def _train(
     try:
         with joined_processes(settings.device) as world:
             first = world.first
-            run = partial(
-                run_training,
-                settings,
-                folder,
-                resume=resume,
-                checkpoint=checkpoint,
-                threads=threads,
-                world=world,
-            )
+            run = partial(run_training, settings, folder, world=world, **options)
             if not first:
                 run()
                 return

@@ -23,9 +23,9 @@ from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
-from wapo_analysis.store import Manifest, RunWriter
+from wapo_analysis.store import Manifest, PartWriter, RunWriter
 from wapo_analysis.store.files import MANTISSA_BITS
-from wapo_analysis.store.ranks import PartWriter
+from wapo_analysis.store.lock import RunLost
 from wapo_analysis.table import Records
 
 __all__ = ["Recorder", "TokenPass", "on_schedule"]
@@ -70,6 +70,14 @@ class Recorder(Guarded, Closing):
         Write in the training thread; the files are the same.
     sequence_level : bool
         The clip looks at the ratio of the whole rollout (GSPO).
+    take_over : bool
+        Take the run from a process that still seems to write it; if that one lives it notices and
+        stops recording, its training goes on.
+
+    Attributes
+    ----------
+    lost : bool
+        Another process has taken the run over: nothing may be written to its folder any more.
 
     Raises
     ------
@@ -90,6 +98,8 @@ class Recorder(Guarded, Closing):
     ...     recorder.finish_step(1, reward=[1.0, 0.0])
     """
 
+    lost = False
+
     def __init__(
         self,
         path: str | Path | None,
@@ -106,6 +116,7 @@ class Recorder(Guarded, Closing):
         queue_rows: int = QUEUE_ROWS,
         synchronous: bool = False,
         sequence_level: bool = False,
+        take_over: bool = False,
     ) -> None:
         if min(token_every, rescore_every, probe_every) < 0:
             raise UserError(
@@ -133,7 +144,7 @@ class Recorder(Guarded, Closing):
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         kind = RunWriter if rank == 0 else PartWriter
         described = {**_described(self.path, manifest or {}), **settings}
-        self._writer = kind(self.path, described, resume_after, store_bits)
+        self._writer = kind(self.path, described, resume_after, store_bits, take_over)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous)
 
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +154,7 @@ class Recorder(Guarded, Closing):
     def fail(self, error: Exception) -> None:
         """Stop recording for good, with one warning; training goes on."""
         if self.failure is None:
+            self.lost = isinstance(error, RunLost)
             super().fail(error)
             self._steps.abandon()
             log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.record.step import StepJob
-from wapo_analysis.store import RunWriter
+from wapo_analysis.store import PartWriter
 from wapo_analysis.table import Array
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class StepWriter:
 
     Parameters
     ----------
-    writer : RunWriter
+    writer : PartWriter
     on_error : callable
         Called once, in the thread, with the error that ended the writing; a bound method, of whose
         object no reference is kept.
@@ -47,7 +47,7 @@ class StepWriter:
 
     def __init__(
         self,
-        writer: RunWriter,
+        writer: PartWriter,
         on_error: Callable[[Exception], None],
         queue_rows: int = QUEUE_ROWS,
         synchronous: bool = False,

@@ -14,7 +14,7 @@ from wapo_analysis.store.files import (
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.reader import Run, find_runs, open_run
-from wapo_analysis.store.writer import RunWriter
+from wapo_analysis.store.writer import PartWriter, RunWriter
 
 __all__ = [
     "MANIFEST",
@@ -23,6 +23,7 @@ __all__ = [
     "Need",
     "Manifest",
     "Run",
+    "PartWriter",
     "RunWriter",
     "find_runs",
     "open_run",

@@ -101,13 +101,15 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
 
     Raises
     ------
+    FileNotFoundError
+        If it is not there (any more).
     UserError
         If it cannot be read, is no JSON, or is too large or too deeply nested.
     """
     try:
         with open_regular(path, limit) as stream:
             return parse_json(stream.read(limit + 1).decode("utf-8"))
-    except UserError:
+    except (UserError, FileNotFoundError):
         raise
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -202,26 +204,6 @@ def parquet_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **encoding(table.schema))
     return bytes(sink.getvalue())
-
-
-def step_lines(log: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Whole lines of the step log with their content; an unfinished last line is left out."""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("no integer 'step'")
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise UserError(
-                f"{log}: line {number} is not a step record ({error}); "
-                "delete that line to read the others"
-            ) from error
-        yield line, row
 
 
 def read_vocab(path: Path) -> dict[int, str]:

@@ -1,4 +1,4 @@
-"""Many parts into one file, without a moment in which rows are missing.
+"""Many parts into one file, without a moment in which rows are missing; ``wapo compact``.
 
 The merged file is written beside, fsynced and renamed; only then are its parts deleted. After a
 crash in between both are there, and readers take each step of each rank once.
@@ -8,12 +8,17 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wapo_analysis.store.files import encoding, renamed_when_whole
+from wapo_analysis.errors import UserError
+from wapo_analysis.store.files import PART_TABLES, STEP_LOG, encoding, renamed_when_whole
+from wapo_analysis.store.lock import LOCK, RunLock
+from wapo_analysis.store.manifest import read_manifest
 from wapo_analysis.store.parts import (
     STEPS_KEY,
     PartFile,
@@ -23,6 +28,7 @@ from wapo_analysis.store.parts import (
     read_steps,
 )
 
+_ALIVE_SECONDS = 60.0
 GROUP_ROWS = 1 << 14
 """A row group holds whole steps: one, or as many as it takes to have this many rows."""
 
@@ -159,3 +165,69 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+# ---- wapo compact --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """Files of the tables of a run and their bytes, before and after."""
+
+    files_before: int
+    bytes_before: int
+    files_after: int
+    bytes_after: int
+
+
+def compact(run: Path, take_over: bool = False) -> Compacted:
+    """Merge all parts of a run: one file for each table and rank.
+
+    Parameters
+    ----------
+    run : Path
+        Run folder, finished or crashed.
+    take_over : bool
+        Also a run that another process seems to write; that one stops recording if it lives.
+
+    Raises
+    ------
+    UserError
+        If it is no run, is being written, holds a broken part, or the disk is full; no row is lost
+        then.
+    """
+    ended = read_manifest(run).status != "running"
+    if not (ended or take_over or (run / LOCK).exists()) and _fresh(run):
+        raise UserError(f"{run} is being written: its log changed in the last minute; wait for it")
+    files, size = _measure(run)
+    try:
+        lock = RunLock(run, take_over)
+        try:
+            for name in PART_TABLES:
+                _compact_table(run / name)
+        finally:
+            lock.release(ended)
+    except OSError as error:
+        raise UserError(f"cannot compact {run}: {error.strerror or error}") from error
+    return Compacted(files, size, *_measure(run))
+
+
+def _compact_table(folder: Path) -> None:
+    for unfinished in folder.glob(".*.parquet.*"):  # what a killed writer left beside
+        unfinished.unlink(missing_ok=True)
+    files = list_parts(folder)
+    for rank in sorted({part.rank for part in files}):
+        mine = [part for part in files if part.rank == rank]
+        if len(mine) > 1:
+            replace_files(folder, mine)
+
+
+def _fresh(run: Path) -> bool:
+    """Whether a log changed just now that no lock speaks of: version 0.1 wrote none."""
+    log = run / STEP_LOG
+    return log.exists() and time() - log.stat().st_mtime < _ALIVE_SECONDS
+
+
+def _measure(run: Path) -> tuple[int, int]:
+    sizes = [part.path.stat().st_size for name in PART_TABLES for part in list_parts(run / name)]
+    return len(sizes), sum(sizes)

@@ -1,11 +1,11 @@
 """Reading a run folder, finished or still being written."""
 
+import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,14 +13,17 @@ import pyarrow as pa
 
 from wapo_analysis.derive import derived_columns, with_class
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.schema import STEPS, TABLES, Table
-from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, read_vocab, step_lines
+from wapo_analysis.schema import TABLES, Table
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, read_vocab
+from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parts import listed_keys, read_rows
+from wapo_analysis.store.steplog import step_lines, steps_frame
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
 
+_LOG = logging.getLogger(__name__)
 _NAMED_STEPS = 5
 """Recorded steps that an error message names."""
 
@@ -60,6 +63,13 @@ class Run:
         return self.manifest.seed
 
     @property
+    def status(self) -> str:
+        """How the run ended, or ``running``; ``probably dead`` if its process ended before it."""
+        if self.manifest.status == "running" and probably_dead(self.path):
+            return "probably dead"
+        return self.manifest.status
+
+    @property
     def temperature(self) -> float:
         """Softmax temperature of the recorded statistics."""
         return self.manifest.temperature or 1.0
@@ -67,8 +77,13 @@ class Run:
     @cached_property
     def steps(self) -> pd.DataFrame:
         """Step table, one row per step, last record of a repeated step; NaN where missing."""
-        log = self.path / STEP_LOG
-        return steps_frame([row for _, row in step_lines(log)] if log.exists() else [])
+        log, rows = self.path / STEP_LOG, []
+        with suppress(FileNotFoundError):
+            rows = list(step_lines(log))
+        written = self.manifest.step_lines
+        if written is not None and len(rows) != written:
+            _LOG.warning("%s has %d lines of the %d that were written", log, len(rows), written)
+        return steps_frame(rows)
 
     @cached_property
     def classes(self) -> pd.DataFrame:
@@ -166,36 +181,13 @@ class Run:
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} steps"
-        return f"Run({self.name!r}, {self.objective}, {steps}, {self.manifest.status})"
+        return f"Run({self.name!r}, {self.objective}, {steps}, {self.status})"
 
     def _repr_html_(self) -> str:
         from html import escape
 
         shown = self.steps[["step", "reward", "entropy", "grad_norm"]].tail(5)
         return f"<b>{escape(repr(self))}</b>{shown.to_html(index=False)}"
-
-
-def _union(names: tuple[str, ...], rows: list[dict[str, Any]]) -> list[str]:
-    extra = {key for row in rows for key in row} - set(names)
-    return [*names, *sorted(extra)]
-
-
-def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Step rows in the order they were written as a step table; see :attr:`Run.steps`.
-
-    ``attrs["null"]`` maps a column to the steps whose record holds it without a finite number:
-    there something went wrong, where a record without the name just did not log it.
-    """
-    frame = pd.DataFrame(rows, columns=_union(STEPS.names, rows))
-    frame = frame.drop_duplicates("step", keep="last").sort_values("step")
-    frame = frame.reset_index(drop=True).astype({"step": "int64"})
-    nulls: dict[str, set[int]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if not isinstance(value, int) and not (isinstance(value, float) and isfinite(value)):
-                nulls.setdefault(name, set()).add(row["step"])
-    frame.attrs["null"] = nulls
-    return frame
 
 
 def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,5 @@
 """Following a run that is being written: each poll reads only what was added since the last one."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +9,11 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
-from wapo_analysis.store.files import MANIFEST, STEP_LOG
+from wapo_analysis.store.files import MANIFEST, STEP_LOG, open_regular
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parts import Key, read_rows
-from wapo_analysis.store.reader import Run, parts_frame, steps_frame, summed_classes
+from wapo_analysis.store.reader import Run, parts_frame, summed_classes
+from wapo_analysis.store.steplog import LOG_BYTES, LineReader, steps_frame
 
 _FOLLOWED = ("classes", "probes")
 
@@ -54,6 +54,7 @@ class Tail:
     def _restart(self, inode: int) -> None:
         """Forget the tables; a resumed run replaces its log, and drops steps and parts."""
         self._inode, self._offset, self._lines = inode, 0, 0
+        self._reader = LineReader()
         self._rows.clear()
         self.notes.clear()
         self._have = {name: set() for name in _FOLLOWED}
@@ -113,7 +114,7 @@ class Tail:
     def _read_log(self) -> bool:
         """Take the whole lines that were appended; half a line waits for the next poll."""
         try:
-            with (self.path / STEP_LOG).open("rb") as log:
+            with open_regular(self.path / STEP_LOG, LOG_BYTES) as log:
                 status = os.fstat(log.fileno())
                 restarted = status.st_ino != self._inode or status.st_size < self._offset
                 if restarted:
@@ -125,22 +126,19 @@ class Tail:
         self.bytes_read += len(added)
         whole = added[: added.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
+        for line in whole.split(b"\n")[:-1]:
             self._lines += 1
-            self._take_line(line.decode("utf-8", errors="replace"))
+            self._take_line(line)
         return restarted or bool(whole)
 
-    def _take_line(self, line: str) -> None:
+    def _take_line(self, line: bytes) -> None:
         if not line.strip():
             return
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            self._rows.append(row)
-        else:
-            self.notes.append(f"line {self._lines} of {STEP_LOG} is no step record; left out")
+            self._rows.append(self._reader.row(line))
+        except ValueError as error:
+            told = f"line {self._lines} of {STEP_LOG} is no step record ({error}); left out"
+            self.notes.append(told)
 
     def _read_parts(self, name: str) -> None:
         """Add the rows of a table that have not been read, up to the last step of the log."""

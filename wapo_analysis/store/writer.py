@@ -1,12 +1,11 @@
 """Writing a run folder."""
 
-import json
 import logging
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from wapo_analysis.errors import UserError, unknown_name
@@ -21,12 +20,13 @@ from wapo_analysis.store.files import (
     arrow_table,
     parquet_bytes,
     read_vocab,
-    step_lines,
     write_atomic,
 )
+from wapo_analysis.store.lock import Owner, RunLock, RunLost
 from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.store.merge import merge_parts, replace_files
 from wapo_analysis.store.parts import list_parts, part_name
+from wapo_analysis.store.steplog import step_line, step_lines
 from wapo_analysis.table import Records
 
 log = logging.getLogger(__name__)
@@ -35,24 +35,22 @@ MERGE_STEPS = 64
 """Steps between two merges of a run that is being written."""
 
 
-class RunWriter:
-    """Writes one run folder.
+class PartWriter:
+    """Writes the parts of a process that is not the first, and nothing else.
 
     Parameters
     ----------
     path : Path
         Folder; made if absent.
-    manifest : mapping
-        Description of the run, see `Manifest`.
-    resume_after : int, optional
-        Continue an existing run after this step: later steps and parts are dropped.
+    manifest, resume_after, take_over
+        Ignored: manifest, step log and vocabulary are the first process's to write.
     store_bits : int
         Mantissa bits that float32 columns keep, 7..23; 23 keeps all.
 
     Raises
     ------
     UserError
-        If the folder already holds a run and ``resume_after`` is None, or cannot be written.
+        If the folder cannot be written.
     """
 
     def __init__(
@@ -61,49 +59,41 @@ class RunWriter:
         manifest: Mapping[str, Any],
         resume_after: int | None = None,
         store_bits: int = MANTISSA_BITS,
+        take_over: bool = False,
     ) -> None:
-        self._set_up(path, store_bits)
-        if resume_after is None and (path / MANIFEST).exists():
-            raise UserError(
-                f"{path} already holds a run; choose another folder, continue it with --resume, "
-                "or delete it"
-            )
-        try:
-            for name in PART_TABLES:
-                (path / name).mkdir(parents=True, exist_ok=True)
-            if resume_after is not None:
-                _rewind(path, resume_after)
-            self.manifest = Manifest.of(manifest)
-            self.update_manifest(status="running")
-        except OSError as error:
-            raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
-        self._steps = (path / STEP_LOG).open("a", encoding="utf-8")
-        self._vocab: dict[int, str] = read_vocab(path)
-
-    def _set_up(self, path: Path, store_bits: int) -> None:
-        """Check and keep what writers of every rank need."""
         if not 7 <= store_bits <= FULL_BITS:
             raise UserError(f"store_bits must be 7 to {FULL_BITS}, got {store_bits}")
         self.path, self._bits = path, store_bits
         self._loose = 0
         self._merges = True
+        self._first: str | None = None
+        try:
+            for name in PART_TABLES:
+                (path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
 
-    def update_manifest(self, **changes: Any) -> None:
-        """Change manifest entries and write the manifest anew."""
-        self.manifest = self.manifest.changed(changes)
-        write_manifest(self.path, self.manifest)
+    @property
+    def lost(self) -> bool:
+        """Whether another process has taken the run over."""
+        try:
+            self.check()
+        except RunLost:
+            return True
+        return False
 
-    def append_step(self, row: Mapping[str, float]) -> None:
-        """Append one line to the step log and flush it; non-finite numbers become null."""
-        unknown = [name for name in row if name not in STEPS and "/" not in name]
-        if unknown:
-            raise unknown_name("step column", unknown[0], STEPS.names)
-        clean = {name: _json_number(value) for name, value in row.items()}
-        self._steps.write(json.dumps(clean) + "\n")
-        self._steps.flush()
+    def check(self) -> None:
+        """Raise `RunLost` if the first process has lost the run."""
+        owner = Owner.of(self.path)
+        token = None if owner is None else owner.token
+        if self._first is None:
+            self._first = token
+        elif token != self._first:
+            raise RunLost(f"another process has taken over {self.path}")
 
     def write_part(self, records: Records, step: int, rank: int = 0) -> None:
         """Write one whole part of a table for one step and rank."""
+        self.check()
         file = self.path / records.table.name / part_name(step, rank)
         write_atomic(file, parquet_bytes(arrow_table(records, self._bits)))
 
@@ -117,6 +107,7 @@ class RunWriter:
         if self._loose < MERGE_STEPS or not self._merges:
             return
         self._loose = 0
+        self.check()
         try:
             for name in PART_TABLES:
                 merge_parts(self.path / name, rank, MERGE_STEPS)
@@ -124,10 +115,105 @@ class RunWriter:
             self._merges = False
             log.warning("parts of %s stay unmerged (%s); wapo compact can try", self.path, error)
 
+    def update_manifest(self, **changes: Any) -> None:
+        """Leave the manifest to rank 0."""
+
+    def append_step(self, row: Mapping[str, float]) -> None:
+        """Leave the step log to rank 0."""
+
+    def named(self) -> list[int]:
+        """Leave the vocabulary to rank 0."""
+        return []
+
+    def add_vocab(self, texts: Mapping[int, str]) -> None:
+        """Leave the vocabulary to rank 0."""
+
+    def close(self, status: str) -> None:
+        """Nothing is open."""
+
+
+class RunWriter(PartWriter):
+    """Writes one run folder, which is this process's until `close`.
+
+    Parameters
+    ----------
+    path : Path
+        Folder; made if absent.
+    manifest : mapping
+        Description of the run, see `Manifest`.
+    resume_after : int, optional
+        Continue an existing run after this step: later steps and parts are dropped.
+    store_bits : int
+        Mantissa bits that float32 columns keep, 7..23; 23 keeps all.
+    take_over : bool
+        Take the run from a process that still writes it; that one notices and stops recording.
+
+    Raises
+    ------
+    UserError
+        If another process writes the run, the folder already holds a run and ``resume_after`` is
+        None, or it cannot be written. Later, `RunLost` once another process has taken it over.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Mapping[str, Any],
+        resume_after: int | None = None,
+        store_bits: int = MANTISSA_BITS,
+        take_over: bool = False,
+    ) -> None:
+        described = Manifest.of(manifest)
+        if resume_after is None:
+            _refuse_run(path)
+        super().__init__(path, manifest, resume_after, store_bits)
+        try:
+            self._lock = RunLock(path, take_over)
+            try:
+                self._begin(described, resume_after)
+            except BaseException:
+                self._lock.release(ended=resume_after is None)
+                raise
+        except OSError as error:
+            raise UserError(f"cannot write run folder {path}: {error.strerror}") from error
+
+    def _begin(self, manifest: Manifest, resume_after: int | None) -> None:
+        if resume_after is None:
+            _refuse_run(self.path)
+            self._lines = 0
+        else:
+            self._lines = _rewind(self.path, resume_after)
+        self.manifest = manifest
+        self.update_manifest(status="running", step_lines=None)
+        self._steps = (self.path / STEP_LOG).open("ab")
+        weakref.finalize(self, self._steps.close)
+        self._vocab: dict[int, str] = read_vocab(self.path)
+
+    def check(self) -> None:
+        """Raise `RunLost` if another process has taken the run over."""
+        self._lock.check()
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change manifest entries and write the manifest anew."""
+        self.check()
+        self.manifest = self.manifest.changed(changes)
+        write_manifest(self.path, self.manifest)
+
+    def append_step(self, row: Mapping[str, float]) -> None:
+        """Append one line to the step log and flush it; non-finite numbers become null."""
+        unknown = [name for name in row if name not in STEPS and "/" not in name]
+        if unknown:
+            raise unknown_name("step column", unknown[0], STEPS.names)
+        self.check()
+        self._steps.write(step_line(row))
+        self._steps.flush()
+        self._lines += 1
+
     def add_vocab(self, texts: Mapping[int, str]) -> None:
         """Add token id -> text entries; rewritten only when something is new."""
         if all(token in self._vocab for token in texts):
             return
+        self.check()
         self._vocab.update(texts)
         ids = sorted(self._vocab)
         table = pa.table(
@@ -140,26 +226,37 @@ class RunWriter:
         return list(self._vocab)
 
     def close(self, status: str) -> None:
-        """Close the step log and note how the run ended."""
-        if not self._steps.closed:
+        """Close the step log, note how the run ended, and give it back."""
+        if self._steps.closed:
+            return
+        noted = False
+        try:
             self._steps.close()
-            self.update_manifest(status=status)
+            if not self.lost:
+                self.update_manifest(status=status, step_lines=self._lines)
+                noted = True
+        finally:
+            self._lock.release(ended=noted)
 
 
-def _json_number(value: float) -> float | int | None:
-    number = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(number, float) and not np.isfinite(number) else number
+def _refuse_run(path: Path) -> None:
+    if (path / MANIFEST).exists():
+        raise UserError(
+            f"{path} already holds a run; choose another folder, continue it with --resume, "
+            "or delete it"
+        )
 
 
-def _rewind(path: Path, last: int) -> None:
-    """Drop steps and parts after ``last``, and a half-written last line."""
-    log = path / STEP_LOG
+def _rewind(path: Path, last: int) -> int:
+    """Drop steps and parts after ``last``, and a half-written last line; returns the lines left."""
+    log, kept = path / STEP_LOG, []
     if log.exists():
-        kept = [line for line, row in step_lines(log) if row["step"] <= last]
-        write_atomic(log, "".join(f"{line}\n" for line in kept).encode())
+        kept = [row for row in step_lines(log) if row["step"] <= last]
+        write_atomic(log, b"".join(step_line(row) for row in kept))
     for name in PART_TABLES:
         for part in list_parts(path / name):
             if part.first > last:
                 part.path.unlink(missing_ok=True)
             elif part.last > last:
                 replace_files(path / name, [part], last)
+    return len(kept)

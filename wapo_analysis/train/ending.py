@@ -12,6 +12,7 @@ from types import FrameType
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.store.files import MANIFEST
+from wapo_analysis.store.lock import written_by_another
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ def nothing_left_if_refused(run: Path | None) -> Iterator[Begun]:
     try:
         yield begun
     except UserError:
-        if run is not None and fresh and not begun.yes and run.is_dir():
+        mine = run is not None and fresh and not begun.yes and not written_by_another(run)
+        if run is not None and mine and run.is_dir():
             for path in set(run.iterdir()) - (before or set()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             if before is None:

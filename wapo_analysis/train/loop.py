@@ -27,6 +27,7 @@ from wapo_analysis.objectives.weights import (
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
+from wapo_analysis.store.lock import check_free
 from wapo_analysis.train.batch import (
     Batch,
     MiniBatch,
@@ -67,6 +68,7 @@ def train(
     *,
     resume: bool = False,
     checkpoint: int | None = None,
+    take_over: bool = False,
     progress: Progress | None = None,
     threads: int | None = None,
     world: World = ALONE,
@@ -82,6 +84,8 @@ def train(
         Continue the run in ``out`` from its last checkpoint.
     checkpoint : int, optional
         Continue from the checkpoint of this step instead; what came later is dropped.
+    take_over : bool
+        Also if another process still seems to write the run; it stops recording if it lives.
     progress : callable, optional
         Called with the step's row after every step.
     threads : int, optional
@@ -111,6 +115,8 @@ def train(
     check_processes(config, world)
     run = Path(out) if out is not None else None
     with world.together():
+        if resume and run is not None and world.first and not take_over:
+            check_free(run)
         trainer, done = _begin(config, run if resume else None, checkpoint, world)
         check_loggers(config.log_to)
     trainer.start_alike()
@@ -121,7 +127,7 @@ def train(
             if progress is not None:
                 progress(row)
 
-        _record(trainer, run, done if resume else None, shown)
+        _record(trainer, run, done if resume else None, take_over, shown)
     return trainer.policy
 
 
@@ -144,13 +150,16 @@ def _begin(
 
 
 def _record(
-    trainer: "Trainer", run: Path | None, resume_after: int | None, shown: Progress
+    trainer: "Trainer",
+    run: Path | None,
+    resume_after: int | None,
+    take_over: bool,
+    shown: Progress,
 ) -> None:
     """Train and record the steps after ``resume_after``, and show their rows."""
     config, world = trainer.config, trainer.world
-    recorder = world.in_turn(
-        partial(open_recorder, run, config, trainer.policy, trainer.capture, world, resume_after)
-    )
+    made = partial(open_recorder, run, config, trainer.policy, trainer.capture, world)
+    recorder = world.in_turn(partial(made, resume_after, take_over))
     loggers = open_loggers(config.log_to, run if world.first else None, config, resume_after)
     status = "failed"
     try:
@@ -249,7 +258,7 @@ class Trainer:
         self.world.check_alike(self.parameters)
         keep = self.config.keep_checkpoints
         with self.world.together():
-            if self.world.first:
+            if self.world.first and not recorder.lost:
                 save_checkpoint(run, step, self.policy, self.optimizer, keep)
 
     def draw(self, step: int) -> Batch:

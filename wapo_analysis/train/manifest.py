@@ -9,6 +9,7 @@ from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import Manifest, read_manifest
+from wapo_analysis.train.checkpoint import drop_later
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import World
 from wapo_analysis.train.models import Policy
@@ -94,6 +95,7 @@ def open_recorder(
     capture: CaptureMode,
     world: World,
     resume_after: int | None,
+    take_over: bool = False,
 ) -> Recorder:
     """Recorder of a new run or of one that is continued after a step; without folder, of none.
 
@@ -108,7 +110,7 @@ def open_recorder(
         manifest = new_manifest(config, policy, capture)
     else:
         manifest = resumed_manifest(read_manifest(run), config, capture)
-    return Recorder(
+    recorder = Recorder(
         run,
         {**manifest, "processes": world.size},
         token_every=config.token_every,
@@ -119,4 +121,8 @@ def open_recorder(
         temperature=config.temperature,
         rank=world.rank,
         resume_after=resume_after,
+        take_over=take_over,
     )
+    if resume_after is not None and world.first:
+        drop_later(run, resume_after)  # of a process the run was just taken from
+    return recorder

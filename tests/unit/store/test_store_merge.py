@@ -14,8 +14,7 @@ from tests.unit.store.test_store import token_records, written_run
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import Run, RunWriter, merge, open_run
-from wapo_analysis.store.compact import compact
-from wapo_analysis.store.merge import merge_parts, replace_files
+from wapo_analysis.store.merge import compact, merge_parts, replace_files
 from wapo_analysis.store.parts import list_parts, part_name, read_rows
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.store.writer import MERGE_STEPS
@@ -296,7 +295,7 @@ def test_compact_refuses_a_run_that_is_being_written(
     manifest.write_text(manifest.read_text().replace('"finished"', '"running"'))
     code, out, err = said(capfd, str(path))
     assert (code, out) == (2, "")
-    assert "is being written" in err
+    assert "is being written: its log changed in the last minute" in err
     assert err.count("\n") == 1
     assert said(capfd, str(path), "--force")[0] == 0
     assert names(path) == ["merged-00000001-00000003-0.parquet"]

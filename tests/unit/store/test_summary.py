@@ -11,8 +11,7 @@ import pytest
 from tests.support.builders import write_fake_run
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run, summary
-from wapo_analysis.store.compact import compact
-from wapo_analysis.store.merge import merge_parts
+from wapo_analysis.store.merge import compact, merge_parts
 from wapo_analysis.store.summary import class_summary
 
 ENGINES = ["pyarrow", "duckdb"]

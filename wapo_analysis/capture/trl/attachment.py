@@ -74,6 +74,7 @@ def attach(
     label: str | None = None,
     manifest: Mapping[str, Any] | None = None,
     resume_after: int | None = None,
+    take_over: bool = False,
 ) -> Attachment:
     """Watch a TRL trainer: every gradient pass is recorded, training stays bitwise the same.
 
@@ -117,6 +118,8 @@ def attach(
     resume_after : int, optional
         Continue the run in ``path`` after this optimizer step: that of the checkpoint given to
         ``trainer.train(resume_from_checkpoint=...)``. What was recorded later is replaced.
+    take_over : bool
+        Also if another process still seems to write it; that one stops recording if it lives.
 
     Returns
     -------
@@ -168,6 +171,7 @@ def attach(
         rank=watched.rank,
         resume_after=resume_after,
         sequence_level=watched.clip.level != "token",
+        take_over=take_over,
     )
     patches = Patches()
     attachment = Attachment(recorder, patches, folder)

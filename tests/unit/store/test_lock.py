@@ -1,0 +1,221 @@
+"""One writer per run: a second one is refused, a dead one is replaced, a loser notices."""
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.schema import CLASSES
+from wapo_analysis.store import PartWriter, RunWriter, open_run
+from wapo_analysis.store import lock as module
+from wapo_analysis.store.lock import LOCK, Owner, RunLost
+from wapo_analysis.store.merge import compact
+from wapo_analysis.table import Records
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from wapo_analysis.store import RunWriter
+writer = RunWriter(Path(sys.argv[1]), {})
+for step in (1, 2, 3):
+    writer.append_step({"step": step})
+print("written", flush=True)
+time.sleep(60)
+"""
+
+
+ONE = {"group": [0], "rollout": [0], "reward": [1.0]}
+
+
+def classes(step: int) -> Records:
+    keys = {name: np.zeros(1) for name in ("rank", "sign", "regime", "prob_bin", "tokens")}
+    return Records.build(CLASSES, {"step": np.full(1, step), **keys})
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Any:
+    """Another process that writes the run ``r``."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "r")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "written\n"
+        yield process
+        process.kill()
+
+
+def aged(run: Path, seconds: float, **changes: Any) -> None:
+    """Change what the lock of a run says, and make its last heartbeat older."""
+    file = run / LOCK
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    then = time.time() - seconds
+    os.utime(file, (then, then))
+
+
+def test_a_second_writer_is_refused_in_one_line(tmp_path: Path, other: Any) -> None:
+    told = (
+        rf"r is being written by pid {other.pid} on {socket.gethostname()}, last step 3 \d s ago; "
+        r"--take-over \(take_over=True\) if that process is gone"
+    )
+    before = (tmp_path / "r" / "steps.jsonl").read_bytes()
+    with pytest.raises(UserError, match=told):
+        RunWriter(tmp_path / "r", {}, resume_after=1)
+    with pytest.raises(UserError, match=told):
+        compact(tmp_path / "r")
+    assert (tmp_path / "r" / "steps.jsonl").read_bytes() == before
+    assert open_run(tmp_path / "r").status == "running"
+
+
+def test_a_killed_writer_shows_as_probably_dead_and_is_replaced_without_asking(
+    tmp_path: Path, other: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    other.send_signal(signal.SIGKILL)
+    # Not waited for: it is a zombie, which runs no more.
+    for _ in range(500):
+        if open_run(tmp_path / "r").status == "probably dead":
+            break
+        time.sleep(0.01)
+    assert repr(open_run(tmp_path / "r")) == "Run('r', unknown, 3 steps, probably dead)"
+    with caplog.at_level(logging.WARNING):
+        writer = RunWriter(tmp_path / "r", {}, resume_after=2)
+    assert f"taken over from pid {other.pid} on {socket.gethostname()}" in caplog.text
+    assert "that process is gone" in caplog.text
+    assert open_run(tmp_path / "r").status == "running"
+    writer.close("finished")
+    assert not (tmp_path / "r" / LOCK).exists()
+    assert open_run(tmp_path / "r").steps.step.tolist() == [1, 2]
+
+
+def test_the_loser_of_a_take_over_stops_recording_and_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Recorder(tmp_path / "r", {}, synchronous=True)
+    for step in (1, 2, 3):
+        first.end_step({"step": step}, ONE)
+    second = Recorder(tmp_path / "r", {}, resume_after=2, take_over=True, synchronous=True)
+    second.end_step({"step": 3, "reward": 0.5}, ONE | {"reward": [0.5]})
+    first.end_step({"step": 4}, ONE)
+    first.note(name="loser")
+    first.close("finished")
+    assert first.lost
+    assert first.failure is not None
+    assert "another process has taken over" in first.failure
+    assert "training goes on" in caplog.text
+    run = open_run(tmp_path / "r")
+    assert (run.status, run.name) == ("running", "r")
+    second.close("finished")
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == [1, 2, 3]
+    assert run.rollouts.reward.tolist() == [1.0, 1.0, 0.5]
+    assert (run.status, run.manifest.step_lines) == ("finished", 3)
+    assert not second.lost
+
+
+def test_later_ranks_notice_as_well(tmp_path: Path) -> None:
+    first = RunWriter(tmp_path / "r", {})
+    second = PartWriter(tmp_path / "r", {})
+    second.write_part(classes(1), 1, rank=1)
+    taken = RunWriter(tmp_path / "r", {}, resume_after=0, take_over=True)
+    with pytest.raises(RunLost):
+        second.write_part(classes(2), 2, rank=1)
+    with pytest.raises(RunLost):
+        first.write_part(classes(2), 2)
+    taken.close("finished")
+
+
+@pytest.mark.parametrize(
+    ("silence", "changes", "free"),
+    [
+        (0, {}, False),
+        (10_000, {}, False),  # stopped with SIGSTOP, say: the process is there
+        (0, {"born": 1}, True),  # another process has its number now
+        (0, {"pid": 2**22 + 1, "born": 0}, True),
+        (0, {"pid": 10**30}, True),
+        (0, {"pid": 0}, True),
+        (60, {"place": "another machine", "host": "node7"}, False),
+        (200, {"place": "another machine", "host": "node7"}, True),
+        (60, {"token": None, "host": None, "pid": "x"}, False),  # unreadable: by its age
+        (200, {"token": None, "host": None, "pid": "x"}, True),
+    ],
+)
+def test_who_counts_as_gone(
+    tmp_path: Path, silence: float, changes: dict[str, Any], free: bool
+) -> None:
+    writer = RunWriter(tmp_path / "r", {})
+    writer.append_step({"step": 1})
+    aged(tmp_path / "r", silence, **changes)
+    assert open_run(tmp_path / "r").status == ("probably dead" if free else "running")
+    if free:
+        RunWriter(tmp_path / "r", {}, resume_after=1).close("finished")
+        assert writer.lost
+    else:
+        with pytest.raises(UserError, match="is being written by"):
+            RunWriter(tmp_path / "r", {}, resume_after=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 512, b"[" * 4000, b"{}", b"1" * 100_000])
+def test_a_damaged_lock_is_judged_by_its_age(tmp_path: Path, content: bytes) -> None:
+    RunWriter(tmp_path / "r", {}).close("finished")
+    (tmp_path / "r" / LOCK).write_bytes(content)
+    with pytest.raises(UserError, match="is being written by a process on an unknown host"):
+        RunWriter(tmp_path / "r", {}, resume_after=0)
+    then = time.time() - 1000
+    os.utime(tmp_path / "r" / LOCK, (then, then))
+    RunWriter(tmp_path / "r", {}, resume_after=0).close("finished")
+
+
+def test_a_writer_that_is_dropped_lets_go(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "r", {})
+    writer.append_step({"step": 1})
+    del writer
+    assert open_run(tmp_path / "r").status == "probably dead"
+    RunWriter(tmp_path / "r", {}, resume_after=1).close("finished")
+
+
+def test_a_refused_resume_gives_the_run_back(tmp_path: Path) -> None:
+    RunWriter(tmp_path / "r", {}).close("finished")
+    (tmp_path / "r" / "steps.jsonl").write_text("no step\nno step\n")
+    with pytest.raises(UserError, match=r"steps\.jsonl: line 1"):
+        RunWriter(tmp_path / "r", {}, resume_after=0)
+    (tmp_path / "r" / "steps.jsonl").write_text("")
+    RunWriter(tmp_path / "r", {}, resume_after=0).close("finished")
+
+
+def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_HEARTS", module._Hearts())
+    writer = RunWriter(tmp_path / "r", {})
+    file = tmp_path / "r" / LOCK
+    aged(tmp_path / "r", 500)
+    for _ in range(500):
+        if time.time() - file.stat().st_mtime < 100:
+            break
+        time.sleep(0.01)
+    owner = Owner.of(tmp_path / "r")
+    assert owner is not None
+    assert owner.pid == os.getpid()
+    assert file.stat().st_size == 512
+    writer.close("finished")
+
+
+def test_a_forked_child_leaves_the_run_to_its_parent(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "r", {})
+    child = os.fork()
+    if child == 0:
+        writer._lock.release()
+        os._exit(0)
+    os.waitpid(child, 0)
+    writer.append_step({"step": 1})
+    assert open_run(tmp_path / "r").status == "running"
+    writer.close("finished")
+    assert open_run(tmp_path / "r").status == "finished"

@@ -1,0 +1,126 @@
+"""The step log: one JSON line a step, each with a checksum of itself.
+
+A line is appended and flushed; the last one may be half written and is then left out on reading.
+Any reader of JSON lines can follow it: the checksum is one more entry, ``crc32``, at the end.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.schema import STEPS
+from wapo_analysis.store.files import open_regular
+
+CHECKSUM = "crc32"
+LOG_BYTES = 1 << 32
+"""Most bytes of a step log that are read."""
+LINE_BYTES = 1 << 22
+"""Most bytes of one line."""
+_ENDING = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\Z')
+_ENDING_BYTES = 22
+_MOST_STEPS = 2**31
+
+
+def step_line(row: Mapping[str, Any]) -> bytes:
+    """Line of a step; numbers that are not finite become null."""
+    text = json.dumps({name: _json_number(value) for name, value in row.items()})
+    return f'{text[:-1]}, "{CHECKSUM}": "{crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def _json_number(value: Any) -> float | int | None:
+    number = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(number, float) and not isfinite(number) else number
+
+
+class LineReader:
+    """Turns lines of one log into rows; once a line had a checksum, all that follow need theirs."""
+
+    def __init__(self) -> None:
+        self._summed = False
+
+    def row(self, line: bytes) -> dict[str, Any]:
+        """Return the row of a line.
+
+        Raises
+        ------
+        ValueError
+            With the reason, if it is no step record or does not match its checksum.
+        """
+        line = line.rstrip(b"\r\n")
+        found = _ENDING.search(line, max(len(line) - _ENDING_BYTES, 0))
+        if found is not None:
+            self._summed = True
+            body = line[: found.start()] + b"}"
+            if int(found[1], 16) != crc32(body):
+                raise ValueError("it does not match its checksum")
+        elif self._summed:
+            raise ValueError("its checksum is missing")
+        else:
+            body = line
+        try:
+            row = json.loads(body)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        if not isinstance(row, dict) or not _is_step(row.get("step")):
+            raise ValueError("no integer 'step'")
+        return {name: _value(name, value) for name, value in row.items()}
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_STEPS
+
+
+def _value(name: str, value: Any) -> float | int | str | None:
+    if value is None or (isinstance(value, int) and abs(value) < 2**63):
+        return value
+    if isinstance(value, str) and "/" in name:  # a column of the trainer's own
+        return value
+    try:
+        if isinstance(value, int | float):
+            return float(value) if isfinite(value) else None
+    except OverflowError:
+        pass
+    raise ValueError(f"{name[:40]} is not a number")
+
+
+def step_lines(log: Path) -> Iterator[dict[str, Any]]:
+    """Rows of the whole lines of a step log, in order; an unfinished last line is left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no log.
+    UserError
+        On a line that is no step record or is damaged; the message names it.
+    """
+    reader = LineReader()
+    with open_regular(log, LOG_BYTES) as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(LINE_BYTES), b""), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = reader.row(line)
+            except ValueError as error:
+                if not line.endswith(b"\n") and len(line) < LINE_BYTES:
+                    return
+                raise UserError(
+                    f"{log}: line {number} is not a step record ({error}); "
+                    "delete that line to read the others"
+                ) from error
+            yield row
+
+
+def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Step rows in the order they were written as a step table; see :attr:`Run.steps`."""
+    extra = {key for row in rows for key in row} - set(STEPS.names)
+    frame = pd.DataFrame(rows, columns=[*STEPS.names, *sorted(extra)])
+    frame = frame.drop_duplicates("step", keep="last").sort_values("step")
+    return frame.reset_index(drop=True).astype({"step": "int64"})
