@@ -23,9 +23,10 @@ from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
-from wapo_analysis.store import Manifest, PartWriter, RunWriter
+from wapo_analysis.store import PartWriter, RunWriter
 from wapo_analysis.store.files import MANTISSA_BITS
 from wapo_analysis.store.lock import RunLost
+from wapo_analysis.store.manifest import described
 from wapo_analysis.table import Records
 
 __all__ = ["Recorder", "TokenPass", "on_schedule"]
@@ -74,11 +75,6 @@ class Recorder(Guarded, Closing):
         Take the run from a process that still seems to write it; if that one lives it notices and
         stops recording, its training goes on.
 
-    Attributes
-    ----------
-    lost : bool
-        Another process has taken the run over: nothing may be written to its folder any more.
-
     Raises
     ------
     UserError
@@ -98,7 +94,7 @@ class Recorder(Guarded, Closing):
     ...     recorder.finish_step(1, reward=[1.0, 0.0])
     """
 
-    lost = False
+    lost = False  # to another process: nothing may be written to the folder any more
 
     def __init__(
         self,
@@ -143,8 +139,8 @@ class Recorder(Guarded, Closing):
             return
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         kind = RunWriter if rank == 0 else PartWriter
-        described = {**_described(self.path, manifest or {}), **settings}
-        self._writer = kind(self.path, described, resume_after, store_bits, take_over)
+        entries = {**described(self.path, manifest or {}), **settings}
+        self._writer = kind(self.path, entries, resume_after, store_bits, take_over)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous)
 
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -400,11 +396,3 @@ class Recorder(Guarded, Closing):
             self._writer.close(status if self.failure is None else "recording_failed")
         except Exception as error:
             self.fail(error)
-
-
-def _described(path: Path, manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Manifest entries; a run whose source nobody names is that of a loop, named as its folder."""
-    if "source" in manifest:
-        return manifest
-    begun = Manifest.begun("loop", ("torch",), name=path.name, label=path.name)
-    return begun.changed(manifest)

@@ -268,6 +268,14 @@ class Manifest(Mapping[str, Any]):
         return len(self.to_dict())
 
 
+def described(path: Path, entries: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Entries of a run that begins; where no source is named it is a loop, named as its folder."""
+    if "source" in entries:
+        return entries
+    begun = Manifest.begun("loop", ("torch",), name=path.name, label=path.name)
+    return begun.changed(entries)
+
+
 def _declared() -> "list[Any]":
     return [shape for shape in fields(Manifest) if shape.metadata]
 

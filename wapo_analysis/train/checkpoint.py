@@ -60,6 +60,13 @@ def save_checkpoint(
     return target
 
 
+def drop_later(run: Path, step: int) -> None:
+    """Drop checkpoints of steps after one: a run that goes on from it has not done them."""
+    for folder in checkpoints(run):
+        if step_of(folder) > step:
+            _remove(folder)
+
+
 def _remove(checkpoint: Path) -> None:
     """Delete a checkpoint; a half deleted one does not have its name any more."""
     doomed = checkpoint.with_name(f".old-{checkpoint.name}")

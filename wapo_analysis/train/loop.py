@@ -37,12 +37,7 @@ from wapo_analysis.train.batch import (
     mini_batches,
     rollout_columns,
 )
-from wapo_analysis.train.checkpoint import (
-    load_optimizer,
-    naming,
-    resume_point,
-    save_checkpoint,
-)
+from wapo_analysis.train.checkpoint import load_optimizer, naming, resume_point, save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps

@@ -101,10 +101,10 @@ def test_the_loser_of_a_take_over_stops_recording_and_changes_nothing(
 ) -> None:
     first = Recorder(tmp_path / "r", {}, synchronous=True)
     for step in (1, 2, 3):
-        first.end_step({"step": step}, ONE)
+        first.finish_step(step, rollouts=ONE)
     second = Recorder(tmp_path / "r", {}, resume_after=2, take_over=True, synchronous=True)
-    second.end_step({"step": 3, "reward": 0.5}, ONE | {"reward": [0.5]})
-    first.end_step({"step": 4}, ONE)
+    second.finish_step(3, rollouts=ONE | {"reward": [0.5]})
+    first.finish_step(4, rollouts=ONE)
     first.note(name="loser")
     first.close("finished")
     assert first.lost
