@@ -119,7 +119,7 @@ def short(value: Any) -> str:
 
 def percent(share: float) -> str:
     """Share as whole percent."""
-    return f"{share:.0%}"
+    return "0%" if abs(share) < 0.005 else f"{share:.0%}"
 
 
 def _text(block: Block, indent: str) -> list[str]:

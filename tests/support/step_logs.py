@@ -14,9 +14,10 @@ Columns = Mapping[str, Sequence[float] | np.ndarray]
 Flows = Mapping[tuple[int, int], np.ndarray]
 
 
-def write_steps(path: Path, columns: Columns) -> Path:
+def write_steps(path: Path, columns: Columns, source: str = "built-in") -> Path:
     """Run folder with a step log alone."""
-    writer = RunWriter(path, {"name": path.name, "objective": {"name": "grpo"}})
+    manifest = {"name": path.name, "source": source, "objective": {"name": "grpo"}}
+    writer = RunWriter(path, manifest)
     length = len(next(iter(columns.values())))
     for i in range(length):
         row = {"step": i + 1} | {name: float(values[i]) for name, values in columns.items()}

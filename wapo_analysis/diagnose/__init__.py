@@ -5,6 +5,7 @@
 >>> print(diagnose(open_run("runs/demo/grpo-0")).to_text())  # doctest: +SKIP
 """
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.detectors import DETECTORS, Detector
 from wapo_analysis.diagnose.judge import diagnose
 from wapo_analysis.diagnose.result import (
@@ -21,6 +22,7 @@ __all__ = [
     "DETECTORS",
     "SEVERITIES",
     "VERDICT_WORDS",
+    "Advice",
     "Culprits",
     "Detector",
     "Diagnosis",

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.diagnose.advice import Advice, Situation, trained_classes
 from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, fall_after_climb, reward_state
 from wapo_analysis.diagnose.samples import (
     completion_rows,
@@ -15,6 +16,8 @@ from wapo_analysis.diagnose.samples import (
     noise_share,
     shared_answers,
 )
+from wapo_analysis.diagnose.trainers import trainer_of
+from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -133,11 +136,53 @@ class Context:
             return True if logged else None
         return bool(manifest.config.get("use_vllm"))
 
-    def checkpoint_before(self, step: int) -> int | None:
-        """Step of the newest checkpoint in the run folder that is not after a step."""
+    @cached_property
+    def checkpoints(self) -> tuple[int, ...]:
+        """Steps of the checkpoints in the run folder, ascending; what a source kept is unknown."""
         found = (self.run.path / "checkpoints").glob("step-*")
-        saved = [int(name) for f in found if (name := f.name.removeprefix("step-")).isdigit()]
-        return max((s for s in saved if s <= step), default=None)
+        names = [folder.name.removeprefix("step-") for folder in found]
+        return tuple(sorted(int(name) for name in names if name.isdigit()))
+
+    def checkpoint_before(self, step: int) -> int | None:
+        """Newest checkpoint whose policy still behaved as before a step.
+
+        The checkpoint of step s holds the policy that samples at step s + 1.
+        """
+        return max((saved for saved in self.checkpoints if saved + 1 < step), default=None)
+
+    @cached_property
+    def best_checkpoint(self) -> int | None:
+        """Checkpoint whose policy earned the highest smoothed reward; None if nothing tells."""
+        reward = self.series("reward")
+        scored = [saved for saved in self.checkpoints if saved and len(reward)]
+        return max(scored, key=self.earned_by, default=None)
+
+    def earned_by(self, saved: int) -> float:
+        """Smoothed reward of the policy of a checkpoint."""
+        reward = self.series("reward")
+        place = int(np.searchsorted(reward.steps, saved + 1))
+        return float(reward.smooth[min(place, len(reward) - 1)])
+
+    def go_back(self, step: int) -> Advice:
+        """Where training can go on from: a checkpoint before a step, or how to have one."""
+        saved = self.checkpoint_before(step)
+        if saved is not None:
+            return Advice(f"Go back to the checkpoint of step {saved}.")
+        if self.run.manifest.source == "built-in":
+            return Advice(
+                f"No checkpoint from before step {step} is left: start again, with "
+                "{checkpoint_every} set lower."
+            )
+        return Advice(f"Go back to the last checkpoint before step {step}.")
+
+    @cached_property
+    def situation(self) -> Situation:
+        """What decides which advice applies, but for the size of the steps."""
+        told = self.run.manifest.objective
+        known = OBJECTIVES.get(str(told.get("name")))
+        trained = trained_classes(told, known is not None and known.positive_only)
+        restricted = "restricted" if told.get("include_bins") else "unrestricted"
+        return Situation(trainer_of(self.run.manifest), trained | {restricted})
 
     @cached_property
     def flows(self) -> pd.DataFrame:

@@ -4,36 +4,12 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.diagnose.advice import CLASS_ADVICE, LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.result import Driver
 from wapo_analysis.schema import ALL_TOKENS
 
 MIN_WINDOW = 5
-
-CLASS_ADVICE = {
-    "pos_peak": (
-        "hardens what is already likely",
-        "Stop at the best checkpoint, lower lr, or take the class out (exclude_bins = pos_peak).",
-    ),
-    "pos_valley": (
-        "lifts unlikely tokens",
-        "Lower lr or clip_eps (mask_ratio_high in the dapo family), or take the class out "
-        "(exclude_bins = pos_valley).",
-    ),
-    "neg_peak": (
-        "pushes likely tokens down without limit",
-        "Lower lr or the updates per batch (epochs x minibatches), take the class out "
-        "(exclude_bins = neg_peak), or train on positive advantages alone (objective = wapo). If "
-        "that shows the same, the steps are too large.",
-    ),
-    "neg_valley": (
-        "feeds what is already dominant",
-        "Take the class out (exclude_bins = neg_valley), raise clip_eps (mask_ratio_high in the "
-        "dapo family), or train on positive advantages alone (objective = wapo). If that shows "
-        "the same, the steps are too large: lower lr.",
-    ),
-}
-"""What a driving class does and what to change; settings are fields of TrainConfig."""
 
 
 def entropy_drivers(
@@ -93,16 +69,18 @@ def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
 
 
 def driver_words(drivers: tuple[Driver, ...], direction: int) -> str:
-    """One clause on the class that pushes most; empty without drivers."""
+    """One clause on the class that predicts most of the change; empty without drivers."""
     if not drivers:
         return ""
-    way = "upward" if direction > 0 else "downward"
-    return f"{drivers[0].cls} tokens supply {drivers[0].share:.0%} of the {way} push"
+    way = "rise" if direction > 0 else "fall"
+    said = f"{drivers[0].cls} tokens account for {drivers[0].share:.0%} of the predicted {way}"
+    if direction * sum(driver.predicted_dentropy for driver in drivers) < 0:
+        said += f", though all classes together predict a {'fall' if direction > 0 else 'rise'}"
+    return said
 
 
-def driver_advice(drivers: tuple[Driver, ...]) -> str:
-    """What to change for the class that pushes most."""
+def driver_advice(drivers: tuple[Driver, ...]) -> Advice:
+    """What to change for the class that predicts most of the change."""
     if not drivers:
-        return "Lower lr or the updates per batch (epochs x minibatches)."
-    why, what = CLASS_ADVICE[drivers[0].cls]
-    return f"{drivers[0].cls} drives it: it {why}. {what}"
+        return Advice("No class is known to drive it.", steps=(LOWER_LR,))
+    return CLASS_ADVICE[drivers[0].cls]

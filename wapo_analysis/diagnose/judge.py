@@ -1,11 +1,12 @@
-"""The verdict on a run: the gravest critical finding, its onset, and the classes that drive it."""
+"""The verdict on a run: its most severe finding, onset, the classes that drive it, advice."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from wapo_analysis.diagnose.advice import in_names_of
+from wapo_analysis.diagnose.advice import Advice, Situation, fork_command
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.culprits import find_culprits
 from wapo_analysis.diagnose.detectors import run_detectors
@@ -23,7 +24,7 @@ from wapo_analysis.diagnose.result import (
 )
 from wapo_analysis.store import Run
 
-GRAVEST_FIRST: tuple[Verdict, ...] = (
+MOST_SEVERE_FIRST: tuple[Verdict, ...] = (
     "diverged",
     "entropy_explosion",
     "entropy_collapse",
@@ -46,14 +47,19 @@ SAID_BY = {
 }  # fmt: skip
 """Finding to those that say the same once more, as its cause or its effect, and are left out."""
 AGAINST = (
-    "All classes pushed the entropy {}, yet it {}: momentum, shared parameters or the size of the "
-    "steps outweighed the law of the first order (probe_every tells which)."
+    "All classes predict a {} of the entropy (first-order), yet it {}: momentum, shared parameters "
+    "or the size of the steps outweigh it (probes tell which: probe_every)."
 )
+LARGE_STEPS = {
+    "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "learning_rate_high",
+    "gradient_grows", "diverged",
+}  # fmt: skip
+"""Findings that say that the updates are too large for a first-order law to hold."""
 DIRECTION = {"entropy_explosion": 1, "entropy_collapse": -1}
 
 
 def diagnose(run: Run) -> Diagnosis:
-    """Judge a run, finished or still being written, against its own beginning.
+    """Judge a run, finished or still being written, against its own baseline.
 
     Parameters
     ----------
@@ -63,8 +69,8 @@ def diagnose(run: Run) -> Diagnosis:
     Returns
     -------
     Diagnosis
-        Verdict, onset, drivers (first-order entropy flow in nats per unit learning rate, formula in
-        taxonomy/README.md), findings and skipped checks. Cost is linear in the number of steps.
+        Verdict, onset, drivers (predicted dH in nats per unit learning rate, formula in
+        taxonomy/README.md), findings with advice, and skipped checks. Cost is linear in the steps.
 
     Raises
     ------
@@ -73,16 +79,15 @@ def diagnose(run: Run) -> Diagnosis:
 
     Notes
     -----
-    The verdict is the gravest critical finding, in the order diverged, entropy_explosion,
+    The verdict is the most severe critical finding, in the order diverged, entropy_explosion,
     entropy_collapse, reward_collapse, stalled. With fewer than ``MIN_STEPS`` steps of entropy and
     of reward, and nothing critical, it is insufficient_data.
     """
     context = Context(run)
     found, skipped = run_detectors(context)
-    source = run.manifest.source
-    findings = _said_once([replace(f, advice=in_names_of(source, f.advice)) for f in found])
+    findings = _said_once(found)
     critical = {f.name: f for f in findings if f.severity == "critical"}
-    verdict = next((name for name in GRAVEST_FIRST if name in critical), None)
+    verdict = next((name for name in MOST_SEVERE_FIRST if name in critical), None)
     main = critical[verdict] if verdict else None
     known = max(len(context.series(name)) for name in ("entropy", "reward"))
     fallback: Verdict = "healthy" if known >= MIN_STEPS else "insufficient_data"
@@ -90,6 +95,8 @@ def diagnose(run: Run) -> Diagnosis:
     if not context.has_flow:
         skipped.append(Skipped("drivers", ("classes.pred_dentropy_sum",)))
     warned = [f.warned if f.warned is not None else f.step for f in found if _warns(f)]
+    reward = context.reward
+    findings, main, command = _advised(context, found, findings, main, drivers)
     return Diagnosis(
         run=run.name,
         verdict=verdict or fallback,
@@ -100,7 +107,69 @@ def diagnose(run: Run) -> Diagnosis:
         findings=tuple(sorted(findings, key=lambda f: (f is not main, *_rank(f)))),
         skipped=tuple(skipped),
         sentence=(main.message if main else _calm_sentence(context, fallback, findings)) + note,
+        best_step=reward.best_step if reward is not None else None,
+        best_checkpoint=context.best_checkpoint,
+        best_words=_best_words(context),
+        command=command,
     )
+
+
+def _best_words(context: Context) -> str:
+    """When the reward was best, and which checkpoint earned most; empty without a reward."""
+    reward, saved = context.reward, context.best_checkpoint
+    if reward is None:
+        return ""
+    said = f"The reward was best at step {reward.best_step} ({reward.peak:.2f})."
+    if saved is not None:
+        said += f" Best checkpoint: {saved} (reward {context.earned_by(saved):.2f})."
+    return said
+
+
+def _advised(
+    context: Context,
+    found: Sequence[Finding],
+    findings: Sequence[Finding],
+    main: Finding | None,
+    drivers: Sequence[Driver],
+) -> tuple[list[Finding], Finding | None, str | None]:
+    """Findings with what applies of their advice, and the command that tests the first remedy."""
+    situation = _situation(context, found, main, drivers)
+    told: list[Finding] = []
+    command = None
+    for finding in findings:
+        advice = situation.told(finding.advice, remark=not _warns(finding))
+        if finding is main:
+            advice, command = _to_test(context, advice, finding)
+        told.append(replace(finding, advice=advice))
+    again = next((f for f in told if main is not None and f.name == main.name), None)
+    return told, again, command
+
+
+def _situation(
+    context: Context, found: Sequence[Finding], main: Finding | None, drivers: Sequence[Driver]
+) -> Situation:
+    """The run's situation; its steps are too large if a finding or the drivers say so."""
+    way = DIRECTION.get(main.name, 0) if main is not None else 0
+    against = way * sum(driver.predicted_dentropy for driver in drivers) < 0
+    large = against or any(finding.name in LARGE_STEPS for finding in found)
+    facts = context.situation.facts | ({"large_steps"} if large else set())
+    return replace(context.situation, facts=facts)
+
+
+def _to_test(context: Context, advice: Advice, main: Finding) -> tuple[Advice, str | None]:
+    """Advice of the verdict, and the command that tests it or else where to go back to."""
+    if main.name == "stalled":
+        return advice, None
+    saved, run = context.checkpoint_before(main.step), context.run
+    remedy = next((step.change for step in advice.steps if step.change), {})
+    command = None
+    if saved is not None and run.manifest.source == "built-in":
+        folder = shlex.quote(str(run.path))
+        command = fork_command(folder, saved, remedy, run.manifest.config)
+    if command is not None:
+        return advice, command
+    back = context.situation.told(context.go_back(main.step))
+    return replace(advice, steps=(back, *advice.steps)), None
 
 
 def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...], str]:
@@ -115,7 +184,7 @@ def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...]
     drivers = entropy_drivers(context, first, last, way)
     if drivers or not (drivers := entropy_drivers(context, first, last, 0)) or main is None:
         return drivers, ""
-    return drivers, " " + AGAINST.format(*(("down", "rose") if way > 0 else ("up", "fell")))
+    return drivers, " " + AGAINST.format(*(("fall", "rose") if way > 0 else ("rise", "fell")))
 
 
 def _culprits(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.result import Finding, Number, Severity
 from wapo_analysis.series import Series, episodes
 from wapo_analysis.table import Array
@@ -48,7 +49,7 @@ def level_finding(
     name: str,
     severity: Severity,
     what: str,
-    advice: str,
+    advice: Advice,
     reference: str,
     share: bool = True,
     evidence: Mapping[str, Number] | None = None,

@@ -4,8 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.errors import unknown_name
-from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, percent, plain, short
+from wapo_analysis.results import (
+    Block,
+    Command,
+    Grid,
+    Items,
+    Result,
+    Say,
+    Section,
+    percent,
+    plain,
+    short,
+)
 
 Severity = Literal["info", "warning", "critical"]
 Verdict = Literal[
@@ -143,8 +155,8 @@ class Finding:
         One plain sentence with the numbers.
     evidence : mapping of str to number
         The numbers it rests on.
-    advice : str
-        What to do, naming the setting to change.
+    advice : Advice
+        What to do, in the names of the run's trainer.
     reference : str
         Where to read more.
     warned : int, optional
@@ -158,7 +170,7 @@ class Finding:
     step: int
     message: str
     evidence: Mapping[str, Number]
-    advice: str
+    advice: Advice
     reference: str
     warned: int | None = None
     until: int | None = None
@@ -170,17 +182,24 @@ class Finding:
             "severity": self.severity,
             "step": self.step,
             "evidence": plain(dict(self.evidence), DIGITS),
-            "advice": self.advice,
+            "advice": self.advice.text,
             "reference": self.reference,
+            "steps": [step.text for step in self.advice.steps],
         }
 
-    def section(self, said: str) -> Section:
-        """Part of a page; the message is left out where it has been ``said`` already."""
+    def section(self, said: bool) -> Section:
+        """Part of a page; without message and advice where they have been ``said`` already."""
         numbers = ", ".join(f"{key} {short(value)}" for key, value in self.evidence.items())
-        parts: list[Block] = [] if said.startswith(self.message) else [Say(self.message)]
-        parts += [Say(f"evidence: {numbers}"), Say(f"do: {self.advice}")]
+        parts: list[Block] = [] if said else [Say(self.message)]
+        parts += [Say(f"evidence: {numbers}")]
+        parts += [] if said else self.to_do()
         parts += [Say(f"see: {self.reference}")]
         return Section(f"[{self.severity}] {self.name} at step {self.step}", parts)
+
+    def to_do(self) -> list[Block]:
+        """The advice and its numbered steps."""
+        steps = [step.text for step in self.advice.steps]
+        return [Say(f"do: {self.advice.text}"), *([Items(steps, numbered=True)] if steps else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +240,14 @@ class Diagnosis(Result):
         Checks without data.
     sentence : str
         The verdict in plain words.
+    best_step, best_checkpoint : int or None
+        Step of the highest smoothed reward, and the checkpoint in the run folder whose policy
+        earned most; None where nothing tells.
+    best_words : str
+        Both in words, with their rewards.
+    command : str or None
+        Command that tests the first remedy: it goes on from a checkpoint before the onset. Of
+        failed runs of the built-in trainer that have such a checkpoint.
     """
 
     run: str
@@ -232,6 +259,10 @@ class Diagnosis(Result):
     findings: tuple[Finding, ...]
     skipped: tuple[Skipped, ...]
     sentence: str
+    best_step: int | None = None
+    best_checkpoint: int | None = None
+    best_words: str = ""
+    command: str | None = None
 
     @property
     def worst_severity(self) -> Severity | None:
@@ -263,6 +294,10 @@ class Diagnosis(Result):
             "drivers": [driver.to_dict() for driver in self.drivers],
             "findings": [self._finding_dict(finding) for finding in self.findings],
             "skipped": [skipped.to_dict() for skipped in self.skipped],
+            "sentence": self.sentence,
+            "best_step": self.best_step,
+            "best_checkpoint": self.best_checkpoint,
+            "command": self.command,
         }
 
     def _finding_dict(self, finding: Finding) -> dict[str, Any]:
@@ -279,13 +314,17 @@ class Diagnosis(Result):
         return f"{self.run}: {VERDICT_WORDS[self.verdict]}{since}"
 
     def page(self) -> Section:
-        """Verdict, class shares, tokens, findings, what could not be checked."""
+        """Verdict, what to do, tokens, class shares, findings, what could not be checked."""
         parts: list[Block] = [Say(self.sentence)]
-        if self.onset_step is not None and self.first_warning_step is not None:
-            parts.append(Say(f"First warning at step {self.first_warning_step}."))
+        failed = self.onset_step is not None
+        if failed:
+            when = f"First warning at step {self.first_warning_step}. {self.best_words}"
+            parts += [Say(when.strip()), *self.findings[0].to_do()]
+        if self.command:
+            parts += [Say("Test the first of these on this very run:"), Command(self.command)]
         parts += [Say(self.culprits.words())] if self.culprits else []
         parts += [_driver_section(self.drivers)] if self.drivers else []
-        parts += [finding.section(self.sentence) for finding in self.findings]
+        parts += [f.section(failed and f is self.findings[0]) for f in self.findings]
         if self.skipped:
             parts.append(Section("Not checked: this run does not have", [Items(self._missing())]))
         return Section(self.title, parts)

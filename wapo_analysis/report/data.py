@@ -86,16 +86,11 @@ def verdict(run: Run, found: Diagnosis) -> Json:
         "sentence": found.sentence,
         "onset": found.onset_step,
         "first_warning": found.first_warning_step,
-        "advice": advice_lines(told.advice) if told else [],
+        "advice": told.advice.lines() if told else [],
         "drivers": [driver.to_dict() for driver in found.drivers],
         "findings": [_finding(found, finding) for finding in found.findings],
         "skipped": [skipped.to_dict() for skipped in found.skipped],
     }
-
-
-def advice_lines(advice: Any) -> list[str]:
-    """Advice as lines of plain text, most useful first."""
-    return [line for line in str(advice).splitlines() if line.strip()]
 
 
 def _tone(found: Diagnosis) -> str:
@@ -115,7 +110,7 @@ def _finding(found: Diagnosis, finding: Finding) -> Json:
         "severity": finding.severity,
         "step": finding.step,
         "message": finding.message,
-        "advice": advice_lines(finding.advice),
+        "advice": finding.advice.lines(),
         "reference": finding.reference,
         "evidence": finding.to_dict()["evidence"],
         "tokens": [{"text": t, "share": plain(s)} for t, s in mine.tokens] if mine else [],

@@ -191,7 +191,7 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
     for finding in diagnosis.findings[:_MAX_FINDINGS]:
         line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
         line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
-        line.append(f" at step {finding.step}: {printable(finding.advice)}", "default")
+        line.append(f" at step {finding.step}: {printable(str(finding.advice))}", "default")
         lines.append(line)
     more = len(diagnosis.findings) - _MAX_FINDINGS
     if more > 0:

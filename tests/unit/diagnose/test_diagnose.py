@@ -243,7 +243,7 @@ def test_every_course_of_a_whole_run(tmp_path: Path, drift: str, objective: str)
 def check_form(d: Diagnosis) -> None:
     """The JSON form that is promised, and what must agree inside it."""
     form = json.loads(json.dumps(d.to_dict(), allow_nan=False))
-    assert list(form) == [
+    promised = [
         "run",
         "verdict",
         "onset_step",
@@ -252,6 +252,7 @@ def check_form(d: Diagnosis) -> None:
         "findings",
         "skipped",
     ]
+    assert list(form) == [*promised, "sentence", "best_step", "best_checkpoint", "command"]
     assert form["verdict"] in VERDICTS
     for driver in form["drivers"]:
         assert list(driver) == ["class", "predicted_dentropy", "counterfactual_dentropy", "share"]
@@ -259,11 +260,14 @@ def check_form(d: Diagnosis) -> None:
     assert shares == sorted(shares, reverse=True)
     assert not shares or sum(s for s in shares if s > 0) == pytest.approx(1, abs=1e-5)
     for finding in form["findings"]:
-        assert list(finding) == ["name", "severity", "step", "evidence", "advice", "reference"]
+        promised = ["name", "severity", "step", "evidence", "advice", "reference"]
+        assert list(finding) == [*promised, "steps"]
         assert finding["severity"] in ("info", "warning", "critical")
         assert isinstance(finding["step"], int)
         assert finding["evidence"]
+        assert isinstance(finding["advice"], str)
         assert finding["advice"]
+        assert all(isinstance(step, str) for step in finding["steps"])
         assert finding["reference"]
     for skipped in form["skipped"]:
         assert list(skipped) == ["name", "missing"]

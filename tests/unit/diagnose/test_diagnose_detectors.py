@@ -87,7 +87,7 @@ def test_a_class_that_takes_over_the_gradient_is_named(tmp_path: Path) -> None:
     found = finding(d, "one_class_takes_the_gradient")
     assert (found.severity, found.evidence["class"]) == ("warning", "neg_peak")
     assert found.evidence["end"] == pytest.approx(12 / 15, abs=0.01)
-    assert "exclude_bins = neg_peak" in found.advice
+    assert "exclude_bins = neg_peak" in str(found.advice)
     outweighs = finding(d, "negative_mass_outweighs")
     assert outweighs.evidence["class"] == "neg_peak"
     assert outweighs.evidence["end"] == pytest.approx(13 / 15, abs=0.01)

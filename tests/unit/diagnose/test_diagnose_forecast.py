@@ -54,7 +54,7 @@ def test_the_early_warning_comes_before_the_entropy_leaves_its_band(tmp_path: Pa
     assert 21 <= found.step <= 27
     assert found.evidence["class"] == "neg_peak"
     assert found.evidence["flow_agrees"] == 1
-    assert "exclude_bins = neg_peak" in found.advice
+    assert "exclude_bins = neg_peak" in str(found.advice)
     assert d.first_warning_step == found.step
 
 
@@ -63,7 +63,7 @@ def test_against_the_flow_it_blames_the_step_size(tmp_path: Path) -> None:
     found = finding(early(tmp_path, entropy, flows, np.full(30, 0.5)), "early_warning")
     assert found.evidence["flow_agrees"] == 0
     assert "too large" in found.message
-    assert found.advice.startswith("Lower lr")
+    assert found.advice.steps[0].text.startswith("Lower lr tenfold")
 
 
 def test_a_rise_that_comes_to_nothing_is_taken_back(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_view_says_what_diagnose_says(tmp_path: Path) -> None:
     assert f"verdict: entropy explosion since step {found.onset_step}" in text
     assert f"driver: {found.drivers[0].cls} ({found.drivers[0].share:.0%} of the push)" in text
     assert found.sentence in text
-    assert found.findings[0].advice in text
+    assert found.findings[0].advice.text in text
     assert "step 60 of 60" in text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from wapo_analysis.diagnose import Diagnosis, Finding
+from wapo_analysis.diagnose import Advice, Diagnosis, Finding
 from wapo_analysis.errors import UserError
 from wapo_analysis.watch import Notifier
 
@@ -20,7 +20,7 @@ def finding(name: str, severity: Any = "critical") -> Finding:
         step=7,
         message="It happened.",
         evidence={"ratio": float("inf"), "share": 0.5},
-        advice="Do this.",
+        advice=Advice("Do this."),
         reference="there",
     )
 

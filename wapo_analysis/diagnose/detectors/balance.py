@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.diagnose.advice import CLASS_ADVICE, LOWER_LR, POSITIVE_ONLY, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.entropy import FALL, RISE
 from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.drivers import CLASS_ADVICE
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.diagnose.reward import CALM_STEPS
@@ -51,8 +51,9 @@ def find_dominance(context: Context) -> list[Finding]:
             message=f"{top} alone supplies {series.end:.0%} of the predicted entropy flow "
             f"({'upward' if flow > 0 else 'downward'}) from step {step} on.",
             evidence={"class": top, "share": series.end, "predicted_dentropy": flow},
-            advice="Expected if include_bins leaves one class; else compare the measured change "
-            "with the predicted one, and try exclude_bins on it.",
+            advice=CLASS_ADVICE[top]
+            if alarming
+            else Advice("Compare the measured change of the entropy with the predicted one."),
             reference=TAXONOMY,
         )
     ]
@@ -66,14 +67,13 @@ def find_takeover(context: Context) -> list[Finding]:
         return []
     top = str(mass.tail(max(3, len(mass) // 10)).sum().idxmax())
     series = _share(mass, (top,))
-    why, what = CLASS_ADVICE[top]
     return level_finding(
         series,
         lasting(series, series.smooth >= max(TAKEOVER, series.level + SHARE_RISE)),
         name="one_class_takes_the_gradient",
         severity="info" if _one_class_wanted(context) or _paid(context) else "warning",
         what=f"{top} tokens carry ever more of the gradient",
-        advice=f"{top} {why}. {what}",
+        advice=CLASS_ADVICE[top],
         reference=TAXONOMY,
         evidence={"class": top},
     )
@@ -102,13 +102,16 @@ def find_imbalance(context: Context) -> list[Finding]:
         severity="info" if _paid(context) else "warning",
         what=f"Tokens of {side} advantage carry almost all of the gradient; the negative share is "
         "out of its range",
-        advice=(
-            f"Most of it is {top}. Pushing down alone raises entropy in the end: lower lr, give "
-            "easier problems so that something is right, or train on positive advantages alone "
-            "(objective = wapo)."
-            if heavy is not None
-            else f"Most of it is {top}. Little is left to be wrong about: give harder problems."
-        ),
+        advice=Advice(
+            f"Most of it is {top}. Pushing down alone raises the entropy in the end.",
+            steps=(
+                Advice("Give easier problems, so that something is right ({data})."),
+                POSITIVE_ONLY,
+                LOWER_LR,
+            ),
+        )
+        if heavy is not None
+        else Advice(f"Most of it is {top}. Give harder problems ({{data}})."),
         reference=SIGNS,
         evidence={"class": top},
     )

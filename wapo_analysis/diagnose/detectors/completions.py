@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import LOWER_LR, Advice, leave_out
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.detectors.registry import detector
@@ -38,8 +39,13 @@ def find_truncation(context: Context) -> list[Finding]:
         name="truncation_drift",
         severity="warning",
         what="Many completions are cut at the limit",
-        advice="Raise max_new_tokens if they are sound; if they ramble, entropy is the cause: see "
-        "the other findings.",
+        advice=Advice(
+            "Read some that are cut off.",
+            steps=(
+                Advice("If they are sound: raise {max_new_tokens}."),
+                Advice("If they ramble, the entropy is the cause: see the other findings."),
+            ),
+        ),
         reference=DAPO,
     )
 
@@ -54,8 +60,10 @@ def find_repetition(context: Context) -> list[Finding]:
         name="repetition_drift",
         severity="warning",
         what="Completions repeat themselves",
-        advice="Read completions of these steps; lower lr, or take neg_valley out (exclude_bins = "
-        "neg_valley), which feeds what is already dominant.",
+        advice=Advice(
+            "Read completions of these steps.",
+            steps=(LOWER_LR, leave_out("neg_valley")),
+        ),
         reference=TAXONOMY,
     )
 
@@ -98,19 +106,22 @@ def find_length_drift(context: Context) -> list[Finding]:
     )
 
 
-def _length_advice(longer: bool, paid: bool) -> str:
+def _length_advice(longer: bool, paid: bool) -> Advice:
     if longer:
-        return (
-            "Fine while the reward rises; watch truncation, and max_new_tokens for cost."
-            if paid
-            else "Use a loss without length bias (objective = dr_grpo, or loss_mean_level = "
-            "global), and read the longest completions: nothing is gained by their length."
+        if paid:
+            return Advice("Fine while the reward rises; watch how many are cut at the limit.")
+        return Advice(
+            "Read the longest completions: nothing is gained by their length.",
+            steps=(Advice("Use a loss without length bias ({no_length_bias})."),),
         )
-    return (
-        "Read completions: if the reward rises while the work disappears, the verifier is being "
-        "gamed; let it check the form too."
-        if paid
-        else "Read completions: an early end-of-text is often the first sign of collapse; lower lr."
+    if paid:
+        return Advice(
+            "Read completions: if the reward rises while the work disappears, the verifier is "
+            "being gamed; let it check the form too."
+        )
+    return Advice(
+        "Read completions: an early end-of-text is often the first sign of collapse.",
+        steps=(LOWER_LR,),
     )
 
 
@@ -144,8 +155,10 @@ def find_length_pay(context: Context) -> list[Finding]:
             f"and from step {step} on they are {words} ({series.level:.3g} to {series.end:.3g} "
             "tokens).",
             evidence={"correlation": paid, "start": series.level, "end": series.end},
-            advice="Read what earns the reward: if the answer is no better for its length, the "
-            "verifier pays for the form; grade the content, or correct the reward for length.",
+            advice=Advice(
+                "Read what earns the reward: if an answer is no better for its length, the "
+                "verifier pays for the form."
+            ),
             reference=GAMING,
         )
     ]
@@ -168,12 +181,18 @@ def find_degenerate(context: Context) -> list[Finding]:
         name="degenerate_completions",
         severity="warning",
         what="Different prompts get the same completion",
-        advice=(
+        advice=Advice(
             "The reward rises while answers stop depending on the prompt: audit the verifier on "
             "these completions before training on."
-            if paid
-            else "Go back to a checkpoint before this step; lower lr, and take out the classes "
-            "that sharpen (exclude_bins = pos_peak,neg_valley)."
+        )
+        if paid
+        else Advice(
+            "Answers no longer depend on the question.",
+            steps=(
+                Advice("Go back to the last checkpoint before it."),
+                LOWER_LR,
+                leave_out("pos_peak", "neg_valley"),
+            ),
         ),
         reference=GAMING if paid else TAXONOMY,
     )
@@ -192,8 +211,17 @@ def find_garbled(context: Context) -> list[Finding]:
         name="garbled_completions",
         severity="warning",
         what="Completions turn into noise, one character repeated or scripts mixed,",
-        advice="Go back to a checkpoint before this step; lower lr. If the sampler alone writes "
-        "noise, its weights or its precision differ from the trainer's: compare the two.",
+        advice=Advice(
+            "See whether the trainer's own weights write noise too.",
+            steps=(
+                Advice(
+                    "If the sampler alone does, its weights or its precision differ from the "
+                    "trainer's: compare the two."
+                ),
+                Advice("If both do: go back to the last checkpoint before it."),
+                LOWER_LR,
+            ),
+        ),
         reference=TAXONOMY,
     )
 

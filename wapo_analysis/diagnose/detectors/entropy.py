@@ -7,6 +7,7 @@ a policy that learns to be right becomes certain.
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.completions import degenerate_since
 from wapo_analysis.diagnose.detectors.registry import detector
@@ -129,6 +130,7 @@ def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> b
     return reward.much_gained and not fell_on and entropy.end > FALL_DEEP * entropy.level
 
 
+_DECLINE = Advice("Normal while the reward rises; once it no longer does, stop.")
 _ENTROPY_TAIL = {
     "entropy_explosion": "and stays there",
     "entropy_collapse": "and stays there",
@@ -150,7 +152,7 @@ def _entropy_finding(
     verb = "rose" if direction > 0 else "fell"
     clauses = [
         f"Entropy {verb} from {series.level:.3g} to {there:.3g} nats "
-        f"({_times(there, series.level)} its beginning) from step {series.step(onset)} "
+        f"({_times(there, series.level)} its baseline) from step {series.step(onset)} "
         f"{_ENTROPY_TAIL[name]}".rstrip(),
         reward.words() if reward is not None else "no reward was recorded",
         driver_words(drivers, direction),
@@ -170,7 +172,7 @@ def _entropy_finding(
             else None,
             **(reward.evidence() if reward is not None else {}),
         },
-        advice=_entropy_advice(name, driver_advice(drivers)),
+        advice=_DECLINE if name == "entropy_decline" else driver_advice(drivers),
         reference=EXPLOSION_REFERENCE if direction > 0 else COLLAPSE_REFERENCE,
         warned=series.step(gone.warned),
         until=None if gone.crossed is None else series.step(gone.crossed),
@@ -180,13 +182,3 @@ def _entropy_finding(
 def _times(value: float, level: float) -> str:
     ratio = value / level if level > 0 else float("inf")
     return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
-
-
-def _entropy_advice(name: str, drivers: str) -> str:
-    if name == "entropy_decline":
-        return (
-            "Normal while the reward rises; little exploration is left, so stop when it no "
-            "longer gains, or raise temperature for more."
-        )
-    over = name in ("entropy_explosion", "entropy_collapse")
-    return f"Go back to a checkpoint before the onset. {drivers}" if over else drivers

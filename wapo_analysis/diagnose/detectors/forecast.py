@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.entropy import FALL, RISE, find_entropy_fall
 from wapo_analysis.diagnose.detectors.registry import detector
@@ -172,8 +173,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
         },
         advice=driver_advice(drivers)
         if agrees
-        else "Lower lr or the updates per batch (epochs x minibatches) now; the entropy has not "
-        "left its band yet.",
+        else Advice("The entropy has not left its band yet.", steps=(LOWER_LR,)),
         reference=EARLY_REFERENCE,
     )
 
@@ -218,10 +218,9 @@ def find_arrival(context: Context) -> list[Finding]:
                 "factor_per_step": float(np.exp(slope)),
                 "target": float(np.exp(target)),
             },
-            advice="Lower lr before then; see the drivers for the class that pushes."
-            if up
-            else "Fine while the reward rises; else raise temperature, or take out a class that "
-            "sharpens (exclude_bins = pos_peak or neg_valley).",
+            advice=Advice("Fine while the reward rises.")
+            if paid
+            else Advice("Watch it until then.", steps=(LOWER_LR,)),
             reference=ARRIVAL_REFERENCE,
         )
     ]

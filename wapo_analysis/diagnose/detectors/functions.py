@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context, grades_form
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.result import Finding
@@ -49,8 +50,9 @@ def find_takeover(context: Context) -> list[Finding]:
             f"reward from step {begin} on; {last} {'is' if len(rest) == 1 else 'are'} rarely "
             f"earned ({level}).",
             evidence={"function": lead, "share": share, "rest": last},
-            advice=f"Lower the weight of {lead}, or raise that of {last}, so that the task itself "
-            "is what pays.",
+            advice=Advice(
+                f"Compare the weights of {lead} and {last}: the task itself should be what pays."
+            ),
             reference=COMPOSITION,
         )
     ]
@@ -74,8 +76,7 @@ def find_silent(context: Context) -> list[Finding]:
                     message=f"The reward function {name} has been {series.end:.3g} at every step: "
                     "it teaches nothing.",
                     evidence={"function": name, "value": series.end},
-                    advice="Check it on a completion that should earn it; take it out if it is "
-                    "meant to be so.",
+                    advice=Advice("Check it on a completion that should earn it."),
                     reference=COMPOSITION,
                 )
             )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.result import Finding
@@ -47,8 +48,13 @@ def find_held_out_falls(context: Context) -> list[Finding]:
             message=f"The held-out score fell from {top:.2f} at step {step} to {end:.2f} at step "
             f"{last}{training}.",
             evidence={"best": top, "end": end, "training_gain": gain, "evaluations": len(score)},
-            advice=f"Go back to the last checkpoint before step {step}, and read completions that "
-            "earn the reward since: what the verifier pays for is no longer what you want.",
+            advice=Advice(
+                "What the verifier pays for is no longer what you want.",
+                steps=(
+                    context.go_back(step),
+                    Advice("Read completions that earn the reward since."),
+                ),
+            ),
             reference=HACKING,
         )
     ]
@@ -75,9 +81,14 @@ def find_held_out_stands(context: Context) -> list[Finding]:
             message=f"The training reward rose from {reward.series.level:.2f} to "
             f"{reward.series.end:.2f}, yet the held-out score stands ({begin:.2f} to {end:.2f}).",
             evidence={"start": begin, "end": end, "training_gain": rise, "evaluations": len(score)},
-            advice="Read completions that earn the reward: the policy may have learned the "
-            "verifier, or the training problems by heart. Grade what you want, or give more "
-            "problems.",
+            advice=Advice(
+                "Read completions that earn the reward: the policy may have learned the verifier, "
+                "or the training problems by heart.",
+                steps=(
+                    Advice("If it is the verifier: grade what you want."),
+                    Advice("If it is the problems: give more of them ({data})."),
+                ),
+            ),
             reference=HACKING,
         )
     ]

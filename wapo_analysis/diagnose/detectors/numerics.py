@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
@@ -24,6 +25,15 @@ VANISHED = 0.02
 GROWN = 10.0
 """Gradient norm relative to the beginning that counts as grown out of bounds."""
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
+
+
+_RESTART = Advice(
+    "Restart from a checkpoint before this step.",
+    steps=(
+        Advice("Lower {lr} tenfold, or {max_grad_norm}.", change={"lr": TENFOLD}),
+        Advice("Rule out overflow ({float32}).", needs=("float32",)),
+    ),
+)
 
 
 @detector(
@@ -64,8 +74,7 @@ def _given_up(context: Context) -> list[Finding]:
             message=f"After step {last} the policy gave logits that are NaN or infinite, and the "
             "run ended there.",
             evidence={"last_step": last, "grad_norm": context.series("grad_norm").end},
-            advice="Restart from a checkpoint before this step with a lower lr or max_grad_norm; "
-            "dtype = float32 rules out overflow.",
+            advice=_RESTART,
             reference=NAN_REFERENCE,
         )
     ]
@@ -110,11 +119,11 @@ def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice |
             **counts,
             "tokens_not_finite": float(np.nansum(context.values("nonfinite")[rows])),
         },
-        advice=(
-            "Restart from a checkpoint before this step with a lower lr or max_grad_norm; "
-            "dtype = float32 rules out overflow."
-            if diverged
-            else "Look at the tokens of this step; if it comes again lower lr or max_grad_norm."
+        advice=_RESTART
+        if diverged
+        else Advice(
+            "Look at the tokens of this step.",
+            steps=(Advice("If it comes again: lower {lr} or {max_grad_norm}."),),
         ),
         reference=NAN_REFERENCE,
     )
@@ -171,7 +180,10 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
                 "ratio": ratio,
                 **source,
             },
-            advice="Lower max_grad_norm or lr, and look at the tokens and rollouts of that step.",
+            advice=Advice(
+                "Look at the tokens and rollouts of that step.",
+                steps=(Advice("Lower {max_grad_norm} or {lr}."),),
+            ),
             reference=SPIKE_REFERENCE,
         )
     ]
@@ -197,11 +209,11 @@ def find_gradient_level(context: Context) -> list[Finding]:
         what="The gradient all but vanishes"
         if none_left is not None
         else "The gradient is ten times what it was, without a spike,",
-        advice="Nothing is left to learn from: give harder problems."
+        advice=Advice("Nothing is left to learn from these problems.")
         if none_left is not None and solved
-        else "Look for groups without signal, or coefficients that are clipped or masked away."
+        else Advice("Look for groups without signal, or coefficients clipped or masked away.")
         if none_left is not None
-        else "Lower lr; see which class carries it (one_class_takes_the_gradient).",
+        else Advice("Look at the tokens that carry it.", steps=(LOWER_LR,)),
         reference=SPIKE_REFERENCE,
         share=False,
         evidence=source,

@@ -5,6 +5,7 @@ ratio r = exp(logp - logp_old) should be 1. Where it is not, either two engines 
 the first step on) or the data are stale (not at first, then ever more).
 """
 
+from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
@@ -83,9 +84,17 @@ def _mismatch(
         name="train_inference_mismatch",
         severity="warning",
         what=f"The sampling engine and the trainer give different probabilities ({unit})",
-        advice="Score the samples with the trainer (logp_old from the same weights and dtype), set "
-        "the same temperature and top-p in both engines, or correct with truncated importance "
-        "sampling.",
+        advice=Advice(
+            "The two engines should give the same probabilities.",
+            steps=(
+                Advice("Set the same temperature, top-p and precision in both."),
+                Advice("Score the samples with the trainer, from the same weights (logp_old)."),
+                Advice(
+                    "Correct with truncated importance sampling ({correction}).",
+                    needs=("correction",),
+                ),
+            ),
+        ),
         reference=MISMATCH,
         share=False,
         evidence=evidence,
@@ -114,8 +123,16 @@ def _stale(
         name="staleness",
         severity="warning",
         what=f"The samples come from an older policy than the one they train ({unit})",
-        advice="Sync the sampler's weights more often, bound the lag between sampling and "
-        "training, or lower lr so that the policy moves less while samples wait.",
+        advice=Advice(
+            "Train on fresher samples.",
+            steps=(
+                Advice(
+                    "Bound the lag between sampling and training ({max_lag}).", needs=("max_lag",)
+                ),
+                Advice("Sync the sampler's weights more often."),
+                LOWER_LR,
+            ),
+        ),
         reference=STALENESS,
         share=False,
         evidence=evidence,
@@ -132,8 +149,7 @@ def find_policy_drift(context: Context) -> list[Finding]:
         name="off_policy_drift",
         severity="warning",
         what="The policy moves away from the one that sampled the batch (k3 in nats)",
-        advice="Lower lr or the updates per batch (epochs x minibatches); the clip does not hold "
-        "steps that are too large.",
+        advice=Advice("The clip does not hold steps that are too large.", steps=(LOWER_LR,)),
         reference=STALENESS,
         share=False,
     )

@@ -1,5 +1,6 @@
 """Detectors of the reward: lost after it was earned, fallen after a climb, standing still."""
 
+from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.result import Finding
@@ -39,9 +40,11 @@ def find_reward_loss(context: Context) -> list[Finding]:
                 "lost_share": (reward.peak - series.end) / reward.peak if reward.peak > 0 else None,
                 **ends,
             },
-            advice=f"{_go_back(context, reward.best_step)} Lower lr or the updates per batch "
-            "(epochs x minibatches), and read completions of the last steps for gibberish, "
-            "repetition or a reward that is being gamed.",
+            advice=Advice(
+                "Read completions of the last steps: gibberish, repetition, or a reward that is "
+                "being gamed?",
+                steps=(LOWER_LR,),
+            ),
             reference=REWARD_REFERENCE,
             warned=series.step(loss.warned),
             until=None if loss.crossed is None else series.step(loss.crossed),
@@ -71,24 +74,13 @@ def find_fall_after_climb(context: Context) -> list[Finding]:
                 "best_step": fall.best_step,
                 "lost_share": share,
             },
-            advice=f"{_go_back(context, fall.best_step)} Lower lr before you train on.",
+            advice=Advice(
+                f"The reward was best around step {fall.best_step}.",
+                steps=(context.go_back(fall.onset), LOWER_LR),
+            ),
             reference=REWARD_REFERENCE,
         )
     ]
-
-
-def _go_back(context: Context, best: int) -> str:
-    """Where the best policy can be had from: a checkpoint that exists, or how to get one."""
-    saved = context.checkpoint_before(best)
-    if saved is not None:
-        where = "at" if saved == best else f"before step {best}, at"
-        return f"Go back to the checkpoint {where} step {saved}, where the reward was best."
-    if context.run.manifest.source == "built-in":
-        return (
-            f"The reward was best at step {best}; there is no checkpoint before it: set "
-            "checkpoint_every."
-        )
-    return f"Go back to the last checkpoint before step {best}, where the reward was best."
 
 
 @detector("plateau", Need("steps", "reward"), min_steps=PLATEAU_RECORDS)
@@ -109,8 +101,7 @@ def find_plateau(context: Context) -> list[Finding]:
             message=f"Reward rose from {series.level:.2f} and has stood at {series.end:.2f} since "
             f"step {step}, for {len(series) - begin} of {len(series)} records.",
             evidence={"reward_start": series.level, "reward_end": series.end},
-            advice="More steps of the same will not help: give harder or other problems, or check "
-            "the held-out score and stop.",
+            advice=Advice("Check the held-out score: more steps of the same will not help."),
             reference=REWARD_REFERENCE,
         )
     ]

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting
@@ -61,21 +62,39 @@ def find_flat_groups(context: Context) -> list[Finding]:
     ]
 
 
+_DROP_FLAT = Advice(
+    "Leave flat groups out of the batch and fill it with others ({drop_flat_groups}).",
+    needs=("drop_flat_groups",),
+)
 _SIDES = {
     "too_hard": (
         "have no right completion",
-        "Give easier problems, or raise rollouts_per_prompt or temperature so that a right "
-        "completion turns up.",
+        Advice(
+            "Make right completions turn up.",
+            steps=(
+                Advice("Give easier problems ({data})."),
+                Advice("Raise {rollouts_per_prompt} or {temperature}."),
+                _DROP_FLAT,
+            ),
+        ),
     ),
     "too_easy": (
         "are right in every completion",
-        "Give harder problems or leave the solved ones out of the batch; if the held-out score is "
-        "good, stop.",
+        Advice(
+            "If the held-out score is good, stop.",
+            steps=(Advice("Give harder problems ({data})."), _DROP_FLAT),
+        ),
     ),
     "": (
         "have the same reward for every completion",
-        "Leave flat groups out of the batch and fill it with others, give problems of other "
-        "difficulty, or raise rollouts_per_prompt or temperature.",
+        Advice(
+            "Make groups differ.",
+            steps=(
+                _DROP_FLAT,
+                Advice("Give problems of other difficulty ({data})."),
+                Advice("Raise {rollouts_per_prompt} or {temperature}."),
+            ),
+        ),
     ),
 }
 
@@ -150,11 +169,22 @@ def find_stall(context: Context) -> list[Finding]:
                 **({"truncated": cut.end} if all_cut else {}),
                 **_varying(context),
             },
-            advice="Raise max_new_tokens, or shorten what is asked for, until completions end by "
-            "themselves."
+            advice=Advice(
+                "Completions must end by themselves to be graded.",
+                steps=(
+                    Advice("Raise {max_new_tokens}."),
+                    Advice("Or ask for shorter answers."),
+                ),
+            )
             if all_cut
-            else "Mix in problems of other difficulty (task, data) or raise rollouts_per_prompt or "
-            "temperature so that groups differ; check that the reward can be earned at all.",
+            else Advice(
+                "Check that the reward can be earned at all; then make groups differ.",
+                steps=(
+                    Advice("Mix in problems of other difficulty ({data})."),
+                    Advice("Raise {rollouts_per_prompt} or {temperature}."),
+                    _DROP_FLAT,
+                ),
+            ),
             reference=DAPO,
         )
     ]

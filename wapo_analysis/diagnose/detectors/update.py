@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
@@ -39,8 +40,10 @@ def find_clip_low(context: Context) -> list[Finding]:
         name="clip_saturation_low",
         severity="warning",
         what="The lower clip takes the gradient from a fifth of the tokens or more",
-        advice="The policy moves far within one batch: lower lr, epochs or minibatches, or widen "
-        "clip_eps (lower mask_ratio_low in the dapo family).",
+        advice=Advice(
+            "The policy moves far within one batch.",
+            steps=(LOWER_LR, Advice("Widen {clip_low}.")),
+        ),
         reference=CLIP_SIDES,
     )
 
@@ -55,8 +58,10 @@ def find_clip_high(context: Context) -> list[Finding]:
         name="clip_saturation_high",
         severity="warning",
         what="The upper clip takes the gradient from a fifth of the tokens or more",
-        advice="The policy moves far within one batch: lower lr, epochs or minibatches, or widen "
-        "clip_eps (raise mask_ratio_high in the dapo family).",
+        advice=Advice(
+            "The policy moves far within one batch.",
+            steps=(LOWER_LR, Advice("Widen {clip_high}.")),
+        ),
         reference=CLIP_SIDES,
     )
 
@@ -74,10 +79,13 @@ def find_kl_drift(context: Context) -> list[Finding]:
         name="kl_drift",
         severity="info" if paid else "warning",
         what="The policy is far from the reference model (KL in nats per token)",
-        advice="Raise the KL coefficient or lower lr, and compare completions with those of the "
-        "reference model: what the distance buys must show in a held-out score."
-        if not paid
-        else "The reward still gains: read completions to see that they stay sound.",
+        advice=Advice("The reward still gains: read completions to see that they stay sound.")
+        if paid
+        else Advice(
+            "Compare completions with those of the reference model: what the distance buys must "
+            "show in a held-out score.",
+            steps=(Advice("Raise {kl}."), LOWER_LR),
+        ),
         reference=REFERENCE,
         share=False,
         evidence=context.reward.evidence() if context.reward is not None else None,
@@ -122,10 +130,14 @@ def _lr_finding(series: Series, where: Array, side: str) -> Finding:
         if side == "high"
         else f"The learning rate is at most {top:.2g}, and nothing moves.",
         evidence={"lr": top, "side": side},
-        advice="Lower lr tenfold: 1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for "
-        "LoRA or a small one."
-        if side == "high"
-        else "Raise lr: 1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for LoRA.",
+        advice=Advice(
+            "1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for LoRA or a small one.",
+            steps=(
+                Advice("Lower {lr} tenfold.", change={"lr": TENFOLD})
+                if side == "high"
+                else Advice("Raise {lr}."),
+            ),
+        ),
         reference=RATES,
     )
 
