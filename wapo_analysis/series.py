@@ -70,10 +70,10 @@ class Series:
     @cached_property
     def level(self) -> float:
         """Where the run began: median of the first few values."""
-        return float(np.median(self.values[: self._few])) if len(self) else float("nan")
+        return float(np.median(self.values[: self.few])) if len(self) else float("nan")
 
     @cached_property
-    def _few(self) -> int:
+    def few(self) -> int:
         """How many values the level rests on: those before the series left its first value.
 
         Five (three in a short run), or fewer if these spread more than noise explains: then the
@@ -121,7 +121,7 @@ class Series:
     @cached_property
     def gap_noise(self) -> float:
         """Standard deviation of a smoothed value minus the level, which rests on few values."""
-        level_noise = MEDIAN_EFFICIENCY * self.noise / float(np.sqrt(self._few))
+        level_noise = MEDIAN_EFFICIENCY * self.noise / float(np.sqrt(self.few))
         return float(np.hypot(self.smooth_noise, level_noise))
 
     def step(self, index: int) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from wapo_analysis.plots.frames import (
     RUN_KEYS,
@@ -16,9 +17,11 @@ from wapo_analysis.plots.frames import (
     with_empty_classes,
 )
 from wapo_analysis.plots.panels import (
+    ZERO,
     AxesArray,
     class_legend,
     class_table,
+    class_text,
     figure_height,
     fit_steps,
     label_legend,
@@ -31,7 +34,8 @@ from wapo_analysis.plots.panels import (
     step_axis,
 )
 from wapo_analysis.plots.registry import figure
-from wapo_analysis.plots.style import CLASS_COLORS, new_figure
+from wapo_analysis.plots.style import CLASS_COLORS, MUTED, new_figure
+from wapo_analysis.plots.titles import after, ends, joined
 from wapo_analysis.store import Need, Run
 
 _RULE_STEPS = 40
@@ -51,6 +55,22 @@ def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares, runs)
 
 
+def _says_class_share(frame: pd.DataFrame) -> str:
+    """The class whose share of the tokens changed most."""
+    told = []
+    for label, rows in frame.groupby("label", sort=False):
+        known = {
+            int(code): pair
+            for code, part in rows.groupby("cls")
+            if (pair := ends(part, "share").get(str(label))) is not None
+        }
+        if known:
+            code = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
+            first, last = known[code]
+            told.append(f"{label}: {class_text(code)} {first:.0%} to {last:.0%} of the tokens")
+    return joined(told)
+
+
 @figure(
     Need("classes", "tokens"),
     title="Which classes are the tokens in?",
@@ -58,6 +78,8 @@ def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
     "advantage and taught nothing.",
     group="classes",
     prepare=prepare_class_share,
+    says=_says_class_share,
+    over_steps=True,
 )
 def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Stacked shares of the classes over the steps, one panel per label.
@@ -86,11 +108,28 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``label, seed, run, step, cls, grad_mass, share``; grad_mass is the sum of the L2 norms of
-        dL/dz over the class's tokens, NaN where the source gives no collision statistic.
+        ``label, seed, run, step, cls, grad_mass, share, tokens, all_tokens``; grad_mass is the sum
+        of the L2 norms of dL/dz over the class's tokens, NaN where the source gives no collision
+        statistic; all_tokens counts those of the step, whatever their class.
     """
-    frame = with_empty_classes(class_frame(runs, ("grad_mass",)), "grad_mass")
+    frame = with_empty_classes(class_frame(runs, ("grad_mass", "tokens")), "grad_mass")
+    every = frame.groupby(["run", "step"])["tokens"].transform("sum")
+    frame = frame.assign(tokens=frame["tokens"].fillna(0), all_tokens=every)
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
+
+
+def _says_gradient_mass(frame: pd.DataFrame) -> str:
+    """The class with most of the gradient, beside its part of the tokens, over the whole run."""
+    told = []
+    for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
+        sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
+        code = int(sums["grad_mass"].idxmax())
+        told.append(
+            f"{label}: {tax.CLASS_NAMES[code]} is "
+            f"{sums['tokens'][code] / sums['all_tokens'][code]:.1%} of the tokens and "
+            f"{sums['grad_mass'][code] / sums['grad_mass'].sum():.0%} of the gradient"
+        )
+    return joined(told)
 
 
 @figure(
@@ -100,11 +139,13 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     "tokens, and whether the mass (below) fades as training goes on.",
     group="classes",
     prepare=prepare_gradient_mass,
+    says=_says_gradient_mass,
+    over_steps=True,
 )
 def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Share of the gradient mass per class, stacked; below, the mass itself, logarithmic.
 
-    A class whose mass is exactly zero has no line.
+    A class without any mass has no line.
 
     Returns axes of shape (2, labels).
     """
@@ -131,7 +172,8 @@ def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     axes[1, 0].set_ylabel("gradient mass,\nsum of |dL/dz|")
     fit_steps(axes, frame["step"])
     step_axis(axes[-1])
-    class_legend(figure, tax.CLASSES)
+    zeros = [Line2D([], [], color=MUTED, marker="v", markersize=4, ls="", label=ZERO)]
+    class_legend(figure, tax.CLASSES, zeros * bool((frame["grad_mass"] == 0).any()))
     return axes
 
 
@@ -156,7 +198,7 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     table = moved[[*RUN_KEYS, "step"]].assign(one=1.0, wrong=wrong, size=size, bad=size * wrong)
     keys = ["label", "run", "step"]
     sums = table.groupby(keys, sort=False)[["one", "wrong", "size", "bad"]].sum().reset_index()
-    seeds = {place: run.manifest.get("seed") for place, run in enumerate(runs)}
+    seeds = {place: run.seed for place, run in enumerate(runs)}
     shares = pd.DataFrame(
         {
             "label": sums["label"],
@@ -170,6 +212,17 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares, runs)
 
 
+def _says_rule_breaks(frame: pd.DataFrame) -> str:
+    means = frame.groupby("label", sort=False)[["tokens", "weight"]].mean().dropna()
+    return after(
+        "The class tells the wrong direction",
+        joined(
+            f"{label} for {row.tokens:.1%} of the tokens, {row.weight:.1%} of the predicted |dH|"
+            for label, row in means.iterrows()
+        ),
+    )
+
+
 @figure(
     Need("tokens", "pred_dentropy"),
     title="How often is the class's entropy rule wrong?",
@@ -177,6 +230,8 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     "of the entropy change stays small.",
     group="classes",
     prepare=prepare_rule_breaks,
+    says=_says_rule_breaks,
+    over_steps=True,
 )
 def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Share of tokens and share of the entropy change that break the rule, over the steps.

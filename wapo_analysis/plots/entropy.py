@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from wapo_taxonomy import CLASS_CODES, CLASSES, NONE
+from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE
 
 from wapo_analysis.plots.frames import (
     class_frame,
@@ -36,13 +37,13 @@ from wapo_analysis.plots.panels import (
 )
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import (
-    CLASS_COLORS,
     INK,
     SIGN_COLORS,
     SIGN_NAMES,
     label_styles,
     new_figure,
 )
+from wapo_analysis.plots.titles import after, ends, joined
 from wapo_analysis.schema import axis_label
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need, Run
@@ -52,13 +53,13 @@ _LOG_FROM = 8.0
 
 
 def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
-    """Mean entropy per run and step, with the level the run began at.
+    """Mean entropy per run and step, with the level of the baseline.
 
     Returns
     -------
     DataFrame
-        ``label, seed, run, step, entropy, start`` (nats); start is the level the run began at, the
-        one its diagnosis judges by.
+        ``label, seed, run, step, entropy, start`` (nats); start is the baseline, the one its
+        diagnosis judges by.
     """
     frame = step_frame(runs, ("entropy",))
     known = frame.dropna(subset="entropy").groupby("run")
@@ -69,16 +70,33 @@ def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.assign(start=frame["run"].map(levels)), runs)
 
 
+def _says_entropy(frame: pd.DataFrame) -> str:
+    pairs = ends(frame, "entropy").items()
+    return after(
+        "Mean entropy",
+        joined(
+            f"{label} {a:.2f} to {b:.2f} nats" + (f" ({_times(b / a)})" if a > 0 else "")
+            for label, (a, b) in pairs
+        ),
+    )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2g} times" if ratio >= BAND else f"{ratio - 1:+.0%}"
+
+
 @figure(
     Need("steps", "entropy"),
-    title="Does entropy leave the range it began in?",
+    title="Does entropy leave the range of its baseline?",
     caption="Look for the step where a line crosses a dotted line, half or twice its own "
-    "beginning: upwards is an explosion, downwards without a rising reward a collapse.",
+    "baseline: upwards is an explosion, downwards without a rising reward a collapse.",
     group="entropy",
     prepare=prepare_entropy,
+    says=_says_entropy,
+    over_steps=True,
 )
 def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Mean entropy over the steps; dotted: half and twice the label's own beginning.
+    """Mean entropy over the steps; dotted: half and twice the label's own baseline.
 
     The axis is logarithmic once the values span more than a factor of eight, so that a collapse
     shows as clearly as an explosion.
@@ -88,11 +106,12 @@ def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray
     figure = figure or new_figure(4.2)
     axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
     ax: Axes = axes[0]
-    _beginning_bands(ax, frame)
-    label_lines(ax, frame, "entropy")
+    _baseline_bands(ax, frame)
+    span = frame["entropy"][frame["entropy"] > 0]
+    wide = len(span) > 0 and span.max() > _LOG_FROM * span.min()
+    label_lines(ax, frame, "entropy", positive=wide)
     mark_missing(ax, frame, "entropy")
-    span = frame["entropy"]
-    if span.min() > 0 and span.max() > _LOG_FROM * span.min():
+    if wide:
         log_y(ax, span)
     ax.set_ylabel(axis_label("steps", "entropy", "mean entropy"))
     fit_steps(axes, frame["step"])
@@ -101,16 +120,16 @@ def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray
     return axes
 
 
-def _beginning_bands(ax: Axes, frame: pd.DataFrame) -> None:
-    """Dotted lines at half and twice the mean beginning of each label, named at the first."""
+def _baseline_bands(ax: Axes, frame: pd.DataFrame) -> None:
+    """Dotted lines at half and twice the mean baseline of each label, named at the first."""
     styles = label_styles(labels_of(frame))
     starts = frame.groupby("label", sort=False)["start"].mean().dropna()
     place = ax.get_yaxis_transform()
     for number, (label, start) in enumerate(starts.items()):
         color = styles[str(label)].color
         for bound, text in (
-            (start * BAND, "twice the\nbeginning"),
-            (start / BAND, "half the\nbeginning"),
+            (start * BAND, "twice the\nbaseline"),
+            (start / BAND, "half the\nbaseline"),
         ):
             ax.axhline(bound, color=color, linestyle=":", linewidth=1.1)
             if number == 0:
@@ -122,6 +141,19 @@ def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(step_frame(runs, ("entropy_pos", "entropy_neg")), runs)
 
 
+def _says_entropy_by_sign(frame: pd.DataFrame) -> str:
+    told = []
+    for label in labels_of(frame):
+        rows = frame[frame["label"] == label]
+        pairs = {sign: ends(rows, name).get(label) for sign, name in _BY_SIGN.items()}
+        known = [f"{SIGN_NAMES[s]} {p[0]:.2f} to {p[1]:.2f}" for s, p in pairs.items() if p]
+        told += [f"{label}: {', '.join(known)} nats"] if known else []
+    return joined(told)
+
+
+_BY_SIGN = {1: "entropy_pos", -1: "entropy_neg"}
+
+
 @figure(
     Need("steps", "entropy_pos") | Need("steps", "entropy_neg"),
     title="Is it the rewarded or the punished tokens whose entropy moves?",
@@ -129,6 +161,8 @@ def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
     "rewarded ones settle are the ones negative updates keep flat.",
     group="entropy",
     prepare=prepare_entropy_by_sign,
+    says=_says_entropy_by_sign,
+    over_steps=True,
 )
 def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Entropy of rewarded and of punished tokens over the steps, one panel per label.
@@ -140,7 +174,7 @@ def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> A
     axes = label_panels(figure, labels)
     for ax, label in zip(axes[0], labels, strict=True):
         rows = frame[frame["label"] == label]
-        for sign, column in ((1, "entropy_pos"), (-1, "entropy_neg")):
+        for sign, column in _BY_SIGN.items():
             replicate_line(ax, rows, column, color=SIGN_COLORS[sign])
             if rows[column].isna().all():
                 corner(ax, f"no tokens with {SIGN_NAMES[sign]} here", lower_right=sign < 0)
@@ -157,37 +191,94 @@ def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> A
 
 
 def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
-    """Predicted push on the entropy and measured change of it, per class and step.
+    """Predicted and measured change of the entropy, per class and step, both per token.
+
+    The first-order prediction is per unit learning rate of the logits. What that rate was is fitted
+    at every step with re-scored tokens, as probes do it: the factor that brings the predicted
+    change of p of the cells of the class table to the measured one, by least squares through the
+    origin. In between it is interpolated.
 
     Returns
     -------
     DataFrame
-        ``label, seed, run, step, cls, predicted, measured``: predicted is the sum of the
-        first-order dH of the class's own updates (nats per unit learning rate); measured is the
-        class's part of the mean change of entropy after the whole update, so that the parts of all
-        classes add up to that mean (nats per re-scored token).
+        ``label, seed, run, step, cls, predicted, measured, scale``: parts of the mean change of the
+        entropy over the tokens of the step, which add up over the classes (nats per token).
+        ``scale`` is that factor; where no step of a run was re-scored it is NaN and ``predicted``
+        stays in nats per token and unit learning rate.
     """
-    frame = class_frame(runs, ("pred_dentropy_sum", "dentropy_sum", "rescored"))
-    frame = with_empty_classes(frame, "pred_dentropy_sum")
-    scored = frame.groupby(["run", "step"])["rescored"].transform("sum")
+    sums = ("tokens", "pred_dentropy_sum", "dentropy_sum", "rescored")
+    frame = with_empty_classes(class_frame(runs, sums), "pred_dentropy_sum")
+    totals = frame.groupby(["run", "step"])[["tokens", "rescored"]].transform("sum")
     # A class without a re-scored token adds nothing to the mean of a step that has some.
     change = frame["dentropy_sum"].mask(frame["rescored"].fillna(0) == 0, 0.0)
+    scale = _scales(runs, frame)
     flow = frame[["label", "seed", "run", "step", "cls"]].assign(
-        predicted=frame["pred_dentropy_sum"], measured=change / scored.where(scored > 0)
+        predicted=frame["pred_dentropy_sum"] / totals["tokens"] * scale.fillna(1.0),
+        measured=change / totals["rescored"].where(totals["rescored"] > 0),
+        scale=scale,
     )
     return keep_labels(flow, runs)
 
 
+def _scales(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Series:
+    """Fitted learning rate of the logits for every row of a frame with run and step."""
+    cells = class_frame(
+        runs, ("tokens", "rescored", "pred_dprob_sum", "dprob_sum"), ("step", "cls", "prob_bin")
+    )
+    x, y = cells["pred_dprob_sum"] / cells["tokens"], cells["dprob_sum"] / cells["rescored"]
+    cells = cells.assign(xy=x * y * cells["rescored"], xx=x * x * cells["rescored"])
+    known = cells[np.isfinite(cells["xy"]) & (cells["rescored"] > 0)]
+    sums = known.groupby(["run", "step"])[["xy", "xx"]].sum()
+    fitted = (sums["xy"] / sums["xx"].where(sums["xx"] > 0)).dropna()
+    fitted = fitted[fitted > 0]  # a prediction keeps its own sign
+    scale = pd.Series(np.nan, index=frame.index)
+    for run, rows in frame.groupby("run"):
+        if run in fitted.index.get_level_values("run"):
+            mine = fitted.loc[run]
+            scale[rows.index] = np.interp(rows["step"].astype(float), mine.index, mine)
+    return scale
+
+
+def _says_entropy_flow(frame: pd.DataFrame) -> str:
+    """The class that predicts most, and how often the predicted sum had the measured sign."""
+    told = []
+    for label, rows in frame.groupby("label", sort=False):
+        sums = rows.groupby("cls")["predicted"].sum(min_count=1).dropna()
+        way = np.sign(sums.sum())
+        toward = sums[np.sign(sums) == way]
+        if toward.empty or not way:
+            continue
+        code = int(toward.abs().idxmax())
+        share = float(toward.abs().max() / toward.abs().sum())
+        told.append(
+            f"{label}: {CLASS_NAMES[code]} is {share:.0%} of the predicted "
+            f"{'rise' if way > 0 else 'fall'}{_sign_right(rows)}"
+        )
+    return joined(told)
+
+
+def _sign_right(rows: pd.DataFrame) -> str:
+    sums = rows.groupby(["run", "step"])[["predicted", "measured"]].sum(min_count=1).dropna()
+    sums = sums[(sums != 0).all(axis=1)]
+    if sums.empty:
+        return ""
+    right = (np.sign(sums["predicted"]) == np.sign(sums["measured"])).sum()
+    return f", sign right at {right} of {len(sums)} re-scored steps"
+
+
 @figure(
     Need("classes", "pred_dentropy_sum"),
-    title="Which class pushes entropy up, which down?",
-    caption="Look for the colours that outweigh the others: above zero their updates flatten "
-    "the policy, below zero they sharpen it (black: net; lower row: what was measured).",
+    title="Which class moves entropy up, which down?",
+    caption="Look for the colour that outweighs the others: above zero its updates raise the "
+    "entropy, below zero they lower it (black: sum). The lower row, in the same unit, is what the "
+    "whole update did to the tokens of each class.",
     group="entropy",
     prepare=prepare_entropy_flow,
+    says=_says_entropy_flow,
+    over_steps=True,
 )
 def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Predicted push per class, stacked, with the net; below, each class's measured part.
+    """Predicted dH per class, stacked, with the sum; below, each class's measured part.
 
     Returns axes of shape (1 or 2, labels); the second row is there if anything was re-scored.
     """
@@ -200,14 +291,15 @@ def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
         _predicted_flow(axes[0, column], part)
         if rows > 1:
             _measured_change(axes[1, column], part)
-    share_y_if_close(axes[0])
+    share_y_if_close(axes.ravel())
     if rows > 1:
-        share_y_if_close(axes[1])
-        axes[1, 0].set_ylabel("measured dH, part of the mean\n(nats per re-scored token)")
-    axes[0, 0].set_ylabel("predicted dH, sum over tokens\n(nats per unit learning rate)")
+        axes[1, 0].set_ylabel("measured dH\n(nats per token)")
+    scaled = frame["scale"].notna().any()
+    unit = "nats per token" if scaled else "nats per token\nand unit learning rate"
+    axes[0, 0].set_ylabel(f"predicted dH\n({unit})")
     fit_steps(axes, frame["step"])
     step_axis(axes[-1])
-    class_legend(figure, (*CLASSES, NONE), [Line2D([], [], color=INK, label="net")])
+    class_legend(figure, (*CLASSES, NONE), [Line2D([], [], color=INK, label="sum")])
     return axes
 
 
@@ -219,11 +311,7 @@ def _predicted_flow(ax: Axes, part: pd.DataFrame) -> None:
         note(ax, f"not available here:\n{why}")
         return
     stack(ax, table.fillna(0.0))
-    net = table.sum(axis=1, min_count=1)
-    dot: dict[str, Any] = {"marker": "o", "markersize": 5} if len(net) == 1 else {}
-    ax.plot(net.index, net, color="white", linewidth=3.0)
-    ax.plot(net.index, net, color=INK, linewidth=1.4, **dot)
-    ax.axhline(0, color=INK, linewidth=0.6)
+    _sum_line(ax, table.sum(axis=1, min_count=1))
 
 
 def _measured_change(ax: Axes, part: pd.DataFrame) -> None:
@@ -231,9 +319,12 @@ def _measured_change(ax: Axes, part: pd.DataFrame) -> None:
         note(ax, "not available here:\nno token was re-scored\nafter its update")
         return
     table = class_table(part, "measured").dropna(how="all")
-    for name in (*CLASSES, NONE):
-        rows = part[(part["cls"] == CLASS_CODES[name]) & part["measured"].notna()]
-        replicate_line(ax, rows, "measured", color=CLASS_COLORS[name], linewidth=1.3)
-    net = table.sum(axis=1)
-    ax.plot(net.index, net, color=INK, linewidth=1.4, marker="o", markersize=3)
+    stack(ax, table.fillna(0.0))
+    _sum_line(ax, table.sum(axis=1))
+
+
+def _sum_line(ax: Axes, total: pd.Series) -> None:
+    dot: dict[str, Any] = {"marker": "o", "markersize": 5} if len(total) == 1 else {}
+    ax.plot(total.index, total, color="white", linewidth=3.0)
+    ax.plot(total.index, total, color=INK, linewidth=1.4, **dot)
     ax.axhline(0, color=INK, linewidth=0.6)

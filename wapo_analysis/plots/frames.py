@@ -5,26 +5,31 @@ runs with one label and one seed stay apart). Infinite values become NaN: neithe
 """
 
 from collections.abc import Iterable, Sequence
+from weakref import ref
 
 import numpy as np
 import pandas as pd
 from wapo_taxonomy import CLASS_CODES, CLASS_NAMES, UNKNOWN
 
+from wapo_analysis.plots.style import drawable
+from wapo_analysis.settings import setting_labels
 from wapo_analysis.store import Run
 
 RUN_KEYS = ("label", "seed", "run")
 MAX_TOKEN_STEPS = 12
 MAX_TOKEN_ROWS = 200_000
-
-
-def run_label(run: Run) -> str:
-    """Legend text of a run: the manifest's label, else the objective's name in capitals."""
-    return str(run.manifest.get("label") or run.objective.upper())
+TOKEN_COLUMNS = (
+    "step", "rollout", "position", "token_id", "advantage", "sign", "cls", "kept", "clipped",
+    "prob", "logp", "logp_old", "entropy", "coef", "grad_norm", "pred_dprob", "dprob",
+    "pred_dentropy", "dentropy",
+)  # fmt: skip
+"""What figures read of the token table."""
+_KEPT_READINGS = 6
 
 
 def run_labels(runs: Sequence[Run]) -> list[str]:
-    """Labels of the runs, each once, in the order given."""
-    return list(dict.fromkeys(run_label(run) for run in runs))
+    """Legend text of every run; those with one text are seeds of one setting."""
+    return [drawable(label) for label in setting_labels(runs)]
 
 
 def labels_of(frame: pd.DataFrame) -> list[str]:
@@ -57,8 +62,8 @@ def step_frame(runs: Sequence[Run], columns: Iterable[str]) -> pd.DataFrame:
     parts = []
     for place, run in enumerate(runs):
         values = {name: finite(run.steps.get(name, pd.Series(dtype=float))) for name in names}
-        parts.append(_with_keys(pd.DataFrame({"step": run.steps["step"], **values}), run, place))
-    return _stack(parts, ("step", *names))
+        parts.append(_with_place(pd.DataFrame({"step": run.steps["step"], **values}), place))
+    return keyed(parts, runs, ("step", *names))
 
 
 def class_frame(
@@ -86,8 +91,8 @@ def class_frame(
         cells = run.classes
         values = pd.DataFrame({name: finite(cells[name]) for name in names})
         grouped = values.groupby([cells[key] for key in keys]).sum(min_count=1).reset_index()
-        parts.append(_with_keys(grouped, run, place))
-    return _stack(parts, (*keys, *names))
+        parts.append(_with_place(grouped, place))
+    return keyed(parts, runs, (*keys, *names))
 
 
 def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -145,7 +150,7 @@ def token_frame(
     runs : sequence of Run
         Opened runs.
     columns : iterable of str
-        Columns of the ``tokens`` table, derived ones included.
+        Some of ``TOKEN_COLUMNS``.
     rescored : bool
         Take only steps whose tokens were scored again after the update.
     max_steps : int
@@ -160,10 +165,25 @@ def token_frame(
     parts = []
     for place, run in enumerate(runs):
         steps = rescored_steps(run) if rescored else run.token_steps()
-        rows = run.tokens(spread(steps, max_steps))[["step", *names]]
-        stride = -(-len(rows) // MAX_TOKEN_ROWS) or 1
-        parts.append(_with_keys(rows.iloc[::stride], run, place))
-    return _stack(parts, ("step", *names))
+        rows = _token_rows(run, tuple(spread(steps, max_steps)))
+        parts.append(_with_place(rows[["step", *names]], place))
+    return keyed(parts, runs, ("step", *names))
+
+
+_readings: list[tuple["ref[Run]", tuple[int, ...], pd.DataFrame]] = []
+
+
+def _token_rows(run: Run, steps: tuple[int, ...]) -> pd.DataFrame:
+    """Evenly spaced token rows of some steps; kept for a while, since most figures share one."""
+    for known, read, rows in _readings:
+        if known() is run and read == steps:
+            return rows
+    rows = run.tokens(steps)[list(TOKEN_COLUMNS)] if steps else pd.DataFrame(columns=TOKEN_COLUMNS)
+    stride = -(-len(rows) // MAX_TOKEN_ROWS) or 1
+    rows = rows.iloc[::stride].reset_index(drop=True)
+    _readings.append((ref(run), steps, rows))
+    del _readings[:-_KEPT_READINGS]
+    return rows
 
 
 def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -187,31 +207,44 @@ def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 def keep_labels(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
     """Add a row of NaN for every label without rows, so that its panel can say what is missing."""
-    known = set(frame["label"])
+    known, labels = set(frame["label"]), run_labels(runs)
     absent = [
-        {"label": run_label(run), "seed": run.manifest.get("seed"), "run": place}
-        for place, run in enumerate(runs)
-        if run_label(run) not in known
+        {"label": label, "seed": run.seed, "run": place}
+        for place, (label, run) in enumerate(zip(labels, runs, strict=True))
+        if label not in known
     ]
     if not absent:
         return frame
-    order = {label: place for place, label in enumerate(run_labels(runs))}
+    order = {label: place for place, label in enumerate(dict.fromkeys(labels))}
     empty = pd.DataFrame(absent).reindex(columns=frame.columns)
     full = pd.concat([frame, empty], ignore_index=True) if len(frame) else empty
     return full.sort_values("label", key=lambda s: s.map(order), kind="stable", ignore_index=True)
 
 
-def _with_keys(frame: pd.DataFrame, run: Run, place: int) -> pd.DataFrame:
-    keyed = frame.reset_index(drop=True)
-    keyed.insert(0, "run", place)
-    keyed.insert(0, "seed", run.manifest.get("seed"))
-    keyed.insert(0, "label", run_label(run))
-    return keyed
+def keyed(
+    parts: Sequence[pd.DataFrame], runs: Sequence[Run], columns: Sequence[str]
+) -> pd.DataFrame:
+    """One frame of the parts of several runs, with ``label, seed, run`` in front.
 
-
-def _stack(parts: list[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """One frame of all parts; empty parts are left out, so they cannot spoil a dtype."""
+    Parameters
+    ----------
+    parts : sequence of DataFrame
+        Each with ``run``, the place of its run; empty ones are left out, so they spoil no dtype.
+    runs : sequence of Run
+        Opened runs.
+    columns : sequence of str
+        Columns of the result if every part is empty.
+    """
     full = [part for part in parts if len(part)]
     if not full:
         return pd.DataFrame(columns=[*RUN_KEYS, *columns])
-    return pd.concat(full, ignore_index=True)
+    frame = pd.concat(full, ignore_index=True)
+    labels, seeds = dict(enumerate(run_labels(runs))), {p: run.seed for p, run in enumerate(runs)}
+    rest = [name for name in frame if name != "run"]
+    places = frame["run"]
+    keys = {"label": places.map(labels), "seed": places.map(seeds), "run": places}
+    return pd.concat([pd.DataFrame(keys), frame[rest]], axis=1)
+
+
+def _with_place(frame: pd.DataFrame, place: int) -> pd.DataFrame:
+    return frame.reset_index(drop=True).assign(run=place)

@@ -8,17 +8,29 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE, UNKNOWN
 
 from wapo_analysis.plots.frames import labels_of
-from wapo_analysis.plots.style import BAND_ALPHA, CLASS_COLORS, INK, MUTED, label_styles
+from wapo_analysis.plots.style import (
+    BAND_ALPHA,
+    CLASS_COLORS,
+    INK,
+    MUTED,
+    SIGN_COLORS,
+    SIGN_NAMES,
+    SIGNS,
+    label_styles,
+)
 
 AxesArray: TypeAlias = np.ndarray[Any, Any]
 """Array of matplotlib axes."""
 
 MAX_COLUMNS = 4
+STEP_LABEL = "rollout step"
+"""Name of the step axis, before the number of updates is known."""
 _OWN_SCALE_FROM = 8.0
 _PLAIN_BELOW = 300.0
 _NOTHING = 1e-6
@@ -65,6 +77,7 @@ def label_panels(
                 grid[block * rows + row, column],
                 sharex=axes[0, 0] if share_x else None,
                 sharey=axes[row, 0] if share_y else None,
+                label=label,
             )
             if column and share_y:
                 axes[row, place].tick_params(which="both", labelleft=False)
@@ -104,7 +117,7 @@ def share_y_if_close(row: AxesArray) -> None:
 def step_axis(axes: Iterable[Axes]) -> None:
     """Label the step axis of the given panels; a single step gets room on both sides."""
     for ax in axes:
-        ax.set_xlabel("optimizer step")
+        ax.set_xlabel(STEP_LABEL)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
@@ -173,7 +186,7 @@ def replicate_line(
     label : str, optional
         Legend text; the number of runs is added.
     positive : bool
-        Leave a gap where the mean is not above 0, for a logarithmic axis.
+        For a logarithmic axis: where the mean is 0 a triangle stands on the lower edge.
     style : keyword arguments
         For ``Axes.plot``.
     """
@@ -181,6 +194,7 @@ def replicate_line(
     table = table.astype("float64")
     steps, mean = table.index.to_numpy(), table.mean(axis=1).to_numpy(copy=True)
     if positive:
+        _mark_zeros(ax, steps[mean == 0], style.get("color", INK))
         mean[~(mean > 0)] = np.nan
     if not np.isfinite(mean).any():
         ax.plot([], [], label=label and f"{label}: {_empty(positive)}", **style)
@@ -194,6 +208,24 @@ def replicate_line(
         low, high = table.min(axis=1), table.max(axis=1)
         low = low.where(low > 0) if positive else low
         ax.fill_between(steps, low, high, color=style.get("color"), alpha=BAND_ALPHA, linewidth=0)
+
+
+def _mark_zeros(ax: Axes, steps: np.ndarray[Any, Any], color: str) -> None:
+    """Zeros have no place on a logarithmic axis: triangles on its lower edge stand for them."""
+    if len(steps):
+        ax.plot(
+            steps, np.zeros(len(steps)), "v", color=color, markersize=4, alpha=0.8, clip_on=False,
+            transform=ax.get_xaxis_transform(), zorder=3, label=_zeros_label(ax),
+        )  # fmt: skip
+
+
+def _zeros_label(ax: Axes) -> str:
+    """Legend text of the first triangles of a panel, none for the others."""
+    known = any(line.get_label() == ZERO for line in ax.lines)
+    return "_nolegend_" if known else ZERO
+
+
+ZERO = "exactly 0"
 
 
 def _empty(positive: bool) -> str:
@@ -290,6 +322,12 @@ def class_legend(
 _LEGEND = {NONE: "none (A = 0)", UNKNOWN: "unknown (statistic missing)"}
 
 
+def class_text(code: int) -> str:
+    """Name of a class in legends and titles."""
+    name = CLASS_NAMES[code]
+    return _LEGEND.get(name, name)
+
+
 def label_legend(figure: Figure, ax: Axes) -> None:
     """Legend of the lines of one panel below all panels."""
     handles: list[Artist] = list(ax.get_legend_handles_labels()[0])
@@ -297,3 +335,9 @@ def label_legend(figure: Figure, ax: Axes) -> None:
         handles.append(Patch(color=MUTED, alpha=BAND_ALPHA, label="from lowest to highest run"))
     if handles:
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+
+
+def sign_legend(figure: Figure, *extra: Line2D) -> None:
+    """Legend of the colours of the sign of the advantage below the panels."""
+    patches = [Patch(color=SIGN_COLORS[s], label=f"tokens with {SIGN_NAMES[s]}") for s in SIGNS]
+    figure.legend(handles=[*patches, *extra], loc="outside lower center", ncols=3)

@@ -1,4 +1,4 @@
-"""Where on the probability scale the gradient sits, and how far the policy has moved."""
+"""How far the policy has moved from the one that sampled: probabilities, ratios, the clip."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from wapo_analysis.plots.frames import (
-    class_frame,
     keep_labels,
     labels_of,
     mean_over_runs,
@@ -21,17 +20,31 @@ from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
     figure_height,
+    fit_steps,
+    label_legend,
+    label_lines,
     label_panels,
     note,
-    share_y_if_close,
+    sign_legend,
+    step_axis,
 )
 from wapo_analysis.plots.registry import figure
-from wapo_analysis.plots.style import INK, MUTED, SIGN_COLORS, SIGN_NAMES, new_figure, sign_map
-from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
+from wapo_analysis.plots.style import (
+    INK,
+    MUTED,
+    SIGN_COLORS,
+    SIGN_NAMES,
+    SIGNS,
+    new_figure,
+    sign_map,
+)
+from wapo_analysis.plots.titles import after, joined
 from wapo_analysis.store import Need, Run
 
 _NOT_BY_TOKEN = ("gspo", "raft")
 _CELLS = 45
+_RATIO_BINS = np.linspace(-1.5, 1.5, 61)
+_UP_CLIPPED_STEPS = 40
 
 
 def clip_range(objective: Mapping[str, Any]) -> tuple[float, float]:
@@ -59,6 +72,19 @@ def clip_range(objective: Mapping[str, Any]) -> tuple[float, float]:
     return low if low > 0 else float("nan"), high if np.isfinite(high) else float("nan")
 
 
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _with_bounds(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
+    """Add the clip range of each run: ``low`` and ``high``, NaN where there is none."""
+    bounds = dict(enumerate(clip_range(run.manifest.objective) for run in runs))
+    return frame.assign(
+        low=frame["run"].map({place: low for place, (low, _) in bounds.items()}),
+        high=frame["run"].map({place: high for place, (_, high) in bounds.items()}),
+    )
+
+
 def prepare_train_vs_behaviour(runs: Sequence[Run]) -> pd.DataFrame:
     """Both probabilities of every token read, with the sign and the clip range.
 
@@ -69,15 +95,21 @@ def prepare_train_vs_behaviour(runs: Sequence[Run]) -> pd.DataFrame:
         range of the ratio, NaN where there is none).
     """
     rows = token_frame(runs, ("sign", "prob", "logp_old"))
-    bounds = [clip_range(run.manifest.get("objective", {})) for run in runs]
     behaviour = np.exp(rows["logp_old"].astype("float64"))
-    rows = rows.assign(
-        train=rows["prob"].astype("float64"),
-        behaviour=behaviour,
-        low=rows["run"].map({place: low for place, (low, _) in enumerate(bounds)}),
-        high=rows["run"].map({place: high for place, (_, high) in enumerate(bounds)}),
-    ).drop(columns=["prob", "logp_old"])
+    rows = rows.assign(train=rows["prob"].astype("float64"), behaviour=behaviour)
+    rows = _with_bounds(rows.drop(columns=["prob", "logp_old"]), runs)
     return keep_labels(rows.dropna(subset=["train", "behaviour"]), runs)
+
+
+def _says_train_vs_behaviour(frame: pd.DataFrame) -> str:
+    ratio = frame["train"] / frame["behaviour"]
+    out = ((ratio < frame["low"]) | (ratio > frame["high"])).where(ratio.notna())
+    bound = frame[["low", "high"]].notna().any(axis=1)
+    shares = out[bound].astype(float).groupby(frame["label"][bound], sort=False).mean().dropna()
+    return after(
+        "Tokens beyond the bounds of the clip",
+        joined(f"{label} {share:.1%}" for label, share in shares.items()),
+    )
 
 
 @figure(
@@ -87,6 +119,7 @@ def prepare_train_vs_behaviour(runs: Sequence[Run]) -> pd.DataFrame:
     "importance ratio that the objective can clip.",
     group="policy",
     prepare=prepare_train_vs_behaviour,
+    says=_says_train_vs_behaviour,
 )
 def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Token counts over the two probabilities, one panel per label and sign.
@@ -101,8 +134,8 @@ def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -
     axes = grid.reshape(-1, 2)
     for label, pair in zip(labels, axes, strict=False):
         part = frame[frame["label"] == label]
-        for ax, sign in zip(pair, (1, -1), strict=True):
-            _panel(ax, part[part["sign"] == sign], sign)
+        for ax, sign in zip(pair, SIGNS, strict=True):
+            _density(ax, part[part["sign"] == sign], sign)
             ax.set_title(f"{label}, {SIGN_NAMES[sign]}", fontsize=10)
     for pair in axes[len(labels) :]:
         for ax in pair:
@@ -122,7 +155,7 @@ _LINES = [
 ]
 
 
-def _panel(ax: Axes, part: pd.DataFrame, sign: int) -> None:
+def _density(ax: Axes, part: pd.DataFrame, sign: int) -> None:
     ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.set_xticks([0, 0.5, 1], labels=["0", "0.5", "1"])
     ax.set_yticks([0, 0.5, 1], labels=["0", "0.5", "1"])
@@ -153,156 +186,150 @@ def _outside(part: pd.DataFrame, low: float, high: float) -> str:
     return "\n".join(["ratio:", *sides]) if sides else "no clip on single tokens"
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else float("nan")
-
-
-_SIGNS = (1, -1)
-_KEYS = ("scale", "sign", "prob_bin")
-_BAR = 0.4
-_COLUMNS = 3
-EDGES = {"paper": PAPER_EDGES, "fine": PROB_EDGES}
-
-
-def bin_names(edges: Sequence[float]) -> list[str]:
-    """Text of every bin between the edges, such as ``.1-.25``."""
-    texts = [f"{edge:g}".replace("0.", ".") for edge in edges]
-    return [f"{low}-{high}" for low, high in zip(texts, texts[1:], strict=False)]
-
-
-def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
-    """Gradient mass per bin of p and sign over all steps, exact and by the official proxy.
+def prepare_ratio_histogram(runs: Sequence[Run]) -> pd.DataFrame:
+    """Importance ratio of the tokens read, in bins of its logarithm, per sign of the advantage.
 
     Returns
     -------
     DataFrame
-        ``label, seed, run, scale, sign, prob_bin, exact, proxy``: shares of the run's whole exact
-        mass; scale is "paper" (five bins) or "fine" (the bins of the schema). The proxy is the sum
-        of |coef| (1 - p) instead of |dL/dz|; it may add up to less than one.
+        ``label, seed, run, sign, bin`` (place between the edges), ``share`` of the run's tokens,
+        ``low, high`` (clip range), ``below, above``: shares of the run's tokens of that sign that
+        the clip can stop (A < 0 below ``low``, A > 0 above ``high``). Ratios beyond the outer
+        edges are in the outer bins.
     """
-    frame = _both_scales(class_frame(runs, ("grad_mass", "grad_mass_proxy"), _BY))
-    total = frame.groupby(["run", "scale"])["grad_mass"].transform("sum")
-    total = total.where(total > 0)
-    shares = frame.assign(exact=frame["grad_mass"] / total, proxy=frame["grad_mass_proxy"] / total)
-    return keep_labels(shares.drop(columns=["grad_mass", "grad_mass_proxy"]), runs)
+    rows = token_frame(runs, ("sign", "logp", "logp_old"))
+    gap = (rows["logp"] - rows["logp_old"]).astype("float64")
+    rows = _with_bounds(rows.assign(gap=gap), runs)
+    rows = rows[np.isfinite(rows["gap"]) & rows["sign"].isin(SIGNS)]
+    ratio = np.exp(rows["gap"].clip(-50, 50))
+    last = len(_RATIO_BINS) - 2
+    rows = rows.assign(
+        bin=np.clip(np.searchsorted(_RATIO_BINS, rows["gap"], side="right") - 1, 0, last),
+        below=(ratio < rows["low"]) & (rows["sign"] < 0),
+        above=(ratio > rows["high"]) & (rows["sign"] > 0),
+    )
+    every = rows.groupby("run").size()
+    keys = ["label", "seed", "run", "sign"]
+    bins = rows.groupby([*keys, "bin"], dropna=False, sort=False).agg(
+        share=("bin", "size"), low=("low", "first"), high=("high", "first")
+    )
+    sides = rows.groupby(keys, dropna=False, sort=False)[["below", "above"]].sum()
+    table = bins.reset_index().merge(sides.reset_index(), on=keys)
+    total = table["run"].map(every)
+    shares = {name: table[name] / total for name in ("share", "below", "above")}
+    return keep_labels(table.assign(**shares), runs)
+
+
+def _says_ratio_histogram(frame: pd.DataFrame) -> str:
+    runs = frame.groupby(["label", "run", "sign"], sort=False)[["below", "above"]].first()
+    told = []
+    for label, rows in runs.groupby("label", sort=False):
+        count = rows.index.get_level_values("run").nunique()
+        below, above = (rows[name].sum() / max(count, 1) for name in ("below", "above"))
+        told.append(f"{label} {below:.1%} below with A < 0, {above:.1%} above with A > 0")
+    return after("Tokens the clip can stop", joined(told))
 
 
 @figure(
-    Need("classes", "grad_mass"),
-    title="At which probabilities does the gradient sit?",
-    caption="Look for the tallest bar: it names the probability and the sign that own the "
-    "update, and the black tick shows what the (1 - p) proxy says.",
+    Need("tokens", "logp_old"),
+    title="How much of the batch is beyond the clip?",
+    caption="Look for mass outside the dashed bounds: of it the clip stops tokens with A < 0 on "
+    "the left and with A > 0 on the right. Ratio r = p / p_old, policy being updated over the one "
+    "that sampled; the outer bars hold everything beyond them.",
     group="policy",
-    prepare=prepare_bin_mass,
+    prepare=prepare_ratio_histogram,
+    says=_says_ratio_histogram,
 )
-def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Bars of the exact mass with the proxy as a tick; paper's bins above, fine ones below.
+def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Shares of tokens over the ratio, both axes logarithmic, clip bounds dashed.
 
-    Returns axes of shape (2, labels).
+    Returns axes of shape (labels,).
     """
     labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 2, 2.7, _COLUMNS))
-    axes = _bin_panels(figure, labels)
-    means = mean_over_runs(frame, _KEYS)
-    for column, label in enumerate(labels):
-        for ax, scale in zip(axes[:, column], EDGES, strict=True):
-            part = means[(means["label"] == label) & (means["scale"] == scale)]
-            _bars(ax, part, "exact", scale, "nothing had a gradient,\nor the norm is unknown")
-            for sign in _SIGNS:
-                rows = part[(part["sign"] == sign) & (part["proxy"] > 0)]
-                place = rows["prob_bin"] - sign * _BAR / 2
-                if len(rows):
-                    ax.plot(place, rows["proxy"], "_", color=INK, ms=11)
-    for row in axes:
-        share_y_if_close(row)
-        row[0].set_ylabel("share of\ngradient mass")
-    _sign_legend(figure, Line2D([], [], color=INK, marker="_", ms=11, ls="", label="proxy (1 - p)"))
+    figure = figure or new_figure(figure_height(len(labels), 1, 3.2))
+    axes: AxesArray = label_panels(figure, labels)[0]
+    means = mean_over_runs(frame, ("sign", "bin"))
+    for ax, label in zip(axes, labels, strict=True):
+        part = means[means["label"] == label].dropna(subset="bin")
+        if part.empty:
+            note(ax, "not available here:\nno logp_old")
+            continue
+        for sign in SIGNS:
+            rows = part[part["sign"] == sign].set_index("bin")["share"]
+            heights = rows.reindex(range(len(_RATIO_BINS) - 1)).to_numpy()
+            ax.stairs(np.nan_to_num(heights), np.exp(_RATIO_BINS), color=SIGN_COLORS[sign])
+        for bound in part[["low", "high"]].iloc[0].dropna():
+            if not _RATIO_BINS[0] < np.log(bound) < _RATIO_BINS[-1]:
+                continue
+            ax.axvline(bound, color=MUTED, linestyle="--", linewidth=1)
+            ax.annotate(f"{bound:g}", (bound, 1), xycoords=ax.get_xaxis_transform(), fontsize=8.5,
+                        ha="center", va="bottom")  # fmt: skip
+    ticks = (0.25, 0.5, 1, 2, 4)
+    for ax in axes:
+        ax.set(xscale="log", yscale="log", xlabel="ratio p / p_old")
+        ax.set_xlim(*np.exp(_RATIO_BINS[[0, -1]]))
+        ax.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        ax.set_xticks([], minor=True)
+    axes[0].set_ylabel("share of the tokens")
+    sign_legend(figure)
     return axes
 
 
-def prepare_token_strength(runs: Sequence[Run]) -> pd.DataFrame:
-    """Mean coefficient of a token per bin of p and sign over all steps.
+def prepare_up_clipped(runs: Sequence[Run]) -> pd.DataFrame:
+    """Mean p of the tokens above the upper bound of the clip, per run and step with token rows.
 
     Returns
     -------
     DataFrame
-        ``label, seed, run, scale, sign, prob_bin, strength``: mean of coef = -dL/dlogp over the
-        tokens of the bin. The official token strength is w * ratio * A; coef is that with
-        clipping, gates and the outer normaliser included, so clipped tokens count as 0.
+        ``label, seed, run, step, up_clipped, everyone`` (probabilities) ``, share``: mean p of the
+        tokens with A > 0 and a ratio above the upper bound, of all tokens with A > 0, and the
+        share of the latter that the former are. No row where there is no such bound.
     """
-    frame = _both_scales(class_frame(runs, ("coef_sum", "tokens"), _BY))
-    frame["strength"] = frame["coef_sum"] / frame["tokens"].where(frame["tokens"] > 0)
-    return keep_labels(frame.drop(columns=["coef_sum", "tokens"]), runs)
+    columns = ("sign", "prob", "logp", "logp_old")
+    rows = _with_bounds(token_frame(runs, columns, max_steps=_UP_CLIPPED_STEPS), runs)
+    rows = rows[(rows["sign"] > 0) & rows["logp_old"].notna() & rows["high"].notna()]
+    over = np.exp((rows["logp"] - rows["logp_old"]).astype("float64")) > rows["high"]
+    rows = rows.assign(over=over, up_clipped=rows["prob"].where(over))
+    table = rows.groupby(["label", "seed", "run", "step"], dropna=False, sort=False).agg(
+        up_clipped=("up_clipped", "mean"), everyone=("prob", "mean"), share=("over", "mean")
+    )
+    return keep_labels(table.reset_index(), runs)
+
+
+def _says_up_clipped(frame: pd.DataFrame) -> str:
+    means = frame.groupby("label", sort=False)[["up_clipped", "everyone"]].mean().dropna()
+    return after(
+        "Mean p of tokens beyond the upper clip",
+        joined(
+            f"{label} {row.up_clipped:.2f} (all with A > 0: {row.everyone:.2f})"
+            for label, row in means.iterrows()
+        ),
+    )
 
 
 @figure(
-    Need("classes", "coef_sum"),
-    title="How hard is a single token pushed?",
-    caption="Look for bars that grow towards small probabilities: there one token weighs more "
-    "than its share (coef is the official w x ratio x A with clipping and normaliser in it).",
+    Need("tokens", "logp_old"),
+    title="Whom does the upper clip stop?",
+    caption="Look for a left line far below the right one: the upper clip stops unlikely tokens "
+    "from rising, which a higher bound would allow (clip-higher, arXiv 2503.14476). Mean p, under "
+    "the policy being updated, of tokens with A > 0 and ratio above the upper bound; on the right "
+    "of all tokens with A > 0.",
     group="policy",
-    prepare=prepare_token_strength,
+    prepare=prepare_up_clipped,
+    says=_says_up_clipped,
+    over_steps=True,
 )
-def plot_token_strength(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Bars of the mean coefficient; paper's bins above, fine ones below.
-
-    Returns axes of shape (2, labels).
-    """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 2, 2.7, _COLUMNS))
-    axes = _bin_panels(figure, labels)
-    means = mean_over_runs(frame, _KEYS)
-    for column, label in enumerate(labels):
-        for ax, scale in zip(axes[:, column], EDGES, strict=True):
-            part = means[(means["label"] == label) & (means["scale"] == scale)]
-            _bars(ax, part, "strength", scale, "not available here:\n'coef' was not recorded")
-            ax.axhline(0, color=INK, linewidth=0.6)
-    for row in axes:
-        share_y_if_close(row)
-        row[0].set_ylabel("mean coefficient,\n-dL/dlogp")
-    _sign_legend(figure)
+def plot_up_clipped(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Mean p of up-clipped tokens and of all with A > 0 over the steps; axes of shape (2,)."""
+    figure = figure or new_figure(3.6)
+    axes: AxesArray = figure.subplots(1, 2, sharex=True, sharey=True)
+    titles = {"up_clipped": "beyond the upper clip", "everyone": "all tokens with A > 0"}
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        label_lines(ax, frame, column)
+        ax.set_title(title)
+    axes[0].set_ylabel("mean p (probability)")
+    axes[0].set_ylim(0, 1.02)
+    fit_steps(axes, frame["step"])
+    step_axis(axes)
+    label_legend(figure, axes[1])
     return axes
-
-
-_BY = ("sign", "prob_bin")
-
-
-def _both_scales(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows of A > 0 and A < 0 in the fine bins and again, summed, in the paper's."""
-    signed = frame[frame["sign"].isin(_SIGNS)]
-    merge = np.searchsorted(PAPER_EDGES, PROB_EDGES[:-1], side="right") - 1
-    coarse = signed.assign(prob_bin=signed["prob_bin"].astype(int).map(dict(enumerate(merge))))
-    keys = ["label", "run", *_BY]
-    seeds = coarse.groupby(keys, sort=False)["seed"].first()
-    numbers = coarse.drop(columns="seed").groupby(keys, sort=False).sum(min_count=1)
-    paper = numbers.assign(seed=seeds).reset_index()
-    both = pd.concat([paper.assign(scale="paper"), signed.assign(scale="fine")], ignore_index=True)
-    return both[["label", "seed", "run", *_KEYS, *numbers.columns]]
-
-
-def _bin_panels(figure: Figure, labels: Sequence[str]) -> AxesArray:
-    """Two rows of panels, labels across: the paper's bins above, the fine ones below."""
-    axes = label_panels(figure, labels, 2, share_x=False, share_y=False, columns=_COLUMNS)
-    for row, edges in zip(axes, EDGES.values(), strict=True):
-        names = bin_names(edges)
-        for ax in row:
-            ax.set_xticks(range(len(names)), labels=names, rotation=45, ha="right", fontsize=8)
-            ax.set_xlim(-0.6, len(names) - 0.4)
-            ax.grid(visible=False, axis="x")
-    for ax in axes[1]:
-        ax.set_xlabel("p of the sampled token")
-    return axes
-
-
-def _bars(ax: Axes, part: pd.DataFrame, column: str, scale: str, why: str) -> None:
-    if not part[column].notna().any():
-        note(ax, why)
-        return
-    for sign in _SIGNS:
-        rows = part[part["sign"] == sign]
-        ax.bar(rows["prob_bin"] - sign * _BAR / 2, rows[column], _BAR, color=SIGN_COLORS[sign])
-
-
-def _sign_legend(figure: Figure, *extra: Line2D) -> None:
-    patches = [Patch(color=SIGN_COLORS[s], label=f"tokens with {SIGN_NAMES[s]}") for s in _SIGNS]
-    figure.legend(handles=[*patches, *extra], loc="outside lower center", ncols=3)

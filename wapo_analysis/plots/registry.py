@@ -14,11 +14,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.plots.marks import draw_marks, prepare_marks
 from wapo_analysis.plots.panels import AxesArray
-from wapo_analysis.plots.style import theme
+from wapo_analysis.plots.style import theme, wrapped
 from wapo_analysis.store import Need, Run
 
 Prepare = Callable[[Sequence[Run]], pd.DataFrame]
+Says = Callable[[pd.DataFrame], str]
 P = TypeVar("P", bound="Plot")
 
 GROUPS: Mapping[str, str] = {
@@ -50,15 +52,20 @@ class FigureSpec:
     name : str
         Name on the command line and of the file.
     title : str
-        The question it answers, printed above it.
+        The question it answers.
     caption : str
-        One sentence: what to look for.
+        What to look for; of a quantity of a paper also its definition and source.
     group : str
         A name in ``GROUPS``.
     needs : tuple of Need
         What a run must have, all of it. Empty: no run needed.
     prepare, plot : callable
         Runs to tidy frame, and frame to axes.
+    says : callable, optional
+        Frame to the answer in one sentence with its number, printed above the figure instead of
+        the question; an empty text where the frame holds none.
+    over_steps : bool
+        The x axis is the step: baseline and onset are marked.
     """
 
     name: str
@@ -68,6 +75,8 @@ class FigureSpec:
     needs: tuple[Need, ...]
     prepare: Prepare
     plot: Plot
+    says: Says | None = None
+    over_steps: bool = False
 
 
 FIGURES: dict[str, FigureSpec] = {}
@@ -75,7 +84,13 @@ FIGURES: dict[str, FigureSpec] = {}
 
 
 def figure(
-    *needs: Need, title: str, caption: str, group: str, prepare: Prepare
+    *needs: Need,
+    title: str,
+    caption: str,
+    group: str,
+    prepare: Prepare,
+    says: Says | None = None,
+    over_steps: bool = False,
 ) -> Callable[[P], P]:
     """Make ``plot_x`` the figure ``x``, with what :class:`FigureSpec` says of it."""
 
@@ -83,7 +98,7 @@ def figure(
         name = plot.__name__.removeprefix("plot_")
         FIGURES[name] = FigureSpec(
             name=name, title=title, caption=caption, group=group,
-            needs=needs, prepare=prepare, plot=plot,
+            needs=needs, prepare=prepare, plot=plot, says=says, over_steps=over_steps,
         )  # fmt: skip
         return plot
 
@@ -128,7 +143,7 @@ def unavailable(spec: FigureSpec, runs: Sequence[Run]) -> str | None:
     return first
 
 
-def render(name: str, runs: Sequence[Run] = ()) -> Figure:
+def render(name: str, runs: Sequence[Run] = (), marks: pd.DataFrame | None = None) -> Figure:
     """Make a figure; pyplot does not know it and no global setting changes.
 
     Parameters
@@ -136,7 +151,10 @@ def render(name: str, runs: Sequence[Run] = ()) -> Figure:
     name : str
         A name in ``FIGURES``.
     runs : sequence of Run
-        Opened runs; theory figures need none. Runs of one label are replicates.
+        Opened runs; theory figures need none. Runs of one setting are replicates.
+    marks : DataFrame, optional
+        Baselines and onsets of the runs, of :func:`wapo_analysis.plots.marks.prepare_marks`, where
+        they are known; else every run is diagnosed.
 
     Returns
     -------
@@ -152,7 +170,11 @@ def render(name: str, runs: Sequence[Run] = ()) -> Figure:
     if reason is not None:
         raise UserError(f"figure {name!r} cannot be drawn: {reason}")
     with mpl.rc_context(theme()):
-        axes = spec.plot(spec.prepare(runs))
+        frame = spec.prepare(runs)
+        axes = spec.plot(frame)
+        if spec.over_steps:
+            draw_marks(axes.flat, prepare_marks(runs) if marks is None else marks)
         drawn: Figure = axes.flat[0].figure
-        drawn.suptitle(spec.title, x=0.01, ha="left")
+        answer = spec.says(frame) if spec.says is not None else ""
+        drawn.suptitle(wrapped(answer or spec.title), x=0.01, ha="left")
     return drawn

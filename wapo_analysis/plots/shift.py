@@ -3,52 +3,50 @@
 The prediction is the first-order effect of the token's own update in an isolated softmax, per unit
 learning rate. The measurement is what the whole optimizer step did, other tokens included. One
 factor per label, the least-squares slope through the origin over all its tokens, brings the two to
-one scale; it is stated, as are rank correlation and sign agreement per class.
+one scale; it is stated, as is how often the sign was right.
 """
 
-import textwrap
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
-from wapo_analysis.plots.panels import AxesArray, corner, note
+from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note
 from wapo_analysis.plots.registry import figure
-from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
+from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
+from wapo_analysis.plots.titles import joined
+from wapo_analysis.probes import agreement
 from wapo_analysis.schema import axis_label
 from wapo_analysis.store import Need, Run
 
-Axis = Literal["logit", "linear"]
-
 _SHIFTS = {
-    "prob": ("pred_dprob", "dprob", "change of p"),
-    "entropy": ("pred_dentropy", "dentropy", "change of the entropy"),
+    "prob": ("pred_dprob", "dprob", "mean change of p"),
+    "entropy": ("pred_dentropy", "dentropy", "mean change of the entropy"),
 }
 _COLUMNS = (
-    "label", "seed", "run", "cls", "prob", "tokens", "low", "median", "high", "predicted",
-    "factor", "rank_correlation", "sign_agreement", "class_tokens",
+    "label", "seed", "run", "cls", "tokens", "predicted", "measured", "factor",
+    "rank_correlation", "sign_agreement",
 )  # fmt: skip
-_NEAR_ONE = 1e-6
-_SMALLEST_BIN = 8
-_TICKS = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
+_FEW = 8
+_ADVANTAGES = (-np.inf, -1.0, 0.0, 1.0, np.inf)
+_POSITIVE = 2  # intervals from here on are of A > 0
+_ADVANTAGE_NAMES = ("A <= -1", "-1 < A < 0", "0 < A <= 1", "A > 1")
 
 
 def prepare_prob_shift(runs: Sequence[Run]) -> pd.DataFrame:
-    """Predicted and measured change of p, in bins of p, per label and class.
+    """Predicted and measured change of p per label and class.
 
     Returns
     -------
     DataFrame
-        One row per label, class and bin: ``prob`` (median p), ``tokens``, the quartiles ``low,
-        median, high`` of the measured change, ``predicted`` (median prediction times ``factor``),
-        and per class ``rank_correlation`` (Spearman), ``sign_agreement`` (share of the moved
-        tokens that moved the predicted way), ``class_tokens``.
+        One row per label and class: ``tokens``, the mean ``measured`` change, the mean
+        ``predicted`` change (times ``factor``), ``rank_correlation``
+        (Spearman) and ``sign_agreement`` (share of the moved tokens that moved the predicted way).
     """
     return _prepare(runs, "prob")
 
@@ -58,58 +56,62 @@ def prepare_entropy_shift(runs: Sequence[Run]) -> pd.DataFrame:
     return _prepare(runs, "entropy")
 
 
+def _says(frame: pd.DataFrame) -> str:
+    """In which class the prediction had the right sign most often, and in which least."""
+    told = []
+    for label, rows in frame.dropna(subset="sign_agreement").groupby("label", sort=False):
+        right = rows[rows["tokens"] >= _FEW].set_index("cls")["sign_agreement"]
+        if right.empty:
+            continue
+        codes = dict.fromkeys((right.idxmax(), right.idxmin()))
+        ends = [(right[code], CLASSES[int(code)]) for code in codes]
+        told.append(
+            f"{label}: sign right for "
+            + ", ".join(f"{share:.0%} of the {name} tokens" for share, name in ends)
+        )
+    return joined(told)
+
+
 @figure(
     Need("tokens", "dprob"),
     title="Did the tokens' probabilities move as predicted?",
-    caption="Look for dots (measured) along the line (predicted), on axes that are logarithmic "
-    "away from zero; a gap is the work of other tokens through shared parameters.",
+    caption="Look for a filled bar (measured) on the other side of zero than the outline "
+    "(predicted): other tokens moved that class through shared parameters.",
     group="shift",
     prepare=prepare_prob_shift,
+    says=_says,
 )
-def plot_prob_shift(
-    frame: pd.DataFrame, figure: Figure | None = None, axis: Axis = "logit"
-) -> AxesArray:
-    """Change of p against p: labels down, classes across.
-
-    Parameters
-    ----------
-    axis : {"logit", "linear"}
-        Scale of p; logit shows the near-certain tokens.
-
-    Returns axes of shape (labels, 4).
-    """
-    return _plot(frame, "prob", figure, axis)
+def plot_prob_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Mean change of p per class, predicted beside measured; axes of shape (labels,)."""
+    return _plot(frame, "prob", figure)
 
 
 @figure(
     Need("tokens", "dentropy"),
     title="Did the tokens' entropy move as predicted?",
-    caption="Look for dots (measured) on the side of zero where the line (predicted) is; a "
-    "gap is the work of other tokens through shared parameters.",
+    caption="Look for a filled bar (measured) on the other side of zero than the outline "
+    "(predicted): other tokens moved that class through shared parameters.",
     group="shift",
     prepare=prepare_entropy_shift,
+    says=_says,
 )
-def plot_entropy_shift(
-    frame: pd.DataFrame, figure: Figure | None = None, axis: Axis = "logit"
-) -> AxesArray:
-    """Change of the entropy against p; parameters and result as in :func:`plot_prob_shift`."""
-    return _plot(frame, "entropy", figure, axis)
+def plot_entropy_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Mean change of H per class, predicted beside measured; axes of shape (labels,)."""
+    return _plot(frame, "entropy", figure)
 
 
 def _prepare(runs: Sequence[Run], kind: str) -> pd.DataFrame:
     predicted, measured, _ = _SHIFTS[kind]
-    tokens = token_frame(runs, ("prob", "cls", predicted, measured), rescored=True)
+    tokens = token_frame(runs, ("cls", predicted, measured), rescored=True)
     tokens = tokens.rename(columns={predicted: "predicted", measured: "measured"})
-    values = tokens[["prob", "predicted", "measured"]].astype("float64")
+    values = tokens[["predicted", "measured"]].astype("float64")
     usable = tokens["cls"].isin(range(4)) & np.isfinite(values.to_numpy()).all(axis=1)
     tokens = tokens.assign(**values)[usable]
-    parts = []
-    for _, rows in tokens.groupby("label", sort=False):
-        scaled = rows.assign(factor=_factor(rows["predicted"], rows["measured"]))
-        parts += [_class_bins(part) for _, part in scaled.groupby("cls")]
-    if not parts:
-        return keep_labels(pd.DataFrame(columns=list(_COLUMNS)), runs)
-    return keep_labels(pd.concat(parts, ignore_index=True), runs)
+    rows = []
+    for _, part in tokens.groupby("label", sort=False):
+        factor = _factor(part["predicted"], part["measured"])
+        rows += [_class_row(mine, factor) for _, mine in part.groupby("cls")]
+    return keep_labels(pd.DataFrame(rows, columns=list(_COLUMNS)), runs)
 
 
 def _factor(predicted: pd.Series, measured: pd.Series) -> float:
@@ -118,124 +120,144 @@ def _factor(predicted: pd.Series, measured: pd.Series) -> float:
     return float((predicted * measured).sum()) / size if size > 0 else float("nan")
 
 
-def _class_bins(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one label and class in bins of p one unit of log odds wide."""
-    prob = rows["prob"].clip(_NEAR_ONE, 1 - _NEAR_ONE)
-    place = np.floor(np.log(prob / (1 - prob)) + 0.5)
-    factor = float(rows["factor"].iloc[0])
-    bins = rows.assign(place=place, prob=prob, scaled=rows["predicted"] * factor).groupby("place")
-    table = pd.DataFrame(
-        {
-            "prob": bins["prob"].median(),
-            "tokens": bins.size(),
-            "low": bins["measured"].quantile(0.25),
-            "median": bins["measured"].median(),
-            "high": bins["measured"].quantile(0.75),
-            "predicted": bins["scaled"].median(),
-        }
-    ).reset_index(drop=True)
-    # Too few tokens make no quartiles; a class without a full bin keeps its numbers, unplotted.
-    few = table["tokens"] < _SMALLEST_BIN
-    table.loc[few, ["low", "median", "high", "predicted"]] = np.nan
+def _class_row(rows: pd.DataFrame, factor: float) -> dict[str, object]:
+    """Numbers of the tokens of one label and class."""
+    found = agreement(rows["predicted"].to_numpy(), rows["measured"].to_numpy())
     first = rows.iloc[0]
-    keys = {name: first[name] for name in ("label", "seed", "run", "cls")}
-    full = table.assign(**keys, factor=factor, **_agreement(rows))
-    return pd.DataFrame(full, columns=list(_COLUMNS))
-
-
-def _agreement(rows: pd.DataFrame) -> dict[str, float]:
-    """Spearman correlation and sign agreement over the tokens that were predicted to move."""
-    moved = rows[(rows["predicted"] != 0) & (rows["measured"] != 0)]
-    ranks = moved[["predicted", "measured"]].rank()
-    flat = len(moved) < 3 or ranks.nunique().min() < 2
-    same = np.sign(moved["predicted"]) == np.sign(moved["measured"])
     return {
-        "rank_correlation": float("nan") if flat else float(np.corrcoef(ranks.T)[0, 1]),
-        "sign_agreement": float(same.mean()) if len(moved) else float("nan"),
-        "class_tokens": len(rows),
+        **{name: first[name] for name in ("label", "seed", "run", "cls")},
+        "tokens": len(rows),
+        "predicted": rows["predicted"].mean() * (factor if np.isfinite(factor) else 1.0),
+        "measured": rows["measured"].mean(),
+        "factor": factor,
+        "rank_correlation": found["rank_correlation"],
+        "sign_agreement": found["sign_agreement"],
     }
 
 
-def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None, axis: Axis) -> AxesArray:
+def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
     labels = labels_of(frame)
-    figure = figure or new_figure(1.1 + 2.5 * max(len(labels), 1))
-    axes: AxesArray = figure.subplots(
-        max(len(labels), 1), len(CLASSES), sharex=True, sharey="row", squeeze=False
-    )
-    column = _SHIFTS[kind][1]
-    for label, row in zip(labels, axes, strict=False):
-        part = frame[frame["label"] == label]
-        for code, ax in enumerate(row):
-            _panel(ax, part[part["cls"] == code], CLASS_COLORS[CLASSES[code]])
-        _scale(row, part)
-        factor = part["factor"].iloc[0] if len(part) else float("nan")
+    figure = figure or new_figure(figure_height(len(labels), 1, 3.4))
+    axes: AxesArray = label_panels(figure, labels, share_x=False, share_y=False)[0]
+    for ax, label in zip(axes, labels, strict=True):
+        part = frame[(frame["label"] == label) & (frame["tokens"] >= _FEW)]
+        _class_axis(ax, frame[frame["label"] == label])
+        if part.empty:
+            note(ax, "no re-scored token\nof any class")
+            continue
+        for _, row in part.iterrows():
+            _pair(ax, row)
+        factor = part["factor"].iloc[0]
         scale = f"prediction x {factor:.3g}" if np.isfinite(factor) else "nothing predicted"
-        what = axis_label("tokens", column, _SHIFTS[kind][2])
-        row[0].set_ylabel(f"{textwrap.fill(label, 26)}\n({scale})\n{what}", fontsize=9)
-    for ax, name in zip(axes[0], CLASSES, strict=True):
-        ax.set_title(name, color=CLASS_INK[name])
-    _probability_axis(axes, axis)
-    _legend(figure)
+        ax.set_title(scale, loc="right", fontsize=8.5, fontweight="normal", color=MUTED)
+    axes[0].set_ylabel(axis_label("tokens", _SHIFTS[kind][1], _SHIFTS[kind][2]))
+    handles = [
+        Patch(facecolor="white", edgecolor=MUTED, label="predicted from the token's own update"),
+        Patch(color=MUTED, label="measured after the whole update"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return axes
 
 
-def _panel(ax: Axes, part: pd.DataFrame, color: str) -> None:
-    ax.axhline(0, color=INK, linewidth=0.6)
-    if part.empty:
-        note(ax, "no re-scored token\nof this class")
-        return
-    first, part = part.iloc[0], part.dropna(subset="median")
-    if part.empty:
-        note(ax, f"only {int(first['class_tokens'])} re-scored\ntokens of this class")
-        return
-    spread = np.array([part["median"] - part["low"], part["high"] - part["median"]])
-    ax.errorbar(
-        part["prob"], part["median"], spread, color=color, fmt="o", markersize=4.5, elinewidth=1.2
+def _class_axis(ax: Axes, part: pd.DataFrame) -> None:
+    """Classes across, with how often the sign was right below their names."""
+    right = part.dropna(subset="cls").set_index("cls")["sign_agreement"]
+    texts = []
+    for code, name in enumerate(CLASSES):
+        share = right.get(code, np.nan)
+        texts.append(f"{name}\n{share:.0%} right" if np.isfinite(share) else f"{name}\n-")
+    ax.set_xticks(range(len(CLASSES)), labels=texts, fontsize=8.5)
+    for tick, name in zip(ax.get_xticklabels(), CLASSES, strict=True):
+        tick.set_color(CLASS_INK[name])
+    ax.set_xlim(-0.6, len(CLASSES) - 0.4)
+    ax.grid(visible=False, axis="x")
+    ax.axhline(0, color=INK, linewidth=0.8)
+
+
+def _pair(ax: Axes, row: pd.Series) -> None:
+    """Outline of the prediction, filled bar of the measurement."""
+    place, color = float(row["cls"]), CLASS_COLORS[CLASSES[int(row["cls"])]]
+    ax.bar(place - 0.19, row["predicted"], 0.34, facecolor="white", edgecolor=color, linewidth=1.6)
+    ax.bar(place + 0.19, row["measured"], 0.34, color=color)
+
+
+def prepare_decile_shift(runs: Sequence[Run]) -> pd.DataFrame:
+    """Measured change of p in tenths of p, per interval of the advantage.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, advantage`` (place of the interval) ``, decile`` (0..9) ``, tokens`` and
+        the quartiles ``low, median, high`` of the measured change of p; cells of fewer than eight
+        tokens are left out.
+    """
+    rows = token_frame(runs, ("advantage", "prob", "dprob"), rescored=True)
+    values = rows[["advantage", "prob", "dprob"]].astype("float64")
+    rows = rows.assign(**values)[np.isfinite(values).all(axis=1) & (values["advantage"] != 0)]
+    edge = np.searchsorted(_ADVANTAGES, rows["advantage"], side="left") - 1
+    decile = np.clip((rows["prob"] * 10).astype(int), 0, 9)
+    cells = rows.assign(advantage=edge, decile=decile).groupby(
+        ["label", "advantage", "decile"], sort=False
     )
-    style: dict[str, Any] = {"color": INK, "linewidth": 1.3, "marker": "_", "markersize": 7}
-    ax.plot(part["prob"], part["predicted"], **style)
-    if np.isfinite(first["sign_agreement"]):
-        text = (
-            f"rank corr. {first['rank_correlation']:.2f}\nsign right {first['sign_agreement']:.0%}"
+    table = cells.agg(
+        seed=("seed", "first"), run=("run", "first"), tokens=("dprob", "size"),
+        low=("dprob", lambda x: x.quantile(0.25)), median=("dprob", "median"),
+        high=("dprob", lambda x: x.quantile(0.75)),
+    ).reset_index()  # fmt: skip
+    order = ["label", "seed", "run", "advantage", "decile", "tokens", "low", "median", "high"]
+    return keep_labels(table.loc[table["tokens"] >= _FEW, order], runs)
+
+
+def _says_decile_shift(frame: pd.DataFrame) -> str:
+    told = []
+    for label, rows in frame.dropna(subset="median").groupby("label", sort=False):
+        against = np.sign(rows["median"]) == np.where(rows["advantage"] < _POSITIVE, 1, -1)
+        told.append(
+            f"{label}: {against.sum()} of {len(rows)} groups of tokens move against their advantage"
         )
-    else:
-        text = "no gradient here:\nmoved by other tokens"
-    corner(ax, f"{text}\n{int(first['class_tokens']):,} tokens")
+    return joined(told)
 
 
-def _scale(row: AxesArray, part: pd.DataFrame) -> None:
-    """Symmetric logarithmic axis over two decades, linear within, with headroom for the text."""
-    values = np.abs(part[["low", "median", "high", "predicted"]].to_numpy(dtype=np.float64))
-    biggest = float(np.nanmax(values, initial=0.0))
-    if biggest == 0.0:
-        return
-    decade = float(np.floor(np.log10(biggest)))
-    ticks = [0.0, *(side * 10.0**power for power in (decade - 1, decade) for side in (1, -1))]
-    row[0].set_yscale("symlog", linthresh=10.0 ** (decade - 1), linscale=0.7)
-    row[0].set_ylim(-1.3 * biggest, 12.0 * biggest)
-    row[0].set_yticks(sorted(ticks), labels=[f"{tick:g}" for tick in sorted(ticks)])
-    row[0].set_yticks([], minor=True)
+@figure(
+    Need("tokens", "dprob"),
+    title="Which probabilities does an update move, and which way?",
+    caption="Look for dots on the wrong side of zero, above it on the left and below it on the "
+    "right: other tokens carried them there. Dots: median, bars: quartiles "
+    "of the change of p over one update, by tenth of p and advantage (arXiv 2505.12929).",
+    group="shift",
+    prepare=prepare_decile_shift,
+    says=_says_decile_shift,
+)
+def plot_decile_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Change of p against the tenth of p; labels down, intervals of the advantage across.
 
-
-def _probability_axis(axes: AxesArray, axis: Axis) -> None:
+    Returns axes of shape (labels, 4).
+    """
+    labels = labels_of(frame)
+    figure = figure or new_figure(1.2 + 2.2 * max(len(labels), 1))
+    axes: AxesArray = figure.subplots(
+        max(len(labels), 1), len(_ADVANTAGE_NAMES), sharex=True, sharey="row", squeeze=False
+    )
+    for label, row in zip(labels, axes, strict=False):
+        part = frame[frame["label"] == label]
+        for place, ax in enumerate(row):
+            _deciles(
+                ax, part[part["advantage"] == place], SIGN_COLORS[-1 if place < _POSITIVE else 1]
+            )
+        row[0].set_ylabel(f"{label}\nchange of p", fontsize=9)
+    for ax, name in zip(axes[0], _ADVANTAGE_NAMES, strict=True):
+        ax.set_title(name)
     for ax in axes[-1]:
         ax.set_xlabel("p before the update")
-        if axis == "logit":
-            ax.set_xscale("logit")
-            low, high = ax.get_xlim()
-            ticks = [tick for tick in _TICKS if low <= tick <= high] or [0.5]
-            texts = [f"{tick:g}" for tick in ticks]
-            ax.set_xticks(ticks, labels=texts, fontsize=8, rotation=45, ha="right")
-            ax.set_xticks([], minor=True)
+        ax.set_xlim(0, 1)
+    return axes
 
 
-def _legend(figure: Figure) -> None:
-    handles = [
-        Line2D([], [], color=MUTED, marker="o", markersize=4.5, linestyle="none"),
-        Line2D([], [], color=INK, linewidth=1.3),
-    ]
-    texts = [
-        "measured: median and quartiles in bins of p",
-        "predicted from the token's own update, scaled by one factor per row",
-    ]
-    figure.legend(handles, texts, loc="outside lower center", ncols=2)
+def _deciles(ax: Axes, part: pd.DataFrame, color: str) -> None:
+    ax.axhline(0, color=INK, linewidth=0.6)
+    if part.empty:
+        note(ax, "too few re-scored\ntokens here")
+        return
+    place = (part["decile"] + 0.5) / 10
+    spread = np.array([part["median"] - part["low"], part["high"] - part["median"]])
+    ax.errorbar(place, part["median"], spread, color=color, fmt="o", markersize=4.5, elinewidth=1.4)

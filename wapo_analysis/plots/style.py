@@ -6,9 +6,11 @@ blindness; objectives use purple and green, which no class uses.
 """
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ import numpy as np
 import seaborn as sns
 from matplotlib.colors import Colormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager, get_font
 from wapo_taxonomy import CLASSES, NONE, UNKNOWN
 
-from wapo_analysis.errors import unknown_name
+from wapo_analysis.errors import printable, unknown_name
 
 CLASS_COLORS: Mapping[str, str] = {
     "pos_peak": "#0072B2",
@@ -41,12 +44,16 @@ SIGN_COLORS: Mapping[int, str] = {
     -1: CLASS_COLORS["neg_peak"],
     0: CLASS_COLORS[NONE],
 }
+SIGNS = (1, -1)
 SIGN_NAMES: Mapping[int, str] = {1: "A > 0", -1: "A < 0", 0: "A = 0"}
 INK = "#222222"
 MUTED = "#6A6A6A"
 BAND_ALPHA = 0.18
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 10.0
+_TITLE_SIGNS = 9.6  # an inch, at the size of a title
+_WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "PingFang SC",
+               "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 PNG_DPI = 120
 _POINTS = 72  # matplotlib lays vector files out in points
 
@@ -139,7 +146,7 @@ def theme() -> dict[Any, Any]:
     return {
         **sns.axes_style("ticks"),
         "font.family": ["sans-serif"],
-        "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
+        "font.sans-serif": [*_fonts()[0], "Arial", "Helvetica", "sans-serif"],
         "font.size": 10,
         "text.parse_math": False,  # a dollar sign in a label is a dollar sign
         "axes.titlesize": 10.5,
@@ -168,6 +175,29 @@ def theme() -> dict[Any, Any]:
         "axes.facecolor": "white",
         "hatch.linewidth": 0.6,
     }
+
+
+@cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """Fonts in the order of use, and the characters they have; the first comes with matplotlib."""
+    names = {entry.name for entry in fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in _WIDE_FONTS if name in names)]
+    files = [fontManager.findfont(FontProperties(family=name)) for name in fonts]
+    return fonts, frozenset().union(*(get_font(file).get_charmap() for file in files))
+
+
+def drawable(text: str) -> str:
+    """Text of a run as a figure can draw it: what no font has or nobody may see is escaped."""
+    known = _fonts()[1]
+    return "".join(
+        char if ord(char) in known else char.encode("ascii", "backslashreplace").decode()
+        for char in printable(text)
+    )
+
+
+def wrapped(text: str, width: float = WIDTH) -> str:
+    """Title in lines that fit a figure of some inches."""
+    return textwrap.fill(text, int(_TITLE_SIGNS * width))
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:
