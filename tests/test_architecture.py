@@ -23,8 +23,8 @@ LEVELS: dict[str, int] = {
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
-# Same level, yet one may use the other: a comparison names the drivers that diagnose finds.
-ALLOWED_BESIDE = {("compare", "diagnose")}
+# Same level, yet one may use the other: comparisons and figures show what diagnose finds.
+ALLOWED_BESIDE = {("compare", "diagnose"), ("plots", "diagnose")}
 TORCH_ALLOWED = {"stats", "objectives", "record", "probes", "capture", "train", "verify", "bench"}
 SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
 

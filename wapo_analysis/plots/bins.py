@@ -13,7 +13,7 @@ from wapo_analysis.plots.frames import class_frame, keep_labels, labels_of, mean
 from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note, sign_legend
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import INK, SIGN_COLORS, SIGN_NAMES, SIGNS, new_figure
-from wapo_analysis.plots.titles import joined
+from wapo_analysis.plots.titles import joined, largest
 from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
 from wapo_analysis.store import Need, Run
 
@@ -45,7 +45,7 @@ def _says_bin_mass(frame: pd.DataFrame) -> str:
     names, told = bin_names(PAPER_EDGES), []
     means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="exact")
     for label, rows in means.groupby("label", sort=False):
-        top = rows.loc[rows["exact"].idxmax()]
+        top = largest(rows, "exact")
         told.append(
             f"{label}: {top['exact']:.0%} of the gradient is on tokens with "
             f"{SIGN_NAMES[int(top['sign'])]}, p in {names[int(top['prob_bin'])]}"
@@ -126,8 +126,7 @@ def _says_token_strength(frame: pd.DataFrame) -> str:
     names, told = bin_names(PAPER_EDGES), []
     means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="strength")
     for label, rows in means[means["strength"] != 0].groupby("label", sort=False):
-        size = rows["strength"].abs()
-        top = rows.loc[size.idxmax()]
+        size, top = rows["strength"].abs(), largest(rows, "strength")
         told.append(
             f"{label}: strongest at p in {names[int(top['prob_bin'])]}, "
             f"{SIGN_NAMES[int(top['sign'])]}, {size.max() / size.min():.2g} times the weakest"

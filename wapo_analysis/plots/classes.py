@@ -35,7 +35,7 @@ from wapo_analysis.plots.panels import (
 )
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, MUTED, new_figure
-from wapo_analysis.plots.titles import after, ends, joined
+from wapo_analysis.plots.titles import after, ends, joined, largest_key
 from wapo_analysis.store import Need, Run
 
 _RULE_STEPS = 40
@@ -59,11 +59,11 @@ def _says_class_share(frame: pd.DataFrame) -> str:
     """The class whose share of the tokens changed most."""
     told = []
     for label, rows in frame.groupby("label", sort=False):
-        known = {
-            int(code): pair
-            for code, part in rows.groupby("cls")
-            if (pair := ends(part, "share").get(str(label))) is not None
+        pairs = {
+            code: ends(rows[rows["cls"] == code], "share").get(str(label))
+            for code in tax.CLASS_NAMES
         }
+        known = {code: pair for code, pair in pairs.items() if pair is not None}
         if known:
             code = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
             first, last = known[code]
@@ -123,7 +123,7 @@ def _says_gradient_mass(frame: pd.DataFrame) -> str:
     told = []
     for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
         sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
-        code = int(sums["grad_mass"].idxmax())
+        code = largest_key(sums["grad_mass"])
         told.append(
             f"{label}: {tax.CLASS_NAMES[code]} is "
             f"{sums['tokens'][code] / sums['all_tokens'][code]:.1%} of the tokens and "

@@ -43,7 +43,7 @@ from wapo_analysis.plots.style import (
     label_styles,
     new_figure,
 )
-from wapo_analysis.plots.titles import after, ends, joined
+from wapo_analysis.plots.titles import after, ends, joined, largest_key
 from wapo_analysis.schema import axis_label
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need, Run
@@ -248,7 +248,7 @@ def _says_entropy_flow(frame: pd.DataFrame) -> str:
         toward = sums[np.sign(sums) == way]
         if toward.empty or not way:
             continue
-        code = int(toward.abs().idxmax())
+        code = largest_key(toward)
         share = float(toward.abs().max() / toward.abs().sum())
         told.append(
             f"{label}: {CLASS_NAMES[code]} is {share:.0%} of the predicted "

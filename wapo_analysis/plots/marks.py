@@ -48,7 +48,9 @@ def prepare_marks(
         row = {
             "run": place,
             "first": steps[0],
-            "baseline": entropy.step(entropy.few - 1) if len(entropy) else np.nan,
+            "baseline": entropy.step(min(entropy.few, len(entropy)) - 1)
+            if len(entropy)
+            else np.nan,
             "onset": np.nan if diagnosis.onset_step is None else diagnosis.onset_step,
             "updates": pd.to_numeric(run.steps["updates"], errors="coerce").median(),
         }

@@ -14,7 +14,7 @@ from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
 from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
-from wapo_analysis.plots.titles import joined
+from wapo_analysis.plots.titles import joined, largest_key
 from wapo_analysis.probes import agreement, closure, part_name, three_numbers, window
 from wapo_analysis.schema import INTERACTION, MOMENTUM, UPDATE, WEIGHT_DECAY
 from wapo_analysis.store import Need, Run
@@ -107,7 +107,7 @@ def _right_bars(ax: Axes, part: pd.DataFrame) -> None:
     counts = part.dropna(subset="cls").groupby("cls").size()
     for code, name in enumerate(CLASSES):
         place, color = len(CLASSES) - 1 - code, CLASS_COLORS[name]
-        alone, whole = known.loc[code] if code in known.index else (np.nan, np.nan)
+        alone, whole = known.reindex([code]).to_numpy(np.float64)[0]
         if not np.isfinite(alone) and not np.isfinite(whole):
             ax.annotate(" no gradient", (0, place), va="center", fontsize=8.5, color=MUTED)
             continue
@@ -190,7 +190,7 @@ def _says_waterfall(frame: pd.DataFrame) -> str:
         means = rows.groupby("part")["dentropy"].mean()
         parts = means.drop(UPDATE).dropna()
         if len(parts):
-            code = int(parts.abs().idxmax())
+            code = largest_key(parts)
             told.append(
                 f"{label}: {part_name(code)} {parts[code]:+.2g} nats of {means[UPDATE]:+.2g}"
             )

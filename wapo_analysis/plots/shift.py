@@ -60,15 +60,13 @@ def _says(frame: pd.DataFrame) -> str:
     """In which class the prediction had the right sign most often, and in which least."""
     told = []
     for label, rows in frame.dropna(subset="sign_agreement").groupby("label", sort=False):
-        right = rows[rows["tokens"] >= _FEW].set_index("cls")["sign_agreement"]
-        if right.empty:
-            continue
-        codes = dict.fromkeys((right.idxmax(), right.idxmin()))
-        ends = [(right[code], CLASSES[int(code)]) for code in codes]
-        told.append(
-            f"{label}: sign right for "
-            + ", ".join(f"{share:.0%} of the {name} tokens" for share, name in ends)
-        )
+        ranked = rows[rows["tokens"] >= _FEW].sort_values("sign_agreement", ascending=False)
+        ends = ranked.iloc[[0, -1]].drop_duplicates("cls") if len(ranked) else ranked
+        parts = [
+            f"{row['sign_agreement']:.0%} of the {CLASSES[int(row['cls'])]} tokens"
+            for _, row in ends.iterrows()
+        ]
+        told += [f"{label}: sign right for {', '.join(parts)}"] if parts else []
     return joined(told)
 
 
@@ -193,7 +191,8 @@ def prepare_decile_shift(runs: Sequence[Run]) -> pd.DataFrame:
     """
     rows = token_frame(runs, ("advantage", "prob", "dprob"), rescored=True)
     values = rows[["advantage", "prob", "dprob"]].astype("float64")
-    rows = rows.assign(**values)[np.isfinite(values).all(axis=1) & (values["advantage"] != 0)]
+    usable = np.isfinite(values.to_numpy()).all(axis=1) & (values["advantage"] != 0).to_numpy()
+    rows = rows.assign(**values)[usable]
     edge = np.searchsorted(_ADVANTAGES, rows["advantage"], side="left") - 1
     decile = np.clip((rows["prob"] * 10).astype(int), 0, 9)
     cells = rows.assign(advantage=edge, decile=decile).groupby(

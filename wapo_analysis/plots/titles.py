@@ -45,3 +45,13 @@ def changes(frame: pd.DataFrame, column: str, digits: str = ".2f") -> str:
 def after(what: str, text: str) -> str:
     """``what: text``, or nothing where there is nothing to tell."""
     return f"{what}: {text}" if text else ""
+
+
+def largest(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Row in which a column without NaN is largest in size."""
+    return rows.iloc[int(np.argmax(rows[column].abs().to_numpy(np.float64)))]
+
+
+def largest_key(values: pd.Series) -> int:
+    """Integer key of the value that is largest in size."""
+    return int(values.index.to_numpy()[int(np.argmax(values.abs().to_numpy(np.float64)))])

@@ -29,7 +29,7 @@ from wapo_analysis.plots.style import (
     label_styles,
     new_figure,
 )
-from wapo_analysis.plots.titles import after, changes, joined
+from wapo_analysis.plots.titles import after, changes, joined, largest
 from wapo_analysis.store import Need, Run
 
 FORKING = 0.8
@@ -55,11 +55,8 @@ def prepare_covariance(runs: Sequence[Run]) -> pd.DataFrame:
     keys = ["label", "seed", "run", "step"]
     means = rows.groupby(["run", "step"])[["advantage", "logp"]].transform("mean")
     product = (rows["advantage"] - means["advantage"]) * (rows["logp"] - means["logp"])
-    table = (
-        rows.assign(product=product)
-        .groupby(keys, dropna=False, sort=False)["product"]
-        .agg(covariance="mean", top=_top_share)
-    )
+    grouped = rows.assign(product=product).groupby(keys, dropna=False, sort=False)
+    table = grouped.agg(covariance=("product", "mean"), top=("product", _top_share))
     return keep_labels(table.reset_index(), runs)
 
 
@@ -221,8 +218,7 @@ def prepare_top_tokens(runs: Sequence[Run]) -> pd.DataFrame:
 def _says_top_tokens(frame: pd.DataFrame) -> str:
     told = []
     for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
-        largest = rows[rows["cls"] == rows["cls"][rows["mass"].idxmax()]]
-        top = largest.loc[largest["share"].idxmax()]
+        top = largest(rows, "mass")
         told.append(
             f"{label}: {top['text']} holds {top['share']:.0%} of the gradient of "
             f"{CLASSES[int(top['cls'])]}"
@@ -299,7 +295,7 @@ def _says_position_profile(frame: pd.DataFrame) -> str:
     for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
         by_place = rows.groupby("place")[["share", "tokens"]].sum() / rows["run"].nunique()
         ahead = by_place["share"] - by_place["tokens"]
-        place = ahead.idxmax()
+        place = int(ahead.index.to_numpy()[int(np.argmax(ahead.to_numpy()))])
         last = place + rows["width"].iloc[0] - 1
         where = f"positions {place:g} to {last:g}" if last > place else f"position {place:g}"
         told.append(

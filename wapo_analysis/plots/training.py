@@ -298,9 +298,9 @@ def plot_reward_and_entropy(frame: pd.DataFrame, figure: Figure | None = None) -
     """Reward against entropy, one point per step, with the fitted law; axes of shape (labels,)."""
     labels = labels_of(frame)
     figure = figure or new_figure(figure_height(len(labels), 1, 3.4))
-    axes = label_panels(figure, labels)
+    axes: AxesArray = label_panels(figure, labels)[0]
     styles = label_styles(labels)
-    for ax, label in zip(axes[0], labels, strict=True):
+    for ax, label in zip(axes, labels, strict=True):
         rows = frame[frame["label"] == label].dropna(subset=["reward", "entropy"])
         if rows.empty:
             note(ax, "not available here:\nreward or entropy")
@@ -312,7 +312,7 @@ def plot_reward_and_entropy(frame: pd.DataFrame, figure: Figure | None = None) -
         if np.isfinite(first["a"]):
             x = np.linspace(rows["entropy"].min(), rows["entropy"].max(), 60)
             ax.plot(x, first["b"] - first["a"] * np.exp(x), color=INK, linewidth=1.4)
-    for ax in axes[0]:
+    for ax in axes:
         ax.set_xlabel("mean entropy (nats)")
-    axes[0, 0].set_ylabel("mean reward of the batch")
-    return axes[0]
+    axes[0].set_ylabel("mean reward of the batch")
+    return axes

@@ -14,7 +14,6 @@ from wapo_analysis.plots.frames import (
     finite,
     keep_labels,
     mean_over_runs,
-    run_label,
     run_labels,
     spread,
     step_frame,
@@ -36,8 +35,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 def test_label_falls_back_to_the_objective(tmp_path: Path) -> None:
     named = open_run(write_fake_run(tmp_path / "a", steps=1, label="mine"))
     bare = open_run(write_fake_run(tmp_path / "b", steps=1, manifest={"label": None}))
-    assert run_label(named) == "mine"
-    assert run_label(bare) == "GRPO"
+    assert run_labels([named, bare]) == ["mine", "GRPO"]
+
+
+def test_runs_of_one_label_and_two_settings_stay_apart(tmp_path: Path) -> None:
+    runs = [
+        open_run(write_fake_run(tmp_path / f"{lr}", steps=1, manifest={"config": {"lr": lr}}))
+        for lr in (1e-4, 5e-5)
+    ]
+    assert run_labels(runs) == ["GRPO, lr 1e-4", "GRPO, lr 5e-5"]
 
 
 def test_step_frame_keeps_every_run_apart(pair: list[Run]) -> None:
@@ -106,7 +112,8 @@ def test_runs_without_rows_keep_their_label_and_place(pair: list[Run], tmp_path:
     silent = open_run(write_fake_run(tmp_path / "a", steps=2, token_every=0, label="silent"))
     runs = [pair[0], silent, pair[2]]
     frame = keep_labels(token_frame(runs, ("prob",)), runs)
-    assert list(dict.fromkeys(frame["label"])) == run_labels(runs) == ["GRPO", "silent", "WAPO"]
+    assert list(dict.fromkeys(frame["label"])) == run_labels(runs)
+    assert run_labels(runs) == ["GRPO", "silent", "WAPO"]
     assert frame.loc[frame["label"] == "silent", "prob"].isna().all()
 
 

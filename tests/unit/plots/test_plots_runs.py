@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.plots import FIGURES, classes, entropy, policy, shift, training
+from wapo_analysis.plots import bins, classes, entropy, policy, shift, training
 from wapo_analysis.plots.style import CLASS_COLORS, SIGN_COLORS, label_styles, theme
 from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
 from wapo_analysis.series import Series
@@ -62,7 +62,7 @@ def test_reward_line_is_the_mean_over_seeds_with_a_band(pair: list[Run]) -> None
     np.testing.assert_array_equal(steps, expected.index)
     assert len(axes[0].collections) == 1, "WAPO has one run and so no band"
     assert axes[0].get_ylabel() == "mean reward of the batch"
-    assert axes[0].get_xlabel() == "optimizer step"
+    assert axes[0].get_xlabel() == "rollout step"
 
 
 def test_pass_rate_gets_its_panel_when_it_differs(pair: list[Run]) -> None:
@@ -84,11 +84,14 @@ def test_gradient_norm_marks_steps_that_were_not_finite(tmp_path: Path) -> None:
     assert ax.get_yscale() == "log"
 
 
-def test_gradient_norm_of_zero_is_named_and_not_drawn(tmp_path: Path) -> None:
+def test_gradient_norm_of_zero_stands_on_the_edge(tmp_path: Path) -> None:
     run = open_run(write_fake_run(tmp_path / "a", steps=4, drift="stalled"))
     ax = training.plot_gradient_norm(training.prepare_gradient_norm([run]))[0]
     _, drawn = line(ax, "GRPO: no value above 0")
     assert drawn.size == 0
+    steps, height = line(ax, "exactly 0")
+    assert steps.tolist() == [1, 2, 3, 4]
+    assert height.tolist() == [0] * 4
 
 
 def test_health_panels_have_units_and_start_at_zero(pair: list[Run]) -> None:
@@ -108,7 +111,7 @@ def test_health_panels_have_units_and_start_at_zero(pair: list[Run]) -> None:
 # ---- entropy ----------------------------------------------------------------------------------
 
 
-def test_entropy_shows_half_and_twice_its_own_beginning(pair: list[Run]) -> None:
+def test_entropy_shows_half_and_twice_its_own_baseline(pair: list[Run]) -> None:
     frame = entropy.prepare_entropy(pair)
     ax = entropy.plot_entropy(frame)[0]
     start = frame[frame["label"] == "WAPO"]["start"].iloc[0]
@@ -147,10 +150,13 @@ def test_entropy_flow_nets_what_the_classes_add_up_to(pair: list[Run]) -> None:
     axes = entropy.plot_entropy_flow(frame)
     assert axes.shape == (2, 2)
     drawn = next(item for item in axes[0, 1].lines if item.get_color() == "#222222")
-    expected = pair[2].classes.groupby("step")["pred_dentropy_sum"].sum()
+    sums = pair[2].classes.groupby("step")[["pred_dentropy_sum", "tokens"]].sum()
+    scale = frame[frame["run"] == 2].groupby("step")["scale"].first()
+    expected = sums["pred_dentropy_sum"] / sums["tokens"] * scale
     steps = np.asarray(drawn.get_xdata(), dtype=int)
     np.testing.assert_allclose(np.asarray(drawn.get_ydata(), float), expected[steps], atol=1e-15)
     assert len(steps) == 16
+    assert axes[0, 0].get_ylabel() == "predicted dH\n(nats per token)"
     scored = frame[(frame["run"] == 0) & frame["measured"].notna()]
     assert sorted(scored["step"].unique()) == [4, 8, 12, 16]
     cells = pair[0].classes
@@ -197,7 +203,7 @@ def test_gradient_mass_of_punished_tokens_is_nothing_under_wapo(pair: list[Run])
     assert (punished["grad_mass"] == 0).all()
     axes = classes.plot_gradient_mass(frame)
     assert axes.shape == (2, 2)
-    colors = [item.get_color() for item in axes[1, 1].lines]
+    colors = [item.get_color() for item in axes[1, 1].lines if item.get_marker() != "v"]
     assert colors == [CLASS_COLORS["pos_peak"], CLASS_COLORS["pos_valley"]]
     assert axes[1, 0].get_yscale() == "log"
     total = pair[2].classes.groupby("step")["grad_mass"].sum()
@@ -249,46 +255,52 @@ def test_shift_states_the_honest_numbers(
     slope = (tokens[predicted] * tokens[measured]).sum() / (tokens[predicted] ** 2).sum()
     np.testing.assert_allclose(frame["factor"], slope)
     for code, rows in frame.groupby("cls"):
-        mine = tokens[(tokens["cls"] == code)]
+        mine = tokens[(tokens["cls"] == code)].astype(np.float64)
+        np.testing.assert_allclose(rows["measured"], mine[measured].mean())
+        np.testing.assert_allclose(rows["predicted"], mine[predicted].mean() * slope)
         moved = mine[mine[predicted] != 0]
         rank = moved[predicted].rank().corr(moved[measured].rank())
         same = (np.sign(moved[predicted]) == np.sign(moved[measured])).mean()
         np.testing.assert_allclose(rows["rank_correlation"], rank)
         np.testing.assert_allclose(rows["sign_agreement"], same)
-        assert (rows["class_tokens"] == len(mine)).all()
-        assert rows["tokens"].sum() == len(mine)
-        drawn = rows.dropna(subset="median")
-        assert (drawn["tokens"] >= 8).all()
-        assert (drawn["low"] <= drawn["median"]).all()
-        assert (drawn["median"] <= drawn["high"]).all()
+        assert rows["tokens"].item() == len(mine)
 
 
-def test_shift_panels_show_dots_line_and_numbers(pair: list[Run]) -> None:
+def test_shift_panels_show_outline_bar_and_share(pair: list[Run]) -> None:
     frame = shift.prepare_prob_shift(pair)
     axes = shift.plot_prob_shift(frame)
-    assert axes.shape == (2, 4)
-    assert [ax.get_title("left") for ax in axes[0]] == list(tax.CLASSES)
-    part = frame[(frame["label"] == "GRPO") & (frame["cls"] == 2)].dropna(subset="median")
-    drawn = {item.get_marker(): item for item in axes[0, 2].lines if len(item.get_xdata()) > 2}
-    np.testing.assert_allclose(drawn["_"].get_ydata(), part["predicted"])
-    np.testing.assert_allclose(np.asarray(drawn["o"].get_ydata(), float), part["median"])
-    assert drawn["o"].get_color() == CLASS_COLORS["neg_peak"]
-    assert f"{part['rank_correlation'].iloc[0]:.2f}" in texts(axes[0, 2])
-    assert "no gradient here" in texts(axes[1, 2]), "WAPO leaves punished tokens alone"
-    assert f"{part['factor'].iloc[0]:.3g}" in axes[0, 0].get_ylabel()
-    assert "(probability)" in axes[0, 0].get_ylabel()
-    assert axes[0, 0].get_xscale() == "logit"
-    assert shift.plot_prob_shift(frame, axis="linear")[0, 0].get_xscale() == "linear"
+    assert axes.shape == (2,)
+    part = frame[(frame["label"] == "GRPO") & (frame["tokens"] >= 8)]
+    heights = [bar.get_height() for bar in axes[0].patches]
+    np.testing.assert_allclose(heights[::2], part["predicted"])
+    np.testing.assert_allclose(heights[1::2], part["measured"])
+    right = frame[(frame["label"] == "GRPO") & (frame["cls"] == 2)]["sign_agreement"].item()
+    shown = [tick.get_text() for tick in axes[0].get_xticklabels()]
+    assert shown[2] == f"neg_peak\n{right:.0%} right"
+    assert axes[1].get_xticklabels()[2].get_text() == "neg_peak\n-", "WAPO leaves it alone"
+    assert "(probability)" in axes[0].get_ylabel()
+    assert f"{part['factor'].iloc[0]:.3g}" in axes[0].get_title("right")
 
 
-def test_a_perfect_prediction_scores_one() -> None:
+def test_deciles_of_p_hold_the_measured_quartiles(pair: list[Run]) -> None:
+    frame = shift.prepare_decile_shift(pair[:1])
+    tokens = pair[0].tokens([4, 8, 12, 16]).astype({"dprob": float})
+    for _, row in frame.iterrows():
+        low, high = [(-np.inf, -1), (-1, 0), (0, 1), (1, np.inf)][int(row["advantage"])]
+        a = tokens["advantage"].astype(float)
+        inside = (a > low) & (a <= high) & (a != 0)
+        tenth = np.clip((tokens["prob"] * 10).astype(int), 0, 9) == row["decile"]
+        mine = tokens[inside & tenth]["dprob"]
+        assert len(mine) == row["tokens"] >= 8
+        assert row["median"] == pytest.approx(mine.median())
+        assert row["low"] == pytest.approx(mine.quantile(0.25))
+    assert shift.plot_decile_shift(frame).shape == (1, 4)
+
+
+def test_a_perfect_prediction_has_its_slope() -> None:
     rng = np.random.default_rng(0)
     predicted = pd.Series(rng.normal(size=200))
-    rows = pd.DataFrame({"predicted": predicted, "measured": 3.0 * predicted})
-    assert shift._factor(rows["predicted"], rows["measured"]) == pytest.approx(3.0)
-    scored = shift._agreement(rows)
-    assert scored["rank_correlation"] == pytest.approx(1.0)
-    assert scored["sign_agreement"] == 1.0
+    assert shift._factor(predicted, 3.0 * predicted) == pytest.approx(3.0)
 
 
 # ---- policy -----------------------------------------------------------------------------------
@@ -325,63 +337,42 @@ def test_behaviour_counts_tokens_beyond_the_clip(pair: list[Run]) -> None:
     assert axes[1, 1].get_title("left") == "WAPO, A < 0"
 
 
-def test_paper_bins_are_unions_of_the_fine_ones(pair: list[Run]) -> None:
-    frame = policy.prepare_bin_mass(pair)
-    sums = frame.groupby(["run", "scale"])[["exact", "proxy"]].sum().unstack("scale")
-    np.testing.assert_allclose(sums["exact"], 1.0)
-    np.testing.assert_allclose(sums["proxy"]["paper"], sums["proxy"]["fine"])
+def test_paper_bins_hold_the_whole_gradient(pair: list[Run]) -> None:
+    frame = bins.prepare_bin_mass(pair)
+    np.testing.assert_allclose(frame.groupby("run")["exact"].sum(), 1.0)
     assert (frame["proxy"] <= frame["exact"] + 1e-12).all(), "(1 - p) is a lower bound"
-    paper = frame[frame["scale"] == "paper"]
-    assert paper["prob_bin"].max() <= len(PAPER_EDGES) - 2
+    assert frame["prob_bin"].max() <= len(PAPER_EDGES) - 2
     assert set(PAPER_EDGES) <= set(PROB_EDGES)
     cells = pair[0].classes
     signed = cells[(cells["sign"] == 1) & (cells["prob_bin"] >= 4)]
     expected = signed["grad_mass"].sum() / cells["grad_mass"].sum()
-    top = paper[(paper["run"] == 0) & (paper["sign"] == 1) & (paper["prob_bin"] == 4)]
+    top = frame[(frame["run"] == 0) & (frame["sign"] == 1) & (frame["prob_bin"] == 4)]
     assert top["exact"].item() == pytest.approx(expected)
 
 
 def test_bin_names_cover_the_scale() -> None:
-    assert policy.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
-    assert len(policy.bin_names(PROB_EDGES)) == len(PROB_EDGES) - 1
+    assert bins.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
 
 
 def test_bin_bars_are_the_prepared_numbers(pair: list[Run]) -> None:
-    frame = policy.prepare_token_strength(pair)
-    axes = policy.plot_token_strength(frame)
-    assert axes.shape == (2, 2)
-    part = frame[(frame["label"] == "WAPO") & (frame["scale"] == "fine") & (frame["sign"] == 1)]
-    heights = sorted(bar.get_height() for bar in axes[1, 1].patches if bar.get_height() > 0)
+    frame = bins.prepare_token_strength(pair)
+    axes = bins.plot_token_strength(frame)
+    assert axes.shape == (2,)
+    part = frame[(frame["label"] == "WAPO") & (frame["sign"] == 1)]
+    heights = sorted(bar.get_height() for bar in axes[1].patches if bar.get_height() > 0)
     np.testing.assert_allclose(heights, sorted(part["strength"]))
-    colors = {to_hex(bar.get_facecolor()) for bar in axes[0, 0].patches}
+    colors = {to_hex(bar.get_facecolor()) for bar in axes[0].patches}
     assert colors == {SIGN_COLORS[1].lower(), SIGN_COLORS[-1].lower()}
-    assert len(axes[0, 0].get_xticklabels()) == len(PAPER_EDGES) - 1
+    assert len(axes[0].get_xticklabels()) == len(PAPER_EDGES) - 1
+    mass = bins.prepare_bin_mass(pair)
+    drawn = [bar.get_height() for bar in bins.plot_bin_mass(mass)[1].patches]
+    expected = mass[(mass["label"] == "WAPO") & (mass["exact"] > 0)]["exact"]
+    np.testing.assert_allclose(sorted(drawn), sorted(expected))
 
 
 def test_token_strength_is_the_mean_coefficient(pair: list[Run]) -> None:
-    frame = policy.prepare_token_strength(pair[:1])
+    frame = bins.prepare_token_strength(pair[:1])
     tokens = pair[0].tokens()
     mine = tokens[(tokens["sign"] == -1) & (tokens["prob"] >= 0.5)]
-    rows = frame[(frame["scale"] == "paper") & (frame["sign"] == -1) & (frame["prob_bin"] == 4)]
+    rows = frame[(frame["sign"] == -1) & (frame["prob_bin"] == 4)]
     assert rows["strength"].item() == pytest.approx(mine["coef"].mean(), rel=1e-4)
-
-
-# ---- all of them ------------------------------------------------------------------------------
-
-RUN_FIGURES = [name for name, spec in FIGURES.items() if spec.needs]
-
-
-@pytest.mark.parametrize("name", RUN_FIGURES)
-def test_no_figure_changes_what_it_was_given(name: str, pair: list[Run]) -> None:
-    spec = FIGURES[name]
-    frame = spec.prepare(pair)
-    before = frame.copy(deep=True)
-    spec.plot(frame)
-    pd.testing.assert_frame_equal(frame, before)
-
-
-@pytest.mark.parametrize("name", RUN_FIGURES)
-def test_frames_name_label_seed_and_run(name: str, pair: list[Run]) -> None:
-    frame = FIGURES[name].prepare(pair)
-    assert list(dict.fromkeys(frame["label"])) == ["GRPO", "WAPO"]
-    assert {"seed", "run"} <= set(frame.columns)
