@@ -288,7 +288,7 @@ def test_the_reward_figure_shows_evaluations(tiny_config: TrainConfig, tmp_path:
     frame = FIGURES["reward"].prepare(runs)
     held_out = frame.dropna(subset="eval/pass@1")
     assert held_out.step.tolist() == [0, 2, 4, 5]
-    axes = render("reward", runs).axes
+    axes = FIGURES["reward"].plot(frame)
     assert axes[-1].get_ylabel() == "pass@1 on held-out prompts"
     (line,) = axes[-1].lines
     assert line.get_xdata().tolist() == [0, 2, 4, 5]

@@ -56,7 +56,8 @@ def prepare_covariance(runs: Sequence[Run]) -> pd.DataFrame:
     means = rows.groupby(["run", "step"])[["advantage", "logp"]].transform("mean")
     product = (rows["advantage"] - means["advantage"]) * (rows["logp"] - means["logp"])
     grouped = rows.assign(product=product).groupby(keys, dropna=False, sort=False)
-    table = grouped.agg(covariance=("product", "mean"), top=("product", _top_share))
+    products = grouped["product"]
+    table = pd.DataFrame({"covariance": products.mean(), "top": products.apply(_top_share)})
     return keep_labels(table.reset_index(), runs)
 
 
