@@ -51,13 +51,14 @@ def prepare_covariance(runs: Sequence[Run]) -> pd.DataFrame:
     """
     rows = token_frame(runs, ("advantage", "logp"), max_steps=_STEPS)
     values = rows[["advantage", "logp"]].astype("float64")
-    rows = rows.assign(**values)[np.isfinite(values).all(axis=1)]
+    rows = rows.assign(**values)[np.isfinite(values.to_numpy()).all(axis=1)]
     keys = ["label", "seed", "run", "step"]
     means = rows.groupby(["run", "step"])[["advantage", "logp"]].transform("mean")
     product = (rows["advantage"] - means["advantage"]) * (rows["logp"] - means["logp"])
     grouped = rows.assign(product=product).groupby(keys, dropna=False, sort=False)
     products = grouped["product"]
-    table = pd.DataFrame({"covariance": products.mean(), "top": products.apply(_top_share)})
+    columns = {"covariance": products.mean(), "top": products.apply(_top_share)}
+    table = pd.DataFrame(columns)
     return keep_labels(table.reset_index(), runs)
 
 
