@@ -52,6 +52,7 @@ def root(
 _MODULES = (
     "demo",
     "train",
+    "fork",
     "eval",
     "compare",
     "diagnose",

@@ -205,7 +205,9 @@ def _chosen(config: Path | None, changes: dict[str, Any], resumed: Path | None) 
 
 
 @contextmanager
-def shown_progress(name: str, steps: int, folder: Path) -> Iterator[Callable[[Row], None]]:
+def shown_progress(
+    name: str, steps: int, folder: Path | None = None, err: bool = False
+) -> Iterator[Callable[[Row], None]]:
     """Show the rows of steps as they come: a bar on a terminal, else lines on stdout.
 
     Parameters
@@ -214,18 +216,20 @@ def shown_progress(name: str, steps: int, folder: Path) -> Iterator[Callable[[Ro
         Of the run.
     steps : int
         Its last step.
-    folder : Path
+    folder : Path, optional
         Run folder; how it takes its statistics is said with the first step, so that a refused run
         prints one line only.
+    err : bool
+        Lines go to stderr.
     """
     begun = False
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     with progress() if terminal else nullcontext() as bar:
-        show = step_lines(steps) if bar is None else _bar(bar, name, steps)
+        show = step_lines(steps, err) if bar is None else _bar(bar, name, steps)
 
         def shown(row: Row) -> None:
             nonlocal begun
-            if not begun:
+            if not begun and folder is not None:
                 typer.echo(printable(_capture_line(folder)), err=True)
             begun = True
             show(row)
@@ -244,7 +248,7 @@ def _bar(bar: "Progress", name: str, steps: int) -> Callable[[Row], None]:
     return moved
 
 
-def step_lines(steps: int) -> Callable[[Row], None]:
+def step_lines(steps: int, err: bool = False) -> Callable[[Row], None]:
     """One line of every n-th step, of the first and of the last."""
     started, every, last = perf_counter(), max(1, min(STEPS_A_LINE, steps // LINES)), 0
 
@@ -252,7 +256,8 @@ def step_lines(steps: int) -> Callable[[Row], None]:
         nonlocal last
         step = int(row["step"])
         if not last or step == steps or step % every == 0:
-            say(f"step {step}/{steps}  {_now(row)}  {perf_counter() - started:.0f} s")
+            spent = perf_counter() - started
+            typer.echo(f"step {step}/{steps}  {_now(row)}  {spent:.0f} s", err=err)
             sys.stdout.flush()
         last = step
 

@@ -153,6 +153,7 @@ class Manifest(Mapping[str, Any]):
     processes: int | None = _entry(_whole, "processes that train together")
     started: str | None = _entry(_text, "time of the start, UTC")
     resumed: list[str] | None = _entry(_texts, "times it was continued, UTC")
+    forked: dict[str, Any] = _entry(_entries, "run, step and change of a fork", empty={})
     versions: dict[str, Any] = _entry(_entries, "versions of Python and packages", empty={})
     planned_steps: int | None = _entry(_whole, "rollout steps the run is to have")
     config: dict[str, Any] = _entry(_entries, "settings, by the trainer's own names", empty={})

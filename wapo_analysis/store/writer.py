@@ -1,6 +1,8 @@
 """Writing a run folder."""
 
 import logging
+import os
+import shutil
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -245,6 +247,37 @@ def _refuse_run(path: Path) -> None:
             f"{path} already holds a run; choose another folder, continue it with --resume, "
             "or delete it"
         )
+
+
+def copy_steps(source: Path, target: Path, last: int) -> None:
+    """Copy the steps of a run up to ``last`` into a new folder; the manifest is not copied.
+
+    Parts are linked where the file system can: they are never written again in place.
+
+    Raises
+    ------
+    UserError
+        If the folder cannot be written.
+    """
+    try:
+        for name in PART_TABLES:
+            (target / name).mkdir(parents=True, exist_ok=True)
+            for part in list_parts(source / name):
+                if part.first <= last:
+                    _link(part.path, target / name / part.path.name)
+        for name in (STEP_LOG, VOCAB):
+            if (source / name).exists():
+                shutil.copyfile(source / name, target / name)
+        _rewind(target, last)
+    except OSError as error:
+        raise UserError(f"cannot write run folder {target}: {error.strerror}") from error
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _rewind(path: Path, last: int) -> int:

@@ -5,7 +5,7 @@ that every run of P rollouts, hence every mini-batch, holds all prompts evenly. 
 process holds b rollouts, T completion positions, N completion tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.nn.functional import pad
 from wapo_analysis.completions import repetition
 from wapo_analysis.derive import reward_columns, rollout_sums
 from wapo_analysis.errors import UserError
+from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.weights import BatchWeights, kept_token_weights, minibatch_weights
 from wapo_analysis.record.recorder import TokenPass
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.chat import Prompt
@@ -285,3 +287,46 @@ def mini_batches(batch: Batch, config: TrainConfig, device: torch.device) -> Ite
         mine = chunks[index % len(chunks)]
         rollouts = batch.rollouts.rows(mine)
         yield MiniBatch(index, rollouts, advantage[mine], group[mine], mine, group)
+
+
+def micro_batches(
+    update: MiniBatch,
+    size: int | None,
+    weights: BatchWeights,
+    objective: ObjectiveConfig,
+    world: World,
+    kept: Callable[[MiniBatch], Tensor],
+) -> list[tuple[MiniBatch, BatchWeights]]:
+    """Micro-batches of a mini-batch with their weights.
+
+    With kept-token normalisation the weights depend on which tokens of the whole mini-batch are
+    kept, so a split mini-batch is first scored without gradient.
+
+    Parameters
+    ----------
+    update : MiniBatch
+    size : int, optional
+        Rollouts of a micro-batch; None takes all as one.
+    weights : BatchWeights
+        Of the whole batch.
+    objective : ObjectiveConfig
+    world : World
+    kept : callable
+        Mini-batch to the tokens that would enter the loss, (b, T).
+    """
+    pieces = update.split(size)
+    if objective.needs_whole_minibatch:
+        with world.together():
+            own = torch.cat([kept(piece) for piece in pieces])
+        # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
+        keep = world.collect(own, update.rows, len(update.groups))
+        whole = kept_token_weights(objective, keep, update.groups, weights)
+        return [
+            (piece, replace(whole, sequence_weight=whole.sequence_weight[piece.rows]))
+            for piece in pieces
+        ]
+    masks = [kept(p) if objective.normalize_by_kept_tokens else p.rollouts.mask for p in pieces]
+    return [
+        (piece, minibatch_weights(objective, weights, piece.rows, mask, piece.group))
+        for piece, mask in zip(pieces, masks, strict=True)
+    ]

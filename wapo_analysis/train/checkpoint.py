@@ -29,8 +29,6 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, whole or not at all, and drop all but the last ``keep``.
 
-    Checkpoints of later steps, which a run that went on from an older one has left behind, go too.
-
     Returns
     -------
     Path
@@ -53,10 +51,8 @@ def save_checkpoint(
         _remove(target)
     unfinished.rename(target)
     _to_disk(root)
-    held = checkpoints(run)
-    later = [other for other in held if step_of(other) > step]
-    for other in {*held[: len(held) - len(later)][:-keep], *later}:
-        _remove(other)
+    for old in checkpoints(run)[:-keep]:
+        _remove(old)
     return target
 
 
@@ -190,8 +186,8 @@ def naming(checkpoint: Path | None) -> Iterator[None]:
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
     """Fill an optimizer with the state saved in a checkpoint; call it within `naming`."""
     tensors = load_file(folder / _OPTIMIZER, device=str(policy.device))
-    if not tensors and isinstance(optimizer, torch.optim.SGD):
-        return  # without momentum it has no state
+    if not tensors and (isinstance(optimizer, torch.optim.SGD) or step_of(folder) == 0):
+        return  # without momentum it has no state, nor before the first step
     for name, parameter in policy.trainable().items():
         try:
             entries = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}

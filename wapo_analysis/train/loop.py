@@ -6,7 +6,6 @@ Shapes: B rollouts of a mini-batch, b of a micro-batch, T completion positions, 
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -18,12 +17,7 @@ from torch import Tensor
 
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import keep_tokens, policy_loss
-from wapo_analysis.objectives.weights import (
-    BatchWeights,
-    batch_weights,
-    kept_token_weights,
-    minibatch_weights,
-)
+from wapo_analysis.objectives.weights import BatchWeights, batch_weights
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
@@ -34,6 +28,7 @@ from wapo_analysis.train.batch import (
     batch_columns,
     batch_sums,
     draw_batch,
+    micro_batches,
     mini_batches,
     rollout_columns,
 )
@@ -64,6 +59,7 @@ def train(
     resume: bool = False,
     checkpoint: int | None = None,
     take_over: bool = False,
+    until: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
     world: World = ALONE,
@@ -81,6 +77,8 @@ def train(
         Continue from the checkpoint of this step instead; what came later is dropped.
     take_over : bool
         Also if another process still seems to write the run; it stops recording if it lives.
+    until : int, optional
+        Stop after this step, with a checkpoint, if the settings say more.
     progress : callable, optional
         Called with the step's row after every step.
     threads : int, optional
@@ -112,9 +110,10 @@ def train(
     with world.together():
         if resume and run is not None and world.first and not take_over:
             check_free(run)
-        trainer, done = _begin(config, run if resume else None, checkpoint, world)
+        trainer, done = begin(config, run if resume else None, checkpoint, world)
         check_loggers(config.log_to)
     trainer.start_alike()
+    trainer.last = config.steps if until is None else min(until, config.steps)
     with nothing_left_if_refused(run if world.first else None) as begun:
 
         def shown(row: dict[str, float]) -> None:
@@ -126,10 +125,25 @@ def train(
     return trainer.policy
 
 
-def _begin(
+def begin(
     config: TrainConfig, resumed: Path | None, checkpoint: int | None, world: World
 ) -> "tuple[Trainer, int]":
-    """Trainer in the state it starts from, and the step it has reached."""
+    """Trainer in the state it starts from, and the step it has reached.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    resumed : Path, optional
+        Run that is continued; None starts a new one.
+    checkpoint : int, optional
+        Step of its checkpoint; None takes the newest.
+    world : World
+
+    Raises
+    ------
+    UserError
+        If the model or the checkpoint cannot be used, or a setting decides other weights.
+    """
     weights, done, earlier = None, 0, None
     if resumed is not None:
         weights, done = resume_point(resumed, checkpoint)
@@ -161,6 +175,8 @@ def _record(
         if run is not None and resume_after is None and config.eval_every:
             before = evaluate(trainer.policy, trainer.task, config, world)
             recorder.note(eval_before=before.columns())
+        if trainer.last != config.steps:
+            recorder.note(planned_steps=trainer.last)
         for row in _steps(trainer, resume_after or 0, run, recorder):
             loggers.log(row)
             shown(row)
@@ -188,13 +204,15 @@ def _steps(
     """
     config = trainer.config
     with stop_between_steps(trainer.world.first) as stop:
-        for step in range(done + 1, config.steps + 1):
+        for step in range(done + 1, trainer.last + 1):
             row = trainer.step(step, recorder)
             stopping = trainer.world.longest(int(stop.asked)) > 0
-            if run is not None and (config.checkpoint_due(step) or stopping):
+            if run is not None and (
+                config.checkpoint_due(step) or step == trainer.last or stopping
+            ):
                 trainer.checkpoint(run, step, recorder)
             yield row
-            if stopping and step < config.steps:
+            if stopping and step < trainer.last:
                 raise KeyboardInterrupt
 
 
@@ -215,6 +233,8 @@ class Trainer:
     ----------
     recorded : bool
         No process's recording had failed at the last checkpoint.
+    last : int
+        Step after which training ends.
     """
 
     def __init__(
@@ -225,7 +245,7 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         self.policy, self.config, self.world = policy, config, world
-        self.recorded = True
+        self.recorded, self.last = True, config.steps
         self.task = config.load_task()
         longest = config.max_new_tokens or self.task.max_new_tokens
         self.capture = capture_mode(policy, config, longest, manifest)
@@ -312,7 +332,8 @@ class Trainer:
     ) -> None:
         """One optimizer update on one mini-batch, accumulated over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        pieces = list(self._weighted_micro_batches(update, weights))
+        size = self.config.microbatch_size
+        pieces = micro_batches(update, size, weights, self.objective, self.world, self._kept)
         with self.world.together():
             watched = [self._backward(*piece, tally, recorder) for piece in pieces]
         self.world.sum_gradients(self.parameters)
@@ -329,36 +350,14 @@ class Trainer:
                 after = self._score(rollouts, grad=False)
                 tokens.logp_after, tokens.entropy_after = after.logp, after.entropy
 
-    def _weighted_micro_batches(
-        self, update: MiniBatch, weights: BatchWeights
-    ) -> Iterator[tuple[MiniBatch, BatchWeights]]:
-        """Micro-batches with their weights.
-
-        With kept-token normalisation the weights depend on which tokens of the whole mini-batch
-        are kept, so a split mini-batch is first scored without gradient.
-        """
-        micro = update.split(self.config.microbatch_size)
-        whole = None
-        if self.objective.needs_whole_minibatch:
-            with self.world.together():
-                kept = [self._keep(m, self._score(m.rollouts, grad=False)) for m in micro]
-            # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
-            keep = self.world.collect(torch.cat(kept), update.rows, len(update.groups))
-            whole = kept_token_weights(self.objective, keep, update.groups, weights)
-        for piece in micro:
-            if whole is not None:
-                scaled = replace(whole, sequence_weight=whole.sequence_weight[piece.rows])
-            else:
-                keep = piece.rollouts.mask
-                if self.objective.normalize_by_kept_tokens:
-                    keep = self._keep(piece, self._score(piece.rollouts, grad=False))
-                scaled = minibatch_weights(self.objective, weights, piece.rows, keep, piece.group)
-            yield piece, scaled
-
     def _score(self, rollouts: Rollouts, grad: bool) -> TokenStats:
         """Statistics of the N completion tokens, flat over the mask."""
         with torch.set_grad_enabled(grad), recomputing(self.policy.module, grad):
             return score(self.policy, rollouts, self.config.temperature, self.capture.mode)
+
+    def _kept(self, update: MiniBatch) -> Tensor:
+        """Tokens of the mini-batch that would enter the loss now, shape (B, T); no gradient."""
+        return self._keep(update, self._score(update.rollouts, grad=False))
 
     def _keep(self, update: MiniBatch, stats: TokenStats) -> Tensor:
         """Tokens of the mini-batch that enter the loss, shape (B, T)."""

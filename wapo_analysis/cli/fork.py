@@ -1,0 +1,73 @@
+"""The command that asks what would have been: ``wapo fork``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wapo_analysis.cli.common import Format, RunArgument, console_error, say, show
+from wapo_analysis.cli.train import MAX_THREADS, as_settings, assigned, shown_progress
+from wapo_analysis.errors import printable
+
+Option = typer.Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(fork)
+
+
+def fork(
+    run: RunArgument,
+    at: Annotated[int, Option(min=0, help="Step after which the change is in force; 0 the first.")],
+    objective: Annotated[str | None, Option(help="Change it.  [default: the run's]")] = None,
+    include_bins: Annotated[
+        str | None, Option(help="Train on these classes only.  [default: the run's]")
+    ] = None,
+    exclude_bins: Annotated[
+        str | None, Option(help="Leave these classes out.  [default: the run's]")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        Option("--set", metavar="NAME=VALUE", help="Change this; repeatable.  [default: none]"),
+    ] = None,
+    steps: Annotated[
+        int | None, Option(min=1, help="Steps to train.  [default: to the run's last step]")
+    ] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder of the fork.  [default: RUN-fork-STEP-CHANGE]")
+    ] = None,
+    threads: Annotated[
+        int | None, Option(min=1, max=MAX_THREADS, help="CPU threads.  [default: torch's own]")
+    ] = None,
+    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+) -> None:
+    """Train the rest of a run again with one thing changed, and compare.
+
+    It starts from the nearest checkpoint at or before --at, meets the same prompts and the same
+    sampling noise as the run did, and ends with rewards paired by prompt. A run keeps its last two
+    checkpoints; train with --set checkpoint_every=10 --set keep_checkpoints=100 to fork anywhere.
+
+    Examples
+    --------
+        wapo fork runs/grpo --at 60 --exclude-bins neg_peak
+        wapo fork runs/grpo --at 60 --objective wapo --steps 40
+        wapo fork runs/grpo --at 0 --set lr=1e-5 --out runs/gentle
+    """
+    from wapo_analysis.train.fork import fork_run, plan_fork
+    from wapo_analysis.train.rollout import NonFiniteLogits
+
+    given = {"objective": objective, "include_bins": include_bins, "exclude_bins": exclude_bins}
+    plan = plan_fork(run, at, assigned(other or []) | as_settings(given), steps)
+    folder = out or run.with_name(f"{run.resolve().name}-fork-{at}-{plan.slug}")
+    typer.echo(printable(plan.start), err=True)
+    try:
+        with shown_progress(plan.config.shown_label, plan.last, err=True) as shown:
+            result = fork_run(plan, folder, progress=shown, threads=threads)
+    except NonFiniteLogits as error:
+        console_error(f"the fork stopped: {error}; its run up to here is in {folder}")
+        raise typer.Exit(1) from error
+    show(result, format)
+    if format != "json":
+        say(f"run: {folder}")
+        say(f"next: wapo compare {run} {folder}   |   wapo diagnose {folder}")
