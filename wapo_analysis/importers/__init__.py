@@ -1,4 +1,4 @@
-"""Reading what other tools wrote: official WAPO output, prime-rl, verl, TRL and plain tables.
+"""Reading what other tools wrote: logs of every trainer in use, completions, tokens, tables.
 
 Every source becomes a normal run folder that all commands read. Sources are only read; the run
 appears under its name once it is whole.
@@ -6,7 +6,7 @@ appears under its name once it is whole.
 
 from wapo_analysis.importers.detect import FORMATS, Found, detect
 from wapo_analysis.importers.jsonl import JsonLines, Line, Record
-from wapo_analysis.importers.names import parse_mapping
+from wapo_analysis.importers.mapping import parse_mapping
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.run import import_run
 

@@ -1,24 +1,55 @@
-"""Which tool wrote a source, told by its files; two tools in one source are an error."""
+"""What a source is, told by what its files hold; two tools in one source are an error."""
 
+import gzip
+import hashlib
 import re
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from wapo_analysis.errors import UserError, unknown_name
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.importers import console
+from wapo_analysis.importers.boards import DOWNLOAD, is_panel
 from wapo_analysis.importers.jsonl import JsonLines
-from wapo_analysis.importers.tabular import SUFFIXES
+from wapo_analysis.importers.readers import csv_header
+from wapo_analysis.importers.report import shown
 from wapo_analysis.store import MANIFEST
 
-Format = Literal["official", "prime-rl", "verl", "trl", "table"]
+Format = Literal["official", "prime-rl", "verl", "trl", "table", "tensorboard", "wandb", "console"]
 FORMATS: tuple[str, ...] = get_args(Format)
 MAX_FILES = 200_000
-
+MAX_UNPACKED = 4 << 30
+LOOKED_FOR = (
+    "trainer states (log_history), metrics as JSON or JSON lines, CSV, Parquet, TensorBoard event "
+    "files, .wandb files, printed dicts, and lines step:N - name:value"
+)
+_HEAD = 1 << 16
+_SEARCHED = 16 << 20
+# By kind of file: the format it belongs to.
+_FORMAT_OF: Mapping[str, Format] = {
+    "official": "official", "prime-rl": "prime-rl", "verl-metrics": "verl",
+    "verl-rollouts": "verl", "state": "trl", "completions": "trl", "swift-log": "trl",
+    "trainer-log": "trl", "table": "table", "panel": "wandb", "wandb": "wandb",
+    "wandb-file": "wandb", "download": "tensorboard", "tensorboard": "tensorboard",
+    "console": "console",
+}  # fmt: skip
+# One run may be logged to several of these; the first that is there is read.
+_CONTAINERS = ("tensorboard", "wandb", "table", "console")
+# Kinds whose records carry their step, so that a copy of a file would count it twice.
+_ONCE = ("table", "completions", "panel")
+_SKIPPED = (".png", ".svg", ".pdf", ".html", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy",
+            ".gguf", ".model", ".so", ".zip", ".tar", ".py", ".md", ".yaml", ".yml", ".zst", ".sh",
+            ".lock", ".h5", ".pkl")  # fmt: skip
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
 _OFFICIAL_FOLDERS = ("token_bins", "grad_mass", "token_count", "token_strength", "rewards")
-_COMPLETIONS = re.compile(r"completions_\d+\.parquet")
-_OFFICIAL_KEYS = ("groups/with_correct", "prob_train_mean", "masking/neg_adv_seq_fraction")
+_OFFICIAL_KEYS = (b"groups/with_correct", b"prob_train_mean", b"masking/neg_adv_seq_fraction")
 
 
 @dataclass(frozen=True)
@@ -30,14 +61,27 @@ class Found:
     format : str
         One of ``FORMATS``.
     files : tuple of Path
-        The files that tell it; for tables the files to read.
+        The files to read.
+    kinds : dict of Path to str
+        What each of them is.
+    left : tuple of Path
+        Logs of another form beside them that are not read.
+    copies : tuple of Path
+        Files left out because they hold the same bytes as another.
     """
 
     format: Format
     files: tuple[Path, ...]
+    kinds: Mapping[Path, str] = field(default_factory=dict)
+    left: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
+
+    def of(self, *kinds: str) -> tuple[Path, ...]:
+        """Files of some kinds."""
+        return tuple(file for file in self.files if self.kinds.get(file) in kinds)
 
 
-def detect(source: Path, wanted: str = "auto") -> Found:
+def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> Found:
     """Format of a file or folder.
 
     Parameters
@@ -46,6 +90,8 @@ def detect(source: Path, wanted: str = "auto") -> Found:
         What the user named.
     wanted : str
         ``"auto"``, or a format that overrides what is found.
+    unpacked : Path, optional
+        Folder for what has to be unpacked; without it compressed files are left out.
 
     Raises
     ------
@@ -55,42 +101,60 @@ def detect(source: Path, wanted: str = "auto") -> Found:
     """
     if wanted != "auto" and wanted not in FORMATS:
         raise unknown_name("format", wanted, ("auto", *FORMATS))
+    name = printable(shown(source))
     if not source.exists():
-        raise UserError(f"nothing at {source}")
+        raise UserError(f"nothing at {name}")
+    if not source.is_file() and not source.is_dir():
+        raise UserError(f"{name} is neither a file nor a folder")
     if (source / MANIFEST).exists():
-        raise UserError(f"{source} is a run already; it needs no import")
+        raise UserError(f"{name} is a run already; it needs no import")
     files = [source] if source.is_file() else list(_files(source))
+    files = [plain for file in files if (plain := _plain(file, source, unpacked)) is not None]
     if not any(_size(file) for file in files):
-        raise UserError(f"{source} is empty: there is nothing to import")
-    found = _sorted_out(files)
+        raise UserError(f"{name} is empty: there is nothing to import")
+    kinds = _kinds(files)
+    copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
+    kinds = {file: kind for file, kind in kinds.items() if file not in copies}
+    found = _by_format(kinds)
     if wanted != "auto":
-        return Found(cast(Format, wanted), _wanted_files(found, wanted, files, source))
+        told = _found(wanted, found, kinds, _wanted(found, wanted, files, name))
+        return replace(told, copies=tuple(copies))
     if not found:
+        raise UserError(f"no known file in {name}; looked for {LOOKED_FOR}")
+    tools = [format for format in found if format not in _CONTAINERS]
+    if len(tools) > 1:
+        first, second = tools[:2]
+        one, two = found[first][0].name, found[second][0].name
         raise UserError(
-            f"no known file in {source}; name the format with --format ({', '.join(FORMATS)})"
-        )
-    if len(found) > 1:
-        (first, one), (second, two) = list(found.items())[:2]
-        raise UserError(
-            f"{source} mixes formats: {one[0].name} is {first}, {two[0].name} is {second}; "
+            f"{name} mixes formats: {one} is {first}, {two} is {second}; "
             "name one of the folders, or choose with --format"
         )
-    ((name, told),) = found.items()
-    return Found(cast(Format, name), tuple(told))
+    chosen = tools[0] if tools else next(f for f in _CONTAINERS if f in found)
+    return replace(_found(chosen, found, kinds, found[chosen]), copies=tuple(copies))
 
 
-def _wanted_files(
-    found: Mapping[str, list[Path]], wanted: str, files: list[Path], source: Path
-) -> tuple[Path, ...]:
+def _found(
+    format: str, found: Mapping[str, list[Path]], kinds: Mapping[Path, str], files: list[Path]
+) -> Found:
+    logs = [f for name in _CONTAINERS if name != format for f in found.get(name, ())]
+    told = {file: kinds.get(file, format) for file in files}
+    return Found(cast(Format, format), tuple(files), told, tuple(logs))
+
+
+def _wanted(
+    found: Mapping[str, list[Path]], wanted: str, files: list[Path], name: str
+) -> list[Path]:
+    if wanted in found:
+        return found[wanted]
     if wanted == "table":
-        tables = [file for file in files if file.suffix in SUFFIXES and _size(file)]
-        if not tables:
-            raise UserError(f"no table in {source}; known: {', '.join(SUFFIXES)}")
-        return tuple(tables)
-    if wanted not in found:
-        told = f"; it looks like {', '.join(found)}" if found else ""
-        raise UserError(f"nothing of format {wanted!r} in {source}{told}")
-    return tuple(found[wanted])
+        tables = [file for file in files if _size(file) and file.suffix in _TABLES]
+        if tables:
+            return tables
+    told = f"; it looks like {', '.join(found)}" if found else f"; looked for {LOOKED_FOR}"
+    raise UserError(f"nothing of format {wanted!r} in {name}{told}")
+
+
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -98,7 +162,7 @@ def _files(folder: Path) -> Iterator[Path]:
     count = 0
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.is_file() and not hidden:
+        if not hidden and file.is_file():
             yield file
             count += 1
             if count >= MAX_FILES:
@@ -109,29 +173,88 @@ def _size(file: Path) -> int:
     return file.stat().st_size
 
 
-def _sorted_out(files: list[Path]) -> dict[str, list[Path]]:
-    """Files by the format they tell; a folder's minor files follow its telling ones."""
-    found: dict[str, list[Path]] = {}
+def _head(file: Path, size: int = _HEAD) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
+
+
+def _plain(file: Path, source: Path, unpacked: Path | None) -> Path | None:
+    """A file, or what a gzip-compressed one holds, at the same place below another folder."""
+    if not file.name.endswith(".gz") and _head(file, 2) != b"\x1f\x8b":
+        return file
+    if unpacked is None:
+        return None
+    inside = file.relative_to(source) if source != file else Path(file.name)
+    target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with gzip.open(file) as packed, target.open("wb") as out:
+            while block := packed.read(1 << 20):
+                if out.tell() > MAX_UNPACKED:
+                    raise UserError(f"{file} is larger than 4 GiB unpacked; unpack a part of it")
+                out.write(block)
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        if not _size(target):  # what came before the damage, as of a file being written, is read
+            raise UserError(f"{printable(shown(file))} cannot be unpacked") from None
+    except OSError as error:
+        raise UserError(f"cannot unpack {printable(shown(file))}: {error}") from error
+    shutil.copystat(file, target)
+    return target
+
+
+def _kinds(files: list[Path]) -> dict[Path, str]:
+    """What each file is; files that are no log are left out."""
+    kinds: dict[Path, str] = {}
     for file in files:
-        name = _by_name(file)
-        if name is not None:
-            found.setdefault(name, []).append(file)
-    strong = [name for name in found if name != "state"]
-    # A trainer_state.json is written by every trainer built on Transformers: it tells a tool only
-    # where no other file does.
-    states = found.pop("state", [])
-    if strong == ["official"]:
-        return found
-    for file in states:
-        found.setdefault(_state_format(file), []).append(file)
-    if not found:
-        for file in files:
-            if file.suffix in SUFFIXES and _size(file):
-                found.setdefault(_by_content(file), []).append(file)
+        kind = _by_place(file)
+        if kind is None and _size(file):
+            kind = _by_content(file)
+        if kind is not None:
+            kinds[file] = kind
+    return kinds
+
+
+def _copies(files: list[Path]) -> set[Path]:
+    """Files that hold the same bytes as one before them."""
+    sizes: dict[int, list[Path]] = {}
+    for file in files:
+        sizes.setdefault(_size(file), []).append(file)
+    copies: set[Path] = set()
+    for alike in sizes.values():
+        seen: set[bytes] = set()
+        for file in alike if len(alike) > 1 else ():
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").digest()
+            if digest in seen:
+                copies.add(file)
+            seen.add(digest)
+    return copies
+
+
+def _by_format(kinds: Mapping[Path, str]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file, kind in kinds.items():
+        found.setdefault(_FORMAT_OF[kind], []).append(file)
+    # A trainer's state is written by every trainer built on Transformers, the official one too.
+    if {"official", "trl"} == set(found) - set(_CONTAINERS):
+        if all(kinds[file] == "state" for file in found["trl"]):
+            del found["trl"]
+    states = [file for file in found.get("trl", ()) if kinds[file] == "state"]
+    if states and states == found["trl"] and any(_is_official(file) for file in states):
+        found["official"] = found.pop("trl")
     return found
 
 
-def _by_name(file: Path) -> str | None:
+def _is_official(state: Path) -> bool:
+    text = state.read_bytes()
+    return any(key in text for key in _OFFICIAL_KEYS)
+
+
+def _by_place(file: Path) -> str | None:
+    """What files are whose format is known by where they lie: arrays and streams."""
     parents = [*(parent.name for parent in file.parents), "", ""]
     holder = parents[1] if file.parent.name in _OFFICIAL_FOLDERS else parents[0]
     telling = file.parent.name in _OFFICIAL_FOLDERS or _SCATTER.fullmatch(file.name)
@@ -139,12 +262,6 @@ def _by_name(file: Path) -> str | None:
         return "official"
     if file.name.endswith((".jsonl", ".jsonl.zst")) and _is_prime(file.name, parents):
         return "prime-rl"
-    if file.name == "trainer_state.json":
-        return "state"
-    if _COMPLETIONS.fullmatch(file.name):
-        return "trl"
-    if file.suffix == ".jsonl" and _size(file) and _by_content(file) != "table":
-        return _by_content(file)
     return None
 
 
@@ -158,22 +275,94 @@ def _is_prime(name: str, parents: list[str]) -> bool:
     return "traces" in parents[:3] and (stream or "annotations" in parents[:2])
 
 
-def _state_format(file: Path) -> Format:
-    """Official trainers log names that TRL does not."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return "official" if any(f'"{key}"' in text for key in _OFFICIAL_KEYS) else "trl"
+def _by_content(file: Path) -> str | None:
+    head = _head(file)
+    if head.startswith(b"PAR1"):
+        return _parquet_kind(file)
+    if head.startswith(b":W&B"):
+        return "wandb"
+    if b"brain.Event:" in head[:64]:
+        return "tensorboard"
+    if file.suffix in _SKIPPED:
+        return None
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if file.suffix in (".csv", ".tsv"):
+        return _csv_kind(file)
+    if text.startswith(("{", "[")) and not text.startswith("{'"):
+        return _json_kind(file, text)
+    if file.suffix == ".parquet":
+        return "table"
+    if file.parent.name == "files" and file.name == "output.log":
+        return "wandb-file"
+    if file.suffix in (".jsonl", ".ndjson", ".json"):
+        return "table"
+    if _is_csv(text):
+        return _csv_kind(file)
+    printed = (line for _, line in console.console_lines(file))
+    if b"\0" not in head and console.tells(islice(printed, _SEARCHED >> 8)):
+        return "console"
+    return None
 
 
-def _by_content(file: Path) -> Format:
-    if file.suffix not in (".jsonl", ".ndjson"):
+def _csv_kind(file: Path) -> str:
+    names, _ = csv_header(file)
+    if [name.lower() for name in names] == [name.lower() for name in DOWNLOAD]:
+        return "download"
+    return "panel" if is_panel(names) else "table"
+
+
+def _is_csv(text: str) -> bool:
+    """Whether the first two lines have as many separators, and the second holds numbers."""
+    first, _, rest = text.partition("\n")
+    second = rest.partition("\n")[0]
+    for mark in ",\t;":
+        count = first.count(mark)
+        if count and count == second.count(mark):
+            cells = [cell.strip().strip('"') for cell in second.split(mark)]
+            return any(re.fullmatch(r"[-+]?[\d.]+(?:e[-+]?\d+)?", cell) for cell in cells)
+    return False
+
+
+def _parquet_kind(file: Path) -> str:
+    """TRL's completions have a step, a prompt, a completion and no column for the reward."""
+    try:
+        with file.open("rb") as stream:
+            names = set(pq.ParquetFile(stream).schema_arrow.names)
+    except (pa.ArrowException, OSError):
+        return "completions" if re.fullmatch(r"completions_\d+\.parquet", file.name) else "table"
+    logged = {"step", "prompt", "completion"} <= names and not names & {
+        "reward",
+        "score",
+        "rewards",
+    }
+    return "completions" if logged else "table"
+
+
+def _json_kind(file: Path, head: str) -> str | None:
+    first_line, feed, _ = head.partition("\n")
+    whole = file.suffix == ".json" or not feed or first_line.strip() in ("{", "[")
+    if file.parent.name == "files" and file.name == "wandb-summary.json":
+        return "wandb-file"
+    if file.name == "trainer_state.json":
+        return "state"
+    if whole and head.startswith("{"):
+        if '"log_history"' in head or b'"log_history"' in _head(file, _SEARCHED):
+            return "state"
+    if whole and (head.startswith("[") or file.suffix == ".json"):
         return "table"
     first = first_record(file)
     if {"trainer_logprobs", "inference_logprobs", "loss_mask"} <= first.keys():
         return "prime-rl"
     if isinstance(first.get("data"), dict) and "step" in first:
-        return "verl"
+        return "verl-metrics"
     if {"input", "output", "score"} <= first.keys():
-        return "verl"
+        return "verl-rollouts"
+    if isinstance(first.get("completion"), list) and isinstance(first.get("prompt"), list):
+        return "completions"
+    if "global_step/max_steps" in first:
+        return "swift-log"
+    if {"current_steps", "total_steps"} <= first.keys():
+        return "trainer-log"
     return "table"
 
 

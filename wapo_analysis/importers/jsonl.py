@@ -5,18 +5,17 @@ the writer is faster than the reader. Only whole lines come out; what follows th
 waits for the next pass, so no line is lost and none is read twice.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.importers.values import parse_json
 
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 256 << 20
 MAX_NAMED = 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Line(NamedTuple):
@@ -54,6 +53,8 @@ class JsonLines:
         Whole lines that are no JSON object.
     named : list of str
         The first of them, as ``file:line: reason``.
+    changed : list of (int, str)
+        Lines in which something was changed or overwritten by reading them, and what.
 
     Examples
     --------
@@ -67,6 +68,7 @@ class JsonLines:
     line: int = 0
     broken: int = 0
     named: list[str] = field(default_factory=list)
+    changed: list[tuple[int, str]] = field(default_factory=list)
 
     def lines(self) -> Iterator[Line]:
         """Whole lines from ``offset`` to the size the file has now; empty ones are left out.
@@ -139,7 +141,7 @@ class JsonLines:
         if b"\n" in data or not data.strip():
             return None, False
         try:
-            values = json.loads(data)
+            values = parse_json(data)
         except ValueError:
             return None, True
         if not isinstance(values, dict):
@@ -152,13 +154,15 @@ class JsonLines:
         """Object of the whole line that begins at a byte; its place comes from :meth:`records`."""
         with self.path.open("rb") as stream:
             stream.seek(start)
-            return dict(json.loads(stream.readline()))
+            return dict(parse_json(stream.readline()))
 
     def _parse(self, number: int, data: bytes) -> dict[str, Any] | None:
         try:
-            values = json.loads(data.removeprefix(_BYTE_ORDER_MARK))
-        except (ValueError, RecursionError) as error:
-            self._bad(number, str(error).split(":")[0])
+            changed: list[str] = []
+            values = parse_json(data, changed)
+            self.changed += [(number, what) for what in changed]
+        except ValueError as error:
+            self._bad(number, reason_of(error))
             return None
         if not isinstance(values, dict):
             self._bad(number, "not a JSON object")
@@ -168,4 +172,10 @@ class JsonLines:
     def _bad(self, number: int, reason: str) -> None:
         self.broken += 1
         if len(self.named) < MAX_NAMED:
-            self.named.append(f"{self.path.name}:{number}: {reason}")
+            name = str(self.path.name).encode("utf-8", "replace").decode()
+            self.named.append(f"{name}:{number}: {reason}")
+
+
+def reason_of(error: ValueError) -> str:
+    """Why a text is no JSON, in a few words."""
+    return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).split(":")[0]

@@ -1,202 +1,337 @@
-"""Names that other tools give to our columns, and the user's own mapping on top of them.
+"""What other trainers call our columns: the one table, a row per column and trainer.
 
 A name is listed only where the quantity is the same one. What merely resembles it (verl's
 ``actor/ppo_kl`` is the mean log-ratio, not the k3 estimate) keeps its own name in the step log and
-can be mapped by hand.
+can be mapped by hand. docs/import.md is generated from these rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
-from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
-
-Names = tuple[str, ...]
-Plan = tuple[dict[str, str], list[str]]
-"""Column of ours to their key, and their keys that are left."""
-
-# Not columns, yet what other tools store: turned into logp, logp_old and collision_rest; rows
-# outside the loss mask are left out.
-PSEUDO_TOKENS = ("prob", "prob_old", "collision", "loss_mask")
-
-_STEP_KEY: Names = ("global_step", "training_step", "train_step", "iteration", "_step", "steps")
-
-_TOKENS: Mapping[str, Names] = {
-    "step": _STEP_KEY,
-    "minibatch": ("mini_batch", "micro_step"),
-    "rank": ("process_index", "worker"),
-    "group": ("group_id", "group_ids", "prompt_id", "prompt_index", "problem_id", "uid"),
-    "rollout": (
-        "rollout_id", "sample_id", "sequence_id", "seq_id", "completion_id", "sample", "sequence",
-        "export_sequence_idx", "request_id",
-    ),
-    "position": ("token_position", "token_index", "pos"),
-    "token_id": ("token_ids", "completion_ids", "response_ids", "output_ids", "input_ids"),
-    "advantage": ("advantages", "adv"),
-    "logp": (
-        "trainer_logprobs", "logprob", "logprobs", "log_prob", "log_probs", "logps",
-        "per_token_logps", "token_logprobs", "logp_train",
-    ),
-    "logp_old": (
-        "old_logp", "old_logprob", "old_logprobs", "old_log_prob", "old_log_probs",
-        "old_per_token_logps", "inference_logprobs", "sampling_logprobs", "rollout_log_probs",
-        "sampling_per_token_logps", "behaviour_logprobs", "behavior_logprobs", "logp_inference",
-    ),
-    "entropy": ("entropies", "entropys", "token_entropy", "token_entropies"),
-    "coef": ("gradient_coefficient",),
-    "kept": ("keep_mask",),
-    "clipped": ("is_clipped", "is_masked"),
-    "top1": ("is_top1",),
-    "prob": ("p", "probs", "probability", "prob_train", "token_prob"),
-    "prob_old": ("old_prob", "old_probs", "prob_inference", "behaviour_prob"),
-    "collision": ("sum_p_sq", "sum_pi_squared", "sum_sq_probs"),
-    "loss_mask": ("response_mask", "completion_mask", "mask"),
-}  # fmt: skip
-
-_STEPS: Mapping[str, Names] = {
-    "step": _STEP_KEY,
-    "reward": (
-        "reward/mean", "rewards/mean", "mean_reward", "reward_mean", "reward/all/mean",
-        "critic/rewards/mean", "critic/score/mean",
-    ),
-    "reward_std": ("reward/std", "reward/all/std", "std_reward"),
-    "groups_all_wrong": ("solve_none/all",),
-    "groups_all_right": ("solve_all/all",),
-    "loss": ("loss/mean", "actor/pg_loss", "policy_loss"),
-    "grad_norm": ("optim/grad_norm", "actor/grad_norm", "gradient_norm"),
-    "lr": ("learning_rate", "optim/lr", "actor/lr"),
-    "entropy": (
-        "entropy/mean", "entropy/all/mean", "actor/entropy", "actor/entropy_loss",
-        "policy/entropy", "mean_entropy", "policy_entropy",
-    ),
-    "length": (
-        "tokens/completion", "completions/mean_length", "completion_length",
-        "response_length/mean", "decode_len/all/mean", "mean_length",
-    ),
-    "truncated": (
-        "completions/clipped_ratio", "response_length/clip_ratio", "is_truncated/all/mean",
-    ),
-    "kl_old": ("mismatch_kl", "mismatch_kl/mean", "mismatch_kl/all/mean"),
-    "clip_low": ("clip_ratio/low_mean",),
-    "clip_high": ("clip_ratio/high_mean",),
-    "seconds": ("step_time", "time/step", "timing_s/step", "perf/time_per_step"),
-    "seconds_rollout": ("timing_s/gen", "time/generate_completions"),
-}  # fmt: skip
-
-_ROLLOUTS: Mapping[str, Names] = {
-    "step": _STEP_KEY,
-    "group": ("group_id", "prompt_id", "problem_id", "uid"),
-    "rollout": ("rollout_id", "sample_id", "completion_id", "request_id"),
-    "prompt": ("input", "question", "problem"),
-    "completion": ("output", "response", "answer_text", "generation"),
-    "answer": ("gts", "ground_truth", "reference", "target"),
-    "reward": ("score", "rewards", "total_reward"),
-    "advantage": ("advantages",),
-    "length": ("response_length", "completion_length", "num_tokens"),
-    "finish_reason": ("stop_reason",),
-}
-
-_ALIASES: Mapping[str, Mapping[str, Names]] = {
-    "tokens": _TOKENS,
-    "steps": _STEPS,
-    "rollouts": _ROLLOUTS,
-}
-_TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
-_MAX_PLANS = 256
+UNVERIFIED: Final = "unverified"
+PER_FUNCTION: Final = ("rewards/NAME/mean", "rewards/NAME/std")
+"""Step columns of one reward function; NAME is the function's."""
 
 
-def allowed_columns() -> tuple[str, ...]:
-    """Names of ours that a mapping may give."""
-    names = [c.name for table in _TABLES.values() for c in table.stored]
-    return tuple(dict.fromkeys([*names, *PSEUDO_TOKENS]))
-
-
-def parse_mapping(items: Iterable[str]) -> dict[str, str]:
-    """``ours=theirs`` texts as a dictionary.
-
-    Raises
-    ------
-    UserError
-        If a text is no such pair, or gives a column of ours that does not exist or twice.
-    """
-    mapping: dict[str, str] = {}
-    for item in items:
-        ours, sign, theirs = (part.strip() for part in item.partition("="))
-        if not sign or not ours or not theirs:
-            raise UserError(f"--map wants ours=theirs, such as logp=my_logprob; got {item!r}")
-        if ours in mapping:
-            raise UserError(f"--map gives {ours!r} twice")
-        mapping[ours] = theirs
-    check_mapping(mapping)
-    return mapping
-
-
-def check_mapping(mapping: Mapping[str, str]) -> None:
-    """Refuse columns that do not exist.
-
-    Raises
-    ------
-    UserError
-        On a name of ours that no table has.
-    """
-    for ours in mapping:
-        if ours not in allowed_columns():
-            raise unknown_name("column", ours, allowed_columns())
-
-
-@dataclass
-class NameTable:
-    """Finds our columns among their keys: the user's mapping first, then known names.
+@dataclass(frozen=True)
+class Alias:
+    """Names that one trainer gives to one column.
 
     Parameters
     ----------
-    mapping : mapping of str to str
-        Ours to theirs, as the user gave it.
-
-    Attributes
-    ----------
-    seen : set of str
-        Their names of the mapping that occurred in the source.
+    table : str
+        "tokens", "steps" or "rollouts".
+    column : str
+        Column of ours, or one of `PER_FUNCTION`.
+    trainer : str
+        Who writes it; "any" for names in common use.
+    names : tuple of str
+        In the order they are tried, without a leading ``train/``. ``*`` stands for anything: the
+        mean of all names that fit is taken. ``NAME`` is a reward function's name, ``DATASET`` one
+        of held-out problems (in a log that also has ``eval/step``). ``1 - x`` is the complement.
+    source : str
+        Where the name can be read in that trainer's source, or "unverified".
     """
 
-    mapping: Mapping[str, str]
-    seen: set[str] = field(default_factory=set)
-    _plans: dict[tuple[str, Names], Plan] = field(default_factory=dict)
+    table: str
+    column: str
+    trainer: str
+    names: tuple[str, ...]
+    source: str
 
-    def plan(self, table: str, keys: Sequence[str]) -> Plan:
-        """Which key feeds which column of a table ("tokens", "steps" or "rollouts")."""
-        known = (table, tuple(keys))
-        if known not in self._plans:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            self._plans[known] = self._make(table, keys)
-        return self._plans[known]
+    @cached_property
+    def patterns(self) -> tuple[re.Pattern[str], ...]:
+        """Each name as an expression for a whole name without ``train/``."""
+        found = []
+        for name in self.names:
+            text = re.escape(name.removeprefix("1 - ")).replace(r"\*", ".+")
+            text = text.replace("DATASET", r"(?!step$|.*-(?:truncated_ratio|pass@\d+)$)[^/]+")
+            found.append(re.compile(text.replace("NAME", "(?P<function>[^/]+)"), re.IGNORECASE))
+        return tuple(found)
 
-    def _make(self, table: str, keys: Sequence[str]) -> Plan:
-        # Loggers put "train/" before every name, or do not; case differs as well.
-        by_name: dict[str, str] = {}
-        for key in keys:
-            by_name.setdefault(key.lower().removeprefix("train/"), key)
-        taken: dict[str, str] = {}
-        for ours in self._columns(table):
-            wanted = self.mapping.get(ours)
-            if wanted is not None:
-                if wanted in keys:
-                    taken[ours] = wanted
-                    self.seen.add(wanted)
-                continue
-            known = (by_name.get(name) for name in (ours, *_ALIASES[table].get(ours, ())))
-            free = (key for key in known if key and key not in self.mapping.values())
-            found = next(free, None)
-            if found is not None:
-                taken[ours] = found
-        used = set(taken.values())
-        return taken, [key for key in keys if key not in used]
 
-    def _columns(self, table: str) -> list[str]:
-        stored = [column.name for column in _TABLES[table].stored]
-        return [*stored, *(PSEUDO_TOKENS if table == "tokens" else ())]
+def _rows(table: str, trainer: str, source: str, **columns: str) -> list[Alias]:
+    return [
+        Alias(table, column, trainer, tuple(n.strip() for n in names.split("|")), source)
+        for column, names in columns.items()
+    ]
 
-    def never_seen(self) -> list[str]:
-        """``ours=theirs`` pairs of the mapping whose key did not occur."""
-        return [f"{o}={t}" for o, t in self.mapping.items() if t not in self.seen]
+
+def _functions(trainer: str, mean: str, std: str | None, source: str) -> list[Alias]:
+    given = zip(PER_FUNCTION, (mean, std), strict=True)
+    return [Alias("steps", column, trainer, (n,), source) for column, n in given if n]
+
+
+# Step numbers: a run's own counter goes before the row counter of a logger.
+_STEP: Final = (
+    "global_step", "step", "training_step", "train_step", "training/global_step",
+    "trainer/global_step", "current_steps", "global_step/max_steps", "iteration", "steps",
+    "rollout/step", "_step",
+)  # fmt: skip
+
+ALIASES: Final[tuple[Alias, ...]] = (
+    # ---- steps, trainer by trainer; of several rows of a column the first that fits is taken
+    *_rows(
+        "steps", "TRL", "trl/trainer/grpo_trainer.py",
+        reward="reward", reward_std="reward_std", groups_flat="frac_reward_zero_std",
+        loss="loss", entropy="entropy", kl_ref="kl",
+        length="completions/mean_length | completion_length",
+        truncated="completions/clipped_ratio", clip_low="clip_ratio/low_mean",
+        clip_high="clip_ratio/high_mean", seconds="step_time",
+        engine_logp_diff="sampling/sampling_logp_difference/mean",
+    ),
+    *_rows(
+        "steps", "TRL", "transformers/trainer.py",
+        lr="learning_rate", grad_norm="grad_norm", eval_reward="eval_reward | eval/reward",
+    ),
+    *_rows(
+        "steps", "TRL", "trl/experimental/async_grpo/async_grpo_trainer.py",
+        staleness="sample/staleness_mean",
+    ),
+    *_functions("TRL", "rewards/NAME/mean", "rewards/NAME/std", "trl/trainer/grpo_trainer.py"),
+    *_functions("TRL", "rewards/NAME", None, "trl/trainer/grpo_trainer.py before 0.16"),
+    *_rows(
+        "steps", "ms-swift", "swift/rlhf_trainers/grpo_trainer.py",
+        reward="reward", reward_std="reward_std", groups_flat="frac_reward_zero_std", kl_ref="kl",
+        entropy="entropy/mean", length="completions/mean_length",
+        truncated="completions/clipped_ratio", clip_low="clip_ratio/low_mean",
+        clip_high="clip_ratio/high_mean",
+        engine_kl="rollout_correction/k3_kl | rollout_correction/kl",
+    ),
+    *_rows(
+        "steps", "LLaMA-Factory", "src/llamafactory/train/callbacks.py",
+        reward="reward", loss="loss", lr="lr",
+    ),
+    *_rows(
+        "steps", "verl", "verl/trainer/ppo/metric_utils.py",
+        reward="critic/score/mean", reward_penalised="critic/rewards/mean",
+        length="response_length/mean", truncated="response_length/clip_ratio",
+        seconds="perf/time_per_step | timing_s/step", seconds_rollout="timing_s/gen",
+    ),
+    *_rows(
+        "steps", "verl", "verl/trainer/ppo/metric_utils.py (where no score is logged)",
+        reward="critic/rewards/mean",
+    ),
+    *_rows(
+        "steps", "verl", "verl/workers/actor/dp_actor.py",
+        loss="actor/pg_loss", grad_norm="actor/grad_norm", lr="actor/lr",
+        entropy="actor/entropy | actor/entropy_loss",
+    ),
+    *_rows(
+        "steps", "verl", "verl/trainer/ppo/ray_trainer.py",
+        kl_ref="actor/kl_loss | actor/reward_kl_penalty | critic/kl",
+        eval_reward="val-core/*/acc/mean@* | val-core/*/reward/mean@* | val/test_score/*",
+    ),
+    *_rows(
+        "steps", "verl", "verl/trainer/ppo/rollout_corr_helper.py",
+        engine_kl="rollout_corr/k3_kl | rollout_corr/kl | mismatch/mismatch_k3_kl",
+    ),
+    *_rows(
+        "steps", "verl", "verl/utils/debug/metrics.py",
+        engine_prob_diff="training/rollout_probs_diff_mean",
+    ),
+    *_rows(
+        "steps", "NeMo-RL", "nemo_rl/algorithms/grpo.py",
+        reward="reward", loss="loss", grad_norm="grad_norm", lr="lr",
+        staleness="avg_trajectory_age", eval_reward="validation/accuracy",
+        seconds="timing/train/total_step_time", seconds_rollout="timing/train/generation",
+    ),
+    *_rows(
+        "steps", "NeMo-RL", "nemo_rl/algorithms/loss/loss_functions.py",
+        entropy="approx_entropy", kl_ref="kl_penalty", engine_kl="gen_kl_error",
+    ),
+    *_rows(
+        "steps", "NeMo-RL", "nemo_rl/experience/rollout_manager.py",
+        length="mean_gen_tokens_per_sample", truncated="truncation_rate",
+    ),
+    *_rows(
+        "steps", "OpenRLHF", "openrlhf/trainer/ppo_trainer.py",
+        reward="rollout/reward_mean | reward", reward_std="rollout/reward_std",
+        length="rollout/response_length_mean | response_length",
+        truncated="rollout/truncated_rate | truncated | rollout/truncated",
+        eval_reward="eval/eval_*_pass1", seconds="timing/step_total",
+        seconds_rollout="timing/generation",
+    ),
+    *_rows(
+        "steps", "OpenRLHF", "openrlhf/trainer/ray/ppo_actor.py",
+        loss="policy_loss", grad_norm="actor_grad_norm", lr="actor_lr", entropy="entropy_loss",
+        kl_ref="kl", engine_kl="vllm_kl", reward_penalised="return",
+    ),
+    *_rows(
+        "steps", "SkyRL", "skyrl/train/trainer.py",
+        reward="reward/avg_raw_reward", reward_penalised="loss/avg_final_rewards",
+        kl_ref="policy/policy_kl | loss/avg_kl", length="generate/avg_num_tokens",
+        engine_logp_diff="policy/rollout_train_logprobs_abs_diff_mean",
+        staleness="async/staleness_mean", eval_reward="eval/all/avg_score",
+        seconds="timing/step", seconds_rollout="timing/generate",
+    ),
+    *_rows(
+        "steps", "SkyRL", "skyrl/backends/skyrl_train/workers/worker.py",
+        loss="policy/final_loss | policy/policy_loss", grad_norm="policy/raw_grad_norm",
+        lr="policy/policy_lr", entropy="policy/policy_entropy",
+    ),
+    *_rows(
+        "steps", "slime", "slime/observability/rollout_metrics.py",
+        length="rollout/response_len/mean", truncated="rollout/truncated_ratio",
+        eval_reward="eval/DATASET", seconds_rollout="perf/rollout_time",
+    ),
+    *_rows(
+        "steps", "slime", "slime/observability/train_metric_utils.py",
+        reward="rollout/raw_reward", length="rollout/response_lengths",
+        truncated="rollout/truncated", seconds="perf/step_time",
+    ),
+    *_rows(
+        "steps", "slime", "slime/backends/megatron_utils/loss.py",
+        loss="loss | pg_loss", entropy="entropy_loss | rollout/entropy", kl_ref="kl_loss",
+        engine_logp_diff="train_rollout_logprob_abs_diff", grad_norm="grad_norm", lr="lr-pg_0",
+    ),
+    *_rows(
+        "steps", "open-instruct", "open_instruct/grpo_utils.py",
+        loss="loss/total_avg | loss/policy_avg", entropy="policy/entropy_avg",
+        kl_ref="objective/kl2_avg", grad_norm="optim/grad_norm", lr="lr",
+        eval_reward="eval/scores",
+        engine_logp_diff="debug/vllm_vs_local_logprob_diff_mean",
+        engine_kl="debug/vllm_local_reverse_kl",
+    ),
+    *_rows(
+        "steps", "open-instruct", "open_instruct/data_loader.py",
+        reward="scores | objective/verifiable_reward",
+        pass_rate="objective/verifiable_correct_rate",
+        length="val/sequence_lengths", truncated="1 - val/stop_rate",
+        staleness="num_steps_off_policy", seconds="time/total",
+    ),
+    *_functions(
+        "open-instruct", "objective/NAME_reward", None, "open_instruct/ground_truth_utils.py"
+    ),
+    *_rows(
+        "steps", "AReaL", "areal/trainer/ppo/actor.py",
+        reward="ppo_actor/task_reward/avg | rollout/reward", loss="ppo_actor/update/actor_loss/avg",
+        entropy="ppo_actor/update/entropy/avg", truncated="ppo_actor/no_eos_ratios/avg",
+        engine_kl="ppo_actor/update/compute_logp/kl_div_dual/avg",
+        staleness="ppo_actor/update/version_stats/sample_staleness_theta_avg",
+        grad_norm="ppo_actor/update/grad_norm", lr="ppo_actor/update/lr",
+        eval_reward="eval-rollout/reward",
+    ),
+    *_rows(
+        "steps", "torchforge", "apps/grpo/main.py and src/forge/actors/trainer.py",
+        reward="reward/evaluate_response/avg_total_reward", loss="rl_trainer/avg_grpo_loss",
+        lr="rl_trainer/learning_rate",
+    ),
+    *_rows(
+        "steps", "torchforge", "src/forge/actors/policy.py",
+        length="policy/generate/avg_tokens_generated",
+    ),
+    *_functions(
+        "torchforge", "reward/evaluate_response/avg_NAME_reward",
+        "reward/evaluate_response/std_NAME_reward", "apps/grpo/main.py",
+    ),
+    *_rows(
+        "steps", "prime-rl", "src/prime_rl/trainer/rl/train.py",
+        loss="loss/mean", grad_norm="optim/grad_norm", lr="optim/lr",
+        entropy="entropy/all/mean", kl_old="mismatch_kl/all/mean | mismatch_kl/mean | mismatch_kl",
+        seconds="time/step",
+    ),
+    *_rows(
+        "steps", "prime-rl", "src/prime_rl/orchestrator",
+        reward="reward/all/mean | reward/mean", reward_std="reward/all/std | reward/std",
+        length="decode_len/all/mean | tokens/completion", truncated="is_truncated/all/mean",
+        groups_all_wrong="solve_none/all", groups_all_right="solve_all/all",
+        staleness="off_policy/mean | off_policy_level/all/mean",
+        eval_reward="eval/*/avg@*", seconds_rollout="time/generate_completions",
+    ),
+    *_rows(
+        "steps", "prime-rl", "src/prime_rl/orchestrator/metrics.py (one environment: agg)",
+        reward="agg/all/*/reward/mean", length="agg/all/*/num_output_tokens/mean",
+        truncated="agg/all/*/is_truncated/mean", groups_all_wrong="agg/all/*/solved_none",
+        groups_all_right="agg/all/*/solved_all",
+    ),
+    *_rows(
+        "steps", "rllm", "agent_ppo_trainer.py (counts of prompts, made shares)",
+        groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
+    ),
+    *_rows(
+        "steps", "WAPO", "verifiers/rl/trainer/trainer.py",
+        entropy_pos="entropy_pos", entropy_neg="entropy_neg",
+    ),
+    *_rows(
+        "steps", "any", "common use",
+        step=" | ".join(_STEP),
+        reward="mean_reward | reward_mean | rewards/mean",
+        reward_std="std_reward",
+        loss="policy_loss", grad_norm="gradient_norm",
+        entropy="mean_entropy | policy_entropy | policy/entropy",
+        length="mean_length", staleness="staleness | staleness/mean",
+        eval_reward=(
+            "eval/accuracy | eval_accuracy | eval/score | eval_score | eval/pass@1 | val/reward"
+            " | val_reward | val/accuracy | val/acc | validation/reward | test/accuracy"
+        ),
+    ),
+    # ---- rows of tokens
+    *_rows(
+        "tokens", "any", "common use",
+        step="global_step | training_step | train_step | iteration | _step | steps",
+        minibatch="mini_batch", rank="process_index | worker",
+        group="group_id | group_ids | prompt_id | prompt_index | problem_id | uid",
+        rollout="rollout_id | sample_id | sequence_id | seq_id | completion_id | sample | sequence"
+                " | request_id",
+        position="token_position | token_index | pos",
+        token_id="token_ids | response_ids | output_ids | input_ids",
+        advantage="advantages | adv",
+        logp="logprob | logprobs | log_prob | log_probs | logps | token_logprobs | logp_train",
+        logp_old=(
+            "old_logp | old_logprob | old_logprobs | old_log_prob | old_log_probs"
+            " | sampling_logprobs | behaviour_logprobs | behavior_logprobs | logp_inference"
+        ),
+        entropy="entropies | entropys | token_entropy | token_entropies",
+        coef="gradient_coefficient", kept="keep_mask", clipped="is_clipped", top1="is_top1",
+        prob="p | probs | probability | prob_train | token_prob",
+        prob_old="old_prob | old_probs | prob_inference | behaviour_prob",
+        collision="sum_p_sq | sum_sq_probs", loss_mask="mask",
+    ),
+    *_rows(
+        "tokens", "prime-rl", "src/prime_rl/trainer (token exports)",
+        logp="trainer_logprobs", logp_old="inference_logprobs", clipped="is_masked",
+        rollout="export_sequence_idx", minibatch="micro_step",
+    ),
+    *_rows(
+        "tokens", "TRL", "trl/trainer/grpo_trainer.py",
+        token_id="completion_ids", logp="per_token_logps",
+        logp_old="old_per_token_logps | sampling_per_token_logps", loss_mask="completion_mask",
+    ),
+    *_rows(
+        "tokens", "verl", "verl/workers and verl/trainer/ppo",
+        logp_old="rollout_log_probs", collision="sum_pi_squared", loss_mask="response_mask",
+    ),
+    # ---- rows of completions
+    *_rows(
+        "rollouts", "any", "common use",
+        step="global_step | training_step | train_step | iteration | _step | steps",
+        group="group_id | prompt_id | problem_id | uid",
+        rollout="rollout_id | sample_id | completion_id | request_id",
+        prompt="question | problem", completion="response | answer_text | generation",
+        answer="ground_truth | reference | target", reward="rewards | total_reward",
+        advantage="advantages", length="response_length | completion_length | num_tokens",
+        finish_reason="stop_reason",
+    ),
+    *_rows(
+        "rollouts", "verl", "verl/trainer/ppo/ray_trainer.py (_dump_generations)",
+        prompt="input", completion="output", answer="gts", reward="score",
+    ),
+)  # fmt: skip
+
+
+def rows_of(table: str) -> Iterable[Alias]:
+    """Rows of one table in the order they are tried."""
+    return (row for row in ALIASES if row.table == table)
+
+
+def alias_page() -> str:
+    """The table as Markdown, for docs/import.md."""
+    lines = ["| table | column | trainer | its names | where |", "|---|---|---|---|---|"]
+    for row in ALIASES:
+        names = ", ".join(f"`{name}`" for name in row.names)
+        lines.append(f"| {row.table} | `{row.column}` | {row.trainer} | {names} | {row.source} |")
+    return "\n".join(lines)

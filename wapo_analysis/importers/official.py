@@ -7,22 +7,24 @@ from 1; steps of a run are from 1.
 """
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.errors import UserError
+from wapo_analysis.importers.logs import newest_state, read_log
 from wapo_analysis.importers.official_classes import StepCounts, class_table
-from wapo_analysis.importers.official_tree import OfficialTree, step_of
-from wapo_analysis.importers.readers import json_records, message_text
-from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.readers import json_records, json_value, stored_arrays
+from wapo_analysis.importers.report import ImportReport, spans
 from wapo_analysis.importers.rows import filled_records, numbers
-from wapo_analysis.importers.sequences import Codes
-from wapo_analysis.importers.sink import Sink, as_number, as_step
-from wapo_analysis.importers.trl_files import newest_log, read_log
+from wapo_analysis.importers.sink import Sink
+from wapo_analysis.importers.tables import Codes
+from wapo_analysis.importers.values import as_number, as_step, message_text
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.table import Array
 
@@ -35,7 +37,90 @@ LACKS = {
     "tokens.dentropy": "the official trainer does not score tokens again after the update",
 }
 SAMPLE_LIMIT = 10_000
+BINS = 5
+"""Bins of p in the paper's files."""
+_NUMBER = re.compile(r"step_(\d+)\.(?:npz|npy|json)$")
 _TEXT_KEYS = ("step", "prompt", "completion", "reward")
+
+
+@dataclass(frozen=True)
+class OfficialTree:
+    """The parts of one official run.
+
+    Parameters
+    ----------
+    run : Path or None
+        ``plots/<run>``, the folder of ``data``; None if there is only a trainer state.
+    told : tuple of Path
+        Files the run was told by.
+    """
+
+    run: Path | None
+    told: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, files: tuple[Path, ...]) -> "OfficialTree":
+        """Tree of the files that tell a run.
+
+        Raises
+        ------
+        UserError
+            If they belong to several runs.
+        """
+        runs = {_data_folder(file).parent for file in files if file.name != "trainer_state.json"}
+        if len(runs) > 1:
+            names = ", ".join(sorted(str(run) for run in runs))
+            raise UserError(f"several official runs here; name one of: {names}")
+        return cls(next(iter(runs), None), files)
+
+    def data(self, pattern: str) -> list[Path]:
+        """Files of steps below ``data`` in the order of the steps."""
+        return [] if self.run is None else _in_order((self.run / "data").glob(pattern))
+
+    def bins(self) -> list[Path]:
+        """The log of class counts, if there is one."""
+        return [] if self.run is None else list(self.run.glob("data/token_bins/token_bins.jsonl"))
+
+    def states(self) -> list[Path]:
+        """Trainer states of all checkpoints."""
+        given = [file for file in self.told if file.name == "trainer_state.json"]
+        return given or sorted(self._beside("checkpoints").glob("**/trainer_state.json"))
+
+    def texts(self, kind: str) -> list[Path]:
+        """Files of "completions" or "eval" in the order of their steps."""
+        return _in_order(self._beside(kind).glob("step_*.json"))
+
+    @property
+    def shared(self) -> bool:
+        """Whether the trees coincide, as they do when the output path lacks "checkpoints"."""
+        return self.run is not None and self._beside("eval") == self.run
+
+    def _beside(self, kind: str) -> Path:
+        """The same run in the tree of another kind; the last part with the word is tried first."""
+        word = "checkpoints" if self.run is None else "plots"
+        run = self.run or self.states()[0].parent.parent
+        parts = list(run.parts)
+        places = [place for place, part in enumerate(parts) if word in part]
+        if not places:
+            return run
+        last = [*parts]
+        last[places[-1]] = parts[places[-1]].replace(word, kind)
+        every = [part.replace(word, kind) for part in parts]
+        return Path(*last) if Path(*last).exists() else Path(*every)
+
+
+def step_of(file: Path) -> int:
+    """Step in the name of a file, -1 without one."""
+    found = _NUMBER.search(file.name)
+    return int(found.group(1)) if found else -1
+
+
+def _data_folder(file: Path) -> Path:
+    return next(parent for parent in file.parents if parent.name == "data")
+
+
+def _in_order(files: Iterable[Path]) -> list[Path]:
+    return sorted((file for file in files if step_of(file) >= 0), key=lambda f: (step_of(f), f))
 
 
 def read_official(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
@@ -47,30 +132,36 @@ def read_official(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> 
         If the source holds several runs, or a file that cannot be read.
     """
     tree = OfficialTree.of(files)
-    log = newest_log(tree.states(), report)
-    read_log(log, sink, report, "official")
+    report.trainer = "WAPO"
+    names: set[str] = set()
+    for file, records in newest_state(tree.states(), report):
+        read_log(records, sink, report, file, "official")
+        names.update(key for _, record in records for key in record)
     counts = _counts(tree, sink, report)
     for step in sorted(counts):
         _write_classes(step, counts, sink, report)
     sizes = _rewards(tree, sink, report)
     _completions(tree, sizes, sink, report)
     _eval(tree, sink, report)
-    if any("entropy_pos" in row for row in log):
+    if "entropy_pos" in names:
         report.note(
             "entropy_pos and entropy_neg are the official means over sequences; sequences without "
             "advantage count as pos"
         )
 
 
-def _arrays(file: Path, report: ImportReport) -> dict[str, Array]:
-    report.files += 1
-    try:
-        # numpy leaves a file open that it cannot read, so it is opened here.
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (ValueError, OSError, EOFError, KeyError, BadZipFile) as error:
-        report.bad_line(file, 1, f"not readable ({str(error).splitlines()[0]})")
+def _by_sign(file: Path, report: ImportReport) -> dict[str, Array]:
+    """Arrays pos, neg and bins of a file; empty, and said, unless pos and neg count the bins."""
+    stored = stored_arrays(file, report)
+    if not stored:
         return {}
+    for name in ("pos", "neg"):
+        values = stored.get(name)
+        fits = values is not None and values.ndim == 1 and values.dtype.kind in "biuf"
+        if not fits or (len(values) < BINS) or not np.isfinite(values).all():  # type: ignore[arg-type]
+            report.bad_line(file, 1, f"{name} is not {BINS} or more finite numbers")
+            return {}
+    return stored
 
 
 @dataclass
@@ -88,14 +179,14 @@ def _counts(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, S
     _token_bins(tree, counted, report)
     for kind in ("token_count", "grad_mass"):
         for file in tree.data(f"{kind}/step_*.npz"):
-            stored = _arrays(file, report)
-            if {"pos", "neg"} <= stored.keys():
+            stored = _by_sign(file, report)
+            if stored:
                 getattr(counted.at(file), kind).update({1: stored["pos"], -1: stored["neg"]})
                 _keep_bins(kind, step_of(file) + 1, stored, sink)
     for file in tree.data("token_strength/*step_*.npz"):
-        stored = _arrays(file, report)
+        stored = _by_sign(file, report)
         scale = "fine" if file.name.startswith("fine") else "coarse"
-        if {"pos", "neg", "bins"} <= stored.keys():
+        if "bins" in stored:
             _keep_bins(f"token_strength_{scale}", step_of(file) + 1, stored, sink)
     for file in tree.data("scatter_step_*.npz"):
         _scatter(file, counted.at(file), sink, report)
@@ -104,13 +195,15 @@ def _counts(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, S
 
 def _keep_bins(kind: str, step: int, stored: dict[str, Array], sink: Sink) -> None:
     """The official numbers as they are, as step columns official/<kind>/<sign>/<bin>."""
+    names = stored["bins"].ravel().astype(str).tolist() if "bins" in stored else []
     for sign in ("pos", "neg"):
-        pairs = zip(stored["bins"].tolist(), stored[sign].tolist(), strict=False)
+        pairs = zip(names, stored[sign].tolist(), strict=False)
         sink.add_step(step, {f"official/{kind}/{sign}/{name}": value for name, value in pairs})
 
 
 def _token_bins(tree: OfficialTree, counted: _Counted, report: ImportReport) -> None:
     seen: set[int] = set()
+    again: list[int] = []
     for file in tree.bins():
         for number, values in json_records(file, report):
             step = as_step(values.get("step"))
@@ -120,22 +213,37 @@ def _token_bins(tree: OfficialTree, counted: _Counted, report: ImportReport) -> 
                 continue
             if step in seen:
                 report.repeated_steps.add(step + 1)
+                again = sorted(report.repeated_steps)
             seen.add(step)
             entry = counted.steps.setdefault(step + 1, StepCounts())
-            entry.bins = {name: int(as_number(value) or 0) for name, value in counts.items()}
-            chosen = values.get("hyperparams") or {}
+            numbers_of = {name: as_step(value) for name, value in counts.items()}
+            for name in [name for name, number in numbers_of.items() if number is None]:
+                report.count(f"counts of tokens that are no count, now 0 ({name})", file, number)
+            entry.bins = {name: count or 0 for name, count in numbers_of.items()}
+            chosen = values.get("hyperparams")
+            chosen = chosen if isinstance(chosen, dict) else {}
             entry.filtered = any(chosen.get(k) for k in ("include_bins", "exclude_bins"))
+    if again:
+        report.told(f"steps {spans(again)} were counted again after a resume: the later is read")
 
 
 def _scatter(file: Path, counts: StepCounts, sink: Sink, report: ImportReport) -> None:
     """Token rows of a step: probabilities and advantage of at most ``SAMPLE_LIMIT`` tokens."""
-    stored = _arrays(file, report)
+    stored = stored_arrays(file, report)
     names = ("prob_train", "prob_inference", "advantages")
     if not all(name in stored for name in names):
         return
+    shapes = {stored[name].shape for name in names}
+    if (
+        len(shapes) > 1
+        or len(next(iter(shapes))) != 1
+        or any(stored[n].dtype.kind in "SU" for n in names)
+    ):
+        report.bad_line(file, 1, f"{', '.join(names)} are not lists of as many numbers")
+        return
     step, rows = step_of(file) + 1, len(stored["advantages"])
     counts.sampled, counts.zeros = rows, int((stored["advantages"] == 0).sum())
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         columns = {
             "step": np.full(rows, step),
             "advantage": stored["advantages"],
@@ -147,7 +255,7 @@ def _scatter(file: Path, counts: StepCounts, sink: Sink, report: ImportReport) -
     if lost:
         report.counts["probabilities of 0 or not finite, now null"] += lost
     if rows:
-        sink.write_records(filled_records(TOKENS, frame), step)
+        sink.write_records(filled_records(TOKENS, frame, report), step)
         report.token_rows += rows
     report.mapped |= {"logp": "prob_train", "logp_old": "prob_inference", "advantage": "advantages"}
     if rows >= SAMPLE_LIMIT:
@@ -172,31 +280,28 @@ def _rewards(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, 
     """Rewards of the batch; returns the number of completions per step."""
     sizes: dict[int, int] = {}
     for file in tree.data("rewards/*_step_*.npy"):
-        report.files += 1
-        try:
-            with file.open("rb") as stream:
-                values = np.load(stream, allow_pickle=False).astype(np.float64)
-        except (ValueError, OSError, EOFError) as error:
-            report.bad_line(file, 1, f"not readable ({str(error).splitlines()[0]})")
+        stored = next(iter(stored_arrays(file, report).values()), np.empty(0))
+        if stored.dtype.kind in "SU" or stored.ndim != 1 or not np.isfinite(stored).all():
+            report.bad_line(file, 1, "not a list of finite numbers")
             continue
+        values = stored.astype(np.float64)
         step, name = step_of(file) + 1, file.name.split("_step_")[0]
         if not len(values):
             continue
         if name == "reward":
             sizes[step] = len(values)
-            sink.add_step(step, {"pass_rate": float((values >= 1).mean())})
             own = {"reward": float(values.mean()), "reward_std": float(values.std())}
-            sink.fill_step(step, own)
+            sink.add_step(step, {"pass_rate": float((values >= 1).mean()), **own})
         else:
-            sink.fill_step(step, {f"reward/{name}": float(values.mean())})
+            sink.add_step(step, {f"reward/{name}": float(values.mean())})
     return sizes
 
 
 def _rows_of(file: Path, report: ImportReport) -> list[dict[str, Any]]:
     report.files += 1
     try:
-        content = json.loads(file.read_bytes())
-    except ValueError:
+        content = json_value(file, report)
+    except UserError:
         report.bad_line(file, 1, "no JSON; still being written?")
         return []
     return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
@@ -251,4 +356,4 @@ def _eval(tree: OfficialTree, sink: Sink, report: ImportReport) -> None:
                 number = as_number(value)
                 if key != "step" and number is not None:
                     columns.setdefault(f"eval/{key}", []).append(number)
-        sink.fill_step(step_of(file), {k: sum(v) / len(v) for k, v in columns.items()})
+        sink.add_step(step_of(file), {k: sum(v) / len(v) for k, v in columns.items()})

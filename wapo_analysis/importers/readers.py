@@ -1,23 +1,36 @@
 """Files to records and blocks of rows, in bounded memory, while they may still be written to."""
 
+import codecs
+import csv
 import io
 import json
+import re
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from wapo_analysis.errors import UserError
-from wapo_analysis.importers.jsonl import JsonLines
-from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import JsonLines, reason_of
+from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.values import parse_json
+from wapo_analysis.table import Array
 
 PASSES = 3
+MAX_JSON_BYTES = 1 << 30
+_ARRAYS = 1 << 30
 _BLOCK = 4 << 20
 _ROWS = 8192
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 def json_records(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,33 +48,45 @@ def json_records(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[s
     report.close_lines(log, half)
 
 
-def json_list(file: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON file that holds a list of them, or one.
+def json_value(file: Path, report: ImportReport) -> Any:
+    """What a JSON file holds.
 
     Raises
     ------
     UserError
-        If it holds anything else.
+        If it is no JSON, or larger than ``MAX_JSON_BYTES``.
     """
     try:
-        content = json.loads(file.read_bytes())
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{file} is larger than 1 GiB; JSON is read as a whole, use JSON lines")
+        changed: list[str] = []
+        value = parse_json(file.read_bytes(), changed)
+        for what in changed:
+            report.count(what, file, 1)
+        return value
+    except UserError:
+        raise
     except ValueError as error:
-        raise UserError(f"{file} is no JSON: {str(error).split(':')[0]}") from error
-    rows = content if isinstance(content, list) else [content]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file} is no list of JSON objects")
-    return rows
+        raise UserError(f"{printable(shown(file))} is no JSON: {reason_of(error)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 class _WholeLines(io.RawIOBase):
-    """A file up to its last line feed: the line after it may still be being written."""
+    """A file up to its last line feed, as UTF-8: the line after it may still be being written.
 
-    def __init__(self, file: Path) -> None:
+    Bytes that are no UTF-8 become U+FFFD and are counted by line.
+    """
+
+    def __init__(self, file: Path, report: ImportReport) -> None:
         self._stream = file.open("rb")
         size = self._stream.seek(0, 2)
         self._left = self._last_feed(size)
         self.cut = size - self._left
         self._stream.seek(0)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._held = b""
+        self._file, self._report, self._line = file, report, 1
 
     def _last_feed(self, size: int) -> int:
         end = size
@@ -78,10 +103,25 @@ class _WholeLines(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(min(len(buffer), self._left))
-        buffer[: len(data)] = data
-        self._left -= len(data)
-        return len(data)
+        while not self._held and self._left:
+            data = self._stream.read(min(len(buffer), self._left))
+            self._left = self._left - len(data) if data else 0
+            self._held = self._clean(self._decoder.decode(data, final=not self._left))
+        piece, self._held = self._held[: len(buffer)], self._held[len(buffer) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def _clean(self, text: str) -> bytes:
+        if not text.isascii() and _NOT_UTF8.search(text):
+            for place, line in enumerate(text.split("\n")):
+                if _NOT_UTF8.search(line):
+                    what = "lines with bytes that are not UTF-8, now U+FFFD"
+                    self._report.count(what, self._file, self._line + place)
+            text_out = _NOT_UTF8.sub("\ufffd", text)
+        else:
+            text_out = text
+        self._line += text.count("\n")
+        return text_out.encode()
 
     def close(self) -> None:
         self._stream.close()
@@ -92,7 +132,8 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
     """Blocks of a CSV or TSV file as text columns, each with the row number it begins at.
 
     Rows with a wrong number of fields are counted, and a last line without line feed is left out:
-    nobody can tell whether its last number is whole.
+    nobody can tell whether its last number is whole. Spaces around names are left out; a name that
+    occurs twice is told, and the second column is called ``name.2``.
 
     Raises
     ------
@@ -101,43 +142,70 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
     """
 
     def skip(row: Any) -> str:
+        report.lines += 1
         fields = f"{row.actual_columns} fields, not {row.expected_columns}"
         report.bad_line(file, row.number or 0, fields)
         return "skip"
 
-    source = _WholeLines(file)
+    names, delimiter = csv_header(file)
+    columns = unique_names(names, file, report)
+    source = _WholeLines(file, report)
     if source.cut:
-        report.half_lines.append(file.name)
+        report.half_lines.append(shown(file.name))
     parse = pacsv.ParseOptions(
-        delimiter="\t" if file.suffix == ".tsv" else ",",
-        invalid_row_handler=skip,
-        newlines_in_values=True,
+        delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True
+    )
+    # Types guessed from the first block fail on a later one; numbers are made from text.
+    convert = pacsv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=True
+    )
+    read = pacsv.ReadOptions(
+        block_size=_BLOCK, use_threads=False, column_names=columns, skip_rows=1
     )
     try:
-        # Types guessed from the first block fail on a later one; numbers are made from text.
-        texts = dict.fromkeys(_header(file, parse.delimiter), pa.string())
-        reader = pacsv.open_csv(
-            pa.PythonFile(source, mode="r"),
-            pacsv.ReadOptions(block_size=_BLOCK, use_threads=False),
-            parse,
-            pacsv.ConvertOptions(column_types=texts, strings_can_be_null=True),
-        )
+        stream = pa.PythonFile(source, mode="r")
         row = 2
-        for batch in reader:
+        for batch in pacsv.open_csv(stream, read, parse, convert):
+            report.lines += batch.num_rows
             yield row, batch.to_pandas()
             row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is no CSV table: {str(error).splitlines()[0]}") from error
+        if "Empty CSV file" not in str(error):
+            why = printable(str(error).splitlines()[0])
+            raise UserError(f"{printable(shown(file))} is no CSV table: {why}") from error
     finally:
         source.close()
     report.files += 1
 
 
-def _header(file: Path, delimiter: str) -> list[str]:
+def csv_header(file: Path) -> tuple[list[str], str]:
+    """Names in the first line of a table, and the character between them."""
     with file.open("rb") as stream:
-        first = pa.BufferReader(stream.readline())
-    parse = pacsv.ParseOptions(delimiter=delimiter)
-    return list(pacsv.read_csv(first, parse_options=parse).column_names)
+        line = stream.readline(1 << 20).decode("utf-8-sig", "replace").rstrip("\r\n")
+    delimiter = max("\t,;", key=line.count) if file.suffix != ".tsv" else "\t"
+    delimiter = delimiter if line.count(delimiter) else ","
+    try:
+        names = next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error as error:
+        raise UserError(f"{printable(shown(file))} is no CSV table: {error}") from error
+    return [name.strip() for name in names], delimiter
+
+
+def unique_names(names: list[str], file: Path, report: ImportReport) -> list[str]:
+    """Names of columns; the second of a name that is there twice becomes ``name.2``, and told."""
+    unique: list[str] = []
+    for name in names:
+        new, number = name, 1
+        while new in unique:
+            number += 1
+            new = f"{name}.{number}"
+        if new != name:
+            report.told(
+                f"{shown(file.name)} has two columns {name!r}: the first is read, the other is "
+                f"{new!r}"
+            )
+        unique.append(new)
+    return unique
 
 
 def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataFrame]]:
@@ -149,21 +217,87 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
         If it is broken.
     """
     try:
-        row = 1
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS):
-            yield row, batch.to_pandas()
-            row += batch.num_rows
+        # Opened here: the name of a file may be no UTF-8, which Arrow wants.
+        with file.open("rb") as stream:
+            row = 1
+            for batch in pq.ParquetFile(stream).iter_batches(batch_size=_ROWS):
+                if row == 1:
+                    names = unique_names(list(batch.schema.names), file, report)
+                report.lines += batch.num_rows
+                yield row, batch.rename_columns(names).to_pandas()
+                row += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is broken or no Parquet: {str(error).splitlines()[0]}") from error
+        why = printable(str(error).splitlines()[0])
+        raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
     report.files += 1
 
 
-def message_text(value: Any) -> str | None:
-    """Text of a prompt or completion: a string, chat messages joined, or anything as JSON."""
-    if value is None or isinstance(value, str):
+def json_rows(value: Any) -> list[dict[str, Any]] | None:
+    """Records of a JSON value: a list of objects, one object, columns, or numbers by step.
+
+    Returns
+    -------
+    list of dict or None
+        None if it is nothing of the kind.
+    """
+    if isinstance(value, list):
+        return value if value and all(isinstance(row, dict) for row in value) else None
+    if not isinstance(value, dict) or not value:
+        return None
+    if all(isinstance(v, dict) and all(k.isdecimal() for k in v) for v in value.values()):
+        rows: dict[int, dict[str, Any]] = {}
+        for name, by_step in value.items():  # NeMo-RL: {metric: {step: number}}
+            for step, number in by_step.items():
+                rows.setdefault(int(step), {"step": int(step)})[name] = number
+        return [rows[step] for step in sorted(rows)]
+    lengths = {len(v) for v in value.values() if isinstance(v, list)}
+    if len(lengths) == 1 and all(isinstance(v, list) for v in value.values()):
+        names = list(value)
+        columns = zip(*value.values(), strict=True)
+        return [dict(zip(names, row, strict=True)) for row in columns] or None
+    return [value]
+
+
+def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
+    """Arrays of an ``.npz`` or ``.npy`` file by name; empty, and said, if it cannot be read.
+
+    Only numbers and texts are returned; nothing in the file is run, and nothing is unpacked that is
+    larger than 1 GiB.
+    """
+    report.files += 1
+    try:
+        # numpy leaves a file open that it cannot read, so it is opened here.
+        with file.open("rb") as stream:
+            if zipfile.is_zipfile(stream):
+                if sum(part.file_size for part in zipfile.ZipFile(stream).infolist()) > _ARRAYS:
+                    raise ValueError("larger than 1 GiB unpacked")
+            elif file.stat().st_size > _ARRAYS:
+                raise ValueError("larger than 1 GiB")
+            stream.seek(0)
+            found = np.load(stream, allow_pickle=False)
+            arrays = {file.stem: found} if isinstance(found, np.ndarray) else dict(found.items())
+    except (ValueError, OSError, EOFError, LookupError, TypeError, MemoryError, SyntaxError,
+            zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+            NotImplementedError, RuntimeError) as error:  # fmt: skip
+        why = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        report.bad_line(file, 1, f"not readable ({why})")
+        return {}
+    kinds = {name: values.dtype.kind for name, values in arrays.items()}
+    for name in [name for name, kind in kinds.items() if kind not in "biufSU"]:
+        report.bad_line(file, 1, f"{name} holds {arrays.pop(name).dtype}, no numbers")
+    return arrays
+
+
+def plain(value: Any) -> Any:
+    """A cell as plain Python: arrays are lists, missing is None."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | dict | str | bool):
         return value
-    if isinstance(value, list | tuple) and all(isinstance(m, dict) for m in value):
-        return "\n".join(message_text(m.get("content")) or "" for m in value)
-    if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return str(value["text"])
-    return json.dumps(value, default=str, ensure_ascii=False)
+    return None if value is None or pd.isna(value) else value
+
+
+def short(value: Any) -> str:
+    """A value as a few characters, for a message."""
+    text = json.dumps(value, default=str)
+    return printable(text if len(text) <= 20 else f"{text[:17]}...")

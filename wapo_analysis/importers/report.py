@@ -1,13 +1,24 @@
 """What an import found, kept, left out, and why: for the terminal and for the manifest."""
 
+import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
 
 _SHOWN_KEYS = 12
+MOST = 0.5
+"""Share of the lines that, when it is lost, makes an import an alarm."""
+
+
+def shown(path: Path | str) -> str:
+    """A path as text that any encoding can hold."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 @dataclass
@@ -22,10 +33,14 @@ class ImportReport:
         Where it was read from.
     out : str
         Run folder that was written.
+    trainer : str, optional
+        Trainer whose names it uses.
     steps, token_rows, rollouts : int
         Rows written.
     files : int
         Files read.
+    lines : int
+        Lines and records seen, where a line is a record.
     mapped : dict of str to str
         Column of ours to the name it had in the source.
     kept_keys : dict of str to int
@@ -37,9 +52,15 @@ class ImportReport:
     half_lines : list of str
         Files whose last line was unfinished.
     repeated_steps : set of int
-        Steps the source holds more than once; the last record wins.
+        Steps the source holds more than once with different numbers.
     counts : Counter of str
         Other things left out or changed, by what they are.
+    places : dict of str to list of str
+        Where the first of them are, as ``file:line``.
+    alarms : list of str
+        Said first: the run is not what one would take it for.
+    events : list of str
+        What was done with repeated, counted or combined records.
     notes : list of str
         What a reader of the numbers has to know.
     cannot_feed : dict of str to str
@@ -49,10 +70,12 @@ class ImportReport:
     format: str
     source: str
     out: str = ""
+    trainer: str | None = None
     steps: int = 0
     token_rows: int = 0
     rollouts: int = 0
     files: int = 0
+    lines: int = 0
     mapped: dict[str, str] = field(default_factory=dict)
     kept_keys: Counter[str] = field(default_factory=Counter)
     unknown_keys: Counter[str] = field(default_factory=Counter)
@@ -61,6 +84,9 @@ class ImportReport:
     half_lines: list[str] = field(default_factory=list)
     repeated_steps: set[int] = field(default_factory=set)
     counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    alarms: list[str] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     cannot_feed: dict[str, str] = field(default_factory=dict)
 
@@ -69,24 +95,53 @@ class ImportReport:
         if text not in self.notes:
             self.notes.append(text)
 
+    def told(self, text: str) -> None:
+        """Add what was done with some records, once."""
+        if text not in self.events:
+            self.events.append(text)
+
     def bad_line(self, file: Path, number: int, reason: str) -> None:
         """Count a line that cannot be used, and name the first few."""
         self.broken_lines += 1
         if len(self.broken) < MAX_NAMED:
-            self.broken.append(f"{file.name}:{number}: {reason}")
+            self.broken.append(f"{shown(file.name)}:{number}: {reason}")
+
+    def count(self, what: str, file: Path, number: int, times: int = 1) -> None:
+        """Count values that were left out or changed, and name the place of the first few."""
+        self.counts[what] += times
+        named = self.places.setdefault(what, [])
+        if len(named) < 3:
+            named.append(f"{shown(file.name)}:{number}")
+
+    @contextmanager
+    def record(self, file: Path, number: int) -> Iterator[None]:
+        """Whatever a record of a strange shape raises costs this record alone, and is named."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            said = printable(str(error).splitlines()[0] if str(error) else repr(error))
+            self.bad_line(
+                file, number, said if type(error) is ValueError else f"wrong shape: {said}"
+            )
 
     def close_lines(self, log: JsonLines, half: bool) -> None:
         """Take over what a reader of JSON lines counted."""
         self.files += 1
+        self.lines += log.line
         self.broken_lines += log.broken
         self.broken += log.named[: MAX_NAMED - len(self.broken)]
+        for number, what in log.changed:
+            self.count(what, log.path, number)
         if half:
-            self.half_lines.append(log.path.name)
+            self.half_lines.append(shown(log.path.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
         return {
             "format": self.format,
+            "trainer": self.trainer,
             "source": self.source,
             "files": self.files,
             "steps": self.steps,
@@ -100,22 +155,35 @@ class ImportReport:
             "half_lines": self.half_lines,
             "repeated_steps": sorted(self.repeated_steps),
             "counts": dict(sorted(self.counts.items())),
+            "places": self.places,
+            "alarms": self.alarms,
+            "events": self.events,
             "notes": self.notes,
             "cannot_feed": self.cannot_feed,
         }
 
-    def to_text(self) -> str:
-        """Plain text for a terminal, one fact a line."""
-        many = f"{self.steps} steps, {self.token_rows} token rows, {self.rollouts} rollouts"
-        lines = [f"{self.format}: {many} from {_files(self.files)} of {self.source}"]
-        if self.repeated_steps:
-            lines.append(
-                f"repeated steps (resume): {_steps(sorted(self.repeated_steps))}; the last wins"
-            )
+    def warnings(self) -> list[str]:
+        """What must be said wherever the run is used, one sentence each."""
+        lines = [f"! {text}" for text in self.alarms]
+        lines += self.events
         lines += [f"unfinished last line left out: {name}" for name in self.half_lines]
         if self.broken_lines:
             lines.append(f"broken lines left out: {self.broken_lines} ({'; '.join(self.broken)})")
-        lines += [f"{what}: {count}" for what, count in sorted(self.counts.items())]
+        for what, count in sorted(self.counts.items()):
+            where = f" ({', '.join(self.places[what])})" if what in self.places else ""
+            lines.append(f"{what}: {count}{where}")
+        return [printable(line) for line in lines]
+
+    def headline(self) -> str:
+        """What was read, in one line."""
+        many = f"{self.steps} steps, {self.token_rows} token rows, {self.rollouts} rollouts"
+        whose = f" ({self.trainer}'s names)" if self.trainer else ""
+        text = f"{self.format}: {many} from {_files(self.files)} of {self.source}{whose}"
+        return printable(text)
+
+    def to_text(self) -> str:
+        """Plain text for a terminal, one fact a line."""
+        lines = [self.headline(), *self.warnings()]
         if self.kept_keys:
             lines.append(f"no column of ours, kept in steps.jsonl: {_names(self.kept_keys)}")
         if self.unknown_keys:
@@ -123,7 +191,7 @@ class ImportReport:
         lines += [f"note: {text}" for text in self.notes]
         for name, reason in self.cannot_feed.items():
             lines.append(f"cannot draw {name}: {reason}")
-        return "\n".join(lines)
+        return "\n".join(printable(line) for line in lines)
 
 
 def _files(count: int) -> str:
@@ -134,10 +202,18 @@ def _names(keys: Counter[str]) -> str:
     """Names in the order of the alphabet; a long list ends with how many more there are."""
     names = sorted(keys)
     more = len(names) - _SHOWN_KEYS
-    shown = ", ".join(names[:_SHOWN_KEYS])
-    return f"{shown} and {more} more (all in manifest.json)" if more > 0 else shown
+    text = ", ".join(names[:_SHOWN_KEYS])
+    return f"{text} and {more} more (all in manifest.json)" if more > 0 else text
 
 
-def _steps(steps: list[int]) -> str:
-    shown = ", ".join(str(step) for step in steps[:_SHOWN_KEYS])
-    return f"{shown}, ... ({len(steps)} in all)" if len(steps) > _SHOWN_KEYS else shown
+def spans(steps: Sequence[int]) -> str:
+    """Sorted steps as ranges: "1 to 3, 7"; of many ranges the first few."""
+    ranges: list[list[int]] = []
+    for step in steps:
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    texts = [str(a) if a == b else f"{a} to {b}" for a, b in ranges[:_SHOWN_KEYS]]
+    more = f", ... ({len(steps)} in all)" if len(ranges) > _SHOWN_KEYS else ""
+    return ", ".join(texts) + more

@@ -7,6 +7,7 @@ import pandas as pd
 
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.values import as_number
 from wapo_analysis.schema import Table
 from wapo_analysis.table import Array, Records
 
@@ -14,7 +15,7 @@ _ABOVE_ONE = 1e-5
 _INT_LIMITS = {"int8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**63}
 
 
-def filled_records(table: Table, frame: pd.DataFrame) -> Records:
+def filled_records(table: Table, frame: pd.DataFrame, report: ImportReport) -> Records:
     """Rows as records: absent or null integers and flags are masked, other absences are NaN.
 
     Parameters
@@ -23,6 +24,8 @@ def filled_records(table: Table, frame: pd.DataFrame) -> Records:
         Declaration to follow.
     frame : DataFrame
         Columns of the table; NaN, None and infinite numbers count as missing.
+    report : ImportReport
+        Counts the numbers that the column cannot hold.
     """
     rows = len(frame)
     columns: dict[str, Any] = {}
@@ -35,7 +38,11 @@ def filled_records(table: Table, frame: pd.DataFrame) -> Records:
         elif given is None and column.name in ("rank", "minibatch"):
             columns[column.name] = np.zeros(rows, dtype=column.dtype)
         else:
-            columns[column.name] = _masked(numbers(given, rows), column.dtype)
+            values = numbers(given, rows)
+            wide = int((np.abs(values) >= _INT_LIMITS.get(column.dtype, 2)).sum())
+            if wide:
+                report.counts[f"{column.name} beyond {column.dtype}, now null"] += wide
+            columns[column.name] = _masked(values, column.dtype)
     return Records.build(table, columns)
 
 
@@ -43,8 +50,17 @@ def numbers(given: pd.Series | None, rows: int) -> Array:
     """Values as float64, shape (rows,); what is no finite number is NaN."""
     if given is None:
         return np.full(rows, np.nan)
-    values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = _floats(given)
     return np.where(np.isfinite(values), values, np.nan)
+
+
+def _floats(given: pd.Series) -> Array:
+    """Values as float64; whatever is no number is NaN."""
+    try:
+        return pd.to_numeric(given, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError, OverflowError):  # lists, objects, integers beyond all floats
+        found = (as_number(value) for value in given)
+        return np.array([np.nan if n is None else n for n in found], np.float64)
 
 
 def _masked(values: Array, dtype: str) -> Array:
@@ -114,7 +130,7 @@ def _from_probabilities(frame: pd.DataFrame, report: ImportReport) -> pd.DataFra
 
 
 def _counted(given: pd.Series, report: ImportReport) -> Array:
-    values = pd.to_numeric(given, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    values = _floats(given)
     wild = np.isinf(values)
     if wild.any():
         report.counts["numbers that were not finite, now null"] += int(wild.sum())

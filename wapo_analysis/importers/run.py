@@ -4,39 +4,43 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from wapo_analysis.errors import UserError
-from wapo_analysis.importers import official, prime_rl, trl_files, verl
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers import boards, completions, logs, official, prime_rl
+from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.detect import Found, detect
-from wapo_analysis.importers.names import NameTable, check_mapping
-from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.mapping import (
+    VITAL,
+    NameTable,
+    check_mapping,
+    map_option,
+    nearest,
+)
+from wapo_analysis.importers.report import MOST, ImportReport, shown
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.importers.tabular import read_tables
+from wapo_analysis.importers.tables import read_tables
 from wapo_analysis.store import Manifest, Need, RunWriter, open_run
 from wapo_analysis.version import __version__
 
-Reader = Callable[[tuple[Path, ...], Sink, ImportReport], None]
-
-
-def _read_tables(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
-    read_tables(list(files), sink, report)
-
-
-_READERS: Mapping[str, Reader] = {
-    "official": official.read_official,
-    "prime-rl": prime_rl.read_prime_rl,
-    "verl": verl.read_verl,
-    "trl": trl_files.read_trl,
-    "table": _read_tables,
+_TRAINER_LACKS = {
+    "tokens": "TRL writes text and step averages, nothing per token; use wapo_analysis.attach",
+    "classes": "TRL writes nothing per token, so no class can be told; use wapo_analysis.attach",
+}
+_LOG_LACKS = {
+    "tokens": "a metrics log holds nothing per token",
+    "classes": "a metrics log holds nothing per token, so no class can be told",
 }
 _LACKS: Mapping[str, Mapping[str, str]] = {
     "official": official.LACKS,
     "prime-rl": prime_rl.LACKS,
-    "verl": verl.LACKS,
-    "trl": trl_files.LACKS,
-    "table": {},
+    "verl": {
+        "tokens": "verl writes text and metrics, nothing per token",
+        "classes": "verl writes nothing per token, so no class can be told",
+    },
+    "trl": _TRAINER_LACKS,
+    **dict.fromkeys(("tensorboard", "wandb", "console"), _LOG_LACKS),
 }
 
 
@@ -50,6 +54,8 @@ class ImportSettings:
         ``"auto"`` or one of ``FORMATS``.
     mapping : mapping of str to str
         Column of ours to the name it has in the source; goes before the known names.
+    run : str, optional
+        Which of several runs of a source, by its name or a part of it.
     name, label : str, optional
         Name of the run, and of its setting in legends.
     objective : str
@@ -61,7 +67,8 @@ class ImportSettings:
     """
 
     format: str = "auto"
-    mapping: Mapping[str, str]
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    run: str | None = None
     name: str | None = None
     label: str | None = None
     objective: str = "unknown"
@@ -96,17 +103,18 @@ def import_run(
         If the source is empty, mixed, unknown or broken as a whole, holds nothing usable, or the
         folder exists. Nothing is left behind then.
     """
-    chosen = settings or ImportSettings(mapping={})
+    chosen = settings or ImportSettings()
     check_mapping(chosen.mapping)
     if not chosen.temperature > 0:
         raise UserError(f"temperature must be positive, got {chosen.temperature}")
     origin, target = Path(source), Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; choose another --out or delete it")
-    found = detect(origin.resolve(), chosen.format)
-    if origin.is_dir() and target.resolve().is_relative_to(origin.resolve()):
-        raise UserError(f"{target} lies inside the source, which is only read; choose another")
-    return _into(target, lambda folder: _write(folder, found, origin, target, chosen))
+    with tempfile.TemporaryDirectory(prefix="wapo-import-") as unpacked:
+        found = detect(origin.resolve(), chosen.format, Path(unpacked))
+        if origin.is_dir() and target.resolve().is_relative_to(origin.resolve()):
+            raise UserError(f"{target} lies inside the source, which is only read; choose another")
+        return _into(target, lambda folder: _write(folder, found, origin, target, chosen))
 
 
 def _into(target: Path, write: Callable[[Path], ImportReport]) -> ImportReport:
@@ -129,27 +137,69 @@ def _into(target: Path, write: Callable[[Path], ImportReport]) -> ImportReport:
 def _write(
     folder: Path, found: Found, origin: Path, target: Path, chosen: ImportSettings
 ) -> ImportReport:
-    report = ImportReport(found.format, str(origin), str(target))
+    report = ImportReport(found.format, shown(origin), shown(target))
     names = NameTable(chosen.mapping)
     writer = RunWriter(folder, _manifest(chosen, target))
     sink = Sink(writer, report, names, chosen.temperature)
     try:
-        _READERS[found.format](found.files, sink, report)
+        _read(found, sink, report, chosen.run)
         sink.finish()
     finally:
         writer.close("finished")
     if not (report.steps or report.token_rows or report.rollouts):
-        raise UserError(_nothing(origin, report))
+        raise UserError(_nothing(report, sink))
     lost = names.never_seen()
     if lost:
-        raise UserError(f"--map {lost[0]}: no such name in {origin}; names there: {_some(report)}")
+        raise UserError(
+            f"--map {lost[0]}: no such name in {report.source}; names there: {_some(report)}"
+        )
+    _raise_alarms(report)
+    for file in found.copies:
+        report.told(f"{shown(file.name)} holds the same bytes as another file: read once")
+    if found.left:
+        left = ", ".join(shown(file.name) for file in found.left[:4])
+        report.note(f"also there, not read: {left}; name one to read it instead")
     report.cannot_feed = _cannot_feed(folder, found.format)
-    writer.update_manifest(**{"import": report.to_dict()})
+    writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
     return report
 
 
+def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> None:
+    """Hand the files of a source to their readers."""
+    if found.format == "official":
+        official.read_official(found.files, sink, report)
+    elif found.format == "prime-rl":
+        prime_rl.read_prime_rl(found.files, sink, report)
+    read_tables(found.of("table"), sink, report)
+    read_console(found.of("console"), sink, report)
+    for file in found.of("verl-metrics"):
+        logs.read_verl_metrics(file, sink, report)
+    for file in found.of("verl-rollouts"):
+        completions.read_verl_rollouts(file, sink, report)
+    kinds = {kind: found.of(kind) for kind in ("state", "swift-log", "trainer-log")}
+    if found.format == "trl":
+        functions = sorted(logs.read_trainer_logs(kinds, sink, report))
+        reader = completions.TrainerCompletions(sink, report, functions)
+        for file in found.of("completions"):
+            reader.read(file)
+    _read_boards(found, sink, report, run)
+
+
+def _read_boards(found: Found, sink: Sink, report: ImportReport, run: str | None) -> None:
+    events, wandb = found.of("tensorboard"), found.of("wandb", "wandb-file")
+    if events:
+        boards.read_tensorboard(events, sink, report, run)
+    elif wandb:
+        boards.read_wandb(wandb, sink, report, run)
+    else:
+        for file in found.of("download"):
+            boards.read_download(file, sink, report)
+        for file in found.of("panel"):
+            boards.read_panel(file, sink, report, run)
+
+
 def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
-    name = chosen.name or target.name
+    name = chosen.name or shown(target.name)
     known = chosen.objective != "unknown"
     return Manifest(
         name=name,
@@ -162,15 +212,45 @@ def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
     )
 
 
-def _nothing(origin: Path, report: ImportReport) -> str:
+def _raise_alarms(report: ImportReport) -> None:
+    """Say first what makes an import another thing than its reader would think."""
+    if report.broken_lines > MOST * max(report.lines, 1):
+        report.alarms.append(
+            f"{report.broken_lines} of {max(report.lines, report.broken_lines)} lines were not read"
+        )
+    if report.token_rows or report.rollouts or report.mapped.keys() & set(VITAL):
+        return
+    text = f"no column of {', '.join(VITAL)} was found, so there is nothing to diagnose"
+    if report.kept_keys:
+        text += f"; numbers there: {_some(report)}"
+        if likely := nearest(report.kept_keys):
+            text += f"; if they are what they look like: {map_option(likely)}"
+    report.alarms.append(text)
+
+
+def _nothing(report: ImportReport, sink: Sink) -> str:
+    """Why nothing was imported, and the option that would change that."""
+    said = f"nothing to import from {report.source}: "
+    if sink.step_candidates:
+        (key, first), *others = sink.step_candidates.items()
+        shown_first = ", ".join(f"{number:g}" for number in first)
+        likely = nearest(
+            [name for name in sink.unstepped_names if name not in sink.step_candidates]
+        )
+        also = f" {map_option(likely)}" if likely and not sink.knows_any else ""
+        more = f"; or one of {', '.join(printable(k) for k, _ in others[:5])}" if others else ""
+        return (
+            f"{said}no record has a step (looked for step, global_step, ...); "
+            f"{map_option({'step': key})}{also} takes {printable(key)} ({shown_first}, ...){more}"
+        )
     broken = f"; first broken line: {report.broken[0]}" if report.broken else ""
     notes = f"; {report.notes[0]}" if report.notes else ""
-    return f"nothing to import from {origin}: no step, token row or rollout{broken}{notes}"
+    return printable(f"{said}no step, token row or rollout{broken}{notes}")
 
 
 def _some(report: ImportReport) -> str:
     names = sorted({*report.mapped.values(), *report.kept_keys, *report.unknown_keys})
-    return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+    return ", ".join(map(printable, names[:30])) + (", ..." if len(names) > 30 else "")
 
 
 def _cannot_feed(folder: Path, format: str) -> dict[str, str]:
@@ -183,7 +263,7 @@ def _cannot_feed(folder: Path, format: str) -> dict[str, str]:
         lack = unavailable(spec, [run])
         if lack is None:
             continue
-        why = [_why(need, _LACKS[format]) for need in spec.needs]
+        why = [_why(need, _LACKS.get(format, {})) for need in spec.needs]
         told = next((reason for reason in why if reason), None)
         reasons[name] = f"{lack} ({told})" if told else lack
     return reasons

@@ -6,25 +6,28 @@ and written at the end, with what tokens and rollouts say about a step filled in
 own log does not.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from wapo_analysis.importers.names import NameTable
+from wapo_analysis.importers.mapping import VITAL, NameTable
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import class_rows, clean_tokens, filled_records
+from wapo_analysis.importers.steplog import StepLog
 from wapo_analysis.importers.totals import StepTotals
-from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS
+from wapo_analysis.importers.values import as_step, flat
+from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Records
 
 CHUNK_ROWS = 200_000
 CHUNK_TEXT = 32 << 20
-HELD_STEPS = 10_000
-MAX_STEP = 2**31 - 1
+MAX_STEPLESS = 200_000
+ROW_COUNTER = "_step"
+"""W&B's number of a log call."""
 
 
 @dataclass
@@ -41,6 +44,13 @@ class Sink:
         Which key is which column.
     temperature : float
         Softmax temperature of the statistics.
+
+    Attributes
+    ----------
+    log : StepLog
+        The source's own metrics log.
+    step_candidates : dict of str to list of float
+        Where no record has a step: names that may count them, with their first numbers.
     """
 
     writer: RunWriter
@@ -53,29 +63,29 @@ class Sink:
     _text: int = 0
     _parts: dict[tuple[str, int], int] = field(default_factory=dict)
     _steps: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _written_to: int = -1
     _totals: StepTotals = field(default_factory=StepTotals)
+    _stepless: list[tuple[Path, int]] = field(default_factory=list)
+    _last_step: int | None = None
+    _file_steps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    step_candidates: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.log = StepLog(self.report)
+        self._unstepped = StepLog(self.report)
 
     # ---- steps
 
     def add_step(self, step: int, values: Mapping[str, Any]) -> None:
-        """Merge columns of the ``steps`` table, or names with a slash, into a step; later wins."""
-        row = self._steps.setdefault(step, {"step": step})
-        for name, value in values.items():
-            if name in STEPS and name in row and not _same(row[name], value):
-                self.report.repeated_steps.add(step)
-            row[name] = value
-        if len(self._steps) > HELD_STEPS:
-            self._write_steps()
-
-    def fill_step(self, step: int, values: Mapping[str, Any]) -> None:
-        """Columns of a step where no record gave them."""
-        row = self._steps.setdefault(step, {"step": step})
+        """Columns of a step, or names with a slash, where the source's own log has none."""
+        row = self._steps.setdefault(step, {})
         for name, value in values.items():
             row.setdefault(name, value)
 
-    def add_log(self, record: Mapping[str, Any], prefix: str) -> bool:
-        """Take one record of a metrics log: known names are mapped, other numbers are kept.
+    def add_log(
+        self, record: Mapping[str, Any], prefix: str, place: tuple[Path, int],
+        null_is_nan: bool = False,
+    ) -> None:  # fmt: skip
+        """Take one record of a metrics log.
 
         Parameters
         ----------
@@ -83,40 +93,60 @@ class Sink:
             Names to values; nested objects are joined with a slash.
         prefix : str
             Put before a kept name that has no slash.
-
-        Returns
-        -------
-        bool
-            False if the record has no usable step.
+        place : (Path, int)
+            File and line, named if the record cannot be used.
+        null_is_nan : bool
+            The writer turns numbers that are not finite into null.
         """
-        flat = dict(_flat(record))
-        taken, rest = self.names.plan("steps", tuple(flat))
-        step = as_step(flat.get(taken.get("step", "")))
+        items = {k: v for k, v in flat(record) if v is not None}
+        key = self.names.step_key(tuple(items))
+        if key is None:
+            if items:
+                self._add_stepless(record, prefix, place)
+            return
+        step = as_step(items[key])
         if step is None:
-            return False
-        values = self._mapped(taken, flat)
-        for key in rest:
-            number = as_number(flat[key])
-            if number is not None:
-                values[key if "/" in key else f"{prefix}/{key}"] = number
-                self.report.kept_keys[key] += 1
-            elif flat[key] is not None:
-                self.report.unknown_keys[key] += 1
-        self.add_step(step, values)
-        return True
+            self.report.bad_line(*place, "no step")
+            return
+        if key == ROW_COUNTER and self._last_step is not None:
+            step = self._last_step  # beside records that count training steps it counts log calls
+        elif key != ROW_COUNTER:
+            self._last_step = step
+        self.log.add(record, step, prefix, step_key=key, null_is_nan=null_is_nan)
+        first, last = self._file_steps.get(place[0], (step, step))
+        self._file_steps[place[0]] = (min(first, step), max(last, step))
 
-    def _mapped(self, taken: Mapping[str, str], flat: Mapping[str, Any]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for ours, theirs in taken.items():
-            if ours == "step":
-                continue
-            self.report.mapped[ours] = theirs
-            number = as_number(flat[theirs])
-            if number is not None:
-                values[ours] = number
-                if not np.isfinite(number):
-                    self.report.counts["numbers that were not finite, now null"] += 1
-        return values
+    def _add_stepless(
+        self, record: Mapping[str, Any], prefix: str, place: tuple[Path, int]
+    ) -> None:
+        self._stepless.append(place)
+        if len(self._stepless) <= MAX_STEPLESS:
+            self._unstepped.add(record, len(self._stepless), prefix)
+
+    def _log_rows(self) -> dict[int, dict[str, Any]]:
+        """Rows of the source's own log; records without a step are counted if none has one."""
+        if not self.log and self._unstepped and len(self._stepless) > 1:
+            self.step_candidates = self._unstepped.step_candidates()
+            known = self.names.feeds(self._unstepped.names)
+            if not self.step_candidates and known.keys() & set(VITAL):
+                count = len(self._stepless)
+                self.report.told(f"no record has a step, so the {count} records are counted from 1")
+                return self._unstepped.finish(self.names)
+        for place in self._stepless:
+            self.report.bad_line(*place, "no step")
+        for file, (first, last) in self._file_steps.items():
+            self.log.end_of_file(file, first, last)
+        return self.log.finish(self.names)
+
+    @property
+    def unstepped_names(self) -> list[str]:
+        """Names of the numbers of records without a step."""
+        return self._unstepped.names
+
+    @property
+    def knows_any(self) -> bool:
+        """Whether records without a step hold a vital column by a known name."""
+        return bool(self.names.feeds(self._unstepped.names).keys() & set(VITAL))
 
     # ---- tokens
 
@@ -138,7 +168,7 @@ class Sink:
             self._write_tokens(int(str(step)), rows)
 
     def _write_tokens(self, step: int, rows: pd.DataFrame) -> None:
-        records = filled_records(TOKENS, rows)
+        records = filled_records(TOKENS, rows, self.report)
         totals = class_rows(records, self.temperature)
         self._totals.add_tokens(step, rows)
         self.write_records(totals, step)
@@ -168,7 +198,7 @@ class Sink:
         self._rollouts, self._text = [], 0
         self._totals.add_rollouts(frame)
         for step, rows in frame.groupby("step", sort=True):
-            self.write_records(filled_records(ROLLOUTS, rows), int(str(step)))
+            self.write_records(filled_records(ROLLOUTS, rows, self.report), int(str(step)))
         self.report.rollouts += len(frame)
 
     # ---- end
@@ -177,56 +207,12 @@ class Sink:
         """Write what is held; step columns the source did not log come from tokens and rollouts."""
         self._flush_tokens()
         self._flush_rollouts()
-        for step, values in self._totals.columns().items():
-            if step <= self._written_to:
-                self.report.note(
-                    f"steps up to {self._written_to} were written before their tokens were known; "
-                    "their columns come from the log alone"
-                )
-                continue
-            row = self._steps.setdefault(step, {"step": step})
-            for name, value in values.items():
-                row.setdefault(name, value)
-        self._write_steps()
-
-    def _write_steps(self) -> None:
-        for step in sorted(self._steps):
-            self.writer.append_step(self._steps[step])
-        self.report.steps += sum(step > self._written_to for step in self._steps)
-        self._written_to = max([self._written_to, *self._steps])
-        self._steps = {}
-
-
-def _same(one: Any, other: Any) -> bool:
-    return bool(one == other) or (one != one and other != other)  # nan is nan here
-
-
-def as_number(value: Any) -> float | int | None:
-    """A number, numbers written as text and the words nan and inf included, else None."""
-    if isinstance(value, bool | np.bool_):
-        return int(value)
-    if isinstance(value, int | float | np.integer | np.floating):
-        return value.item() if isinstance(value, np.generic) else value
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return None
-
-
-def as_step(value: Any) -> int | None:
-    """A step number: a whole number that fits the column, also written as text or as 3.0."""
-    number = as_number(value)
-    if number is None or not np.isfinite(number) or number != int(number):
-        return None
-    return int(number) if 0 <= number <= MAX_STEP else None
-
-
-def _flat(record: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    """Items of a record, nested objects joined with a slash."""
-    for key, value in record.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}/")
-        else:
-            yield f"{before}{key}", value
+        rows = self._log_rows()
+        for given in (self._steps, self._totals.columns()):
+            for step, values in given.items():
+                row = rows.setdefault(step, {})
+                for name, value in values.items():
+                    row.setdefault(name, value)
+        for step in sorted(rows):
+            self.writer.append_step({"step": step, **rows[step]})
+        self.report.steps = len(rows)

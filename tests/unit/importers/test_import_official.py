@@ -141,7 +141,7 @@ def test_steps_repeated_after_a_resume_count_once_the_last_wins(tmp_path: Path) 
     report = import_run(source, tmp_path / "run")
     assert report.repeated_steps == {5}
     assert report.half_lines == ["token_bins.jsonl"]
-    assert "repeated steps (resume): 5" in report.to_text()
+    assert "steps 5 were counted again after a resume: the later is read" in report.to_text()
     rows = open_run(tmp_path / "run").classes.query("step == 5 and sign == -1 and regime == 1")
     assert rows["tokens"].tolist() == [777]
 

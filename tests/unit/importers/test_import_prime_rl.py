@@ -127,7 +127,8 @@ def test_metrics_of_both_producers_are_merged(tmp_path: Path) -> None:
         [0.3, 1.03, 0.15, 3.0]
     )
     assert steps.loc[3, "orchestrator/time/step"] == 99.0
-    assert "off_policy/mean" in report.kept_keys
+    assert report.mapped["staleness"] == "off_policy/mean"
+    assert steps.loc[3, "staleness"] == 0.5
     assert report.counts["metric rows without a step left out"] == 1
     assert not report.repeated_steps
     assert len(steps) == STEPS

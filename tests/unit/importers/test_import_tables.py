@@ -248,16 +248,6 @@ def test_parts_add_up_however_small_the_chunks(
     assert len(whole.tokens()) == len(parts.tokens())
 
 
-def test_a_log_of_very_many_steps_is_written_as_it_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sink, "HELD_STEPS", 5)
-    rows = [{"step": n, "reward": n / 100} for n in range(1, 41)]
-    report = mapped(write_lines(tmp_path / "t.jsonl", rows), tmp_path / "out")
-    assert open_run(tmp_path / "out").steps["reward"].tolist() == [n / 100 for n in range(1, 41)]
-    assert report.steps == 40
-
-
 def test_several_files_of_one_folder_are_one_run(tmp_path: Path) -> None:
     folder = tmp_path / "t"
     folder.mkdir()

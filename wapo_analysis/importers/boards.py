@@ -1,0 +1,287 @@
+"""TensorBoard and W&B: event folders, run folders, and what their web pages let one download.
+
+Event files and ``.wandb`` files are read by their own libraries (extras tensorboard, wandb).
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.console import read_console
+from wapo_analysis.importers.mapping import map_option
+from wapo_analysis.importers.names import rows_of
+from wapo_analysis.importers.readers import csv_frames, csv_header
+from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.sink import Sink
+from wapo_analysis.importers.values import as_number, as_step, parse_json
+
+DOWNLOAD = ["Wall time", "Step", "Value"]
+"""Header of a scalar downloaded from TensorBoard."""
+_PANEL = re.compile(r"(?P<run>.+?) - (?P<metric>.+?)(?P<end>__MIN|__MAX)?")
+_OTHERS = ("Step", "_step", "Relative Time (Process)", "Relative Time (Wall)", "Wall Time")
+
+
+# ---- choosing one of several runs
+
+
+def pick(runs: Sequence[str], chosen: str | None, where: Path) -> str:
+    """The one run of a source, or the one that was chosen.
+
+    Raises
+    ------
+    UserError
+        If there are several and none was chosen, or the chosen one is not there.
+    """
+    names = ", ".join(printable(shown(run)) for run in runs[:8]) + (
+        ", ..." if len(runs) > 8 else ""
+    )
+    if chosen is not None:
+        fits = [run for run in runs if run == chosen] or [run for run in runs if chosen in run]
+        if len(fits) == 1:
+            return fits[0]
+        raise UserError(
+            f"--run {printable(chosen)} is not one of the runs in {shown(where)}: {names}"
+        )
+    if len(runs) > 1:
+        raise UserError(
+            f"{shown(where)} holds {len(runs)} runs; choose one with --run NAME: {names}"
+        )
+    return runs[0]
+
+
+# ---- TensorBoard
+
+
+def read_tensorboard(
+    files: tuple[Path, ...], sink: Sink, report: ImportReport, chosen: str | None = None
+) -> None:
+    """Read the scalars of event files; those of one folder are one run.
+
+    Raises
+    ------
+    UserError
+        If the library is not installed, there are several runs, or nothing can be read.
+    """
+    try:
+        from tensorboard.backend.event_processing import event_file_loader
+        from tensorboard.util import tensor_util
+    except ImportError as error:
+        raise UserError(
+            "TensorBoard's event files are read by its own library: "
+            "pip install 'wapo-analysis[tensorboard]'"
+        ) from error
+    folders = {str(file.parent): [f for f in files if f.parent == file.parent] for file in files}
+    folder = pick(sorted(folders), chosen, _common(folders))
+    for file in sorted(folders[folder], key=lambda f: f.name):
+        steps: list[int] = []
+        with _quiet("tensorboard"):
+            for event in _events(event_file_loader.EventFileLoader(str(file)), file, report):
+                for value in event.summary.value:
+                    number = _scalar(value, tensor_util)
+                    if number is not None and event.step >= 0:
+                        sink.log.number(value.tag, event.step, number, "tensorboard")
+                        steps.append(event.step)
+        report.files += 1
+        sink.log.end_of_file(file.parent, min(steps, default=None), max(steps, default=None))
+
+
+def _events(loader: Any, file: Path, report: ImportReport) -> Iterator[Any]:
+    events = loader.Load()
+    number = 0
+    while True:
+        try:
+            event = next(events)
+        except StopIteration:
+            return
+        except Exception as error:  # its own errors, and protobuf's
+            report.bad_line(file, number, f"event not readable ({type(error).__name__})")
+            return
+        number += 1
+        yield event
+
+
+def _scalar(value: Any, tensor_util: Any) -> float | None:
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if value.HasField("tensor") and value.metadata.plugin_data.plugin_name in ("", "scalars"):
+        array = tensor_util.make_ndarray(value.tensor)
+        return float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else None
+    return None
+
+
+def _common(folders: Iterable[str]) -> Path:
+    paths = [Path(folder) for folder in folders]
+    return next(
+        (p for p in [paths[0], *paths[0].parents] if all(q.is_relative_to(p) for q in paths)),
+        paths[0],
+    )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without the remarks of a library; what it cannot read is told by us."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def read_download(file: Path, sink: Sink, report: ImportReport) -> None:
+    """Read one scalar downloaded from TensorBoard: the metric is in the name of the file alone.
+
+    Raises
+    ------
+    UserError
+        If neither the name nor ``--map`` tells the metric.
+    """
+    column = next((ours for ours, theirs in sink.names.mapping.items() if theirs == "Value"), None)
+    metric = "Value" if column else metric_of(file.stem)
+    if metric is None:
+        raise UserError(
+            f"{printable(shown(file.name))} is a scalar downloaded from TensorBoard, and its name "
+            f"does not tell which; say so, as in {map_option({'entropy': 'Value'})}"
+        )
+    report.told(f"{printable(shown(file.name))} is read as {column or metric}")
+    for first, frame in csv_frames(file, report):
+        pairs = zip(frame["Step"], frame["Value"], strict=True)
+        for number, (step, value) in enumerate(pairs, start=first):
+            row = {"step": step, metric: value}
+            if as_step(step) is None or as_number(value) is None:
+                report.bad_line(file, number, "no step or no value")
+            else:
+                sink.add_log(row, "tensorboard", (file, number))
+
+
+def metric_of(stem: str) -> str | None:
+    """Known metric that a file name ends with; slashes are written as underscores there."""
+    low = re.sub(r"[^a-z0-9]+", "_", stem.lower())
+    best = ""
+    for row in rows_of("steps"):
+        for name in (row.column, *row.names):
+            if row.column == "step" or any(
+                mark in name for mark in ("*", "NAME", "1 - ", "DATASET")
+            ):
+                continue
+            tail = re.sub(r"[^a-z0-9]+", "_", name.lower())
+            if len(name) > len(best) and (low == tail or low.endswith("_" + tail)):
+                best = name
+    return best or None
+
+
+# ---- W&B
+
+
+def is_panel(names: Sequence[str]) -> bool:
+    """Whether the columns of a table are those of a chart downloaded from W&B."""
+    rest = [name for name in names if name not in _OTHERS and not name.startswith("Relative")]
+    return bool(rest) and all(_PANEL.fullmatch(name) for name in rest) and len(rest) < len(names)
+
+
+def read_panel(file: Path, sink: Sink, report: ImportReport, chosen: str | None = None) -> None:
+    """Read a chart downloaded from W&B: columns ``run - metric``, with ``__MIN`` and ``__MAX``.
+
+    Raises
+    ------
+    UserError
+        If it holds several runs and none was chosen.
+    """
+    names, _ = csv_header(file)
+    parts = {name: found for name in names if (found := _PANEL.fullmatch(name))}
+    runs = list(dict.fromkeys(found["run"] for found in parts.values()))
+    run = pick(runs, chosen, file)
+    wanted = {
+        name: found["metric"] for name, found in parts.items()
+        if found["run"] == run and found["end"] is None
+    }  # fmt: skip
+    counter = next((name for name in names if name in _OTHERS or name not in parts), names[0])
+    for first, frame in csv_frames(file, report):
+        for number, values in enumerate(frame.to_dict("records"), start=first):
+            row = {metric: values[name] for name, metric in wanted.items() if _there(values[name])}
+            row.pop("_step", None)
+            if row and _there(values[counter]):
+                sink.add_log({**row, "step": values[counter]}, "wandb", (file, number))
+
+
+def _there(value: Any) -> bool:
+    return value is not None and value == value
+
+
+def read_wandb(
+    files: tuple[Path, ...], sink: Sink, report: ImportReport, chosen: str | None = None
+) -> None:
+    """Read a run folder of W&B: its ``.wandb`` file, else what is under ``files/``.
+
+    Raises
+    ------
+    UserError
+        If there are several runs and none was chosen.
+    """
+    runs: dict[str, list[Path]] = {}
+    for file in files:
+        folder = file.parent.parent if file.parent.name == "files" else file.parent
+        runs.setdefault(str(folder.resolve()), []).append(file)
+    mine = runs[pick(sorted(runs), chosen, _common(runs))]
+    binary = [file for file in mine if file.suffix == ".wandb"]
+    if binary and _read_binary(binary[0], sink, report):
+        return
+    logs = [file for file in mine if file.name == "output.log"]
+    if binary:
+        report.note(f"{binary[0].name} needs the wandb package: pip install 'wapo-analysis[wandb]'")
+    if logs:
+        report.told("the run's history is in its .wandb file; read is what the trainer printed")
+        read_console(tuple(logs), sink, report)
+        return
+    for file in [file for file in mine if file.name == "wandb-summary.json"]:
+        summary = parse_json(file.read_bytes())
+        report.told("only the summary was found: the last value of each metric, one step")
+        sink.add_log(summary if isinstance(summary, dict) else {}, "wandb", (file, 1))
+        report.files += 1
+
+
+def _read_binary(file: Path, sink: Sink, report: ImportReport) -> bool:
+    """Read the history of a ``.wandb`` file; returns whether the library is there."""
+    try:
+        from wandb.proto import wandb_internal_pb2
+        from wandb.sdk.internal.datastore import DataStore
+    except ImportError:
+        return False
+    store = DataStore()
+    number = 0
+    try:
+        store.open_for_scan(str(file))
+        while (data := store.scan_data()) is not None:
+            number += 1
+            entry = wandb_internal_pb2.Record()
+            entry.ParseFromString(data)
+            if entry.WhichOneof("record_type") == "history":
+                row = _history(entry.history, file, number, report)
+                if row:
+                    report.lines += 1
+                    sink.add_log(row, "wandb", (file, number))
+    except Exception as error:  # a file cut in its last block raises assertions of the library
+        report.told(
+            f"{file.name} ends after record {number} ({type(error).__name__}): read up to there"
+        )
+    report.files += 1
+    return True
+
+
+def _history(history: Any, file: Path, number: int, report: ImportReport) -> Mapping[str, Any]:
+    row: dict[str, Any] = {}
+    for item in history.item:
+        name = item.key or "/".join(item.nested_key)
+        try:
+            row[name] = parse_json(item.value_json)
+        except ValueError:
+            report.count("values of a W&B history that are no JSON", file, number)
+    if "_step" not in row and history.HasField("step"):
+        row["_step"] = history.step.num
+    media = [name for name, value in row.items() if isinstance(value, dict) and "_type" in value]
+    return {name: value for name, value in row.items() if name not in media}

@@ -1,0 +1,240 @@
+"""What trainers print: TRL's dicts and verl's ``step:N - name:value`` lines, anywhere in a log.
+
+Prefixes (Ray's, a launcher's, colours, progress bars) are skipped. A dict may be spread over lines.
+verl's lines and slime's dicts carry their step. TRL's do not: they are numbered by the progress bar
+where it moves with them, else counted from 1.
+"""
+
+import ast
+import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wapo_analysis.importers.jsonl import JsonLines
+from wapo_analysis.importers.logs import trainer_names
+from wapo_analysis.importers.mapping import VITAL
+from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.sink import Sink
+from wapo_analysis.importers.values import as_number, parse_json
+
+MAX_DICT_LINES = 400
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
+_VERL_STEP = re.compile(r"\bstep:(\d+) -(?: |$)")
+_VERL_VALUE = re.compile(rf"(?:np\.\w+\()?({_NUMBER})(?![\w.])", re.IGNORECASE)
+_WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER})[^()]*\)", re.I)
+_BARE = re.compile(r"(?<=[:\s,\[(])(-?(?:nan|inf))(?=[\s,}\])])", re.IGNORECASE)
+_BAR = re.compile(r"(\d+)/(\d+) \[")
+_BEFORE = re.compile(
+    r"\b(?:step|rollout|perf|eval|iter|iteration)[ :=#]*(\d+)\s*:?\s*(?:\w+=)?$", re.I
+)
+_OPENS = re.compile(r"""\{\s*['"][^'"]+['"]\s*:""")
+_SUMMARY = "summary/train_runtime"
+
+
+def tells(lines: Iterator[str]) -> bool:
+    """Whether any of some lines holds a record of numbers."""
+    return any(
+        len([v for v in record.values() if as_number(v) is not None]) >= 2
+        for _, _, record, _ in _records(enumerate(lines, start=1))
+    )
+
+
+def console_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; a carriage return, as progress bars write it, ends one too."""
+    log = JsonLines(file)
+    for number, _, data in log.lines():
+        for part in data.split(b"\r"):
+            if b"{" in part or b":" in part or b"[" in part or b"'" in part or b'"' in part:
+                yield number, _COLOUR.sub("", part.decode("utf-8", "replace"))
+    with file.open("rb") as stream:
+        stream.seek(log.offset)
+        rest = stream.read(1 << 20).rstrip()
+    if rest.endswith(b"}"):  # whole but for its line feed; nothing else shows that it is
+        yield log.line + 1, _COLOUR.sub("", rest.decode("utf-8", "replace"))
+
+
+def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
+    """Read the records that a trainer printed."""
+    for file in files:
+        stepless: list[tuple[int, dict[str, Any], int | None]] = []
+        stepped = 0
+        for number, bar, record, step in _records(console_lines(file)):
+            named = trainer_names(record)
+            if step is not None:
+                named["step"] = step
+            elif sink.names.step_key(tuple(record)) is None:
+                stepless.append((number, named, bar))
+                continue
+            stepped += 1
+            report.lines += 1
+            with report.record(file, number):
+                sink.add_log(named, "console", (file, number))
+        report.files += 1
+        if not stepped:
+            _count_steps(file, stepless, sink, report)
+
+
+def _count_steps(
+    file: Path, records: list[tuple[int, dict[str, Any], int | None]], sink: Sink,
+    report: ImportReport,
+) -> None:  # fmt: skip
+    """Hand over printed records without a step; dicts that are no training record are skipped."""
+    vital: dict[tuple[str, ...], bool] = {}
+
+    def is_log(record: dict[str, Any]) -> bool:
+        keys = tuple(record)
+        if keys not in vital:
+            vital[keys] = bool(sink.names.feeds(keys).keys() & set(VITAL))
+        return vital[keys] or _is_eval(record)
+
+    records = [entry for entry in records if is_log(entry[1])]
+    counter = _Counter()
+    by_bar = _bars_count([bar for _, record, bar in records if not _is_eval(record)])
+    for number, record, bar in records:
+        with report.record(file, number):
+            step = counter.step(record, bar if by_bar else None)
+            report.lines += 1
+            sink.add_log({**record, "step": step}, "trl", (file, number))
+    if records and not by_bar:
+        report.told(
+            f"the {counter.count} printed records carry no step, so they are counted from 1: with "
+            "logging_steps = n a step here is n of the trainer's"
+        )
+
+
+def _records(
+    lines: Iterator[tuple[int, str]],
+) -> Iterator[tuple[int, int | None, dict[str, Any], int | None]]:
+    """Line, position of the progress bar, record, and the step that is printed with it."""
+    bar: int | None = None
+    open_at, text, before = 0, "", ""
+    for number, line in lines:
+        for found in _BAR.finditer(line):
+            bar = int(found[1])
+        if text:
+            text += "\n" + line
+            if (end := _end_of(text)) is None and number - open_at < MAX_DICT_LINES:
+                continue
+            record, text = _dict(text[: end or 0]), ""
+            if record is not None:
+                yield open_at, bar, record, _step_before(before)
+            continue
+        if (verl := _verl_line(line)) is not None:
+            yield number, bar, verl[1], verl[0]
+            continue
+        start = _OPENS.search(line)
+        while start is not None:
+            rest = line[start.start() :]
+            end = _end_of(rest)
+            if end is None:
+                open_at, text, before = number, rest, line[: start.start()]
+                break
+            record = _dict(rest[:end])
+            if record is not None:
+                yield number, bar, record, _step_before(line[: start.start()])
+            start = _OPENS.search(line, start.start() + end)
+
+
+def _step_before(text: str) -> int | None:
+    found = _BEFORE.search(text.rstrip())
+    return int(found[1]) if found else None
+
+
+def _verl_line(line: str) -> tuple[int, dict[str, Any]] | None:
+    found = _VERL_STEP.search(line)
+    if found is None:
+        return None
+    record: dict[str, Any] = {}
+    for item in line[found.end() :].split(" - "):
+        name, _, value = item.strip().rpartition(":")
+        number = _VERL_VALUE.match(value)
+        if name and number is not None:
+            record[name] = number[1]
+    return int(found[1]), record
+
+
+def _end_of(text: str) -> int | None:
+    """Place after the brace that closes the one a text begins with, None if it stays open."""
+    depth, quote, escaped = 0, "", False
+    for place, character in enumerate(text):
+        if quote:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == quote:
+                quote = ""
+        elif character in "'\"":
+            quote = character
+        elif character == "{":
+            depth += 1
+        elif character == "}":
+            depth -= 1
+            if depth == 0:
+                return place + 1
+    return None
+
+
+def _dict(text: str) -> dict[str, Any] | None:
+    """A printed dict, Python's or JSON's, with numbers of numpy and torch; None if it is none."""
+    for read in (_literal, _json):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            continue
+        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            return value if any(as_number(v) is not None for v in value.values()) else None
+    return None
+
+
+def _literal(text: str) -> Any:
+    return ast.literal_eval(_BARE.sub(r"'\1'", _WRAPPED.sub(r"\1", text)))
+
+
+def _json(text: str) -> Any:
+    return parse_json(text)
+
+
+def _is_eval(record: dict[str, Any]) -> bool:
+    """Whether a record holds an evaluation or the final summary: it belongs to the step before."""
+    names = [key for key in record if key not in ("epoch", "step", "summary/epoch")]
+    return _SUMMARY in record or all(key.startswith("eval/") for key in names)
+
+
+def _bars_count(bars: list[int | None]) -> bool:
+    """Whether the progress bar moved on between nearly all records."""
+    known = [bar for bar in bars if bar is not None]
+    if len(known) < len(bars) or len(known) < 2:
+        return False
+    moves = sum(b > a for a, b in zip(known, known[1:], strict=False))
+    return moves >= 0.9 * (len(known) - 1)
+
+
+@dataclass
+class _Counter:
+    """Numbers records that carry no step; a run that was started again goes back by its epoch."""
+
+    count: int = 0
+    _now: int = 0
+    _epochs: list[float] = field(default_factory=list)
+
+    def step(self, record: dict[str, Any], bar: int | None) -> int:
+        """Step of the next record."""
+        if _is_eval(record):
+            return self._now if bar is None else max(bar, self._now)
+        self.count += 1
+        if bar is not None:
+            self._now = bar
+            return bar
+        epoch = as_number(record.get("summary/epoch"))
+        if epoch is not None and self._epochs and epoch < self._epochs[-1]:
+            self._now = bisect_left(self._epochs, epoch)
+            del self._epochs[self._now :]
+        self._now += 1
+        if epoch is not None and len(self._epochs) == self._now - 1:
+            self._epochs.append(float(epoch))
+        return self._now

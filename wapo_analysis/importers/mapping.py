@@ -1,0 +1,281 @@
+"""Finding our columns among the names of a source: the user's mapping first, then known names."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias, rows_of
+from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
+
+Plan = tuple[dict[str, str], list[str]]
+"""Column of ours to their key, and their keys that are left."""
+
+# Not columns, yet what other tools store: turned into logp, logp_old and collision_rest; rows
+# outside the loss mask are left out.
+PSEUDO_TOKENS = ("prob", "prob_old", "collision", "loss_mask")
+VITAL = ("reward", "entropy", "length", "grad_norm", "loss")
+"""Step columns without any of which a log says nothing about a training run."""
+
+_TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
+_MAX_PLANS = 256
+_TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
+# Names that anybody would choose; they tell no trainer.
+_COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
+           "policy_loss", "return", "step_time", "response_length"}  # fmt: skip
+_NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
+# Parts of names in use for the vital columns, for suggestions alone.
+_HINTS: Mapping[str, tuple[str, ...]] = {
+    "reward": ("return", "score", "acc", "rew", "success", "correct"),
+    "entropy": ("ent",),
+    "length": ("len", "num_tokens", "toks"),
+    "grad_norm": ("grad", "gnorm"),
+    "loss": ("loss", "objective"),
+}
+
+
+def allowed_columns() -> tuple[str, ...]:
+    """Names of ours that a mapping may give."""
+    names = [c.name for table in _TABLES.values() for c in table.stored]
+    return tuple(dict.fromkeys([*names, *PSEUDO_TOKENS]))
+
+
+def parse_mapping(items: Iterable[str]) -> dict[str, str]:
+    """``ours=theirs`` texts as a dictionary.
+
+    Raises
+    ------
+    UserError
+        If a text is no such pair, or gives a column of ours that does not exist or twice.
+    """
+    mapping: dict[str, str] = {}
+    for item in items:
+        ours, sign, theirs = (part.strip() for part in item.partition("="))
+        if not sign or not ours or not theirs:
+            raise UserError(f"--map wants ours=theirs, such as logp=my_logprob; got {item!r}")
+        if ours in mapping:
+            raise UserError(f"--map gives {ours!r} twice")
+        mapping[ours] = theirs
+    check_mapping(mapping)
+    return mapping
+
+
+def check_mapping(mapping: Mapping[str, str]) -> None:
+    """Refuse columns that do not exist.
+
+    Raises
+    ------
+    UserError
+        On a name of ours that no table has.
+    """
+    for ours in mapping:
+        if ours not in allowed_columns():
+            raise unknown_name("column", ours, allowed_columns())
+
+
+def map_option(pairs: Mapping[str, str]) -> str:
+    """``--map`` options as they would be typed."""
+    words = (f"{ours}={theirs}" for ours, theirs in pairs.items())
+    return " ".join(f"--map {_quoted(printable(word))}" for word in words)
+
+
+def _quoted(word: str) -> str:
+    return word if re.fullmatch(r"[\w./=@:+-]+", word) else f"'{word}'"
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What feeds a step column.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Their names, averaged if there are several.
+    fallbacks : tuple of str
+        Names of the same quantity for steps at which the first is missing.
+    complement : bool
+        1 - x is meant.
+    """
+
+    names: tuple[str, ...]
+    fallbacks: tuple[str, ...] = ()
+    complement: bool = False
+
+
+@dataclass
+class NameTable:
+    """Finds our columns among their keys.
+
+    Parameters
+    ----------
+    mapping : mapping of str to str
+        Ours to theirs, as the user gave it.
+
+    Attributes
+    ----------
+    seen : set of str
+        Their names of the mapping that occurred in the source.
+    """
+
+    mapping: Mapping[str, str]
+    seen: set[str] = field(default_factory=set)
+    _plans: dict[tuple[str, tuple[str, ...]], Plan] = field(default_factory=dict)
+    _step_keys: dict[tuple[str, ...], str | None] = field(default_factory=dict)
+
+    def plan(self, table: str, keys: Sequence[str]) -> Plan:
+        """Which key feeds which column of a table of rows ("tokens" or "rollouts")."""
+        known = (table, tuple(keys))
+        if known not in self._plans:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[known] = self._make(table, keys)
+        return self._plans[known]
+
+    def _make(self, table: str, keys: Sequence[str]) -> Plan:
+        by_name = _plain(keys)
+        taken: dict[str, str] = {}
+        columns = [column.name for column in _TABLES[table].stored]
+        for ours in [*columns, *(PSEUDO_TOKENS if table == "tokens" else ())]:
+            wanted = self.mapping.get(ours)
+            if wanted is not None:
+                if wanted in keys:
+                    taken[ours] = wanted
+                    self.seen.add(wanted)
+                continue
+            rows = (row for row in rows_of(table) if row.column == ours)
+            names = (ours, *(name for row in rows for name in row.names))
+            known = (by_name.get(name) for name in names)
+            free = (key for key in known if key and key not in self.mapping.values())
+            found = next(free, None)
+            if found is not None:
+                taken[ours] = found
+        used = set(taken.values())
+        return taken, [key for key in keys if key not in used]
+
+    def step_key(self, keys: Sequence[str]) -> str | None:
+        """Key that counts the steps of a log, None if none is known."""
+        known = tuple(keys)
+        if known not in self._step_keys:
+            if len(self._step_keys) >= _MAX_PLANS:
+                self._step_keys.clear()
+            wanted = self.mapping.get("step")
+            if wanted is not None:
+                self.seen.update({wanted} & set(keys))
+                self._step_keys[known] = wanted if wanted in keys else None
+            else:
+                by_name = _plain(keys)
+                names = next(row.names for row in rows_of("steps") if row.column == "step")
+                found = (by_name.get(name) for name in names)
+                self._step_keys[known] = next((key for key in found if key), None)
+        return self._step_keys[known]
+
+    def feeds(self, keys: Sequence[str]) -> dict[str, Feed]:
+        """What feeds the step columns, among all names of a log."""
+        by_name = _plain(keys)
+        self.seen.update(set(self.mapping.values()) & set(keys))
+        used = set(self.mapping.values())
+        found: dict[str, Feed] = {}
+        for column in STEPS.stored:
+            ours = column.name
+            if ours == "step":
+                continue
+            if ours in self.mapping:
+                if self.mapping[ours] in keys:
+                    found[ours] = Feed((self.mapping[ours],))
+                continue
+            feed = self._feed(ours, {n: k for n, k in by_name.items() if k not in used})
+            if feed is not None:
+                found[ours] = feed
+                used.update(feed.names)
+        return found
+
+    def _feed(self, ours: str, by_name: Mapping[str, str]) -> Feed | None:
+        if ours in by_name:
+            return Feed((by_name[ours],))
+        for row in rows_of("steps"):
+            if row.column != ours:
+                continue
+            sets = [(name, _matches(row, place, by_name)) for place, name in enumerate(row.names)]
+            given = [(name, keys) for name, keys in sets if keys]
+            if given:
+                name, keys = given[0]
+                rest = tuple(keys[0] for _, keys in given[1:] if len(keys) == 1)
+                return Feed(keys, rest, complement=name.startswith("1 - "))
+        return None
+
+    def never_seen(self) -> list[str]:
+        """``ours=theirs`` pairs of the mapping whose key did not occur."""
+        return [f"{o}={t}" for o, t in self.mapping.items() if t not in self.seen]
+
+
+def _plain(keys: Iterable[str]) -> dict[str, str]:
+    """Keys by their name in lower case: loggers put "train/" before every name, or do not."""
+    by_name: dict[str, str] = {}
+    for key in keys:
+        by_name.setdefault(key.lower().removeprefix("train/"), key)
+    return by_name
+
+
+def _matches(row: Alias, place: int, by_name: Mapping[str, str]) -> tuple[str, ...]:
+    name = row.names[place].removeprefix("1 - ")
+    if "*" not in name and "DATASET" not in name:
+        key = by_name.get(name.lower())
+        return (key,) if key else ()
+    if "DATASET" in name and "eval/step" not in by_name:
+        return ()
+    return tuple(key for low, key in by_name.items() if row.patterns[place].fullmatch(low))
+
+
+def function_column(key: str) -> str:
+    """Name under which a number of one reward function is kept; other names stay as they are."""
+    plain = key.removeprefix("train/")
+    for row in ALIASES:
+        if row.column in PER_FUNCTION:
+            found = row.patterns[0].fullmatch(plain)
+            if found and found["function"] not in _NO_FUNCTION:
+                return row.column.replace("NAME", found["function"])
+    return key
+
+
+def likely_trainer(keys: Iterable[str]) -> str | None:
+    """Trainer most of whose names occur among the names of a log; None if fewer than two do."""
+    by_name = _plain(keys)
+    told = next((trainer for key, trainer in _TELLING.items() if key in by_name), None)
+    if told is not None:
+        return told
+    counts: Counter[str] = Counter()
+    own: Counter[str] = Counter()
+    for row in rows_of("steps"):
+        if row.trainer == "any":
+            continue
+        fits = {key for place in range(len(row.names)) for key in _matches(row, place, by_name)}
+        if row.column in PER_FUNCTION:
+            fits = {key for low, key in by_name.items() if row.patterns[0].fullmatch(low)}
+        counts[row.trainer] += bool(fits)
+        own[row.trainer] += any(key.lower().removeprefix("train/") not in _COMMON for key in fits)
+    best = [trainer for trainer, _ in counts.most_common() if own[trainer]]
+    return best[0] if best and counts[best[0]] >= 2 else None
+
+
+def nearest(keys: Iterable[str], columns: Iterable[str] = VITAL) -> dict[str, str]:
+    """Column to the name that most looks like it, at most one each; no name for two columns."""
+    left, found = list(keys), {}
+    for column in columns:
+        scored = [(_likeness(column, key), key) for key in left]
+        score, key = max(scored, default=(0.0, ""))
+        if score >= 0.6:
+            found[column] = key
+            left.remove(key)
+    return found
+
+
+def _likeness(column: str, key: str) -> float:
+    low = key.lower()
+    words = re.split(r"[^a-z]+", low)
+    if any(hint in words or (len(hint) > 3 and hint in low) for hint in _HINTS.get(column, ())):
+        return 0.9
+    if column in low:
+        return 1.0
+    return SequenceMatcher(None, column, words[-1] or low).ratio()

@@ -1,0 +1,375 @@
+"""A metrics log as it is read: numbers by name and step, until the whole of it is known.
+
+Which name feeds which column, and what several records of one step mean, can only be told from the
+whole log. A resumed run goes back and repeats a range of steps: the later run is read. Ranks or
+micro-batches alternate: their numbers are averaged. Both are said.
+"""
+
+import re
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.mapping import Feed, NameTable, function_column, likely_trainer
+from wapo_analysis.importers.report import ImportReport, spans
+from wapo_analysis.importers.values import as_number, flat
+from wapo_analysis.schema import STEPS
+from wapo_analysis.table import Array
+
+KEPT_TOO = ("sampling/sampling_logp_difference/mean",)
+"""Names that are kept beside the column they feed, as runs watched by us have them."""
+RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
+_RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
+_STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
+_BOOKKEEPING = re.compile(r"(?:.*/)?(?:epoch|global_step|step|_step|_runtime|_timestamp)", re.I)
+# How the numbers of several ranks make one, by the name; running totals are the same on all.
+_WAYS = (
+    ("mean", re.compile(r".*(?:mean|avg|std|ratio|frac|rate|share|p\d\d)", re.I)),
+    (
+        "max",
+        re.compile(r".*[/_]max|(?:.*/)?max_.*|.*(?:total|num_tokens|num_input_tokens).*", re.I),
+    ),
+    ("min", re.compile(r".*[/_]min|(?:.*/)?min_.*", re.I)),
+    ("sum", re.compile(r"(?:.*[/_])?(?:num|n|counts?)(?:_.*)?|(?:kept_)?tokens|nonfinite", re.I)),
+)
+_NONE_COUNTS, _ALL_COUNTS, _SOME_COUNTS = (
+    "batch/solve_none",
+    "batch/solve_all",
+    "batch/solve_partial",
+)
+
+
+@dataclass
+class _Numbers:
+    """Numbers of one name in the order they were logged."""
+
+    steps: "array[int]" = field(default_factory=lambda: array("q"))
+    values: "array[float]" = field(default_factory=lambda: array("d"))
+
+
+@dataclass
+class StepLog:
+    """Numbers of a metrics log, by name."""
+
+    report: ImportReport
+    _numbers: dict[str, _Numbers] = field(default_factory=dict)
+    _prefix: dict[str, str] = field(default_factory=dict)
+    _files: list[tuple[Path, int, int]] = field(default_factory=list)
+    _ranks: dict[int, set[Any]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._numbers)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all numbers, in the order they came."""
+        return list(self._numbers)
+
+    def add(
+        self, record: Mapping[str, Any], step: int, prefix: str, *, step_key: str | None = None,
+        null_is_nan: bool = False,
+    ) -> bool:  # fmt: skip
+        """Take one record; returns whether it held any number beside its step.
+
+        Parameters
+        ----------
+        record : mapping
+            Names to values; nested objects are joined with a slash.
+        step : int
+            Its step.
+        prefix : str
+            Put before a kept name that has no slash.
+        step_key : str, optional
+            Name of the step, which is no number of its own.
+        null_is_nan : bool
+            The writer turns numbers that are not finite into null.
+        """
+        taken = 0
+        for key, value in flat(record):
+            if key == step_key:
+                continue
+            if key in RANK_KEYS and isinstance(value, int | str):
+                self._ranks.setdefault(step, set()).add(value)
+                continue
+            number = float("nan") if value is None and null_is_nan else as_number(value)
+            if number is not None:
+                self.number(key, step, number, prefix)
+                taken += 1
+            elif value is not None:
+                self.report.unknown_keys[key] += 1
+        return taken > 0
+
+    def number(self, key: str, step: int, value: float, prefix: str) -> None:
+        """Take one number."""
+        held = self._numbers.get(key)
+        if held is None:
+            held = self._numbers[key] = _Numbers()
+            self._prefix[key] = prefix
+        held.steps.append(step)
+        held.values.append(value)
+
+    def step_candidates(self) -> dict[str, list[float]]:
+        """Names whose whole numbers never fall and do rise, most steplike first, with the first."""
+        found: list[tuple[bool, bool, str, list[float]]] = []
+        for key, held in self._numbers.items():
+            values = np.array(held.values)
+            whole = np.isfinite(values).all() and (values == np.floor(values)).all()
+            moves = np.diff(values)
+            if whole and len(values) > 1 and (moves >= 0).all() and moves.any() and values[0] >= 0:
+                found.append((not _STEPLIKE.search(key), not (moves == moves[0]).all(), key,
+                              values[:3].tolist()))  # fmt: skip
+        return {key: first for _, _, key, first in sorted(found)}
+
+    def end_of_file(self, file: Path, first: int | None, last: int | None) -> None:
+        """Note which steps a file held, to tell two runs in one folder from one that went on."""
+        if first is not None and last is not None:
+            self._files.append((file, first, last))
+
+    def finish(self, names: NameTable) -> dict[int, dict[str, Any]]:
+        """Rows of the ``steps`` table by step.
+
+        Raises
+        ------
+        UserError
+            If two files hold different numbers for the same steps from their first step on.
+        """
+        columns = self._settled(names)
+        rows: dict[int, dict[str, Any]] = {}
+        feeds = names.feeds(list(columns))
+        self.report.trainer = self.report.trainer or likely_trainer(columns)
+        _drop_impossible(feeds, columns, self.report)
+        used: set[str] = set()
+        for ours, feed in feeds.items():
+            self.report.mapped[ours] = ", ".join(feed.names)
+            used.update(feed.names)
+            for step, value in _fed(feed, columns).items():
+                rows.setdefault(step, {})[ours] = value
+        _shares_of_counts(columns, feeds, rows)
+        for key, name in self._kept_names(columns, used).items():
+            self.report.kept_keys[key] += len(columns[key])
+            for step, value in columns[key].items():
+                rows.setdefault(step, {})[name] = value
+        _say_penalty(rows, self.report)
+        bare = [step for step, row in rows.items() if all(map(_BOOKKEEPING.fullmatch, row))]
+        for step in bare:
+            del rows[step]
+        return rows
+
+    def _kept_names(self, columns: Mapping[str, Any], used: set[str]) -> dict[str, str]:
+        """Names without a column of ours, as the step log calls them; no two become one."""
+        kept: dict[str, str] = {}
+        taken = set(STEPS.names)
+        for key in columns:
+            if key in used and key not in KEPT_TOO:
+                continue
+            name = function_column(key)
+            name = name if "/" in name else f"{self._prefix[key]}/{name}"
+            while name in taken:
+                name += "_"
+            kept[key] = name
+            taken.add(name)
+        return kept
+
+    # ---- several records of one step
+
+    def _settled(self, names: NameTable) -> dict[str, dict[int, float]]:
+        """One number for each name and step."""
+        found = {key: _arrays(held) for key, held in self._numbers.items()}
+        repeats = {key: r for key, held in found.items() if (r := _Repeats.of(*held)) is not None}
+        differing = sorted({s for r in repeats.values() for s in r.differing.tolist()})
+        if not repeats:
+            return {
+                key: dict(zip(s.tolist(), v.tolist(), strict=True)) for key, (s, v) in found.items()
+            }
+        later = self._is_resume(list(repeats.values()))
+        if differing:
+            self._say(differing, later, repeats)
+        return {
+            key: repeats[key].settled(later, _way(key) if differing else "one")
+            if key in repeats
+            else dict(zip(s.tolist(), v.tolist(), strict=True))
+            for key, (s, v) in found.items()
+        }
+
+    def _is_resume(self, repeats: "list[_Repeats]") -> bool:
+        """Whether steps were repeated by a later run, not by ranks that take turns."""
+        if any(len(ranks) > 1 for ranks in self._ranks.values()):
+            return False
+        if any(_RANK_FILE.search(file.name) for file, _, _ in self._files):
+            return False
+        most = max(repeats, key=lambda r: len(r.back))
+        return most.jumps > 0 and not most.alternates
+
+    def _say(self, differing: list[int], later: bool, repeats: "Mapping[str, _Repeats]") -> None:
+        self.report.repeated_steps.update(differing)
+        where = spans(differing)
+        if later and (pair := self._two_runs()):
+            one, two = (printable(str(file)) for file in pair)
+            raise UserError(
+                f"{one} and {two} hold different numbers for the same steps, so they look like two "
+                "runs; name one of them"
+            )
+        if later:
+            self.report.told(
+                f"steps {where} were logged again after a resume: the later run is read"
+            )
+            return
+        summed = sorted(key for key in repeats if _way(key) == "sum")
+        said = f"; summed instead: {', '.join(map(printable, summed[:6]))}" if summed else ""
+        self.report.told(
+            f"steps {where} have several records each (ranks or micro-batches): averaged{said}"
+        )
+
+    def _two_runs(self) -> tuple[Path, Path] | None:
+        for (one, first, last), (two, begin, end) in zip(
+            self._files, self._files[1:], strict=False
+        ):
+            if begin <= first and min(last, end) > max(first, begin):
+                return one, two
+        return None
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """A name that was logged more than once at some step.
+
+    Attributes
+    ----------
+    run : ndarray of int
+        How often the step had gone back before each number.
+    back : ndarray
+        Steps logged again after the step went back.
+    differing : ndarray
+        Repeated steps whose numbers differ.
+    """
+
+    steps: Array
+    values: Array
+    run: Array
+    back: Array
+    differing: Array
+
+    @classmethod
+    def of(cls, steps: Array, values: Array) -> "_Repeats | None":
+        order = np.argsort(steps, kind="stable")
+        ordered, numbers = steps[order], values[order]
+        same = ordered[1:] == ordered[:-1]
+        if not same.any():
+            return None
+        run = np.concatenate(([0], np.cumsum(np.diff(steps) < 0)))
+        between = run[order]
+        back = np.unique(ordered[1:][same & (between[1:] != between[:-1])])
+        unlike = same & ~(
+            (numbers[1:] == numbers[:-1]) | (np.isnan(numbers[1:]) & np.isnan(numbers[:-1]))
+        )
+        return cls(steps, values, run, back, np.unique(ordered[1:][unlike]))
+
+    @property
+    def jumps(self) -> int:
+        """How often the step went back to one that was there."""
+        return int(self.run[-1]) if len(self.back) else 0
+
+    @property
+    def alternates(self) -> bool:
+        """It goes back all the time, and nearly all steps occur again, as when ranks take turns."""
+        whole = len(np.unique(self.steps))
+        return self.jumps > 1 and len(self.back) / self.jumps < 3 and 2 * len(self.back) > whole
+
+    def settled(self, later: bool, way: str) -> dict[int, float]:
+        """One number a step: of the later run alone, or of all; several are combined."""
+        steps, values = self.steps, self.values
+        if later:
+            last = dict(zip(steps.tolist(), self.run.tolist(), strict=True))
+            kept = self.run == np.array([last[step] for step in steps.tolist()])
+            steps, values = steps[kept], values[kept]
+        order = np.argsort(steps, kind="stable")
+        unique, starts = np.unique(steps[order], return_index=True)
+        groups = np.split(values[order], starts[1:])
+        return {int(s): _combined(g, way) for s, g in zip(unique, groups, strict=True)}
+
+
+def _combined(values: Array, way: str) -> float:
+    if way == "one" or len(values) == 1:
+        return float(values[-1])
+    if way == "sum":
+        return float(values.sum())
+    if way == "max" or (values == values[0]).all():
+        return float(values.max())
+    return float(values.min() if way == "min" else values.mean())
+
+
+def _way(key: str) -> str:
+    """How numbers of several ranks make one: counts add up, extremes stay extremes."""
+    name = key.removeprefix("train/")
+    return next((way for way, pattern in _WAYS if pattern.fullmatch(name)), "mean")
+
+
+def _arrays(held: _Numbers) -> tuple[Array, Array]:
+    return np.array(held.steps, np.int64), np.array(held.values, np.float64)
+
+
+def _fed(feed: Feed, columns: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
+    """Numbers of a column by step; the mean over several names where all of them are there."""
+    parts = [columns[name] for name in feed.names]
+    shared = set(parts[0]).intersection(*parts[1:])
+    if not shared:
+        parts = [max(parts, key=len)]
+        shared = set(parts[0])
+    values = {step: sum(part[step] for part in parts) / len(parts) for step in sorted(shared)}
+    for name in feed.fallbacks:
+        values = {**columns[name], **values}
+    return {step: 1 - value for step, value in values.items()} if feed.complement else values
+
+
+def _drop_impossible(
+    feeds: dict[str, Feed], columns: Mapping[str, Mapping[int, float]], report: ImportReport
+) -> None:
+    """An entropy below 0 is a term of a loss; it stays under its own name."""
+    feed = feeds.get("entropy")
+    if feed is None:
+        return
+    values = np.array([v for name in feed.names for v in columns[name].values()])
+    if len(values) and np.nanmax(values, initial=-np.inf) < 0:
+        del feeds["entropy"]
+        report.told(f"{feed.names[0]} is negative, so it is a loss term and not the entropy")
+
+
+def _shares_of_counts(
+    columns: dict[str, dict[int, float]], feeds: Mapping[str, Feed], rows: dict[int, dict[str, Any]]
+) -> None:
+    """Prompts counted as solved by none, all and some of their completions, made shares of them."""
+    for ours, key in (("groups_all_wrong", _NONE_COUNTS), ("groups_all_right", _ALL_COUNTS)):
+        if ours not in feeds or feeds[ours].names != (key,):
+            continue
+        for step, value in columns[key].items():
+            counts = [
+                columns.get(k, {}).get(step) for k in (_NONE_COUNTS, _ALL_COUNTS, _SOME_COUNTS)
+            ]
+            known = [c for c in counts if c is not None]
+            if len(known) == 3 and sum(known) > 0:
+                rows[step][ours] = value / sum(known)
+            elif value > 1:
+                del rows[step][ours]  # a count, of prompts nobody knows how many
+
+
+def _say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:
+    """Say that the logged reward holds a KL penalty, where a plain score stands beside it."""
+    pairs = [(r["reward"], r["reward_penalised"]) for r in rows.values()
+             if "reward" in r and "reward_penalised" in r]  # fmt: skip
+    if not pairs:
+        return
+    score, penalised = np.array(pairs, np.float64).T
+    gap = np.abs(score - penalised)
+    scale = max(float(np.nanmax(np.abs(score), initial=0.0)), 1e-9)
+    if np.nanmax(gap, initial=0.0) > 0.02 * scale:
+        worst = int(np.nanargmax(gap))
+        report.told(
+            f"reward is {report.mapped['reward']}; {report.mapped['reward_penalised']}, which "
+            f"holds the KL penalty, differs from it by up to {gap[worst]:.3g} and is "
+            "reward_penalised"
+        )

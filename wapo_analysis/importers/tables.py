@@ -1,0 +1,297 @@
+"""Plain tables: CSV, TSV, JSON lines, JSON and Parquet with token, rollout or step rows.
+
+What a row is follows from its columns: a log-probability and an advantage make it a token (or, as
+lists, a completion's tokens), a completion with a reward a rollout, anything else with a step a
+line of a metrics log. CSV and Parquet are read in blocks, so memory does not grow with the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.readers import (
+    csv_frames,
+    json_records,
+    json_rows,
+    json_value,
+    parquet_frames,
+    plain,
+)
+from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.sink import Sink
+from wapo_analysis.importers.values import MAX_STEP, as_step, message_text
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+_BATCH = 8192
+_HELD = 512
+
+
+def read_tables(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
+    """Read plain tables into a run.
+
+    Raises
+    ------
+    UserError
+        If a file is broken as a whole, or no row has a step and columns of ours.
+    """
+    for file in files:
+        feed = TableFeed(sink, report, file)
+        if file.suffix in (".jsonl", ".ndjson"):
+            for number, values in json_records(file, report):
+                feed.record(values, number)
+        elif file.suffix in (".parquet", ".csv", ".tsv"):
+            frames = parquet_frames if file.suffix == ".parquet" else csv_frames
+            for first, frame in frames(file, report):
+                feed.frame(frame, first)
+        else:
+            rows = json_rows(json_value(file, report))
+            if rows is None:
+                raise UserError(f"{printable(shown(file))} is no list of JSON objects")
+            report.files += 1
+            report.lines += len(rows)
+            for number, values in enumerate(rows, start=1):
+                feed.record(values, number)
+        feed.close()
+
+
+@dataclass
+class TableFeed:
+    """Takes the rows of one table and hands them to the sink as what they are."""
+
+    sink: Sink
+    report: ImportReport
+    file: Path
+    _codes: "Codes" = field(default_factory=lambda: Codes())
+    _held: list[dict[str, Any]] = field(default_factory=list)
+    _keys: tuple[str, ...] = ()
+
+    def record(self, values: Mapping[str, Any], number: int) -> None:
+        """Take one row; its number is named if it cannot be used."""
+        with self.report.record(self.file, number):
+            keys = tuple(values)
+            kind, taken = self._kind(keys)
+            if kind == "tokens":
+                self._token_row(values, keys, taken, number)
+            elif kind == "rollouts":
+                self._rollout(values, keys, taken, number)
+            else:
+                self.sink.add_log(values, "table", (self.file, number))
+
+    def frame(self, frame: pd.DataFrame, first: int) -> None:
+        """Take rows of a data frame, the first of them with this number."""
+        keys = tuple(str(name) for name in frame.columns)
+        kind, taken = self._kind(keys)
+        if kind == "tokens" and not any(_has_lists(frame[name]) for name in taken.values()):
+            self._tokens(frame, keys, taken, first)
+            return
+        for number, values in enumerate(frame.to_dict("records"), start=first):
+            self.record({str(k): plain(v) for k, v in values.items()}, number)
+
+    def close(self) -> None:
+        """Hand over what is held."""
+        self._flush()
+
+    def _kind(self, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+        tokens, _ = self.sink.names.plan("tokens", keys)
+        if ("logp" in tokens or "prob" in tokens) and "advantage" in tokens:
+            if "step" not in tokens:
+                raise UserError(
+                    f"{shown(self.file)} has token rows but no step; give its name with --map "
+                    f"step=NAME (columns: {', '.join(map(printable, keys))})"
+                )
+            return "tokens", tokens
+        rollouts, _ = self.sink.names.plan("rollouts", keys)
+        if "completion" in rollouts and "reward" in rollouts and "step" in rollouts:
+            return "rollouts", rollouts
+        return "steps", {}
+
+    def _note_names(self, table: str, keys: tuple[str, ...], rows: int) -> None:
+        taken, rest = self.sink.names.plan(table, keys)
+        self.report.mapped.update(taken)
+        for key in rest:
+            self.report.unknown_keys[key] += rows
+
+    def _token_row(
+        self, values: Mapping[str, Any], keys: tuple[str, ...], taken: dict[str, str], number: int
+    ) -> None:
+        """A row of a token, held until a block is full, or the lists of one completion."""
+        if any(isinstance(values[theirs], list) for theirs in taken.values()):
+            self._sequence(values, keys, taken, number)
+            return
+        if keys != self._keys:
+            self._flush()
+            self._keys = keys
+        if as_step(values[taken["step"]]) is None:
+            self.report.count(_NO_STEP, self.file, number)
+            return
+        self._held.append({theirs: values[theirs] for theirs in taken.values()})
+        if len(self._held) >= _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            frame = pd.DataFrame({key: pd.Series([row[key] for row in held], dtype=object)
+                                  for key in held[0]})  # fmt: skip
+            self._tokens(frame, self._keys, self._kind(self._keys)[1], 0)
+
+    def _tokens(
+        self, frame: pd.DataFrame, keys: tuple[str, ...], taken: dict[str, str], first: int
+    ) -> None:
+        self._note_names("tokens", keys, len(frame))
+        named = pd.DataFrame({ours: frame[theirs] for ours, theirs in taken.items()})
+        steps = [as_step(value) for value in named["step"]]
+        for place, step in enumerate(steps):
+            if step is None:
+                self.report.count(_NO_STEP, self.file, first + place)
+        named["step"] = pd.Series(steps, index=named.index, dtype="float64")
+        named = named.dropna(subset="step").astype({"step": "int64"})
+        self.sink.add_tokens(self._codes.apply(named))
+
+    def _sequence(
+        self, values: Mapping[str, Any], keys: tuple[str, ...], taken: dict[str, str], number: int
+    ) -> None:
+        step = as_step(values[taken["step"]])
+        if step is None:
+            self.report.bad_line(self.file, number, "no step")
+            return
+        named = {ours: values[theirs] for ours, theirs in taken.items()} | {"step": step}
+        named.setdefault("rollout", self._codes.next("rollout", step))
+        rows = sequence_rows(named)
+        self._note_names("tokens", keys, len(rows))
+        self.sink.add_tokens(self._codes.apply(rows))
+
+    def _rollout(
+        self, values: Mapping[str, Any], keys: tuple[str, ...], taken: dict[str, str], number: int
+    ) -> None:
+        step = as_step(values[taken["step"]])
+        if step is None:
+            self.report.bad_line(self.file, number, "no step")
+            return
+        self._note_names("rollouts", keys, 1)
+        named = {ours: values[theirs] for ours, theirs in taken.items()} | {"step": step}
+        named.setdefault("group", str(named.get("prompt")))
+        named["rollout"] = self._codes.next("rollout", step)
+        named["group"] = self._codes.code("group", step, named["group"])
+        for name in ("prompt", "completion", "answer"):
+            named[name] = message_text(named.get(name))
+        self.sink.add_rollout(named)
+
+
+_NO_STEP = "token rows without a step left out"
+
+
+def _has_lists(values: pd.Series) -> bool:
+    """Whether any cell of a column holds a list; a missing first one says nothing."""
+    return values.dtype == object and any(
+        isinstance(value, list | np.ndarray | tuple) for value in values
+    )
+
+
+@dataclass
+class Codes:
+    """Numbers for groups and rollouts that a source names by text, from 0 within each step.
+
+    Whole numbers that fit the column stay as they are; texts, and numbers beyond it, get the next
+    free number. Those of the ``_HELD`` steps seen last are remembered.
+    """
+
+    _known: dict[tuple[str, int], dict[Any, int]] = field(default_factory=dict)
+    _used: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+
+    def code(self, name: str, step: int, value: Any) -> int | None:
+        """Number of a value; None stays None."""
+        if value is None or value != value:  # nan
+            return None
+        number = as_step(value) if isinstance(value, int | float | np.number) else None
+        known, used = self._of(name, step)
+        key = number if number is not None else str(value)
+        if key not in known:
+            free = number if number is not None and number not in used else self._free(used)
+            known[key] = free
+            used.add(free)
+        return known[key]
+
+    def next(self, name: str, step: int) -> int:
+        """Number of the next thing of a step that has no name."""
+        known, used = self._of(name, step)
+        free = self._free(used)
+        known[f"#{len(known)}"] = free
+        used.add(free)
+        return free
+
+    def apply(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Rows with ``group`` and ``rollout`` as numbers, ``step`` given."""
+        for name in ("group", "rollout"):
+            if name in frame and not _are_codes(frame[name]):
+                pairs = zip(frame["step"], frame[name], strict=True)
+                codes = [self.code(name, step, value) for step, value in pairs]
+                frame = frame.assign(**{name: pd.Series(codes, index=frame.index, dtype="float64")})
+        return frame
+
+    @staticmethod
+    def _free(used: set[int]) -> int:
+        free = len(used)
+        while free in used:
+            free += 1
+        return free
+
+    def _of(self, name: str, step: int) -> tuple[dict[Any, int], set[int]]:
+        key = (name, step)
+        if key not in self._known and len(self._known) >= _HELD:
+            oldest = next(iter(self._known))
+            del self._known[oldest], self._used[oldest]
+        return self._known.setdefault(key, {}), self._used.setdefault(key, set())
+
+
+def _are_codes(values: pd.Series) -> bool:
+    """Whether a column holds whole numbers that fit, and nothing else."""
+    try:
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return bool(((numbers == np.floor(numbers)) & (numbers >= 0) & (numbers <= MAX_STEP)).all())
+
+
+def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
+    """Rows of one completion: lists are columns, single values are repeated.
+
+    Parameters
+    ----------
+    values : mapping
+        Columns of the ``tokens`` table (and ``loss_mask``) to lists of one length, or to values.
+
+    Returns
+    -------
+    DataFrame
+        Rows of the loss mask; ``position`` counts them from 0 unless it is given.
+
+    Raises
+    ------
+    ValueError
+        If the lists differ in length.
+    """
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    lengths = {name: len(value) for name, value in lists.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"lists of different length {lengths}")
+    rows = next(iter(lengths.values()), 1)
+    frame = pd.DataFrame({name: [v] * rows for name, v in values.items() if name not in lists})
+    for name, value in lists.items():
+        frame[name] = pd.Series(value, dtype=object if _mixed(value) else None)
+    if "loss_mask" in frame:
+        inside = pd.Series([bool(v) and v == v for v in frame["loss_mask"]], dtype=bool)
+        frame = frame[inside].drop(columns="loss_mask").reset_index(drop=True)
+    if "position" not in frame:
+        frame["position"] = np.arange(len(frame))
+    return frame
+
+
+def _mixed(values: list[Any]) -> bool:
+    """Whether a list holds anything but numbers, flags and None."""
+    return not all(v is None or isinstance(v, int | float) for v in values)
