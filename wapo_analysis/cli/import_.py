@@ -23,13 +23,21 @@ def import_(
         Path | None, Option(help="Run folder.  [default: runs/<name of SOURCE>]")
     ] = None,
     format: Annotated[
-        str, Option("--format", "-f", help="auto, official, prime-rl, verl, trl or table.")
+        str,
+        Option(
+            "--format",
+            "-f",
+            help="auto, official, prime-rl, verl, trl, table, tensorboard, wandb or console.",
+        ),
     ] = "auto",
     map: Annotated[
         list[str] | None,
         Option(
             help="ours=theirs: what they call a column of ours; repeatable.  [default: by name]"
         ),
+    ] = None,
+    run: Annotated[
+        str | None, Option(help="Which of several runs in SOURCE.  [default: the only one]")
     ] = None,
     name: Annotated[str | None, Option(help="Name of the run.  [default: that of --out]")] = None,
     label: Annotated[
@@ -46,9 +54,11 @@ def import_(
 ) -> None:
     """Make a run from what another trainer wrote.
 
-    Known: official WAPO output, prime-rl token exports and traces, verl rollouts and file logger,
-    TRL trainer states and completions, and plain CSV, JSONL or Parquet tables. The source is only
+    Known: console output, JSON and CSV logs of every trainer in use, TensorBoard and W&B folders,
+    trainer states, dumped completions, token exports, and tables of your own. The source is only
     read. What had no place in a run is listed. Examples:
+
+        wapo import train.log --out runs/theirs
 
         wapo import outputs/plots/my-run --objective wapo --out runs/official
 
@@ -60,6 +70,7 @@ def import_(
     settings = ImportSettings(
         format=format,
         mapping=parse_mapping(map or []),
+        run=run,
         name=name,
         label=label,
         objective=objective,

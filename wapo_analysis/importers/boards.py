@@ -78,30 +78,17 @@ def read_tensorboard(
     folder = pick(sorted(folders), chosen, _common(folders))
     for file in sorted(folders[folder], key=lambda f: f.name):
         steps: list[int] = []
-        with _quiet("tensorboard"):
-            for event in _events(event_file_loader.EventFileLoader(str(file)), file, report):
+        with _listening("tensorboard") as remarks:
+            for event in event_file_loader.EventFileLoader(str(file)).Load():
                 for value in event.summary.value:
                     number = _scalar(value, tensor_util)
                     if number is not None and event.step >= 0:
                         sink.log.number(value.tag, event.step, number, "tensorboard")
                         steps.append(event.step)
+        if any("End of file" not in text and "No more events" not in text for text in remarks):
+            report.told(f"{shown(file.name)} is cut or damaged after step {max(steps, default=0)}")
         report.files += 1
         sink.log.end_of_file(file.parent, min(steps, default=None), max(steps, default=None))
-
-
-def _events(loader: Any, file: Path, report: ImportReport) -> Iterator[Any]:
-    events = loader.Load()
-    number = 0
-    while True:
-        try:
-            event = next(events)
-        except StopIteration:
-            return
-        except Exception as error:  # its own errors, and protobuf's
-            report.bad_line(file, number, f"event not readable ({type(error).__name__})")
-            return
-        number += 1
-        yield event
 
 
 def _scalar(value: Any, tensor_util: Any) -> float | None:
@@ -122,15 +109,22 @@ def _common(folders: Iterable[str]) -> Path:
 
 
 @contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Without the remarks of a library; what it cannot read is told by us."""
+def _listening(name: str) -> Iterator[list[str]]:
+    """What a library remarks, not shown: it ends at a damaged record without an error."""
+    remarks: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: remarks.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
     try:
-        yield
+        yield remarks
     finally:
-        logger.setLevel(level)
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def read_download(file: Path, sink: Sink, report: ImportReport) -> None:

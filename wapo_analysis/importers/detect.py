@@ -1,15 +1,14 @@
 """What a source is, told by what its files hold; two tools in one source are an error."""
 
-import gzip
 import hashlib
 import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, BinaryIO, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,15 +65,15 @@ class Found:
         What each of them is.
     left : tuple of Path
         Logs of another form beside them that are not read.
-    copies : tuple of Path
-        Files left out because they hold the same bytes as another.
+    told : tuple of str
+        What was done with copies of a file and with damaged compressed ones.
     """
 
     format: Format
     files: tuple[Path, ...]
     kinds: Mapping[Path, str] = field(default_factory=dict)
     left: tuple[Path, ...] = ()
-    copies: tuple[Path, ...] = ()
+    told: tuple[str, ...] = ()
 
     def of(self, *kinds: str) -> tuple[Path, ...]:
         """Files of some kinds."""
@@ -109,16 +108,18 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
     if (source / MANIFEST).exists():
         raise UserError(f"{name} is a run already; it needs no import")
     files = [source] if source.is_file() else list(_files(source))
-    files = [plain for file in files if (plain := _plain(file, source, unpacked)) is not None]
+    told: list[str] = []
+    plain = (_plain(file, source, unpacked, told) for file in files)
+    files = [file for file in plain if file is not None]
     if not any(_size(file) for file in files):
         raise UserError(f"{name} is empty: there is nothing to import")
     kinds = _kinds(files)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
+    told += [f"{shown(f.name)} holds the same bytes as another file: read once" for f in copies]
     found = _by_format(kinds)
     if wanted != "auto":
-        told = _found(wanted, found, kinds, _wanted(found, wanted, files, name))
-        return replace(told, copies=tuple(copies))
+        return _found(wanted, found, kinds, _wanted(found, wanted, files, name), told)
     if not found:
         raise UserError(f"no known file in {name}; looked for {LOOKED_FOR}")
     tools = [format for format in found if format not in _CONTAINERS]
@@ -130,15 +131,16 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
             "name one of the folders, or choose with --format"
         )
     chosen = tools[0] if tools else next(f for f in _CONTAINERS if f in found)
-    return replace(_found(chosen, found, kinds, found[chosen]), copies=tuple(copies))
+    return _found(chosen, found, kinds, found[chosen], told)
 
 
 def _found(
-    format: str, found: Mapping[str, list[Path]], kinds: Mapping[Path, str], files: list[Path]
-) -> Found:
+    format: str, found: Mapping[str, list[Path]], kinds: Mapping[Path, str], files: list[Path],
+    told: list[str],
+) -> Found:  # fmt: skip
     logs = [f for name in _CONTAINERS if name != format for f in found.get(name, ())]
-    told = {file: kinds.get(file, format) for file in files}
-    return Found(cast(Format, format), tuple(files), told, tuple(logs))
+    mine = {file: kinds.get(file, format) for file in files}
+    return Found(cast(Format, format), tuple(files), mine, tuple(logs), tuple(told))
 
 
 def _wanted(
@@ -181,7 +183,7 @@ def _head(file: Path, size: int = _HEAD) -> bytes:
         raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
 
 
-def _plain(file: Path, source: Path, unpacked: Path | None) -> Path | None:
+def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
     """A file, or what a gzip-compressed one holds, at the same place below another folder."""
     if not file.name.endswith(".gz") and _head(file, 2) != b"\x1f\x8b":
         return file
@@ -190,19 +192,34 @@ def _plain(file: Path, source: Path, unpacked: Path | None) -> Path | None:
     inside = file.relative_to(source) if source != file else Path(file.name)
     target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with gzip.open(file) as packed, target.open("wb") as out:
-            while block := packed.read(1 << 20):
-                if out.tell() > MAX_UNPACKED:
-                    raise UserError(f"{file} is larger than 4 GiB unpacked; unpack a part of it")
-                out.write(block)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        if not _size(target):  # what came before the damage, as of a file being written, is read
-            raise UserError(f"{printable(shown(file))} cannot be unpacked") from None
-    except OSError as error:
-        raise UserError(f"cannot unpack {printable(shown(file))}: {error}") from error
+    with target.open("wb") as out:
+        whole = _unpack(file, out)
+    if not whole:
+        told.append(f"{shown(file.name)} is cut or damaged: what could be unpacked is read")
+        if not _size(target):
+            raise UserError(f"{printable(shown(file))} cannot be unpacked")
     shutil.copystat(file, target)
     return target
+
+
+def _unpack(file: Path, out: BinaryIO) -> bool:
+    """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
+    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        with file.open("rb") as packed:
+            while data := packed.read(1 << 20):
+                while data:
+                    out.write(reader.decompress(data, 1 << 20))
+                    if out.tell() > MAX_UNPACKED:
+                        raise UserError(f"{shown(file)} is larger than 4 GiB unpacked")
+                    data = reader.unused_data if reader.eof else reader.unconsumed_tail
+                    if reader.eof and data:
+                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    except zlib.error:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot unpack {printable(shown(file))}: {error.strerror}") from error
+    return reader.eof
 
 
 def _kinds(files: list[Path]) -> dict[Path, str]:

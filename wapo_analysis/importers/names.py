@@ -149,7 +149,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
     ),
     *_rows(
         "steps", "OpenRLHF", "openrlhf/trainer/ppo_trainer.py",
-        reward="rollout/reward_mean | reward", reward_std="rollout/reward_std",
+        reward="reward | rollout/reward_mean", reward_std="rollout/reward_std",
         length="rollout/response_length_mean | response_length",
         truncated="rollout/truncated_rate | truncated | rollout/truncated",
         eval_reward="eval/eval_*_pass1", seconds="timing/step_total",

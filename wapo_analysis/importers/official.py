@@ -281,13 +281,12 @@ def _rewards(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, 
     sizes: dict[int, int] = {}
     for file in tree.data("rewards/*_step_*.npy"):
         stored = next(iter(stored_arrays(file, report).values()), np.empty(0))
-        if stored.dtype.kind in "SU" or stored.ndim != 1 or not np.isfinite(stored).all():
+        fits = stored.dtype.kind not in "SU" and stored.ndim == 1 and len(stored)
+        if not fits or not np.isfinite(stored).all():
             report.bad_line(file, 1, "not a list of finite numbers")
             continue
         values = stored.astype(np.float64)
         step, name = step_of(file) + 1, file.name.split("_step_")[0]
-        if not len(values):
-            continue
         if name == "reward":
             sizes[step] = len(values)
             own = {"reward": float(values.mean()), "reward_std": float(values.std())}

@@ -27,7 +27,7 @@ from wapo_analysis.table import Array
 
 PASSES = 3
 MAX_JSON_BYTES = 1 << 30
-_ARRAYS = 1 << 30
+MAX_ARRAYS = 1 << 30
 _BLOCK = 4 << 20
 _ROWS = 8192
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -262,17 +262,18 @@ def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
     """Arrays of an ``.npz`` or ``.npy`` file by name; empty, and said, if it cannot be read.
 
     Only numbers and texts are returned; nothing in the file is run, and nothing is unpacked that is
-    larger than 1 GiB.
+    larger than ``MAX_ARRAYS``.
     """
     report.files += 1
     try:
         # numpy leaves a file open that it cannot read, so it is opened here.
         with file.open("rb") as stream:
             if zipfile.is_zipfile(stream):
-                if sum(part.file_size for part in zipfile.ZipFile(stream).infolist()) > _ARRAYS:
-                    raise ValueError("larger than 1 GiB unpacked")
-            elif file.stat().st_size > _ARRAYS:
-                raise ValueError("larger than 1 GiB")
+                size = sum(part.file_size for part in zipfile.ZipFile(stream).infolist())
+            else:
+                size = file.stat().st_size
+            if size > MAX_ARRAYS:
+                raise ValueError(f"larger than {MAX_ARRAYS >> 20} MiB unpacked")
             stream.seek(0)
             found = np.load(stream, allow_pickle=False)
             arrays = {file.stem: found} if isinstance(found, np.ndarray) else dict(found.items())

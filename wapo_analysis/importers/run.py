@@ -154,8 +154,8 @@ def _write(
             f"--map {lost[0]}: no such name in {report.source}; names there: {_some(report)}"
         )
     _raise_alarms(report)
-    for file in found.copies:
-        report.told(f"{shown(file.name)} holds the same bytes as another file: read once")
+    for text in found.told:
+        report.told(text)
     if found.left:
         left = ", ".join(shown(file.name) for file in found.left[:4])
         report.note(f"also there, not read: {left}; name one to read it instead")

@@ -112,7 +112,7 @@ class Sink:
             step = self._last_step  # beside records that count training steps it counts log calls
         elif key != ROW_COUNTER:
             self._last_step = step
-        self.log.add(record, step, prefix, step_key=key, null_is_nan=null_is_nan)
+        self.log.add(record, step, prefix, place, step_key=key, null_is_nan=null_is_nan)
         first, last = self._file_steps.get(place[0], (step, step))
         self._file_steps[place[0]] = (min(first, step), max(last, step))
 
@@ -121,7 +121,7 @@ class Sink:
     ) -> None:
         self._stepless.append(place)
         if len(self._stepless) <= MAX_STEPLESS:
-            self._unstepped.add(record, len(self._stepless), prefix)
+            self._unstepped.add(record, len(self._stepless), prefix, place)
 
     def _log_rows(self) -> dict[int, dict[str, Any]]:
         """Rows of the source's own log; records without a step are counted if none has one."""

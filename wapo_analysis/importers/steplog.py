@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class StepLog:
     _prefix: dict[str, str] = field(default_factory=dict)
     _files: list[tuple[Path, int, int]] = field(default_factory=list)
     _ranks: dict[int, set[Any]] = field(default_factory=dict)
+    _no_numbers: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self._numbers)
@@ -71,10 +73,10 @@ class StepLog:
         return list(self._numbers)
 
     def add(
-        self, record: Mapping[str, Any], step: int, prefix: str, *, step_key: str | None = None,
-        null_is_nan: bool = False,
-    ) -> bool:  # fmt: skip
-        """Take one record; returns whether it held any number beside its step.
+        self, record: Mapping[str, Any], step: int, prefix: str, place: tuple[Path, int], *,
+        step_key: str | None = None, null_is_nan: bool = False,
+    ) -> None:  # fmt: skip
+        """Take one record.
 
         Parameters
         ----------
@@ -84,12 +86,13 @@ class StepLog:
             Its step.
         prefix : str
             Put before a kept name that has no slash.
+        place : (Path, int)
+            File and line, named where a value cannot be used.
         step_key : str, optional
             Name of the step, which is no number of its own.
         null_is_nan : bool
             The writer turns numbers that are not finite into null.
         """
-        taken = 0
         for key, value in flat(record):
             if key == step_key:
                 continue
@@ -99,10 +102,10 @@ class StepLog:
             number = float("nan") if value is None and null_is_nan else as_number(value)
             if number is not None:
                 self.number(key, step, number, prefix)
-                taken += 1
+                if not isfinite(number):
+                    self.report.count("numbers that were not finite, now null", *place)
             elif value is not None:
-                self.report.unknown_keys[key] += 1
-        return taken > 0
+                self._no_numbers.setdefault(key, []).append(place)
 
     def number(self, key: str, step: int, value: float, prefix: str) -> None:
         """Take one number."""
@@ -138,6 +141,7 @@ class StepLog:
         UserError
             If two files hold different numbers for the same steps from their first step on.
         """
+        self._tell_no_numbers()
         columns = self._settled(names)
         rows: dict[int, dict[str, Any]] = {}
         feeds = names.feeds(list(columns))
@@ -159,6 +163,17 @@ class StepLog:
         for step in bare:
             del rows[step]
         return rows
+
+    def _tell_no_numbers(self) -> None:
+        """Names without any number are not in the run; a text among numbers is a bad value."""
+        for key, places in self._no_numbers.items():
+            if key in self._numbers:
+                what = f"values of {key} that are no number, left out"
+                for place in places:
+                    self.report.count(what, *place)
+            else:
+                self.report.unknown_keys[key] += len(places)
+        self._no_numbers.clear()
 
     def _kept_names(self, columns: Mapping[str, Any], used: set[str]) -> dict[str, str]:
         """Names without a column of ours, as the step log calls them; no two become one."""

@@ -7,6 +7,7 @@ line of a metrics log. CSV and Parquet are read in blocks, so memory does not gr
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class TableFeed:
     file: Path
     _codes: "Codes" = field(default_factory=lambda: Codes())
     _held: list[dict[str, Any]] = field(default_factory=list)
+    _lists: dict[str, list[Any]] = field(default_factory=dict)
     _keys: tuple[str, ...] = ()
 
     def record(self, values: Mapping[str, Any], number: int) -> None:
@@ -134,6 +136,10 @@ class TableFeed:
             self._flush()
 
     def _flush(self) -> None:
+        if self._lists:
+            frame = pd.DataFrame({k: pd.Series(v, dtype=object) for k, v in self._lists.items()})
+            self._lists = {}
+            self.sink.add_tokens(self._codes.apply(frame.astype({"step": "int64"})))
         if self._held:
             held, self._held = self._held, []
             frame = pd.DataFrame({key: pd.Series([row[key] for row in held], dtype=object)
@@ -162,9 +168,15 @@ class TableFeed:
             return
         named = {ours: values[theirs] for ours, theirs in taken.items()} | {"step": step}
         named.setdefault("rollout", self._codes.next("rollout", step))
-        rows = sequence_rows(named)
-        self._note_names("tokens", keys, len(rows))
-        self.sink.add_tokens(self._codes.apply(rows))
+        rows = expanded(named)
+        if rows.keys() != self._lists.keys():
+            self._flush()
+            self._lists = {name: [] for name in rows}
+        for name, cells in rows.items():
+            self._lists[name] += cells
+        self._note_names("tokens", keys, len(rows["position"]))
+        if len(self._lists["position"]) >= _BATCH:
+            self._flush()
 
     def _rollout(
         self, values: Mapping[str, Any], keys: tuple[str, ...], taken: dict[str, str], number: int
@@ -258,8 +270,8 @@ def _are_codes(values: pd.Series) -> bool:
     return bool(((numbers == np.floor(numbers)) & (numbers >= 0) & (numbers <= MAX_STEP)).all())
 
 
-def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
-    """Rows of one completion: lists are columns, single values are repeated.
+def expanded(values: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Columns of the tokens of one completion: lists as they are, single values repeated.
 
     Parameters
     ----------
@@ -268,7 +280,7 @@ def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame
+    dict of str to list
         Rows of the loss mask; ``position`` counts them from 0 unless it is given.
 
     Raises
@@ -276,20 +288,27 @@ def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
     ValueError
         If the lists differ in length.
     """
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    lengths = {name: len(value) for name, value in lists.items()}
+    lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"lists of different length {lengths}")
     rows = next(iter(lengths.values()), 1)
-    frame = pd.DataFrame({name: [v] * rows for name, v in values.items() if name not in lists})
-    for name, value in lists.items():
-        frame[name] = pd.Series(value, dtype=object if _mixed(value) else None)
-    if "loss_mask" in frame:
-        inside = pd.Series([bool(v) and v == v for v in frame["loss_mask"]], dtype=bool)
-        frame = frame[inside].drop(columns="loss_mask").reset_index(drop=True)
-    if "position" not in frame:
-        frame["position"] = np.arange(len(frame))
-    return frame
+    columns = {
+        name: value if isinstance(value, list) else [value] * rows for name, value in values.items()
+    }
+    if "loss_mask" in columns:
+        inside = [bool(mark) and mark == mark for mark in columns.pop("loss_mask")]
+        columns = {name: list(compress(cells, inside)) for name, cells in columns.items()}
+        rows = sum(inside)
+    columns.setdefault("position", list(range(rows)))
+    return columns
+
+
+def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
+    """The same as a data frame."""
+    columns = expanded(values)
+    return pd.DataFrame(
+        {name: pd.Series(c, dtype=object if _mixed(c) else None) for name, c in columns.items()}
+    )
 
 
 def _mixed(values: list[Any]) -> bool:

@@ -97,7 +97,7 @@ def rollout_columns(known: pd.DataFrame, tokens: pd.DataFrame | None) -> Json:
     known = known.sort_values("rollout").reset_index(drop=True)
     data: Json = {
         "rollout": [int(v) for v in known["rollout"]],
-        "group": [int(v) for v in known["group"]],
+        "group": [int(v) for v in known["group"].fillna(-1)],  # a source may not tell it
     }
     for name in ("reward", "advantage", "length"):
         if name in known:

@@ -203,7 +203,7 @@ class RunWriter(PartWriter):
 
     def append_step(self, row: Mapping[str, float]) -> None:
         """Append one line to the step log and flush it; non-finite numbers become null."""
-        unknown = [name for name in row if name not in STEPS and "/" not in name]
+        unknown = [name for name in row if "/" not in name and name not in STEPS]
         if unknown:
             raise unknown_name("step column", unknown[0], STEPS.names)
         self.check()

@@ -1,0 +1,560 @@
+"""Metrics logs as trainers and their boards write them: what is read, under which column."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from tests.support.import_sources import write_lines
+from wapo_analysis.errors import UserError
+from wapo_analysis.importers import ImportReport, detect, import_run
+from wapo_analysis.importers.run import ImportSettings
+from wapo_analysis.store import open_run
+
+STEPS = 12
+
+
+def read(
+    source: Path, out: Path, run: str | None = None, **mapping: str
+) -> tuple[pd.DataFrame, ImportReport]:
+    """Steps by their number, and the report."""
+    report = import_run(source, out, ImportSettings(mapping=mapping, run=run))
+    return open_run(out).steps.set_index("step"), report
+
+
+def records(make: Callable[[int], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(make(step)) for step in range(1, STEPS + 1)]
+
+
+def trl(step: int) -> dict[str, Any]:
+    return {
+        "loss": 0.01, "grad_norm": 0.2, "learning_rate": 1e-6, "num_tokens": 100.0 * step,
+        "completions/mean_length": 40.0, "completions/clipped_ratio": 0.1, "kl": 0.01 * step,
+        "rewards/exact/mean": step / 100, "rewards/exact/std": 0.3, "reward": step / 100,
+        "reward_std": 0.3, "frac_reward_zero_std": 0.5, "entropy": 0.4, "epoch": step / 100,
+        "sampling/sampling_logp_difference/mean": 0.02,
+    }  # fmt: skip
+
+
+def verl(step: int) -> dict[str, Any]:
+    return {
+        "actor/entropy": 0.4, "actor/pg_loss": 0.01, "actor/grad_norm": 0.3, "actor/lr": 1e-6,
+        "actor/kl_loss": 0.02, "critic/score/mean": step / 100, "critic/score/max": 1.0,
+        "critic/rewards/mean": step / 100 - 0.5, "response_length/mean": 90.0,
+        "response_length/clip_ratio": 0.06, "rollout_corr/k3_kl": 3e-4,
+        "training/rollout_probs_diff_mean": 0.003, "timing_s/gen": 2.0,
+    }  # fmt: skip
+
+
+# What each trainer logs, and the columns that must come of it.
+TRAINERS: dict[str, tuple[Callable[[int], dict[str, Any]], dict[str, float]]] = {
+    "NeMo-RL": (
+        lambda s: {"step": s, "train/reward": 0.5, "train/approx_entropy": 0.4,
+                   "train/mean_gen_tokens_per_sample": 80.0, "train/truncation_rate": 0.02,
+                   "train/gen_kl_error": 0.003, "train/kl_penalty": 0.002, "train/grad_norm": 0.3,
+                   "train/lr": 1e-6, "validation/accuracy": 0.25},
+        {"reward": 0.5, "entropy": 0.4, "length": 80, "truncated": 0.02, "engine_kl": 0.003,
+         "kl_ref": 0.002, "grad_norm": 0.3, "eval_reward": 0.25},
+    ),
+    "OpenRLHF": (
+        lambda s: {"train/global_step": s, "train/rollout/reward_std": 0.2, "train/reward": 0.5,
+                   "train/return": 0.4, "train/entropy_loss": 0.4, "train/response_length": 80.0,
+                   "train/actor_grad_norm": 0.3, "train/vllm_kl": 0.003, "train/kl": 0.002,
+                   "train/policy_loss": 0.01, "train/actor_lr": 1e-6,
+                   "train/rollout/truncated_rate": 0.02},
+        {"reward": 0.5, "reward_penalised": 0.4, "entropy": 0.4, "length": 80, "grad_norm": 0.3,
+         "engine_kl": 0.003, "kl_ref": 0.002, "truncated": 0.02},
+    ),
+    "SkyRL": (
+        lambda s: {"trainer/global_step": s, "policy/policy_entropy": 0.4,
+                   "policy/final_loss": 0.01, "policy/raw_grad_norm": 0.3,
+                   "reward/avg_raw_reward": 0.5,
+                   "generate/avg_num_tokens": 80.0, "async/staleness_mean": 1.5,
+                   "policy/rollout_train_logprobs_abs_diff_mean": 0.02, "eval/all/avg_score": 0.25},
+        {"entropy": 0.4, "grad_norm": 0.3, "reward": 0.5, "length": 80, "staleness": 1.5,
+         "engine_logp_diff": 0.02, "eval_reward": 0.25},
+    ),
+    "slime": (
+        lambda s: {"rollout/step": s, "rollout/rewards": 0.0, "rollout/raw_reward": 0.5,
+                   "rollout/response_len/mean": 80.0, "rollout/truncated_ratio": 0.02,
+                   "train/step": s, "train/loss": 0.01, "train/entropy_loss": 0.4,
+                   "train/kl_loss": 0.002, "train/grad_norm": 0.3, "eval/step": s, "eval/aime": 0.2,
+                   "eval/math-500": 0.3, "eval/aime-truncated_ratio": 0.9,
+                   "train/train_rollout_logprob_abs_diff": 0.02},
+        {"reward": 0.5, "length": 80, "truncated": 0.02, "entropy": 0.4, "kl_ref": 0.002,
+         "grad_norm": 0.3, "engine_logp_diff": 0.02, "eval_reward": 0.25},
+    ),
+    "open-instruct": (
+        lambda s: {"training_step": s, "scores": 0.5, "val/sequence_lengths": 80.0,
+                   "val/stop_rate": 0.98, "policy/entropy_avg": 0.4, "objective/kl2_avg": 0.002,
+                   "optim/grad_norm": 0.3, "loss/total_avg": 0.01, "num_steps_off_policy": 1.0,
+                   "objective/verifiable_correct_rate": 0.4, "objective/math_reward": 0.7},
+        {"reward": 0.5, "length": 80, "truncated": 0.02, "entropy": 0.4, "kl_ref": 0.002,
+         "grad_norm": 0.3, "staleness": 1.0, "pass_rate": 0.4, "rewards/math/mean": 0.7},
+    ),
+    "AReaL": (
+        lambda s: {"step": s, "ppo_actor/task_reward/avg": 0.5, "ppo_actor/update/entropy/avg": 0.4,
+                   "ppo_actor/update/grad_norm": 0.3, "ppo_actor/no_eos_ratios/avg": 0.02,
+                   "ppo_actor/update/version_stats/sample_staleness_theta_avg": 1.5},
+        {"reward": 0.5, "entropy": 0.4, "grad_norm": 0.3, "truncated": 0.02, "staleness": 1.5},
+    ),
+    "torchforge": (
+        lambda s: {"global_step": s, "reward/evaluate_response/avg_total_reward": 0.5,
+                   "rl_trainer/avg_grpo_loss": 0.01, "policy/generate/avg_tokens_generated": 80.0,
+                   "reward/evaluate_response/std_MathReward_reward": 0.2},
+        {"reward": 0.5, "loss": 0.01, "length": 80, "rewards/MathReward/std": 0.2},
+    ),
+    "rllm": (
+        lambda s: verl(s) | {"step": s, "batch/solve_none": 4, "batch/solve_all": 2,
+                             "batch/solve_partial": 10},
+        {"groups_all_wrong": 0.25, "groups_all_right": 0.125, "entropy": 0.4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainers_names(trainer: str, tmp_path: Path) -> None:
+    make, wanted = TRAINERS[trainer]
+    steps, report = read(write_lines(tmp_path / "m.jsonl", records(make)), tmp_path / "out")
+    assert steps.index.tolist() == list(range(1, STEPS + 1))
+    assert {name: steps.loc[3, name] for name in wanted} == pytest.approx(wanted)
+    assert report.trainer == {"rllm": "verl"}.get(trainer, trainer)
+    assert not report.alarms
+
+
+def test_verl_score_and_penalised_reward(tmp_path: Path) -> None:
+    rows = [{"step": 0, "data": {}}, {"step": 0, "data": {"val-core/gsm8k/acc/mean@4": 0.25,
+            "val-core/math/acc/mean@4": 0.75, "val-aux/gsm8k/reward/std@4": 0.1}},
+            *({"step": s, "data": verl(s)} for s in range(1, STEPS + 1))]  # fmt: skip
+    steps, report = read(write_lines(tmp_path / "log.jsonl", rows), tmp_path / "out")
+    assert steps.index.tolist() == list(range(STEPS + 1)), "an empty record makes no step"
+    assert steps.loc[0, "eval_reward"] == 0.5, "the mean over the data sets"
+    assert steps.loc[3, ["reward", "reward_penalised"]].tolist() == [0.03, pytest.approx(-0.47)]
+    assert steps.loc[3, ["kl_ref", "engine_kl", "engine_prob_diff"]].tolist() == [0.02, 3e-4, 0.003]
+    (said,) = report.events
+    assert "reward is critic/score/mean; critic/rewards/mean" in said
+    assert not report.broken_lines
+
+
+def test_verl_null_is_not_finite_and_a_missing_name_is_missing(tmp_path: Path) -> None:
+    rows = [{"step": s, "data": {"actor/entropy": 0.4, "actor/grad_norm": None if s == 2 else 0.1}
+             | ({"critic/score/mean": 0.5} if s != 3 else {})} for s in (1, 2, 3, 4)]  # fmt: skip
+    read(write_lines(tmp_path / "log.jsonl", rows), tmp_path / "out")
+    null = open_run(tmp_path / "out").steps.attrs["null"]
+    assert null == {"grad_norm": {2}}
+
+
+def test_verl_console(tmp_path: Path) -> None:
+    lines = ["Initial validation metrics: {'val-core/x/acc/mean@1': 0.5}", "step:0 - "]
+    for step in range(1, STEPS + 1):
+        items = " - ".join(f"{name}:{value!r}" for name, value in verl(step).items())
+        prefix = ("", "(TaskRunner pid=4711) ", "\x1b[36m(TaskRunner pid=7)\x1b[0m ")[step % 3]
+        lines.append(f"{prefix}step:{step} - {items} - a/b:np.float64(0.25) - c/d:nan")
+        lines.append("(WorkerDict pid=1) something: else - 3")
+    lines.append("step:99 - actor/entropy:0.1")
+    (tmp_path / "out.txt").write_text("\n".join(lines))
+    steps, report = read(tmp_path / "out.txt", tmp_path / "out")
+    assert (report.format, report.trainer) == ("console", "verl")
+    assert steps.index.tolist() == list(range(1, STEPS + 1)), "the half last line is left out"
+    assert steps.loc[5, ["reward", "entropy", "length", "a/b"]].tolist() == [0.05, 0.4, 90.0, 0.25]
+    assert pd.isna(steps.loc[5, "c/d"])
+
+
+@pytest.mark.parametrize("text", [repr, str, json.dumps])
+def test_trl_console_is_counted(text: Callable[[Any], str], tmp_path: Path) -> None:
+    lines = ["{'model': 'x', 'seed': 1, 'nested': {'a': 2}}", "loading ..."]
+    for step in range(1, STEPS + 1):
+        values = trl(step)
+        if text is str:  # as newer Transformers print: every value as text
+            values = {name: str(value) for name, value in values.items()}
+        lines.append(f"  0%| | 0/9 [00:0{step % 10}<?] {text(values)}")
+        if step == 6:
+            lines.append("{'eval_reward': 0.75, 'eval_loss': 0.5, 'epoch': 0.06}")
+    lines.append("{'train_runtime': 9.5, 'train_loss': 0.1, 'epoch': 0.12}")
+    (tmp_path / "train.log").write_text("\n".join(lines) + "\n")
+    steps, report = read(tmp_path / "train.log", tmp_path / "out")
+    assert steps.index.tolist() == list(range(1, STEPS + 1))
+    assert steps.loc[6, ["reward", "eval_reward", "groups_flat"]].tolist() == [0.06, 0.75, 0.5]
+    assert steps.loc[6, "rewards/exact/std"] == 0.3
+    assert steps.loc[6, "engine_logp_diff"] == 0.02
+    assert steps.loc[STEPS, "summary/train_runtime"] == 9.5
+    assert report.trainer == "TRL"
+    assert any(f"the {STEPS} printed records carry no step" in event for event in report.events)
+
+
+def test_printed_records_take_the_step_of_the_progress_bar_that_moves(tmp_path: Path) -> None:
+    bars = "".join(
+        f"\r {n}%| | {10 * n}/120 [00:01<00:05, 1.0it/s]\n{trl(n)!r}\n" for n in range(1, STEPS + 1)
+    )
+    (tmp_path / "train.log").write_text(bars)
+    steps, report = read(tmp_path / "train.log", tmp_path / "out")
+    assert steps.index.tolist() == [10 * n for n in range(1, STEPS + 1)]
+    assert not report.events
+
+
+def test_a_console_that_starts_again_goes_back_by_its_epoch(tmp_path: Path) -> None:
+    again = [trl(n) | {"reward": 9.0} for n in range(7, STEPS + 1)]
+    lines = [repr(r) for r in [*records(trl)[:9], *again]]
+    (tmp_path / "train.log").write_text("\n".join(lines) + "\n")
+    steps, report = read(tmp_path / "train.log", tmp_path / "out")
+    assert steps["reward"].tolist() == [*(n / 100 for n in range(1, 7)), *[9.0] * 6]
+    assert any("steps 7 to 9 were logged again after a resume" in event for event in report.events)
+
+
+def test_dicts_over_several_lines_with_their_step_before(tmp_path: Path) -> None:
+    text = "".join(
+        f"INFO step {n}: {{'train/loss': np.float32(0.5),\n 'train/grad_norm': tensor(0.25, "
+        f"device='cuda:0'),\n 'train/entropy_loss': 0.4, 'train/pg_loss': nan}}\n"
+        for n in range(STEPS)
+    )
+    (tmp_path / "job.out").write_text(text)
+    steps, _ = read(tmp_path / "job.out", tmp_path / "out")
+    assert steps.index.tolist() == list(range(STEPS))
+    assert steps.loc[4, ["loss", "grad_norm", "entropy"]].tolist() == [0.5, 0.25, 0.4]
+
+
+def swift(step: int) -> dict[str, Any]:
+    return trl(step) | {"global_step/max_steps": f"{step}/4389", "elapsed_time": "6m 50s"}
+
+
+def test_swift_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "v0-20250921"
+    write_lines(folder / "logging.jsonl", records(swift))
+    (folder / "args.json").write_text('{"rlhf_type": "grpo"}')
+    (folder / "checkpoint-9").mkdir()
+    log = [trl(s) | {"step": s, "reward": 9.0} for s in range(1, 10)]
+    state = {"log_history": log, "global_step": 9}
+    (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
+    rows = [{"gen_step": s, "step": [str(s)] * 2, "prompt": ["p", "p"], "completion": ["a", "b"],
+             "exact": [1.0, 0.0], "advantages": [1.0, -1.0]} for s in range(1, 5)]  # fmt: skip
+    rows.append({"step": ["1"], "prompt": ["p", "q"], "completion": ["a", "b"], "exact": [1, 0]})
+    write_lines(folder / "completions.jsonl", rows)
+    steps, report = read(folder, tmp_path / "out")
+    assert steps["reward"].tolist() == [s / 100 for s in range(1, STEPS + 1)]
+    assert report.trainer == "ms-swift"
+    rollouts = open_run(tmp_path / "out").rollouts
+    assert rollouts["reward"].tolist() == [1.0, 0.0] * 4
+    assert rollouts["advantage"].tolist() == [1.0, -1.0] * 4
+    assert rollouts["group"].tolist() == [0] * 8
+    assert any("trainer_state.json holds the same log up to step 9" in n for n in report.notes)
+    assert "completions.jsonl:5: lists of different length" in report.broken[0]
+
+
+def test_llama_factory(tmp_path: Path) -> None:
+    rows = records(lambda s: {"current_steps": s, "total_steps": 90, "loss": 0.5, "lr": 1e-6,
+                              "percentage": 1.0, "elapsed_time": "0:01:03"})  # fmt: skip
+    steps, report = read(write_lines(tmp_path / "any.jsonl", rows), tmp_path / "out")
+    assert steps["loss"].tolist() == [0.5] * STEPS
+    assert report.trainer == "LLaMA-Factory"
+
+
+def test_a_trainer_state_under_any_name_and_two_runs(tmp_path: Path) -> None:
+    state = {"epoch": 1.0, "log_history": [trl(s) | {"step": 5 * s} for s in range(1, 9)]}
+    for run in ("one", "two"):
+        (tmp_path / run / "checkpoint-40").mkdir(parents=True)
+        text = json.dumps(state, indent=2)
+        (tmp_path / run / "checkpoint-40" / "trainer_state.json").write_text(text)
+    (tmp_path / "training_logs.json").write_text(json.dumps(state, indent=2))
+    steps, _ = read(tmp_path / "training_logs.json", tmp_path / "out")
+    assert steps.index.tolist() == [5 * s for s in range(1, 9)]
+    with pytest.raises(UserError, match=r"3 runs are here; name one of: .*one, .*two"):
+        import_run(tmp_path, tmp_path.parent / "both")
+
+
+def test_nemo_json_and_other_shapes_of_json(tmp_path: Path) -> None:
+    by_step = {
+        "train/reward": {str(s): s / 100 for s in range(1, STEPS + 1)},
+        "train/approx_entropy": {"2": 0.5, "4": 0.25},
+        "validation/accuracy": {},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(by_step))
+    steps, _ = read(tmp_path / "a.json", tmp_path / "a")
+    assert steps["reward"].tolist() == [s / 100 for s in range(1, STEPS + 1)]
+    assert steps["entropy"].dropna().to_dict() == {2: 0.5, 4: 0.25}
+    (tmp_path / "b.json").write_text(json.dumps({"step": [1, 2], "reward": [0.5, 1.0]}))
+    assert read(tmp_path / "b.json", tmp_path / "b")[0]["reward"].tolist() == [0.5, 1.0]
+    nested = [{"step": s, "train": {"reward": 0.5, "actor": {"lr": 1e-6}}} for s in (1, 2)]
+    (tmp_path / "c.json").write_text(json.dumps(nested))
+    steps, _ = read(tmp_path / "c.json", tmp_path / "c")
+    assert steps.loc[2, ["reward", "lr"]].tolist() == [0.5, 1e-6]
+
+
+def test_records_without_any_step_are_counted(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in trl(s).items() if k not in ("num_tokens", "epoch")} for s in (1, 2)]
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["reward"].tolist() == [0.01, 0.02]
+    assert report.events == ["no record has a step, so the 2 records are counted from 1"]
+
+
+# ---- TensorBoard and W&B
+
+
+def events(folder: Path, make: Callable[[int], Mapping[str, Any]], steps: Iterable[int]) -> Path:
+    summary = pytest.importorskip("torch.utils.tensorboard")
+    with summary.SummaryWriter(str(folder)) as writer:
+        for step in steps:
+            for name, value in make(step).items():
+                writer.add_scalar(f"train/{name}", value, step)
+    return folder
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    events(tmp_path / "tb", trl, range(1, STEPS + 1))
+    (written,) = (tmp_path / "tb").iterdir()
+    written.rename(tmp_path / "tb" / "renamed")
+    steps, report = read(tmp_path / "tb", tmp_path / "out")
+    assert steps.index.tolist() == list(range(1, STEPS + 1))
+    assert steps.loc[3, ["reward", "entropy", "kl_ref"]].tolist() == pytest.approx(
+        [0.03, 0.4, 0.03]
+    )
+    assert (report.format, report.trainer) == ("tensorboard", "TRL")
+    assert steps.loc[3, "rewards/exact/mean"] == pytest.approx(0.03)
+
+
+def test_several_tensorboard_runs_are_asked_for(tmp_path: Path) -> None:
+    for name in ("seed-0", "seed-1"):
+        events(tmp_path / "runs" / name, trl, range(1, 4))
+    with pytest.raises(UserError, match=r"2 runs; choose one with --run NAME: .*seed-0.*seed-1"):
+        read(tmp_path / "runs", tmp_path / "out")
+    steps, _ = read(tmp_path / "runs", tmp_path / "out", run="seed-1")
+    assert len(steps) == 3
+    with pytest.raises(UserError, match="--run seed is not one of"):
+        read(tmp_path / "runs", tmp_path / "x", run="seed")
+
+
+def test_a_damaged_event_file_keeps_what_comes_before(tmp_path: Path) -> None:
+    (file,) = events(tmp_path / "tb", trl, range(1, STEPS + 1)).iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.write_bytes(data)
+    steps, report = read(tmp_path / "tb", tmp_path / "out")
+    assert 3 <= len(steps) < STEPS
+    assert any("is cut or damaged after step" in event for event in report.events)
+
+
+def table(file: Path, header: list[str], rows: Iterable[list[Any]]) -> Path:
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC)
+        writer.writerows([header, *rows])
+    return file
+
+
+def test_a_scalar_downloaded_from_tensorboard(tmp_path: Path) -> None:
+    rows = [[1.76e9 + s, s, s / 10] for s in range(1, 5)]
+    head = ["Wall time", "Step", "Value"]
+    named = table(tmp_path / "run-one-tag-train_completions_mean_length.csv", head, rows)
+    assert read(named, tmp_path / "a")[0]["length"].tolist() == [0.1, 0.2, 0.3, 0.4]
+    other = table(tmp_path / "scalars.csv", head, rows)
+    with pytest.raises(UserError, match="--map entropy=Value"):
+        read(other, tmp_path / "b")
+    assert read(other, tmp_path / "b", reward="Value")[0]["reward"].tolist()[-1] == 0.4
+
+
+def test_wandb_history_and_panel(tmp_path: Path) -> None:
+    head = ["_step", "train/global_step", "train/reward", "eval/reward", "train/entropy"]
+    rows = [[0, 1, 0.5, "", 0.4], [1, "", "", 0.75, ""], [2, 2, 0.25, "", 0.3]]
+    steps, report = read(table(tmp_path / "history.csv", head, rows), tmp_path / "a")
+    assert steps["reward"].tolist() == [0.5, 0.25], "the run's own step, not W&B's row counter"
+    assert steps.loc[1, "eval_reward"] == 0.75, "an evaluation belongs to the step before it"
+    assert not report.broken_lines
+    head = ["Step"]
+    for run in ("grpo-a", "b"):
+        head += [f"{run} - {metric}{end}" for metric in ("_step", "train/entropy")
+                 for end in ("", "__MIN", "__MAX")]  # fmt: skip
+    rows = [[s, *[s, s, s, 0.1 * s, 9, 9], *["", "", "", "", "", ""]] for s in range(1, 4)]
+    panel = table(tmp_path / "panel.csv", head, rows)
+    with pytest.raises(UserError, match="2 runs; choose one with --run NAME: grpo-a, b"):
+        read(panel, tmp_path / "b")
+    steps, _ = read(panel, tmp_path / "b", run="grpo-a")
+    assert steps["entropy"].tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+def wandb_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with wandb.init(dir=str(root), project="p", settings=wandb.Settings(console="off")) as run:
+        for step in range(1, STEPS + 1):
+            run.log({f"train/{name}": value for name, value in trl(step).items()}
+                    | {"train/global_step": 10 * step})  # fmt: skip
+        run.log({"eval/reward": 0.75})
+    (folder,) = (root / "wandb").glob("offline-run-*")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_folder_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = wandb_folder(tmp_path, monkeypatch)
+    steps, report = read(folder, tmp_path / "out")
+    assert steps.index.tolist() == [10 * s for s in range(1, STEPS + 1)]
+    assert steps.loc[30, ["reward", "entropy"]].tolist() == [0.03, 0.4]
+    assert steps.loc[10 * STEPS, "eval_reward"] == 0.75
+    assert (report.format, report.trainer) == ("wandb", "TRL")
+
+
+def test_a_wandb_folder_without_its_library_gives_what_was_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb.sdk.internal.datastore", None)
+    folder = tmp_path / "run-1"
+    (folder / "files").mkdir(parents=True)
+    (folder / "run-1.wandb").write_bytes(b":W&B\xe1\xbe\x00rest")
+    printed = "\n".join(repr(record) for record in records(trl))
+    (folder / "files" / "output.log").write_text(printed + "\n")
+    (folder / "files" / "wandb-summary.json").write_text('{"train/reward": 0.5, "_step": 7}')
+    steps, report = read(folder, tmp_path / "out")
+    assert len(steps) == STEPS
+    assert any("pip install 'wapo-analysis[wandb]'" in note for note in report.notes)
+    (folder / "files" / "output.log").unlink()
+    steps, report = read(folder, tmp_path / "summary")
+    assert steps["reward"].to_dict() == {7: 0.5}
+    assert any("last value of each metric" in event for event in report.events)
+
+
+# ---- what is the same whatever the log
+
+
+def test_compressed_logs(tmp_path: Path) -> None:
+    lines = "".join(json.dumps(trl(s) | {"step": s}) + "\n" for s in range(1, STEPS + 1))
+    (tmp_path / "m.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert len(read(tmp_path / "m.jsonl.gz", tmp_path / "a")[0]) == STEPS
+    cut = gzip.compress(lines.encode())[:-20]
+    (tmp_path / "m.jsonl.gz").write_bytes(cut)
+    steps, report = read(tmp_path / "m.jsonl.gz", tmp_path / "b")
+    assert 0 < len(steps) <= STEPS
+    assert report.events == ["m.jsonl.gz is cut or damaged: what could be unpacked is read"]
+    (tmp_path / "m.jsonl.gz").write_bytes(b"\x1f\x8bnonsense")
+    with pytest.raises(UserError, match="cannot be unpacked"):
+        read(tmp_path / "m.jsonl.gz", tmp_path / "c")
+
+
+def test_ranks_that_take_turns_are_averaged_and_counts_summed(tmp_path: Path) -> None:
+    rows = [{"step": s, "mean_reward": r, "num_items": 3, "reward/max": r, "num_tokens": 100 * s}
+            for s in range(6) for r in (0.5, 0.0, 0.5, 1.0)]  # fmt: skip
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["reward"].tolist() == [0.5] * 6
+    assert steps["table/num_items"].tolist() == [12] * 6
+    assert steps["reward/max"].tolist() == [1.0] * 6
+    assert steps["table/num_tokens"].tolist() == [100 * s for s in range(6)], "a running total"
+    (said,) = report.events
+    assert "steps 0 to 5 have several records each" in said
+    assert "summed instead: num_items" in said
+
+
+@pytest.mark.parametrize("turns", [[1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6], [1, 2, 3, 1, 2, 3]])
+def test_ranks_are_known_by_their_turns_or_their_number(turns: list[int], tmp_path: Path) -> None:
+    ranked = turns == [1, 2, 3, 1, 2, 3]
+    rows: list[dict[str, Any]] = []
+    for step in turns:
+        before = sum(row["step"] == step for row in rows)
+        rows.append({"step": step, "reward": float(before)} | ({"rank": before} if ranked else {}))
+    steps, _ = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["reward"].tolist() == [0.5] * max(turns)
+
+
+def test_a_resume_is_the_later_run(tmp_path: Path) -> None:
+    rows = [{"step": s, "reward": 0.5, "my/own": 1} for s in range(1, 9)]
+    rows += [{"step": s, "reward": 0.75, "my/own": 2} for s in range(5, 12)]
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["reward"].tolist() == [0.5] * 4 + [0.75] * 7
+    assert steps["my/own"].tolist() == [1] * 4 + [2] * 7
+    assert report.events == ["steps 5 to 8 were logged again after a resume: the later run is read"]
+    assert report.repeated_steps == {5, 6, 7, 8}
+
+
+def test_records_that_repeat_word_for_word_are_no_news(tmp_path: Path) -> None:
+    rows = [{"step": s, "reward": 0.1, "num_items": 3} for s in (1, 1, 2, 2, 3, 3)]
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["table/num_items"].tolist() == [3, 3, 3]
+    assert not report.events
+
+
+def test_two_runs_in_one_folder_are_no_resume(tmp_path: Path) -> None:
+    for name, reward in (("a", 0.5), ("b", 0.75)):
+        rows = [{"step": s, "reward": reward} for s in range(1, 9)]
+        write_lines(tmp_path / "logs" / f"{name}.jsonl", rows)
+    with pytest.raises(UserError, match=r"a.jsonl and .*b.jsonl hold different numbers"):
+        read(tmp_path / "logs", tmp_path / "x")
+    for name in ("a", "b"):
+        (tmp_path / "logs" / f"{name}.jsonl").rename(
+            tmp_path / "logs" / f"rank_{name == 'b':d}.jsonl"
+        )
+    steps, _ = read(tmp_path / "logs", tmp_path / "out")
+    assert steps["reward"].tolist() == [0.625] * 8
+
+
+def test_a_folder_reads_one_form_of_a_log_and_names_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    write_lines(folder / "run.jsonl", [{"step": s, "data": verl(s)} for s in range(1, 9)])
+    line = " - ".join(f"{name}:{value}" for name, value in verl(1).items())
+    (folder / "train.log").write_text(f"step:1 - {line}\nstep:2 - {line}\n")
+    steps, report = read(folder, tmp_path / "out")
+    assert (report.format, len(steps)) == ("verl", 8)
+    assert any("also there, not read: train.log" in note for note in report.notes)
+    assert detect(folder / "train.log").format == "console"
+
+
+def test_names_nobody_knows(tmp_path: Path) -> None:
+    rows = records(lambda s: {"iter_no": s, "my_return": 0.5, "policy_ent": 0.4})
+    source = write_lines(tmp_path / "m.jsonl", rows)
+    with pytest.raises(UserError, match="--map step=iter_no --map reward=my_return --map entropy="):
+        read(source, tmp_path / "a")
+    steps, report = read(source, tmp_path / "a", step="iter_no")
+    assert len(steps) == STEPS
+    (alarm,) = report.alarms
+    assert "no column of reward, entropy" in alarm
+    assert alarm.endswith("--map reward=my_return --map entropy=policy_ent")
+    assert report.to_text().splitlines()[1].startswith("! no column of reward")
+    steps, report = read(source, tmp_path / "b", step="iter_no", reward="my_return")
+    assert steps["reward"].tolist() == [0.5] * STEPS
+    assert not report.alarms
+
+
+def test_most_lines_lost_is_said_first(tmp_path: Path) -> None:
+    lines = ["oops"] * 9 + [json.dumps({"step": s, "reward": 0.5}) for s in (1, 2)]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines) + "\n")
+    _, report = read(tmp_path / "m.jsonl", tmp_path / "out")
+    assert report.alarms == ["9 of 11 lines were not read"]
+
+
+def test_an_entropy_below_zero_is_a_loss(tmp_path: Path) -> None:
+    rows = records(lambda s: {"train/global_step": s, "train/entropy_loss": -0.4, "reward": 0.5})
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps["entropy"].isna().all()
+    assert steps["train/entropy_loss"].tolist() == [-0.4] * STEPS
+    assert any("is negative" in event for event in report.events)
+
+
+def test_kept_names_never_overwrite_each_other(tmp_path: Path) -> None:
+    row = {"step": 1, "reward": 0.5, "x": 1, "table/x": 2, "rewards/f": 3, "rewards/f/mean": 4}
+    steps, _ = read(write_lines(tmp_path / "m.jsonl", [row]), tmp_path / "out")
+    names = [name for name in steps if "/" in name]
+    assert sorted(steps.loc[1, names]) == [1, 2, 3, 4]
+
+
+def test_a_source_that_is_nothing_known_says_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("just words\n")
+    with pytest.raises(UserError, match=r"no known file in .*looked for trainer states"):
+        read(tmp_path / "notes.txt", tmp_path / "out")
+
+
+def test_the_page_lists_every_name(tmp_path: Path) -> None:
+    from wapo_analysis.importers.names import ALIASES, alias_page
+    from wapo_analysis.schema import TABLES
+
+    page = (Path(__file__).parents[3] / "docs" / "import.md").read_text()
+    assert page.rstrip().endswith(alias_page().rstrip()), (
+        "write the last table anew: wapo_analysis.importers.names.alias_page()"
+    )
+    for row in ALIASES:
+        known = [column.name for column in TABLES[row.table].stored]
+        known += ["rewards/NAME/mean", "rewards/NAME/std", "prob", "prob_old", "collision"]
+        assert row.column in [*known, "loss_mask"], row
+        assert row.source, row
