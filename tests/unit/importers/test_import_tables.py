@@ -92,7 +92,7 @@ def test_names_of_the_users_own(tmp_path: Path) -> None:
         mapped(source, tmp_path / "c", logp="lp", advantage="credit")
     with pytest.raises(UserError, match="coef=absent: no such name.*names there: colour, credit"):
         mapped(source, tmp_path / "d", logp="lp", advantage="credit", step="when", coef="absent")
-    with pytest.raises(UserError, match="unknown column 'lgop'; allowed: step"):
+    with pytest.raises(UserError, match="unknown column 'lgop'; did you mean 'logp'"):
         mapped(source, tmp_path / "e", lgop="lp")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "t.csv"], "failures leave nothing"
 
