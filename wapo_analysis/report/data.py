@@ -87,6 +87,10 @@ def verdict(run: Run, found: Diagnosis) -> Json:
         "onset": found.onset_step,
         "first_warning": found.first_warning_step,
         "advice": told.advice.lines() if told else [],
+        "best_step": found.best_step,
+        "best_checkpoint": found.best_checkpoint,
+        "best_words": found.best_words,
+        "command": found.command,
         "drivers": [driver.to_dict() for driver in found.drivers],
         "findings": [_finding(found, finding) for finding in found.findings],
         "skipped": [skipped.to_dict() for skipped in found.skipped],
@@ -128,7 +132,7 @@ def _facts(run: Run) -> list[list[str]]:
 
 
 def _bands(context: Context) -> Json:
-    """Levels that entropy and reward are judged by, and the best step."""
+    """Levels that entropy and reward are judged by."""
     band, reward = entropy_band(context), context.reward
     bands: Json = {}
     if band is not None:
@@ -138,26 +142,12 @@ def _bands(context: Context) -> Json:
         }
     if reward is not None:
         series = reward.series
-        best = int(np.argmax(series.smooth))
         bands["reward"] = {
             "level": plain(series.level),
             "low": plain(series.level - reward.margin),
             "high": plain(series.level + reward.margin),
-            "best_step": int(series.steps[best]),
-            "best": plain(series.smooth[best]),
         }
-        bands["best_checkpoint"] = _checkpoint_before(context.run, int(series.steps[best]))
     return bands
-
-
-def _checkpoint_before(run: Run, step: int) -> int | None:
-    """Last recorded checkpoint at or before a step."""
-    folder = run.path / "checkpoints"
-    if not folder.is_dir():
-        return None
-    numbers = (name.name.rpartition("-")[2] for name in folder.iterdir() if name.is_dir())
-    known = [int(number) for number in numbers if number.isdigit() and int(number) <= step]
-    return max(known, default=None)
 
 
 def _updates(run: Run) -> float | None:

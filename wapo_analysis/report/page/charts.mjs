@@ -93,7 +93,7 @@ export class Charts {
   update() {
     const { run } = this.model;
     if (!this.sources?.entropy && !this.sources?.reward) return this.draw();
-    const marks = JSON.stringify([run.onset, run.first_warning, run.bands]);
+    const marks = JSON.stringify([run.onset, run.first_warning, run.best_step, run.best_checkpoint, run.bands]);
     if (marks !== this.marks) return this.draw();
     for (const name of ["entropy", "reward"]) {
       if (this.sources[name]) this.sources[name].data = columns(run, name);
@@ -111,9 +111,9 @@ export class Charts {
     const figure = newFigure("Entropy", "nats per token", colors, HEIGHTS.entropy, this.xRange);
     if (band) this.band(figure, band.low, band.high, colors, "baseline band");
     this.line(figure, run, "entropy", colors.accent, "nats");
-    this.mark(figure, run.first_warning, colors.warn, "first warning", run.first_warning !== run.onset);
+    if (run.first_warning !== run.onset) this.mark(figure, run.first_warning, colors.warn, "first warning", 20);
     this.mark(figure, run.onset, colors.bad, "onset");
-    this.marks = JSON.stringify([run.onset, run.first_warning, run.bands]);
+    this.marks = JSON.stringify([run.onset, run.first_warning, run.best_step, run.best_checkpoint, run.bands]);
     return figure;
   }
 
@@ -124,8 +124,8 @@ export class Charts {
     if (band) this.band(figure, band.low, band.high, colors, "baseline band");
     this.line(figure, run, "reward", colors.good, "");
     this.mark(figure, run.onset, colors.bad, "onset");
-    const best = run.bands.best_checkpoint ?? band?.best_step;
-    this.mark(figure, best, colors.good, run.bands.best_checkpoint ? "best checkpoint" : "best step");
+    const best = run.best_checkpoint ?? run.best_step;
+    this.mark(figure, best, colors.good, run.best_checkpoint === null ? "best step" : "best checkpoint", 20);
     return figure;
   }
 
@@ -166,11 +166,11 @@ export class Charts {
       tooltips: [["step", "@step"], [name, `@raw{0.0000} ${unit}`], ["smoothed", "@smooth{0.0000}"]] }));
   }
 
-  mark(figure, step, color, words, wanted = true) {
-    if (step === null || step === undefined || !wanted) return;
+  mark(figure, step, color, words, height = 4) {
+    if (step === null || step === undefined) return;
     figure.add_layout(new Bokeh.Span({ dimension: "height", location: step, line_color: color, line_width: 2,
       line_dash: [6, 3] }));
-    figure.add_layout(new Bokeh.Label({ x: step, y: 4, y_units: "screen", text: ` ${words}: ${step}`,
+    figure.add_layout(new Bokeh.Label({ x: step, y: height, y_units: "screen", text: ` ${words}: ${step}`,
       text_color: color, text_font_size: "12px" }));
   }
 }

@@ -13,7 +13,8 @@ export class Story {
     const { run } = this.model;
     document.title = `${run.name}: ${run.verdict_words}`;
     fill(byId("verdict"), el("p", { class: `badge ${run.tone}` }, run.verdict_words),
-      el("h1", {}, escaped(run.sentence)), this.advice(run), this.culprits(run));
+      el("h1", {}, escaped(run.sentence)), run.best_words ? el("p", {}, escaped(run.best_words)) : null,
+      this.advice(run), this.culprits(run));
     fill(byId("findings-list"), run.findings.length ? run.findings.map((finding) => this.finding(finding))
       : el("p", { class: "note" }, "No finding."), skipped(run));
     fill(byId("trust-table"), trustTable(run));
@@ -22,9 +23,9 @@ export class Story {
 
   advice(run) {
     if (!run.advice.length) return null;
-    const [first, ...more] = run.advice;
-    return el("div", { class: "advice" }, el("p", {}, el("strong", {}, "What to do: "), command(first)),
-      more.length ? el("ol", {}, more.map((line) => el("li", {}, command(line)))) : null);
+    const [first, ...steps] = run.advice;
+    return el("div", { class: "advice" }, el("p", {}, el("strong", {}, "What to do: "), command(first)), numbered(steps),
+      run.command ? el("p", {}, "To test it: ", el("code", {}, escaped(run.command))) : null);
   }
 
   culprits(run) {
@@ -58,7 +59,7 @@ export class Story {
         finding.name.replaceAll("_", " "), ", ", this.toStep(finding.step)),
       el("p", {}, escaped(finding.message)),
       finding.rollouts.length ? el("p", {}, "Rollouts: ", finding.rollouts.map((one) => [this.toRollout(one), " "])) : null,
-      finding.advice.map((line) => el("p", { class: "note" }, command(line))),
+      finding.advice.length ? el("div", { class: "note" }, command(finding.advice[0]), numbered(finding.advice.slice(1))) : null,
       el("details", {}, el("summary", {}, "evidence"),
         table(["number", "value"], evidence.map(([name, value]) => [name.replaceAll("_", " "),
           typeof value === "number" ? number(value) : escaped(String(value))]), { numeric: [1] }),
@@ -68,6 +69,11 @@ export class Story {
 
 function tone(severity) {
   return { critical: "bad", warning: "warn", info: "unknown" }[severity];
+}
+
+// Steps carry their number in the text; the list makes its own.
+function numbered(steps) {
+  return steps.length ? el("ol", {}, steps.map((line) => el("li", {}, command(line.replace(/^\d+\. /, ""))))) : null;
 }
 
 // Text with what stands in backquotes as code.
