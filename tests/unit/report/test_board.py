@@ -10,6 +10,7 @@ from tests.support.builders import write_fake_run
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.report.board import Shelf, application
 from wapo_analysis.report.data import run_id
+from wapo_analysis.store.steplog import step_line
 
 pytest.importorskip("starlette", reason="needs the extra [board]")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")
@@ -48,8 +49,8 @@ def test_new_steps_show_at_the_next_question(folder: Path) -> None:
     before = shelf.run(number)["steps"]["values"]["step"]
     log = folder / "one" / "steps.jsonl"
     last = json.loads(log.read_text().splitlines()[-1])
-    with log.open("a") as out:
-        out.write(json.dumps({"step": 21, "reward": last["reward"], "entropy": 2.0}) + "\n")
+    with log.open("ab") as out:
+        out.write(step_line({"step": 21, "reward": last["reward"], "entropy": 2.0}))
     after = shelf.run(number)["steps"]["values"]
     assert after["step"] == [*before, 21]
     assert after["entropy"][-1] == 2.0
