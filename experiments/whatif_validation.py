@@ -67,7 +67,7 @@ def table(out: Path, seeds: int) -> pd.DataFrame:
                     "low": told.low,
                     "high": told.high,
                     "re-run": rerun,
-                    "clear": told.is_clear,
+                    "says": told.to_dict()["says"] or "nothing",
                     "direction": _same_side(told.effect, rerun - told.recorded_change),
                     "in_band": told.low <= rerun <= told.high,
                 }
@@ -101,6 +101,11 @@ def main() -> None:
         sys.exit(f"whatif_validation: {error}")
     found.to_csv(options.out / "whatif.csv", index=False)
     print(found.round(3).to_string(index=False))
+    said = found[found["says"] != "nothing"]
+    print(
+        f"{len(said)} of {len(found)} estimates say something: direction right in "
+        f"{(said['direction'] == 'right').sum()}, re-run inside the band in {said['in_band'].sum()}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ to 1. The estimate takes the batches of the recorded run, so it cannot know of s
 changed policy would have drawn.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
@@ -31,7 +32,8 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
+from wapo_analysis.probes import trust
+from wapo_analysis.results import Block, Command, Grid, Result, Say, Section, plain
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -43,6 +45,9 @@ ENDS = 5
 """Steps averaged at either end of the path."""
 SMALL_EFFECT = 0.005
 """Nats; less than two runs of one setting differ by."""
+MODEL_FACTOR = 1.5
+"""Factor by which real effects miss estimated ones that stay in the recorded range, at most
+(docs/attribution.md)."""
 SMALLEST = 1e-3
 """Nats; below this entropy relative changes are no longer trusted."""
 _LARGEST_SHIFT = 50.0  # exp of it is far above any ceiling and still finite
@@ -50,7 +55,7 @@ _LARGEST_SHIFT = 50.0  # exp of it is far above any ceiling and still finite
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIf(Result):
-    """Estimated entropy path of a run without some classes.
+    """Estimated entropy path of a run without some classes, and whether it says anything.
 
     Attributes
     ----------
@@ -60,16 +65,23 @@ class WhatIf(Result):
         Class names taken out.
     path : DataFrame
         ``step``, ``recorded`` and ``estimated`` entropy, ``low`` and ``high`` (90% band of a
-        bootstrap over probes), nats.
+        bootstrap over probes, widened by ``factor``), nats.
     recorded_change, estimated_change : float
         Change from the first steps to the last, nats.
     low, high : float
-        90% band of the estimated change.
+        Band of the estimated change.
+    factor : float
+        How many times larger or smaller the real effect may be than the estimated one.
     accounted : float
         Change of the recorded path according to the probes' whole updates, over the recorded
         change: near 1 if fixed tokens tell what fresh samples show; NaN if nothing changed.
     probes : int
         Probes it rests on.
+    trust : DataFrame
+        How often the predicted dH of each class had the right sign in this run; see
+        :func:`wapo_analysis.probes.trust`.
+    command : str or None
+        Command of the true counterfactual; None if the built-in trainer did not write the run.
     """
 
     run: str
@@ -79,8 +91,11 @@ class WhatIf(Result):
     estimated_change: float
     low: float
     high: float
+    factor: float
     accounted: float
     probes: int
+    trust: pd.DataFrame
+    command: str | None
 
     @property
     def effect(self) -> float:
@@ -93,12 +108,37 @@ class WhatIf(Result):
         inside = self.low <= self.recorded_change <= self.high
         return not inside and abs(self.effect) >= SMALL_EFFECT
 
+    @property
+    def inside(self) -> bool:
+        """The estimated path stays within the entropies that the run recorded."""
+        known = self.path["recorded"].min() - SMALL_EFFECT, self.path["recorded"].max()
+        path = self.path["estimated"]
+        return bool(path.min() >= known[0] and path.max() <= known[1] + SMALL_EFFECT)
+
+    @property
+    def silence(self) -> str | None:
+        """Why nothing can be said; None if something can."""
+        if not self.is_clear:
+            return "the band of the probes holds zero"
+        if not np.isfinite(self.factor):
+            return "the probed updates do not account for the recorded path"
+        if not self.inside:
+            low, high = self.path["recorded"].min(), self.path["recorded"].max()
+            return (
+                f"the estimate leaves the entropies this run has seen ({low:.3f} to {high:.3f} "
+                "nats), where its updates would have been others"
+            )
+        return None
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; ``says`` is None where nothing can be said."""
+        says = None if self.silence else "higher" if self.effect > 0 else "lower"
         found: dict[str, Any] = plain(
             {
                 "run": self.run,
                 "excluded": list(self.excluded),
+                "says": says,
+                "silence": self.silence,
                 "recorded_change": self.recorded_change,
                 "estimated_change": self.estimated_change,
                 "band": [self.low, self.high],
@@ -106,6 +146,8 @@ class WhatIf(Result):
                 "clear": self.is_clear,
                 "accounted": self.accounted,
                 "probes": self.probes,
+                "command": self.command,
+                "trust": self.trust.to_dict("records"),
                 "path": self.path.to_dict("records"),
             },
             digits=6,
@@ -113,36 +155,50 @@ class WhatIf(Result):
         return found
 
     def page(self) -> Section:
-        """The sentences and a few rows of the path."""
+        """Direction and band where they hold, else the command that tells; and the trust."""
+        parts: list[Block] = [Say(self._answer())]
+        if self.silence is not None:
+            parts.append(Command(self.command) if self.command else Say(_AGAIN))
+        first, last = self.path["recorded"].iloc[0], self.path["recorded"].iloc[-1]
+        parts.append(
+            Say(f"Recorded: entropy {first:.3f} to {last:.3f} nats; {self.probes} probes.")
+        )
+        if self.silence is None:
+            parts.append(Grid(self._rows(), left=0))
+        if len(self.trust):
+            parts.append(Section("Predictions of this run that had the right sign", self._trust()))
+        return Section(self.run, parts)
+
+    def _answer(self) -> str:
+        without = " and ".join(self.excluded)
+        if self.silence is not None:
+            return f"Cannot say what leaving {without} out would do: {self.silence}. Re-run it:"
+        way = "higher" if self.effect > 0 else "lower"
+        ends = sorted(abs(end - self.recorded_change) for end in (self.low, self.high))
+        return (
+            f"Without {without} entropy would have ended {way}, by {ends[0]:.3f} to {ends[1]:.3f} "
+            "nats (90% band)."
+        )
+
+    def _rows(self) -> list[list[str]]:
+        """A few rows of the path."""
         rows = [["step", "recorded", "estimated", "90% band"]]
         last = len(self.path) - 1
         for place in sorted({round(i * last / 9) for i in range(10)}):
             row = self.path.iloc[place]
             numbers = [f"{row[name]:.3f}" for name in ("recorded", "estimated")]
             rows.append([str(int(row["step"])), *numbers, f"{row['low']:.3f} to {row['high']:.3f}"])
-        parts: list[Block] = [Items(self.sentences()), Grid(rows, left=0)]
-        return Section(self.run, parts)
+        return rows
 
-    def sentences(self) -> list[str]:
-        """Result and its limits in plain sentences."""
-        without = " and ".join(self.excluded)
-        first, last = self.path["recorded"].iloc[0], self.path["recorded"].iloc[-1]
-        told = [
-            f"recorded: entropy {first:.3f} to {last:.3f} nats, change {self.recorded_change:+.3f}",
-            f"without {without}: change {self.estimated_change:+.3f} "
-            f"(90% band {self.low:+.3f} to {self.high:+.3f}), from {self.probes} probes",
-        ]
-        if not self.is_clear:
-            told.append(f"the probes do not tell on which side of the record {without} would end")
-        else:
-            way = "higher" if self.effect > 0 else "lower"
-            told.append(f"without {without} entropy would end {abs(self.effect):.3f} nats {way}")
-        if np.isfinite(self.accounted):
-            told.append(
-                f"the probed updates account for {self.accounted:.0%} of the recorded change"
-            )
-        told.append("direction and order hold better than size, see docs/attribution.md")
-        return told
+    def _trust(self) -> list[Block]:
+        rows = [["class", "class alone", "whole update"]]
+        for row in self.trust.to_dict("records"):
+            alone = f"{row['alone']} of {row['alone_of']}"
+            rows.append([str(row["cls"]), alone, f"{row['whole']} of {row['updates']}"])
+        return [Grid(rows), Say("Of the class's own tokens, over the probed updates.")]
+
+
+_AGAIN = "train it again with these classes left out of the loss"
 
 
 def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
@@ -179,19 +235,22 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     weights = settings.updates * _shares(table["step"].to_numpy(), steps)
     extra = table["extra"].to_numpy()
     relative = _before(weights / np.maximum(entropy, SMALLEST)[:, None])
-    band = np.quantile(_bootstrap(relative, extra), BAND, axis=0)
-    ceiling = log(run.manifest["vocabulary"]) if run.manifest.get("vocabulary") else np.inf
+    explained = _before(weights) @ table["update"].to_numpy()
+    change = _change(entropy, entropy)
+    accounted = _change(explained, explained) / change if change else float("nan")
+    factor = _model_factor(accounted, change)
+    wide = factor if np.isfinite(factor) else MODEL_FACTOR
+    low, high = np.quantile(_bootstrap(relative, extra), BAND, axis=0)
+    ceiling = log(run.manifest.vocabulary) if run.manifest.vocabulary else np.inf
     path = pd.DataFrame(
         {
             "step": steps,
             "recorded": entropy,
             "estimated": _moved(entropy, relative @ extra, ceiling),
-            "low": _moved(entropy, band[0], ceiling),
-            "high": _moved(entropy, band[1], ceiling),
+            "low": _moved(entropy, np.minimum(low * wide, low / wide), ceiling),
+            "high": _moved(entropy, np.maximum(high * wide, high / wide), ceiling),
         }
     )
-    explained = _before(weights) @ table["update"].to_numpy()
-    change = _change(entropy, entropy)
     return WhatIf(
         run=run.name,
         excluded=names,
@@ -200,9 +259,32 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
         estimated_change=_change(entropy, path["estimated"].to_numpy()),
         low=_change(entropy, path["low"].to_numpy()),
         high=_change(entropy, path["high"].to_numpy()),
-        accounted=_change(explained, explained) / change if change else float("nan"),
+        factor=factor,
+        accounted=accounted,
         probes=len(table),
+        trust=trust(run.probes),
+        command=_fork_command(run, names),
     )
+
+
+def _model_factor(accounted: float, change: float) -> float:
+    """How far an effect may be off beside the scatter of the probes; infinite if anything goes.
+
+    `MODEL_FACTOR`, or as far as the whole updates miss the recorded change, where there is one.
+    """
+    if abs(change) < SMALL_EFFECT:
+        return MODEL_FACTOR
+    if accounted <= 0:
+        return float("inf")
+    return max(MODEL_FACTOR, accounted, 1 / accounted)
+
+
+def _fork_command(run: Run, excluded: Sequence[str]) -> str | None:
+    if run.manifest.source != "built-in":
+        return None
+    before = run.manifest.objective.get("exclude_bins") or ()
+    names = ",".join(dict.fromkeys([*map(str, before), *excluded]))
+    return f"wapo fork {shlex.quote(str(run.path))} --at 0 --exclude-bins {names}"
 
 
 @dataclass(frozen=True)
@@ -216,7 +298,7 @@ class _Settings:
 
     @classmethod
     def of(cls, run: Run) -> "_Settings":
-        config = run.manifest.get("config", {})
+        config = run.manifest.config
         adaptive = config.get("optimizer", "adamw") == "adamw"
         return cls(
             updates=int(config.get("epochs", 1)) * int(config.get("minibatches", 1)),

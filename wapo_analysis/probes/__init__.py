@@ -7,6 +7,7 @@ from wapo_analysis.probes.reading import (
     part_name,
     set_name,
     three_numbers,
+    trust,
     window,
 )
 from wapo_analysis.probes.verdict import MEANINGS, judge
@@ -20,5 +21,6 @@ __all__ = [
     "part_name",
     "set_name",
     "three_numbers",
+    "trust",
     "window",
 ]

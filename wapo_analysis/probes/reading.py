@@ -148,3 +148,38 @@ def agreement(predicted: Array, measured: Array) -> dict[str, float]:
         "sign_agreement": float(same.mean()) if len(pairs) else float("nan"),
         "pairs": float(len(pairs)),
     }
+
+
+def trust(probes: pd.DataFrame) -> pd.DataFrame:
+    """How often the predicted dH of a class had the measured sign, over the probed updates.
+
+    Parameters
+    ----------
+    probes : DataFrame
+        Rows of the probes table.
+
+    Returns
+    -------
+    DataFrame
+        A row per class with a prediction: ``cls``; ``updates``, how many; ``alone`` of ``alone_of``
+        had the sign of the class's own step applied alone; ``whole``, that of the whole update.
+        Always of the class's own tokens. What is between is shared parameters, momentum and the
+        interaction of classes.
+    """
+    if probes.empty:
+        return pd.DataFrame(columns=["cls", "updates", "alone", "alone_of", "whole"])
+    numbers = three_numbers(probes).dropna(subset=["predicted", "measured"])
+    rows = []
+    for code, name in enumerate(tax.CLASSES):
+        mine = numbers[(numbers["tokens_of"] == code) & (numbers["predicted"] != 0)]
+        alone = mine.dropna(subset=["counterfactual"])
+        rows.append(
+            {
+                "cls": name,
+                "updates": len(mine),
+                "alone": int((alone["predicted"] * alone["counterfactual"] > 0).sum()),
+                "alone_of": len(alone),
+                "whole": int((mine["predicted"] * mine["measured"] > 0).sum()),
+            }
+        )
+    return pd.DataFrame([row for row in rows if row["updates"]])

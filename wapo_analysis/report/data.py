@@ -21,7 +21,7 @@ import wapo_taxonomy as tax
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, Finding, diagnose
 from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.probes import three_numbers
+from wapo_analysis.probes import trust
 from wapo_analysis.schema import STEPS
 from wapo_analysis.settings import recorded_settings, shown_value
 
@@ -63,7 +63,7 @@ def run_data(run: Run, found: Diagnosis | None = None) -> Json:
         "bands": _bands(context),
         "steps": step_columns(run),
         "classes": class_columns(run),
-        "trust": trust(run),
+        "trust": trust(run.probes).to_dict("records"),
         "token_steps": run.token_steps(),
         "updates": _updates(run),
     }
@@ -211,36 +211,6 @@ def class_names(codes: pd.Series) -> pd.Series:
     if pd.api.types.is_numeric_dtype(codes):
         return codes.map(tax.CLASS_NAMES)
     return codes.astype(str)
-
-
-def trust(run: Run) -> list[Json]:
-    """How often the predicted dH of a class had the measured sign, over the probed updates.
-
-    Own class alone against its prediction: what shared parameters, momentum and the interaction of
-    classes do to the law of one softmax.
-    """
-    probes = run.probes
-    if probes.empty:
-        return []
-    numbers = three_numbers(probes)
-    rows = []
-    for code, name in enumerate(tax.CLASSES):
-        mine = numbers[(numbers["tokens_of"] == code) & (numbers["predicted"] != 0)]
-        mine = mine.dropna(subset=["predicted", "measured"])
-        if mine.empty:
-            continue
-        alone = mine.dropna(subset=["counterfactual"])
-        agreed = np.sign(alone["predicted"]) == np.sign(alone["counterfactual"])
-        rows.append(
-            {
-                "cls": name,
-                "updates": len(mine),
-                "alone": int(agreed.sum()),
-                "alone_of": len(alone),
-                "whole": int((np.sign(mine["predicted"]) == np.sign(mine["measured"])).sum()),
-            }
-        )
-    return rows
 
 
 def plain(value: Any) -> float | int | None:

@@ -10,8 +10,10 @@ import pytest
 
 from tests.support.builders import write_fake_run
 from wapo_analysis.attribute import what_if
+from wapo_analysis.attribute.whatif import MODEL_FACTOR
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
+from wapo_analysis.probes import agreement, three_numbers
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, PROBES, UPDATE
 from wapo_analysis.store import Run, RunWriter, open_run
 from wapo_analysis.table import Records
@@ -26,13 +28,14 @@ def recorded(
     path: Path,
     effects: tuple[float, ...] = EFFECTS,
     grams: np.ndarray | None = None,
-    entropy: float = 0.5,
+    entropy: float | np.ndarray = 0.5,
     **config: Any,
 ) -> Run:
-    """Run of constant entropy whose probes say the same at every fourth step."""
+    """Run whose probes say the same at every fourth step; entropy constant or step by step."""
     settings = {"optimizer": "sgd", "epochs": 1, "minibatches": UPDATES, "max_grad_norm": 0.0}
     manifest = {
         "name": path.name,
+        "source": "built-in",
         "objective": {"name": "grpo"},
         "temperature": 1.0,
         "vocabulary": 16,
@@ -40,10 +43,11 @@ def recorded(
     }
     gram = np.eye(4) if grams is None else grams
     writer = RunWriter(path, manifest)
+    values = np.broadcast_to(entropy, STEPS)
     for step in range(1, STEPS + 1):
         if step % 4 == 0:
             writer.write_part(_probe(step, effects, gram), step)
-        writer.append_step({"step": step, "entropy": entropy})
+        writer.append_step({"step": step, "entropy": float(values[step - 1])})
     writer.close("finished")
     return open_run(path)
 
@@ -86,7 +90,9 @@ def test_sgd_without_clipping_loses_the_excluded_effects(
     assert told.effect > 0
     assert told.is_clear
     assert told.path["estimated"].iloc[0] == 0.5, "the first batch comes before any update"
-    np.testing.assert_allclose(told.path["low"], told.path["high"])
+    shift = np.log(told.path["estimated"] / 0.5)
+    np.testing.assert_allclose(np.log(told.path["low"] / 0.5), shift / MODEL_FACTOR)
+    np.testing.assert_allclose(np.log(told.path["high"] / 0.5), shift * MODEL_FACTOR)
 
 
 def test_adamw_spends_a_gradient_over_ten_updates_and_rescales_the_rest(tmp_path: Path) -> None:
@@ -119,7 +125,53 @@ def test_a_class_without_gradient_changes_nothing(tmp_path: Path) -> None:
     told = what_if(recorded(tmp_path / "run", grams=gram), ["pos_valley"])
     np.testing.assert_array_equal(told.path["estimated"], told.path["recorded"])
     assert not told.is_clear
-    assert any("do not tell" in sentence for sentence in told.sentences())
+    assert told.silence == "the band of the probes holds zero"
+
+
+FALLING = np.linspace(0.5, 0.3, STEPS)
+
+
+def test_it_speaks_only_within_what_the_run_has_seen(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", entropy=FALLING)
+    told = what_if(run, ["pos_peak"])
+    assert told.inside
+    assert told.silence is None
+    assert told.low < told.estimated_change < told.high
+    assert told.low > told.recorded_change
+    run = recorded(tmp_path / "strong", tuple(4 * e for e in EFFECTS), entropy=FALLING)
+    outside = what_if(run, ["pos_peak", "neg_valley"])
+    assert outside.is_clear
+    assert outside.silence is not None
+    assert outside.silence.startswith("the estimate leaves the entropies this run has seen (0.300")
+    assert outside.to_dict()["says"] is None
+    assert outside.command == f"wapo fork {run.path} --at 0 --exclude-bins pos_peak,neg_valley"
+    assert outside.command in outside.to_text()
+
+
+def test_a_path_its_probes_do_not_explain_says_nothing(tmp_path: Path) -> None:
+    rising = recorded(tmp_path / "run", entropy=FALLING[::-1])
+    assert what_if(rising, ["pos_peak"]).silence == (
+        "the probed updates do not account for the recorded path"
+    )
+    slow = recorded(tmp_path / "slow", entropy=np.linspace(0.5, 0.45, STEPS))
+    told = what_if(slow, ["neg_peak"])
+    assert told.factor == pytest.approx(told.accounted)
+    assert told.factor > MODEL_FACTOR
+
+
+def test_trust_counts_the_predictions_that_had_the_right_sign(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "run", steps=24, probe_every=3))
+    told = what_if(run, ["neg"])
+    assert list(told.trust["cls"]) == ["pos_peak", "pos_valley", "neg_peak", "neg_valley"]
+    assert (told.trust["alone_of"] == 8).all()
+    numbers = three_numbers(run.probes)
+    for code, row in told.trust.iterrows():
+        own = numbers[numbers["tokens_of"] == code]
+        for column, measured in (("alone", "counterfactual"), ("whole", "measured")):
+            agreed = agreement(own["predicted"], own[measured])
+            assert row[column] == round(agreed["sign_agreement"] * agreed["pairs"])
+    assert "pos_valley       8 of 8        8 of 8" in told.to_text()
+    json.dumps(told.to_dict(), allow_nan=False)
 
 
 def test_estimates_stay_entropies(tmp_path: Path) -> None:
@@ -151,14 +203,22 @@ def test_bands_hold_the_estimate_and_repeat(tmp_path: Path) -> None:
 
 
 def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = str(recorded(tmp_path / "run").path)
-    assert wapo(["whatif", path, "--exclude-bins", "pos_peak, neg"]) == 0
+    path = str(recorded(tmp_path / "run", entropy=FALLING).path)
+    assert wapo(["whatif", path, "--exclude-bins", "pos_peak"]) == 0
     text = capfd.readouterr().out
-    assert "without pos_peak and neg_peak and neg_valley entropy would end" in text
+    assert "Without pos_peak entropy would have ended higher, by 0.0" in text
+    assert "Predictions of this run" not in text, "these probes hold no prediction"
+    assert wapo(["whatif", path, "--exclude-bins", "pos_valley, peak"]) == 0
+    text = capfd.readouterr().out
+    assert "Without pos_peak and pos_valley and neg_peak" in text
+    assert wapo(["whatif", path, "--exclude-bins", "pos_valley"]) == 0
+    text = capfd.readouterr().out
+    assert "Cannot say what leaving pos_valley out would do: the band of the probes holds" in text
+    assert f"    wapo fork {path} --at 0 --exclude-bins pos_valley" in text
     assert wapo(["whatif", path, "--exclude-bins", "pos_peak", "-f", "json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["excluded"] == ["pos_peak"]
-    assert told["clear"] is True
+    assert (told["clear"], told["says"], told["silence"]) == (True, "higher", None)
     assert len(told["path"]) == STEPS
     assert wapo(["whatif", path, "--exclude-bins", "pos_peak", "-f", "markdown"]) == 0
     assert "| step | recorded |" in capfd.readouterr().out
