@@ -144,24 +144,33 @@ def _write(
     try:
         _read(found, sink, report, chosen.run)
         sink.finish()
+        _check(report, sink)
+        report.events += [text for text in found.told if text not in report.events]
+        if found.left:
+            left = ", ".join(shown(file.name) for file in found.left[:4])
+            report.note(f"also there, not read: {left}; name one to read it instead")
+        report.cannot_feed = _cannot_feed(folder, found.format)
+        writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
     finally:
         writer.close("finished")
+    return report
+
+
+def _check(report: ImportReport, sink: Sink) -> None:
+    """Refuse an import that holds nothing; say first what its reader must know.
+
+    Raises
+    ------
+    UserError
+        If there is no row at all, or a name of the user's mapping does not occur.
+    """
     if not (report.steps or report.token_rows or report.rollouts):
         raise UserError(_nothing(report, sink))
-    lost = names.never_seen()
-    if lost:
+    if lost := sink.names.never_seen():
         raise UserError(
             f"--map {lost[0]}: no such name in {report.source}; names there: {_some(report)}"
         )
     _raise_alarms(report)
-    for text in found.told:
-        report.told(text)
-    if found.left:
-        left = ", ".join(shown(file.name) for file in found.left[:4])
-        report.note(f"also there, not read: {left}; name one to read it instead")
-    report.cannot_feed = _cannot_feed(folder, found.format)
-    writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
-    return report
 
 
 def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> None:
