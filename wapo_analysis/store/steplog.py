@@ -119,8 +119,19 @@ def step_lines(log: Path) -> Iterator[dict[str, Any]]:
 
 
 def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Step rows in the order they were written as a step table; see :attr:`Run.steps`."""
+    """Step rows in the order they were written as a step table; see :attr:`Run.steps`.
+
+    ``attrs["null"]`` maps a column to the steps whose record holds it without a finite number:
+    there something went wrong, where a record without the name just did not log it.
+    """
     extra = {key for row in rows for key in row} - set(STEPS.names)
     frame = pd.DataFrame(rows, columns=[*STEPS.names, *sorted(extra)])
     frame = frame.drop_duplicates("step", keep="last").sort_values("step")
-    return frame.reset_index(drop=True).astype({"step": "int64"})
+    frame = frame.reset_index(drop=True).astype({"step": "int64"})
+    nulls: dict[str, set[int]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if not isinstance(value, int) and not (isinstance(value, float) and isfinite(value)):
+                nulls.setdefault(name, set()).add(row["step"])
+    frame.attrs["null"] = nulls
+    return frame
