@@ -140,9 +140,15 @@ def _spread(values: Array, lag: int) -> float:
 
 
 def _slow_variance(values: Array, window: int) -> float:
-    """Variance of values two windows apart that neighbours do not show."""
+    """Variance of values two windows apart that neighbours do not show.
+
+    From second differences, so that a straight course, up or down, adds none.
+    """
     lag = min(2 * window + 1, len(values) // 6)
-    return max(_spread(values, lag) ** 2 - _spread(values, 1) ** 2, 0.0)
+    if lag < 1:
+        return 0.0
+    bends = values[2 * lag :] - 2 * values[lag:-lag] + values[: -2 * lag]
+    return max(robust_sigma(bends) ** 2 / 6 - _spread(values, 1) ** 2, 0.0)
 
 
 def robust_sigma(values: Array) -> float:

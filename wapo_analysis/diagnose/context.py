@@ -8,7 +8,7 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.advice import Advice, Situation, trained_classes
-from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, fall_after_climb, reward_state
+from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, block_fall, reward_state
 from wapo_analysis.diagnose.samples import (
     completion_rows,
     first_pass_gap,
@@ -110,9 +110,9 @@ class Context:
 
     @cached_property
     def fall(self) -> Fall | None:
-        """A fall of the reward after a climb, None without one."""
+        """A fall of the reward in means of blocks, None without one."""
         series = self.series("reward")
-        return fall_after_climb(series) if len(series) else None
+        return block_fall(series) if len(series) else None
 
     @cached_property
     def flat_groups(self) -> Series:

@@ -20,8 +20,13 @@ ENOUGH = 1 / 3
 """Way from the beginning to certain success that is much gained."""
 FALLEN = 4.0
 """Standard deviations of the difference of two block means that make a fall after a climb."""
-FALLEN_SHARE = 0.25
-"""Share of the climb that a fall must undo."""
+LOST = 0.5
+"""Share of the gain, or of the beginning, whose loss is a collapse."""
+LEAST_LOSS = 0.2
+"""Share of the peak that such a loss must be, at least."""
+FEW = 2
+"""Records that show a fast loss."""
+SIGMAS = 6.0
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,15 @@ class RewardState:
         s = self.series
         near = max(3 * s.smooth_noise, LEAST_GAIN * (self.peak - s.level))
         away = np.flatnonzero(np.abs(s.smooth - s.end) > near)
-        return int(away[-1]) + 1 if len(away) else 0
+        return min(int(away[-1]) + 1, len(s) - 1) if len(away) else 0
 
     @cached_property
     def best_step(self) -> int:
-        """Step of the highest smoothed reward."""
-        return self.series.step(int(np.argmax(self.series.smooth)))
+        """Last step before the loss at which the smoothed reward was at its best, but for noise."""
+        until = len(self.series) if self.loss is None else max(self.loss.onset, 1)
+        smooth = self.series.smooth[:until]
+        near = smooth.max() - min(self.series.smooth_noise, self.margin / 4)
+        return self.series.step(int(np.flatnonzero(smooth >= near)[-1]))
 
     def gain_since(self, step: int) -> float:
         """Smoothed reward at the end minus the one at a step."""
@@ -115,28 +123,44 @@ class RewardState:
         s = self.series
         if self.lost:
             return f"reward fell from {self.peak:.2f} to {s.end:.2f}"
-        if abs(s.end - s.level) <= self.margin:
+        if abs(s.end - s.level) <= self.margin and not _differ(s):
             return f"reward did not clearly change ({s.level:.2f} to {s.end:.2f})"
         return f"reward {'rose' if s.end > s.level else 'fell'} from {s.level:.2f} to {s.end:.2f}"
 
 
 @dataclass(frozen=True, slots=True)
 class Fall:
-    """A fall after a climb, in means of blocks of records.
+    """A fall in means of blocks of records; indices into the series.
 
     Attributes
     ----------
     start, best, end : float
         Means of the first, the best and the last block.
-    best_step, onset : int
-        Step in the middle of the best block, and the one that follows the block.
+    noise : float
+        Difference of two blocks that may be noise.
+    middle, onset, half : int
+        Middle of the best block, the record after it, and the last record of the first block that
+        is halfway down.
     """
 
     start: float
     best: float
     end: float
-    best_step: int
+    noise: float
+    middle: int
     onset: int
+    half: int
+
+    @property
+    def climbed(self) -> bool:
+        """Whether it had climbed before by more than noise."""
+        return self.best - self.start >= self.noise
+
+    @property
+    def lost(self) -> bool:
+        """Half of the climb, or of the beginning without one, is gone."""
+        stake = self.best - self.start if self.climbed else abs(self.start)
+        return self.best - self.end >= max(LOST * stake, LEAST_LOSS * abs(self.best))
 
 
 def reward_state(series: Series, solved: bool) -> RewardState:
@@ -145,17 +169,22 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     With a gain beyond noise, losing half of it is a loss; without one, losing half of the beginning
     is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
     smoothed value, so that the best of many noisy steps does not make a loss. A reward that was
-    there and then shows nothing but its lowest value is lost from that record on.
+    there and then shows nothing but its lowest value is lost from that record on. A slow loss may
+    show in means of blocks alone, and a deep one in its first two records.
     """
     level, smooth, noise = series.level, series.smooth, _calm_noise(series)
     peak = np.maximum(np.maximum.accumulate(smooth), level)
     gain, drop = peak - level, peak - smooth
     margin = max(4 * noise, 0.02 * abs(level))
     stake = np.where(gain > margin, gain, abs(level))
-    strict = (drop >= 0.5 * stake) & (drop >= np.maximum(6 * noise, 0.2 * abs(peak)))
-    loose = strict | ((drop >= 0.25 * stake) & (drop >= np.maximum(6 * noise, 0.1 * abs(peak))))
+    strict = (drop >= LOST * stake) & (drop >= np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak)))
+    loose = strict | (
+        (drop >= 0.25 * stake) & (drop >= np.maximum(SIGMAS * noise, 0.1 * abs(peak)))
+    )
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
     loss = _death(series) or departure(loose, strict, home, series.persist)
+    if loss is None or not loss.ongoing or loss.crossed is None:
+        loss = _slow_loss(series) or _fast_loss(series, peak, stake) or loss
     return RewardState(series, float(peak.max()), margin, loss, solved)
 
 
@@ -168,11 +197,30 @@ def _death(series: Series) -> Departure | None:
     return Departure(dead, dead, dead, ongoing=True)
 
 
-def fall_after_climb(series: Series) -> Fall | None:
-    """A climb of which a quarter or more was lost by the end, in means of an eighth of the run.
+def _slow_loss(series: Series) -> Departure | None:
+    """A loss that only the means of blocks tell from noise."""
+    fall = block_fall(series)
+    if fall is None or not fall.lost:
+        return None
+    return Departure(fall.onset, fall.half, fall.half, ongoing=True)
 
-    Means of blocks see what a median of a few steps cannot tell from noise. None without a climb,
-    or where the fall may be noise.
+
+def _fast_loss(series: Series, peak: np.ndarray, stake: np.ndarray) -> Departure | None:
+    """A loss so deep that its first two records leave no doubt; short runs only."""
+    begin = len(series) - FEW
+    if series.window > 3 or begin < CALM_STEPS // 2:
+        return None
+    drop = peak[begin - 1] - float(series.values[begin:].max())
+    least = max(LOST * stake[begin - 1], LEAST_LOSS * abs(peak[begin - 1]))
+    if drop < max(least, SIGMAS * series.noise / np.sqrt(FEW)):
+        return None
+    return Departure(begin, begin, begin, ongoing=True)
+
+
+def block_fall(series: Series) -> Fall | None:
+    """Where the reward ends below its best, in means of an eighth of the run; None within noise.
+
+    Means of blocks see what a median of a few records cannot tell from noise.
     """
     size = max(CALM_STEPS // 2, len(series) // 8)
     if len(series) < 3 * size:
@@ -180,16 +228,32 @@ def fall_after_climb(series: Series) -> Fall | None:
     means = np.convolve(series.values, np.full(size, 1 / size), "valid")
     best = int(np.argmax(means))
     noise = FALLEN * max(_block_noise(series, size), 1e-12)
-    start, top, end = float(means[0]), float(means[best]), float(means[-1])
-    climb, drop = top - start, top - end
-    if climb < noise or drop < max(noise, FALLEN_SHARE * climb) or best + size >= len(series):
+    top, end = float(means[best]), float(means[-1])
+    if top - end < noise or best + size >= len(series):
         return None
-    return Fall(start, top, end, series.step(best + size // 2), series.step(best + size))
+    half = best + int(np.argmax(means[best:] <= (top + end) / 2))
+    return Fall(
+        start=float(means[0]),
+        best=top,
+        end=end,
+        noise=noise,
+        middle=best + size // 2,
+        onset=best + size,
+        half=min(half + size - 1, len(series) - 1),
+    )
 
 
 def _block_noise(series: Series, size: int) -> float:
     """Standard deviation of the difference of the means of two blocks."""
     return float(np.sqrt(2 * (series.noise**2 / size + series.wander)))
+
+
+def _differ(series: Series) -> bool:
+    """Whether the first and the last eighth differ by more than they spread."""
+    size = max(CALM_STEPS // 2, len(series) // 8)
+    first, last = series.values[:size], series.values[-size:]
+    noise = float(np.sqrt((first.var() + last.var()) / size))
+    return bool(abs(last.mean() - first.mean()) > max(FALLEN * noise, 0.02 * abs(series.level)))
 
 
 def _straight_rise(values: np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,8 @@ from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.store import Need
 
+FALLEN_SHARE = 0.25
+"""Share of a climb that a fall must undo to be worth a word."""
 PLATEAU_RECORDS = 40
 """Records of reward below which standing still says nothing."""
 PLATEAU_SHARE = 0.5
@@ -20,7 +22,7 @@ def find_reward_loss(context: Context) -> list[Finding]:
     if reward is None or reward.loss is None:
         return []
     series, loss, severe = reward.series, reward.loss, reward.lost
-    if not severe and loss.ongoing and context.fall is not None:
+    if not severe and loss.ongoing and context.fall is not None and context.fall.climbed:
         return []
     entropy = context.series("entropy")
     onset = series.step(loss.onset)
@@ -56,26 +58,29 @@ def find_reward_loss(context: Context) -> list[Finding]:
 def find_fall_after_climb(context: Context) -> list[Finding]:
     """The reward climbed, then lost a quarter of the climb or more; half of it is a collapse."""
     reward, fall = context.reward, context.fall
-    if reward is None or fall is None or reward.lost:
+    if reward is None or fall is None or reward.lost or not fall.climbed:
         return []
     share = (fall.best - fall.end) / (fall.best - fall.start)
+    if share < FALLEN_SHARE:
+        return []
+    best, onset = reward.series.step(fall.middle), reward.series.step(fall.onset)
     return [
         Finding(
             name="fall_after_climb",
             severity="warning",
-            step=fall.onset,
+            step=onset,
             message=f"Reward climbed from {fall.start:.2f} to {fall.best:.2f} around step "
-            f"{fall.best_step} and has fallen to {fall.end:.2f} since: {share:.0%} of the climb "
+            f"{best} and has fallen to {fall.end:.2f} since: {share:.0%} of the climb "
             "is lost.",
             evidence={
                 "reward_start": fall.start,
                 "reward_peak": fall.best,
                 "reward_end": fall.end,
-                "best_step": fall.best_step,
+                "best_step": best,
                 "lost_share": share,
             },
             advice=Advice(
-                f"The reward was best around step {fall.best_step}.",
+                f"The reward was best around step {best}.",
                 steps=(context.go_back(fall.onset), LOWER_LR),
             ),
             reference=REWARD_REFERENCE,
