@@ -238,7 +238,8 @@ def _shuffled(found: list[Mutant], draw: random.Random, most: int = 12) -> list[
 
 
 def _killed_in(copy: Path, room: str, mutant: Mutant, limit: float) -> bool:
-    file, source = copy / mutant.file, (ROOT / mutant.file).read_bytes()
+    file = copy / mutant.file
+    source = file.read_bytes()
     file.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
     try:
         return killed(copy, nearest(room, mutant.file), limit)
