@@ -339,6 +339,7 @@ def differences(folder: Path) -> tuple[dict[str, str | None], dict[str, float]]:
     return quirks, gaps
 
 
+@pytest.mark.skipif(gold_folder() == SMALL, reason="half of the small set has a quirk")
 def test_safe_defaults_equal_parity_where_there_is_no_quirk() -> None:
     quirks, gaps = differences(gold_folder())
     plain = {name: gap for name, gap in gaps.items() if quirks[name] is None}
