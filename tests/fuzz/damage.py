@@ -180,7 +180,9 @@ def lines_mixed(file: Path, draws: Draws) -> None:
     elif act == 1:
         lines.insert(first, lines[second])
     elif act == 2:
-        lines.insert(first, draws.pick((b"\n", b"nonsense\n", b"{}\n", b"[]\n", b"null\n", b"\xff\xfe\n")))
+        lines.insert(
+            first, draws.pick((b"\n", b"nonsense\n", b"{}\n", b"[]\n", b"null\n", b"\xff\xfe\n"))
+        )
     else:
         lines[first] = lines[first].strip() + lines[second]
     file.write_bytes(b"".join(lines))

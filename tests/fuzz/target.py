@@ -243,7 +243,11 @@ def settings(place: Path, fuzz: Fuzz) -> None:
 
 
 def tasks(place: Path, fuzz: Fuzz) -> None:
-    for task, name in (("gsm8k", "gsm8k.jsonl"), ("math", "math.jsonl"), ("hotpotqa", "hotpotqa.json")):
+    for task, name in (
+        ("gsm8k", "gsm8k.jsonl"),
+        ("math", "math.jsonl"),
+        ("hotpotqa", "hotpotqa.json"),
+    ):
         _wapo("tasks", task, "--data", place / name, "--show", "1")
 
 
@@ -258,4 +262,10 @@ _RUN: tuple[Call, ...] = (
 CALLS: dict[str, tuple[Call, ...]] = {
     "run": _RUN, "merged run": _RUN, "settings": (settings,), "tasks": (tasks,),
 }  # fmt: skip
-_KINDS = (*SOURCES, *(kind for kind in OTHERS if kind.endswith("run")) , "run", "merged run", *OTHERS)
+_KINDS = (
+    *SOURCES,
+    *(kind for kind in OTHERS if kind.endswith("run")),
+    "run",
+    "merged run",
+    *OTHERS,
+)

@@ -31,16 +31,17 @@ def weights(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in policy.module.state_dict().items()}
 
 
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["passive", "replace"])
-def test_twenty_steps_are_bitwise_the_same_recorded_or_not(
-    name: str, tiny_config: TrainConfig, tmp_path: Path
+def test_many_steps_are_bitwise_the_same_recorded_or_not(
+    name: str, steps: int, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
-    config = replace(tiny_config, steps=20, capture_mode=name, temperature=0.9)
+    config = replace(tiny_config, steps=steps, capture_mode=name, temperature=0.9)
     plain, watched = weights(train(config)), weights(train(config, tmp_path / "run"))
     assert all(torch.equal(value, watched[key]) for key, value in plain.items())
     start = weights(load_policy("base", CPU))
     assert not all(torch.equal(value, start[key]) for key, value in plain.items())
-    assert len(open_run(tmp_path / "run").steps) == 20
+    assert len(open_run(tmp_path / "run").steps) == steps
 
 
 def test_both_modes_make_the_same_step_and_the_same_rows(

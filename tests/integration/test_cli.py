@@ -257,6 +257,7 @@ def test_a_reader_that_stops_early_is_no_error(tmp_path: Path) -> None:
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_smoke_writes_everything(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     assert run(["demo", "--smoke", "--out", str(out)]) == 0

@@ -6,7 +6,7 @@ The two-process runs of the fast tests are made by one pair of processes.
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,13 @@ CASES: dict[str, dict[str, Any]] = {
         "seed": 2,
     },
 }
+FAST = ("grpo", "wapo", "few")
 # Every test of the pair's runs reads what this script leaves behind.
 PAIR = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
+import transformers.models.llama.modeling_llama
 from safetensors.torch import save_file
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import RunWriter
@@ -69,6 +71,8 @@ from wapo_analysis.train.rollout import NonFiniteLogits
 torch.set_num_threads(1)
 out, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
 said = {}
+second = os.fork()  # all that is imported by now is imported once
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(int(second == 0))
 
 
 def told(name, do):
@@ -136,6 +140,8 @@ with joined_processes("cpu") as world:
     told("old folder", lambda: loop.train(config, out / "grpo", world=world))
 said["threads"] = [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
 (out / f"said-{world.rank}.json").write_text(json.dumps(said))
+if second:
+    sys.exit(os.waitpid(second, 0)[1] != 0)
 """
 
 
@@ -145,17 +151,38 @@ def settings_of(name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what two processes made of every case."""
-    out = tmp_path_factory.mktemp("pair")
+    """Folder with what two processes made of the fast cases, and of everything that goes wrong."""
+    return two_processes(tmp_path_factory.mktemp("pair"), FAST)
+
+
+@pytest.fixture(scope="module")
+def all_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with every case."""
+    return two_processes(tmp_path_factory.mktemp("all"), CASES)
+
+
+@pytest.fixture
+def of_pair(name: str, request: pytest.FixtureRequest) -> Path:
+    """The folder that holds the case ``name``."""
+    folder: Path = request.getfixturevalue("all_cases" if name in SLOW else "pair")
+    return folder
+
+
+SLOW = set(CASES) - set(FAST)
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+
+
+def two_processes(out: Path, names: Iterable[str]) -> Path:
+    """Train the cases in two processes, which also do all that the script says."""
     jobs = {
-        name: {"settings": settings_of(name), "watched": True, "resume": False} for name in CASES
+        name: {"settings": settings_of(name), "watched": True, "resume": False} for name in names
     }
     jobs["plain"] = {**jobs["grpo"], "watched": False}
     train(TrainConfig.from_dict({**settings_of("grpo"), "steps": 2}), out / "continued")
     jobs["continued"] = {**jobs["grpo"], "resume": True}
     script = [sys.executable, "-W", "ignore", "-c", PAIR, str(out), json.dumps(jobs)]
-    for code, _, errors in ended(started(script)):
-        assert code == 0, errors[-3000:]
+    ((code, _, errors),) = ended(started(script, processes=1))
+    assert code == 0, errors[-3000:]
     return out
 
 
@@ -182,8 +209,9 @@ def in_order(frame: pd.DataFrame, *keys: str) -> pd.DataFrame:
     return frame.sort_values([*keys]).reset_index(drop=True).drop(columns="rank", errors="ignore")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one(name: str, pair: Path, alone: Callable) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_train_as_one(name: str, of_pair: Path, alone: Callable) -> None:
+    pair = of_pair
     one, expected = alone(name)
     two = open_run(pair / name)
     taken = [c for c in one.steps if not c.startswith("seconds") and c != "eval/seconds"]
@@ -200,9 +228,9 @@ def test_two_processes_train_as_one(name: str, pair: Path, alone: Callable) -> N
     assert max((start[key] - ours[key]).abs().max() for key in start) > 1e-4
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_folder_reads_as_one_run(name: str, pair: Path, alone: Callable) -> None:
-    one, two = alone(name)[0], open_run(pair / name)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder_reads_as_one_run(name: str, of_pair: Path, alone: Callable) -> None:
+    one, two = alone(name)[0], open_run(of_pair / name)
     assert (two.manifest["status"], two.manifest["processes"]) == ("finished", 2)
     rollouts = [in_order(run.rollouts, "step", "rollout") for run in (one, two)]
     pd.testing.assert_frame_equal(*rollouts)
@@ -225,9 +253,9 @@ def test_the_folder_reads_as_one_run(name: str, pair: Path, alone: Callable) -> 
     assert set(found["token_id"]) <= set(two.vocab)
 
 
-@pytest.mark.parametrize("name", [*CASES, "plain", "continued"])
-def test_processes_end_with_the_same_weights_bit_by_bit(name: str, pair: Path) -> None:
-    first, second = weights(pair, name, 0), weights(pair, name, 1)
+@pytest.mark.parametrize("name", [*NAMES, "plain", "continued"])
+def test_processes_end_with_the_same_weights_bit_by_bit(name: str, of_pair: Path) -> None:
+    first, second = weights(of_pair, name, 0), weights(of_pair, name, 1)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

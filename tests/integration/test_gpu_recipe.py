@@ -52,6 +52,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_both_objectives_start_alike_and_see_the_same_prompts(done: Path) -> None:
     grpo, wapo = (open_run(done / "stress" / f"{name}-0") for name in recipe.OBJECTIVES)
     assert [run.manifest["status"] for run in (grpo, wapo)] == ["finished"] * 2
@@ -63,6 +64,7 @@ def test_both_objectives_start_alike_and_see_the_same_prompts(done: Path) -> Non
     assert grpo.steps.grad_norm.tolist() != wapo.steps.grad_norm.tolist()
 
 
+@pytest.mark.slow
 def test_what_is_shipped_is_small_and_agrees_with_the_runs(done: Path) -> None:
     files = sorted((done / "ship").iterdir())
     assert [file.name for file in files] == ["results.json", "stress.csv", "stress.html"]
@@ -81,6 +83,7 @@ def test_what_is_shipped_is_small_and_agrees_with_the_runs(done: Path) -> None:
     assert len(list((done / "stress" / "figures").glob("*.png"))) > 5
 
 
+@pytest.mark.slow
 def test_the_table_has_a_line_per_run(done: Path) -> None:
     rows = json.loads((done / "ship" / "results.json").read_text())["runs"]
     rows[0]["pass@1"] = None
@@ -92,6 +95,7 @@ def test_the_table_has_a_line_per_run(done: Path) -> None:
     assert {line.count(" | ") for line in (header, first, second)} == {8}
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(done: Path) -> None:
     found = jobs(done)
     before = [(job.out / "steps.jsonl").stat().st_mtime_ns for job in found]
@@ -107,6 +111,7 @@ def background() -> Iterator[None]:
     signal.signal(signal.SIGINT, held)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("background")
 def test_a_run_out_of_time_goes_on_as_if_it_had_not_stopped(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,6 +133,7 @@ def test_a_run_out_of_time_goes_on_as_if_it_had_not_stopped(
     assert all(torch.equal(weight, parted[name]) for name, weight in whole.items())
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
     job = jobs(tmp_path, "--steps", "1")[0]
     assert recipe.train_until(job, FOREVER, threads=1) == "finished"
@@ -153,6 +159,7 @@ def test_one_run_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert (first, second) == ("failed", "finished")
 
 
+@pytest.mark.slow
 def test_the_policy_pretrained_on_the_spot_trains_on_word_problems(tmp_path: Path) -> None:
     job = jobs(tmp_path, "--pretrain", "--steps", "1")[0]
     policy = load_policy(str(tmp_path / "pretrained"), torch.device("cpu"))

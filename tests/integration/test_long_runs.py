@@ -54,7 +54,13 @@ def interrupted_at(stop: int, config: TrainConfig, out: Path, number: int = sign
             train(config, out)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+SLOW = {"sgd, linear", "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(s, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, s in SETTINGS.items()],
+)
 def test_an_interrupted_run_goes_on_bitwise(
     settings: dict[str, Any], tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -172,7 +178,7 @@ def test_folders_of_other_names_are_no_checkpoints(
     assert last_checkpoint(tmp_path / "run")[1] == 1
 
 
-@pytest.mark.parametrize("mode", ["passive", "replace"])
+@pytest.mark.parametrize("mode", [pytest.param("passive", marks=pytest.mark.slow), "replace"])
 def test_adapters_are_watched_and_probed_like_weights(
     mode: str, tiny_config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -28,6 +28,7 @@ def test_jobs_run_apart_and_one_failure_stops_no_other(
     assert seen[-1] == [0, 3]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_and_not_raised(tiny_config: TrainConfig, tmp_path: Path) -> None:
     import multiprocessing
 

@@ -41,8 +41,18 @@ SMALL_STEP = TrainConfig(
 )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("options", [{}, {"microbatch_size": 3, "weight_decay": 0.1, "epochs": 2}])
+MORE = {"microbatch_size": 3, "weight_decay": 0.1, "epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adamw", MORE),
+        ("sgd", {}),
+        pytest.param("adamw", {}, marks=pytest.mark.slow),
+        pytest.param("sgd", MORE, marks=pytest.mark.slow),
+    ],
+)
 def test_probed_and_unprobed_runs_end_bitwise_equal(
     optimizer: str, options: dict[str, float], tiny_config: TrainConfig, tmp_path: Path
 ) -> None:
@@ -59,7 +69,9 @@ def test_probed_and_unprobed_runs_end_bitwise_equal(
     assert (a.steps["seconds_probe"] == 0).all()
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 5))]
+)
 def test_small_sgd_step_adds_up_and_moves_every_class_as_the_taxonomy_says(
     seed: int, tmp_path: Path
 ) -> None:
@@ -137,13 +149,15 @@ def test_an_update_without_gradient_is_not_probed(tiny_config: TrainConfig, tmp_
     assert run.probes["counterfactual_dentropy"].notna().all()
 
 
-def test_resume_keeps_the_probes_before_the_cut(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    for optimizer in ("adamw", "sgd"):
-        config = replace(tiny_config, optimizer=optimizer, probe_every=1, steps=2)
-        train(config, tmp_path / optimizer)
-        continued = train(replace(config, steps=3), tmp_path / optimizer, resume=True)
-        assert_same_weights(train(replace(config, steps=3)), continued)
-        assert open_run(tmp_path / optimizer).probes["step"].unique().tolist() == [1, 2, 3]
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
+def test_resume_keeps_the_probes_before_the_cut(
+    optimizer: str, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny_config, optimizer=optimizer, probe_every=1, steps=2)
+    train(config, tmp_path / optimizer)
+    continued = train(replace(config, steps=3), tmp_path / optimizer, resume=True)
+    assert_same_weights(train(replace(config, steps=3)), continued)
+    assert open_run(tmp_path / optimizer).probes["step"].unique().tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])

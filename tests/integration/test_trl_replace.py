@@ -163,7 +163,9 @@ def test_the_reference_policy_keeps_trls_head(
     np.testing.assert_allclose(recorded(steps, "coef"), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(False, id="full", marks=pytest.mark.slow), pytest.param(True, id="lora")]
+)
 def test_weights_do_not_depend_on_whether_anything_is_recorded(tmp_path: Path, lora: bool) -> None:
     """Twenty steps: recording, and with a recorder that has failed before the first."""
     weights = []
@@ -183,6 +185,7 @@ def test_weights_do_not_depend_on_whether_anything_is_recorded(tmp_path: Path, l
     assert open_run(tmp_path / "recording").steps["step"].tolist() == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_twenty_steps_stay_near_the_plain_run(tmp_path: Path) -> None:
     plain = moved(run(toy_trainer(tmp_path / "plain", max_steps=20, learning_rate=1e-4)))
     ours = moved(replaced(tmp_path, max_steps=20, learning_rate=1e-4)[2])

@@ -9,13 +9,18 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def started(command: list[str], places: int | None = 2, **options: Any) -> list[subprocess.Popen]:
-    """Start a command in two processes that find each other, or once (a launcher)."""
+def started(
+    command: list[str], places: int | None = 2, processes: int | None = None, **options: Any
+) -> list[subprocess.Popen]:
+    """Start a command in two processes that find each other, or once (a launcher).
+
+    ``processes``: start only so many of the places; a command that forks makes the others.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     workers = []
-    for rank in range(places or 1):
+    for rank in range(processes or places or 1):
         env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'taxonomy'}", "OMP_NUM_THREADS": "1"}
         env |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
         if places:

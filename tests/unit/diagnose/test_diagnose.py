@@ -343,6 +343,7 @@ def test_unknown_severity_is_a_user_error(tmp_path: Path) -> None:
         d.reaches("fatal")
 
 
+@pytest.mark.slow
 def test_cost_is_linear_in_the_steps(tmp_path: Path) -> None:
     steps = 100_000
     columns = {

@@ -124,6 +124,7 @@ def test_every_detector_says_what_it_needs_and_none_is_listed_twice(tmp_path: Pa
     assert {detector.name for detector in DETECTORS} <= set(listed)
 
 
+@pytest.mark.slow
 def test_cost_stays_linear_with_every_column(tmp_path: Path) -> None:
     import json
     import time

@@ -71,6 +71,7 @@ def test_peak_memory_counts_what_is_freed_again(told: Callable[[], bool]) -> Non
         map_memory()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told_with_its_last_line() -> None:
     with pytest.raises(RuntimeError, match=r"bench\.memory no-such .*failed: .*Error"):
         in_fresh_process("experiments.bench.memory", ["no-such", "ours", "2", "4"])

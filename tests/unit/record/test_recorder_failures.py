@@ -140,11 +140,10 @@ if mode == "kill":
         time.sleep(0.03 * random.random())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-elif mode == "forget":
-    recorder = Recorder(out / "r", {"name": "r"})
-    record(recorder, range(1, 30), passes=1)
 else:
-    recorder = Recorder(out / "r", {"name": "r"})
+    recorder = Recorder(out / "forgotten", {"name": "r"})
+    record(recorder, range(1, 30), passes=1)
+    recorder = Recorder(out / "forked", {"name": "r"})
     record(recorder, range(1, 4), passes=1)
     child = os.fork()
     if child == 0:
@@ -194,16 +193,22 @@ def test_a_killed_run_opens_and_is_resumed(tmp_path: Path) -> None:
     assert merged > 0, "some were killed after a merge"
 
 
-def test_a_process_that_forgets_to_close_has_written_every_finished_step(tmp_path: Path) -> None:
-    in_a_process(tmp_path, "forget")
-    run = open_run(tmp_path / "r")
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process left: a run it never closed, and one it forked in the middle of."""
+    out = tmp_path_factory.mktemp("ended")
+    in_a_process(out, "forget, fork")
+    return out
+
+
+def test_a_process_that_forgets_to_close_has_written_every_finished_step(ended: Path) -> None:
+    run = open_run(ended / "forgotten")
     assert run.steps.step.tolist() == list(range(1, 30))
     assert len(run.tokens()) == 29 * ROWS
     assert run.manifest["status"] == "running"
 
 
-def test_a_forked_child_writes_nothing_and_does_not_hang(tmp_path: Path) -> None:
-    in_a_process(tmp_path, "fork")
-    run = open_run(tmp_path / "r")
+def test_a_forked_child_writes_nothing_and_does_not_hang(ended: Path) -> None:
+    run = open_run(ended / "forked")
     assert run.steps.step.tolist() == [1, 2, 3, 4, 5]
     assert run.manifest["status"] == "finished"

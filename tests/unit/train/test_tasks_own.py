@@ -1,7 +1,6 @@
 """A reward of the user's own: what it is given, and every way in which it can be wrong."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wapo_analysis.cli import run
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
@@ -227,18 +227,23 @@ def test_a_run_on_own_data_records_them_and_goes_on_with_them_alone(
         train(replace(sums, steps=4), here / "run", resume=True)
 
 
-def wapo(*arguments: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "wapo_analysis", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_command_says_once_what_was_skipped(
+    here: Path,
+    sums: TrainConfig,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def wapo(*arguments: Any) -> tuple[int, str]:
+        return run([str(argument) for argument in arguments]), capfd.readouterr().err
 
-
-def test_the_command_says_once_what_was_skipped(here: Path, sums: TrainConfig) -> None:
     small = ("--steps", 1, "--prompts", 2, "--rollouts", 2, "--minibatches", 1, "--threads", 1)
     own = ("--task", "mine.py:last_field", "--data", "sums.jsonl", "--max-new-tokens", 20)
-    done = wapo("train", *own, *small, "--out", "run")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1 of 41 rows of sums.jsonl skipped: line 41: broken JSON") == 1
-    wrong = wapo("train", "--task", "mine.py:nan", "--data", "sums.jsonl", *small, "--out", "x")
-    assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1].startswith("wapo: reward mine.py:nan, line 1: must return")
+    code, told = wapo("train", *own, *small, "--out", "run")
+    assert code == 0, told
+    said = f"{told}{caplog.text}"
+    assert said.count("1 of 41 rows of sums.jsonl skipped: line 41: broken JSON") == 1
+    wrong = ("--task", "mine.py:nan", "--data", "sums.jsonl", *small, "--out", "x")
+    code, told = wapo("train", *wrong)
+    assert code == 2
+    assert told.splitlines()[-1].startswith("wapo: reward mine.py:nan, line 1: must return")
     assert not (here / "x").exists()
