@@ -253,19 +253,14 @@ def tasks(place: Path, fuzz: Fuzz) -> None:
 
 Call = Callable[[Path, Fuzz], None]
 IMPORTS: tuple[Call, ...] = (
-    import_, import_, import_, import_and_read, import_and_diagnose, import_as_table, diagnose_source,
+    import_, import_, import_, import_and_read, import_and_diagnose, import_as_table,
+    diagnose_source,
 )  # fmt: skip
 _RUN: tuple[Call, ...] = (
-    *(_read,) * 12, *(read_more,) * 10, watch, watch, diagnose, diagnose, diagnose_step, whatif, compact,
-    compact, check, check, compare, figure, report, eval_,
+    *(_read,) * 12, *(read_more,) * 10, watch, watch, diagnose, diagnose, diagnose_step, whatif,
+    compact, compact, check, check, compare, figure, report, eval_,
 )  # fmt: skip
 CALLS: dict[str, tuple[Call, ...]] = {
     "run": _RUN, "merged run": _RUN, "settings": (settings,), "tasks": (tasks,),
 }  # fmt: skip
-_KINDS = (
-    *SOURCES,
-    *(kind for kind in OTHERS if kind.endswith("run")),
-    "run",
-    "merged run",
-    *OTHERS,
-)
+_KINDS = (*SOURCES, "run", "run", "merged run", "merged run", *OTHERS)
