@@ -54,7 +54,7 @@ def reopened(path: Path) -> RunWriter:
 
 
 def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
-    """Add class totals: (sign, regime) to the predicted entropy flow of each step."""
+    """Add class totals: (sign, regime) to the predicted dH of each step."""
     cells = [(s, k, v) for k, values in flows.items() for s, v in enumerate(values, start=1)]
     records = Records.build(
         CLASSES,

@@ -55,7 +55,7 @@ class Parting:
     Attributes
     ----------
     quantity : str
-        ``reward``, ``entropy`` or ``flow_<class>``.
+        ``reward``, ``entropy`` or ``flow_<class>`` (share of the predicted dH).
     step : int or None
         Last step of the first window that is significant; None if none is.
     first, second : float
@@ -98,9 +98,9 @@ class Divergence:
     paired_by : str
         ``prompt``, ``seed`` (same seed, other prompts) or ``order``.
     partings : tuple of Parting
-        Reward, entropy, then the flow of every class that is known.
+        Reward, entropy, then the predicted dH of every class that is known.
     behind : tuple of (str, float)
-        Classes whose share of the entropy flow differs in the direction of the entropy difference
+        Classes whose share of the predicted dH differs in the direction of the entropy difference
         up to its parting, with that difference of shares; largest first.
     """
 
@@ -129,7 +129,7 @@ class Divergence:
             classes = ", ".join(f"{name} {gap * 100:+.0f} pp" for name, gap in self.behind)
             entropy = self.parting("entropy")
             until = f" up to step {entropy.step}" if entropy is not None and entropy.step else ""
-            lines.append(f"Classes behind it, by share of the entropy flow{until}: {classes}.")
+            lines.append(f"Classes behind it, by share of the predicted dH{until}: {classes}.")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -279,17 +279,17 @@ def _by_step(steps: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _flow_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:
-    """Signed share of a class in the predicted entropy flow of each step, pair by pair."""
+    """Signed share of a class in the predicted dH of each step, pair by pair."""
     return _pool([_series_gap(*(flow_shares(run)[name] for run in pair)) for pair in pairs])
 
 
 def flow_shares(run: Run) -> pd.DataFrame:
-    """Signed predicted entropy flow of each class over the sum of the sizes of all, per step.
+    """Signed predicted dH of each class over the sum of the sizes of all, per step.
 
     Returns
     -------
     DataFrame
-        Index step, a column per class of the taxonomy; steps without any flow are left out. Shares,
+        Index step, a column per class of the taxonomy; steps without any are left out. Shares,
         so that objectives of different scale compare.
     """
     totals = run.classes
@@ -329,7 +329,7 @@ def _pool(gaps: Sequence[Gap]) -> Gap:
 
 
 def _behind(flows: dict[str, Gap], entropy: Parting | None) -> tuple[tuple[str, float], ...]:
-    """Classes whose share of the flow differs in the direction in which the entropy parts."""
+    """Classes whose share of the predicted dH differs the way the entropy parts."""
     if entropy is None or entropy.step is None:
         return ()
     way = np.sign(entropy.difference)

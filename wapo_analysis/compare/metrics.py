@@ -110,7 +110,7 @@ def _token_share(run: Run, code: int) -> float:
 
 
 def _flow_share(run: Run, code: int) -> float:
-    """Signed predicted entropy flow of a class over the sum of the sizes of all four."""
+    """Signed predicted dH of a class over the sum of the sizes of all four."""
     sums = _class_sums(run, "pred_dentropy_sum").reindex(range(len(tax.CLASSES)))
     gross = float(sums.abs().sum())
     return float(sums.fillna(0.0)[code]) / gross if gross > 0 else float("nan")
@@ -131,7 +131,7 @@ METRICS: tuple[Metric, ...] = (
       for name in tax.CLASSES),
     Metric("tokens_none", "tokens without advantage",
            partial(_token_share, code=tax.CLASS_CODES[tax.NONE]), percent=True),
-    *(Metric(f"flow_{name}", f"entropy flow of {name}",
+    *(Metric(f"flow_{name}", f"predicted dH, share of {name}",
              partial(_flow_share, code=tax.CLASS_CODES[name]), percent=True)
       for name in tax.CLASSES),
 )  # fmt: skip

@@ -263,7 +263,7 @@ class Comparison(Result):
         return [f"Not like with like: the runs differ in {'; '.join(differ)}."] if differ else []
 
     def _note(self) -> str:
-        note = "Entropy flow is first order and signed, each class as part of all four together."
+        note = "Predicted dH is first-order and signed, each class as part of all four together."
         if max(len(setting.runs) for setting in self.settings) < 2:
             return f"{note} One run per setting: no interval; train more seeds."
         return (

@@ -5,7 +5,9 @@ trainer wrote the run, which classes it trains on, and whether its steps are too
 advised that does not apply, and nothing that changes the training comes with a mere remark.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -203,9 +205,9 @@ def fork_command(
     Parameters
     ----------
     run : str
-        Run folder, quoted for a shell.
+        Run folder.
     at : int
-        Step of an existing checkpoint.
+        Step after which the change is in force; 0 for the first.
     change : mapping
         As in `Advice`.
     config : mapping
@@ -216,7 +218,7 @@ def fork_command(
     str or None
         None if the change needs a number the run does not record.
     """
-    words = [f"wapo fork {run} --at {at}"]
+    words = [f"wapo fork {shlex.quote(run)} --at {at}"]
     for name, value in change.items():
         if name == "lr":
             if not isinstance(config.get("lr"), float):
@@ -228,7 +230,8 @@ def fork_command(
         elif name == "exclude_bins":
             words.append(f"--exclude-bins {','.join(_joined(config.get(name), value))}")
         else:
-            words.append(f"--set {name}={','.join(value) if isinstance(value, tuple) else value}")
+            shown = json.dumps(list(value)) if isinstance(value, tuple) else str(value)
+            words.append(f"--set {shlex.quote(f'{name}={shown}')}")
     return " ".join(words) if change else None
 
 

@@ -1,4 +1,4 @@
-"""Which tokens and rollouts of the driving class pushed, from the token rows nearest the onset."""
+"""Tokens and rollouts behind the predicted dH of a class, from the rows nearest the onset."""
 
 from collections.abc import Sequence
 
@@ -19,9 +19,9 @@ SHOWN = 3
 def find_culprits(
     run: Run, finding: str, cls: str, first: int, last: int, direction: int
 ) -> Culprits | None:
-    """Split the push of a class over its tokens and rollouts.
+    """Split the predicted dH of a class over its tokens and rollouts.
 
-    Push of a token is its exact first-order dH (taxonomy/README.md) where it points in the
+    A token counts with its exact first-order dH (taxonomy/README.md) where that points in the
     direction, summed over the gradient passes that saw it.
 
     Parameters
@@ -41,22 +41,22 @@ def find_culprits(
     Returns
     -------
     Culprits or None
-        None without token rows near the window, or with none that push. Tokens and rollouts whose
-        number the source could not give (-1) are not named.
+        None without token rows near the window, or with none that point there. Tokens and
+        rollouts whose number the source could not give (-1) are not named.
     """
     steps = _steps(run.token_steps(), first, last)
     if not steps:
         return None
     rows = run.tokens(steps)
-    push = direction * rows["pred_dentropy"].astype(np.float64)
-    mine = (rows["cls"] == tax.CLASS_CODES[cls]) & (push > 0)
+    toward = direction * rows["pred_dentropy"].astype(np.float64)
+    mine = (rows["cls"] == tax.CLASS_CODES[cls]) & (toward > 0)
     if not mine.any():
         return None
-    push, rows = push[mine], rows[mine]
-    total = float(push.sum())
+    toward, rows = toward[mine], rows[mine]
+    total = float(toward.sum())
     vocab = run.vocab
-    by_token = _largest(push[rows["token_id"] >= 0].groupby(rows["token_id"]).sum())
-    named = push[rows["rollout"] >= 0].groupby([rows["step"], rows["rollout"]]).sum()
+    by_token = _largest(toward[rows["token_id"] >= 0].groupby(rows["token_id"]).sum())
+    named = toward[rows["rollout"] >= 0].groupby([rows["step"], rows["rollout"]]).sum()
     by_rollout = _largest(named).reset_index()
     return Culprits(
         finding=finding,

@@ -1,4 +1,4 @@
-"""Which class pushed the entropy: predicted flows and counterfactual probes over a window."""
+"""Which class drives the entropy: predicted dH and counterfactual probes over a window."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ MIN_WINDOW = 5
 def entropy_drivers(
     context: Context, first: int | None, last: int | None, direction: int
 ) -> tuple[Driver, ...]:
-    """Rank the classes by their predicted entropy flow over a window of steps.
+    """Rank the classes by their predicted dH over a window of steps.
 
     Parameters
     ----------
@@ -25,12 +25,12 @@ def entropy_drivers(
         First and last step of the window, widened to at least ``MIN_WINDOW`` steps on its early
         side; None leaves that side open.
     direction : int
-        1 if the entropy rose, -1 if it fell, 0 to take the sign of the total flow.
+        1 if the entropy rose, -1 if it fell, 0 to take the sign of the total.
 
     Returns
     -------
     tuple of Driver
-        Largest push in the direction first. Empty if the run has no class totals with statistics.
+        Largest share in the direction first. Empty if the run has no class totals with statistics.
         ``predicted_dentropy`` is the exact first-order sum over all tokens (taxonomy/README.md).
     """
     flows = _window(context.flows, first, last)
@@ -38,12 +38,12 @@ def entropy_drivers(
         return ()
     total = flows.sum()
     way = direction or (1 if total.sum() >= 0 else -1)
-    push = way * total
-    gross = float(push.clip(lower=0).sum())
+    toward = way * total
+    gross = float(toward.clip(lower=0).sum())
     alone = _counterfactual(context, flows.index.to_numpy())
     drivers = [
-        Driver(name, float(total[name]), alone.get(name), float(push[name]) / gross)
-        for name in push.sort_values(ascending=False, kind="stable").index
+        Driver(name, float(total[name]), alone.get(name), float(toward[name]) / gross)
+        for name in toward.sort_values(ascending=False, kind="stable").index
         if gross > 0 and total[name] != 0
     ]
     return tuple(drivers)

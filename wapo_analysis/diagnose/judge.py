@@ -1,6 +1,5 @@
 """The verdict on a run: its most severe finding, onset, the classes that drive it, advice."""
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -160,12 +159,11 @@ def _to_test(context: Context, advice: Advice, main: Finding) -> tuple[Advice, s
     """Advice of the verdict, and the command that tests it or else where to go back to."""
     if main.name == "stalled":
         return advice, None
-    saved, run = context.checkpoint_before(main.step), context.run
-    remedy = next((step.change for step in advice.steps if step.change), {})
-    command = None
-    if saved is not None and run.manifest.source == "built-in":
-        folder = shlex.quote(str(run.path))
-        command = fork_command(folder, saved, remedy, run.manifest.config)
+    run, command = context.run, None
+    if run.manifest.source == "built-in":
+        remedy = next((step.change for step in advice.steps if step.change), {})
+        at = context.checkpoint_before(main.step) or 0  # without one it repeats the run from 0
+        command = fork_command(str(run.path), at, remedy, run.manifest.config)
     if command is not None:
         return advice, command
     back = context.situation.told(context.go_back(main.step))
@@ -175,7 +173,7 @@ def _to_test(context: Context, advice: Advice, main: Finding) -> tuple[Advice, s
 def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...], str]:
     """Drivers over the departure that led to the verdict, else over the whole run, and a remark.
 
-    Where no class pushes the way the entropy went, they are ranked by the push they do have.
+    Where no class predicts the way the entropy went, they are ranked by what they do predict.
     """
     first, last, way = None, None, _way(context)
     if main is not None and main.name != "stalled":
@@ -190,7 +188,7 @@ def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...]
 def _culprits(
     context: Context, drivers: Sequence[Driver], main: Finding | None, findings: Sequence[Finding]
 ) -> Culprits | None:
-    """What pushed before the verdict, or, while there is none, before an early warning."""
+    """What stands behind the verdict, or, while there is none, before an early warning."""
     if main is not None:
         if main.name in ("stalled", "diverged") or not drivers:
             return None

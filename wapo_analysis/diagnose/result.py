@@ -246,8 +246,8 @@ class Diagnosis(Result):
     best_words : str
         Both in words, with their rewards.
     command : str or None
-        Command that tests the first remedy: it goes on from a checkpoint before the onset. Of
-        failed runs of the built-in trainer that have such a checkpoint.
+        Command that tests the first remedy: it goes on from the last checkpoint before the onset,
+        or from the start where there is none. Of failed runs of the built-in trainer.
     """
 
     run: str
@@ -316,13 +316,13 @@ class Diagnosis(Result):
     def page(self) -> Section:
         """Verdict, what to do, tokens, class shares, findings, what could not be checked."""
         parts: list[Block] = [Say(self.sentence)]
+        parts += [Say(self.culprits.words())] if self.culprits else []
         failed = self.onset_step is not None
         if failed:
             when = f"First warning at step {self.first_warning_step}. {self.best_words}"
             parts += [Say(when.strip()), *self.findings[0].to_do()]
         if self.command:
             parts += [Say("Test the first of these on this very run:"), Command(self.command)]
-        parts += [Say(self.culprits.words())] if self.culprits else []
         parts += [_driver_section(self.drivers)] if self.drivers else []
         parts += [f.section(failed and f is self.findings[0]) for f in self.findings]
         if self.skipped:

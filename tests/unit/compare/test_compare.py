@@ -274,10 +274,10 @@ def test_json_and_markdown_hold_the_same_numbers(whole: Comparison) -> None:
 def test_missing_class_totals_are_not_zero(tmp_path: Path) -> None:
     paths = [write_fake_run(tmp_path / "run", missing=("collision_rest", "collision_logp_rest"))]
     comparison = table(paths)
-    assert row(comparison, "entropy flow of pos_peak")[1] == "n/a"
+    assert row(comparison, "predicted dH, share of pos_peak")[1] == "n/a"
     bare = table(seeds(tmp_path, "GRPO", [0.5]))
     assert row(bare, "tokens in pos_peak")[1] == "n/a"
-    assert row(bare, "entropy flow of pos_peak")[1] == "n/a"
+    assert row(bare, "predicted dH, share of pos_peak")[1] == "n/a"
 
 
 def test_empty_runs_and_no_runs(tmp_path: Path) -> None:

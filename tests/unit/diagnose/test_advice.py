@@ -145,7 +145,7 @@ def test_a_remark_never_changes_the_training() -> None:
         ({"lr": 0.1}, "--set lr=2e-4"),
         ({"objective": "wapo"}, "--objective wapo"),
         ({"exclude_bins": ("neg_peak",)}, "--exclude-bins pos_valley,neg_peak"),
-        ({"include_bins": ()}, "--set include_bins="),
+        ({"include_bins": ()}, "--set 'include_bins=[]'"),
         ({"epochs": 1}, "--set epochs=1"),
     ],
 )
@@ -182,15 +182,20 @@ def test_a_failed_run_names_the_command_that_tests_its_advice(tmp_path: Path) ->
     assert d.to_dict()["command"] == d.command
 
 
+def test_without_a_checkpoint_the_command_repeats_the_run_from_its_start(tmp_path: Path) -> None:
+    d = exploding(tmp_path / "run", (30, 40))
+    assert d.command is not None
+    assert d.command.startswith(f"wapo fork {tmp_path}/run --at 0 --")
+
+
 @pytest.mark.parametrize(
     ("checkpoints", "source", "said"),
     [
-        ((30, 40), "built-in", "No checkpoint from before step"),
         ((), "trl", "Go back to the last checkpoint before step"),
         ((), "verl", "Go back to the last checkpoint before step"),
     ],
 )
-def test_without_a_checkpoint_there_is_no_command(
+def test_another_trainers_run_is_told_where_to_go_back_to(
     tmp_path: Path, checkpoints: tuple[int, ...], source: str, said: str
 ) -> None:
     d = exploding(tmp_path / "run", checkpoints, source=source)

@@ -1,4 +1,4 @@
-"""Detectors of who moves the policy: one class with all the flow or gradient, one sign with all."""
+"""Detectors of who moves the policy: one class with all dH or gradient, one sign with all."""
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 
 DOMINANT = 0.8
-"""Share of the predicted entropy flow that one class must have to dominate."""
+"""Share of the predicted dH that one class must have to dominate."""
 TAKEOVER = 0.7
 """Share of the gradient mass at which a class has taken over."""
 ONE_SIGN = 0.8
@@ -30,7 +30,7 @@ SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 
 @detector("one_class_dominates", Need("classes", "pred_dentropy_sum"))
 def find_dominance(context: Context) -> list[Finding]:
-    """One class supplies four fifths of the predicted entropy flow, up or down, to the end."""
+    """One class makes up four fifths of the predicted dH, up or down, to the end."""
     flows = context.flows.abs()
     flows = flows[flows.sum(axis=1) > 0]
     if flows.empty:
@@ -48,8 +48,8 @@ def find_dominance(context: Context) -> list[Finding]:
             name="one_class_dominates",
             severity="warning" if alarming else "info",
             step=step,
-            message=f"{top} alone supplies {series.end:.0%} of the predicted entropy flow "
-            f"({'upward' if flow > 0 else 'downward'}) from step {step} on.",
+            message=f"{top} alone makes up {series.end:.0%} of the predicted dH "
+            f"({'a rise' if flow > 0 else 'a fall'}) from step {step} on.",
             evidence={"class": top, "share": series.end, "predicted_dentropy": flow},
             advice=CLASS_ADVICE[top]
             if alarming
@@ -72,7 +72,7 @@ def find_takeover(context: Context) -> list[Finding]:
         lasting(series, series.smooth >= max(TAKEOVER, series.level + SHARE_RISE)),
         name="one_class_takes_the_gradient",
         severity="info" if _one_class_wanted(context) or _paid(context) else "warning",
-        what=f"{top} tokens carry ever more of the gradient",
+        what=f"{top} tokens carry more and more of the gradient",
         advice=CLASS_ADVICE[top],
         reference=TAXONOMY,
         evidence={"class": top},

@@ -39,7 +39,7 @@ MIN_ARRIVAL_STEPS = 10
 CONFIDENCE = 2.576
 """Standard deviations of a 99% interval."""
 
-EARLY_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, first-order flows"
+EARLY_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, first-order dH"
 ARRIVAL_REFERENCE = "arXiv:2505.22617 (entropy mechanism); Theil-Sen slope"
 
 
@@ -155,7 +155,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
     flow = (
         driver_words(drivers, direction)
         if agrees
-        else "the class flows point the other way, so the steps are too large for first order"
+        else "all classes together predict the opposite, so the steps are too large for first order"
     )
     return Finding(
         name=EARLY,

@@ -43,7 +43,7 @@ _RESTART = Advice(
     min_steps=0,
 )  # fmt: skip
 def find_nonfinite(context: Context) -> list[Finding]:
-    """Steps whose loss, gradient, reward or entropy is no finite number, or which lost updates."""
+    """Steps whose loss, gradient, reward or entropy is not finite, or which lost updates."""
     holes = {name: _holes(context.values(name)) & context.null(name) for name in WATCHED}
     skipped = np.nan_to_num(context.values("skipped_updates")) > 0
     dropped = np.nan_to_num(context.values("nonfinite")) > 0
@@ -130,10 +130,10 @@ def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice |
 
 
 def _what_broke(names: list[str]) -> str:
-    """Clause such as 'loss and grad_norm were no finite number, updates were skipped'."""
+    """Clause such as 'loss and grad_norm were not finite, updates were skipped'."""
     columns = " and ".join(name for name in names if name in WATCHED)
     clauses = [
-        f"{columns} {'were' if ' and ' in columns else 'was'} no finite number" if columns else "",
+        f"{columns} {'were' if ' and ' in columns else 'was'} not finite" if columns else "",
         "updates were skipped" if "skipped_updates" in names else "",
         "tokens had a logp or entropy that was not finite" if "nonfinite" in names else "",
     ]
@@ -171,7 +171,7 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
             step=int(steps[spikes[0]]),
             message=(
                 f"{len(spikes)} gradient {'spike' if len(spikes) == 1 else 'spikes'}, the largest "
-                f"{ratio:.1f} times its neighbours or the beginning at step {steps[top]}{owner}."
+                f"{ratio:.1f} times its neighbours or the baseline at step {steps[top]}{owner}."
             ),
             evidence={
                 "spikes": len(spikes),
