@@ -213,7 +213,7 @@ def whatif(place: Path, fuzz: Fuzz) -> None:
 
 
 def compact(place: Path, fuzz: Fuzz) -> None:
-    _wapo("compact", place / "r", "--force")
+    _wapo("compact", place / "r", "--take-over")
 
 
 def check(place: Path, fuzz: Fuzz) -> None:
