@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
-from wapo_analysis.store.merge import compact
 
 from tests.support import import_sources as made
 from tests.support.builders import write_fake_run
+from wapo_analysis.store.merge import compact
 
 DATA = Path(__file__).parents[1] / "data"
 STEPS = 4
