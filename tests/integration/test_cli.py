@@ -180,8 +180,7 @@ def test_unknown_figure_lists_the_known_ones(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capfd, "figures", "--only", "entropie", "--out", str(tmp_path))
-    assert "unknown figure 'entropie'; allowed:" in line
-    assert "entropy_flow" in line
+    assert "unknown figure 'entropie'; did you mean 'entropy'?" in line
 
 
 def test_theory_figures_need_no_run(tmp_path: Path) -> None:
@@ -214,7 +213,7 @@ def test_help_and_version(arguments: list[str], capfd: pytest.CaptureFixture[str
     assert "wapo" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"train", "bench"}))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_option_shows_its_default(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Flags are off unless given; every other option says what happens without it."""
     assert run([name, "--help"]) == 0
@@ -222,8 +221,8 @@ def test_every_option_shows_its_default(name: str, capfd: pytest.CaptureFixture[
     for text in re.split(r"\n  (?=-)", shown)[1:]:
         option = " ".join(text.split())
         takes_value = re.match(r"(-\w, )?--[\w-]+ (<|[A-Z_]+=)", option)
-        required = "[required]" in option
-        assert not takes_value or required or "[default: " in option, option
+        required = "required]" in option
+        assert not takes_value or required or "default: " in option, option
 
 
 @pytest.mark.parametrize(

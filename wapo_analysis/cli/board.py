@@ -15,13 +15,13 @@ def register(app: typer.Typer) -> None:
 
 def board(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Folders that hold runs.", metavar="[FOLDER...]")
+        list[Path] | None, typer.Argument(help="Folders that hold runs.", metavar="FOLDER")
     ] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
     token: Annotated[
         str | None,
-        Option(help="Ask for this word in the address; made up where --host is no loopback."),
+        Option(help="Word asked for in the address; made up beyond loopback.  [default: none]"),
     ] = None,
 ) -> None:
     """Serve the page of all runs below some folders, live.

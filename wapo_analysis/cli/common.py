@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from wapo_analysis.store import Run
 
 RunsArgument = Annotated[
-    list[Path], typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN...")
+    list[Path], typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN")
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
 DataOption = Annotated[

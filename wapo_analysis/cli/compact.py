@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def compact(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN..."),
+        typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN"),
     ],
     take_over: Annotated[
         bool,

@@ -1,5 +1,6 @@
 """``wapo figures``."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +10,8 @@ from wapo_analysis.cli.common import console_error, open_runs, say
 from wapo_analysis.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from wapo_analysis.store import Run
 
 
@@ -26,7 +29,7 @@ ImageFormat = Literal["png", "svg", "pdf"]
 def figures(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders; none draws the theory figures.", metavar="[RUN...]"),
+        typer.Argument(help="Run folders; none draws the theory figures.", metavar="RUN"),
     ] = None,
     only: Annotated[
         str | None, Option(help="Names of figures, comma-separated.  [default: all]")
@@ -59,18 +62,67 @@ def write_figures(
     runs: "list[Run]", out: Path, format: ImageFormat, names: list[str] | None
 ) -> int:
     """Draw the named figures, or all that these runs can feed; returns how many."""
-    from wapo_analysis.plots import FIGURES, render, save_figure, unavailable
+    from wapo_analysis.plots import FIGURES, unavailable
 
-    written = 0
+    feasible = []
     for name in names or FIGURES:
         reason = unavailable(FIGURES[name], runs)
-        if reason is not None:
-            if names is not None or runs:
-                console_error(f"figure {name} left out: {reason}")
-            continue
+        if reason is None:
+            feasible.append(name)
+        elif names is not None or runs:
+            console_error(f"figure {name} left out: {reason}")
+    if feasible:
         out.mkdir(parents=True, exist_ok=True)
-        save_figure(render(name, runs), out / f"{name}.{format}", format)
-        written += 1
-    if names is not None and not written:
+        _draw_all(feasible, runs, out, format)
+    elif names is not None:
         raise UserError("none of the figures could be drawn")
-    return written
+    return len(feasible)
+
+
+def _draw_all(names: list[str], runs: "list[Run]", out: Path, format: ImageFormat) -> None:
+    """Draw here from the front and, if it pays, elsewhere from the end."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from wapo_analysis.plots import render, save_figure
+    from wapo_analysis.plots.marks import prepare_marks
+
+    marks = prepare_marks(runs)
+    helpers = min((os.cpu_count() or 1) - 1, len(names) // _WORTH_A_PROCESS)
+    # spawn: a forked copy of a process that has used threads can hang.
+    pool = ProcessPoolExecutor(helpers, mp_context=get_context("spawn")) if helpers > 0 else None
+    try:
+        paths = [run.path for run in runs]
+        elsewhere = {}
+        if pool is not None:
+            for name in names[::-1]:
+                job = pool.submit(_draw_elsewhere, name, paths, marks, out, format)
+                elsewhere[name] = job
+        for name in names:
+            if name not in elsewhere or elsewhere[name].cancel():
+                save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
+        for future in elsewhere.values():
+            if not future.cancelled():
+                future.result()
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _draw_elsewhere(
+    name: str, paths: list[Path], marks: "pd.DataFrame", out: Path, format: ImageFormat
+) -> None:
+    """Draw one figure in a process that opens the runs for itself, once."""
+    from wapo_analysis.plots import render, save_figure
+    from wapo_analysis.store import open_run
+
+    for path in paths:
+        if path not in _opened:
+            _opened[path] = open_run(path)
+    figure = render(name, [_opened[path] for path in paths], marks)
+    save_figure(figure, out / f"{name}.{format}", format)
+
+
+_opened: "dict[Path, Run]" = {}
+_WORTH_A_PROCESS = 10
+"""Figures that take longer than starting a process to draw them in."""

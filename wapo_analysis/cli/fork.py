@@ -48,8 +48,8 @@ def fork(
     sampling noise as the run did, and ends with rewards paired by prompt. A run keeps its last two
     checkpoints; train with --set checkpoint_every=10 --set keep_checkpoints=100 to fork anywhere.
 
-    Examples
-    --------
+    Examples:
+
         wapo fork runs/grpo --at 60 --exclude-bins neg_peak
         wapo fork runs/grpo --at 60 --objective wapo --steps 40
         wapo fork runs/grpo --at 0 --set lr=1e-5 --out runs/gentle

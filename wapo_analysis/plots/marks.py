@@ -1,17 +1,20 @@
 """What every figure over steps shows beside its own curves: baseline, onset, updates of a step."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from wapo_analysis.diagnose import Diagnosis, diagnose
 from wapo_analysis.plots.frames import keyed
 from wapo_analysis.plots.panels import STEP_LABEL
 from wapo_analysis.plots.style import INK, MUTED, label_styles
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run
+
+if TYPE_CHECKING:
+    from wapo_analysis.diagnose import Diagnosis
 
 _COLUMNS = ("first", "baseline", "onset", "updates")
 _SHADE = "#EFEFEF"
@@ -19,7 +22,7 @@ _GROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
 def prepare_marks(
-    runs: Sequence[Run], diagnoses: Sequence[Diagnosis] | None = None
+    runs: Sequence[Run], diagnoses: "Sequence[Diagnosis] | None" = None
 ) -> pd.DataFrame:
     """Baseline and onset of every run, and how many optimizer updates one of its steps has.
 
@@ -37,6 +40,8 @@ def prepare_marks(
         the entropy, NaN without entropy), ``onset`` (of the verdict, NaN if healthy), ``updates``
         (median).
     """
+    from wapo_analysis.diagnose import diagnose
+
     found = [diagnose(run) for run in runs] if diagnoses is None else diagnoses
     parts = []
     for place, (run, diagnosis) in enumerate(zip(runs, found, strict=True)):

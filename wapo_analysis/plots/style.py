@@ -16,7 +16,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import seaborn as sns
 from matplotlib.colors import Colormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
@@ -143,6 +142,8 @@ def _words_style(label: str, place: int) -> tuple[str, _Dash]:
 
 def theme() -> dict[Any, Any]:
     """Matplotlib settings of every figure, to be used in ``matplotlib.rc_context``."""
+    import seaborn as sns  # half a second, and only drawing needs it
+
     return {
         **sns.axes_style("ticks"),
         "font.family": ["sans-serif"],
@@ -207,6 +208,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 def sign_map(sign: int) -> Colormap:
     """Colour map from a pale to a dark shade of the colour of a sign of the advantage."""
+    import seaborn as sns
+
     color = np.array(to_rgb(SIGN_COLORS[sign]))
     ramp: Colormap = sns.blend_palette([0.3 * color + 0.7, color, 0.45 * color], as_cmap=True)
     return ramp

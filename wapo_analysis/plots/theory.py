@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import wapo_taxonomy as tax
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, SymLogNorm
@@ -289,6 +288,8 @@ _BORDERS = [
 
 def _entropy_map() -> Colormap:
     """Teal where entropy falls, brown where it rises: no colour of a class."""
+    import seaborn as sns
+
     colors: Colormap = sns.diverging_palette(190, 40, s=85, l=45, as_cmap=True)
     return colors
 

@@ -172,8 +172,8 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
             note(ax, "not available here:\nno token entropy")
             continue
         edges = part["edge"].to_numpy()
-        width = edges[1] - edges[0]
-        ax.bar(edges, part["share"], width, align="edge", color=styles[label].color, alpha=0.8)
+        edges = np.append(edges, 2 * edges[-1] - edges[-2])
+        ax.stairs(part["share"], edges, fill=True, color=styles[label].color, alpha=0.8)
         line = float(part["threshold"].iloc[0])
         ax.axvline(line, color=INK, linestyle="--", linewidth=1.2)
         ax.annotate(
@@ -334,8 +334,9 @@ def plot_position_profile(frame: pd.DataFrame, figure: Figure | None = None) -> 
         for code, name in enumerate(CLASSES):
             rows = part[part["cls"] == code].set_index("place")["share"]
             sizes = rows.reindex(places).fillna(0).to_numpy()
-            ax.bar(places, sizes, 0.9 * width, bottom=base, align="edge", color=CLASS_COLORS[name])
-            base = base + sizes
+            top, edges = base + sizes, [*places, places[-1] + width]
+            ax.stairs(top, edges, baseline=base, fill=True, color=CLASS_COLORS[name], linewidth=0)
+            base = top
         tokens = part.groupby("place")["tokens"].sum().reindex(places).fillna(0)
         ax.stairs(tokens, [*places, places[-1] + width], color=INK, linewidth=1.2)
         ax.set_xlabel("position in the completion (tokens)")

@@ -73,7 +73,8 @@ def test_position_profile_adds_up(run: Run, rows: pd.DataFrame) -> None:
     got = frame[(frame["place"] == 2) & (frame["cls"] == 0)]["share"].item()
     assert got == pytest.approx(mine / rows["grad_norm"].sum())
     axes = tokens.plot_position_profile(frame)
-    drawn = sum(bar.get_height() for bar in axes[0].patches if hasattr(bar, "get_height"))
+    stacked = [part.get_data() for part in axes[0].patches if part.get_fill()]
+    drawn = sum(float((top - base).sum()) for top, _, base in stacked)
     assert drawn == pytest.approx(1)
 
 
