@@ -46,9 +46,8 @@ def fork(
 
     It starts from the nearest checkpoint at or before --at, meets the same prompts and the same
     sampling noise as the run did, and ends with rewards paired by prompt. A run keeps its last two
-    checkpoints; train with --set checkpoint_every=10 --set keep_checkpoints=100 to fork anywhere.
-
-    Examples:
+    checkpoints; with --set checkpoint_every=10 --set keep_checkpoints=100 it can fork anywhere,
+    e.g.:
 
         wapo fork runs/grpo --at 60 --exclude-bins neg_peak
         wapo fork runs/grpo --at 60 --objective wapo --steps 40
