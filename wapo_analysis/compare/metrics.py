@@ -82,10 +82,16 @@ class Metric:
         mean, half = interval.mean * scale, interval.half * scale
         plus = "+" if signed else ""
         if not np.isfinite(half):
-            return f"{mean:{plus}{'.1f' if self.percent else '.3g'}}{unit}"
+            return _unsigned_zero(f"{mean:{plus}{'.1f' if self.percent else '.3g'}}") + unit
         digits = 1 - int(np.floor(np.log10(half))) if half > 0 else 2
         decimals = min(max(digits, 0), 1 if self.percent else MAX_DECIMALS)
-        return f"{mean:{plus}.{decimals}f} ± {half:.{decimals}f}{unit}"
+        shown = _unsigned_zero(f"{mean:{plus}.{decimals}f}")
+        return f"{shown} ± {half:.{decimals}f}{unit}"
+
+
+def _unsigned_zero(number: str) -> str:
+    """A number that rounds to zero has no sign."""
+    return number.lstrip("+-") if not number.strip("+-0.") else number
 
 
 def _edge_mean(run: Run, column: str, last: bool) -> float:

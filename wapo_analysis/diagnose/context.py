@@ -1,7 +1,9 @@
 """What detectors read: the step columns of a run as series, its reward, its class flows."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,9 @@ HELD_OUT = ("eval_reward", "eval/reward")
 FORM = ("format", "xml", "tag", "json", "style", "think", "lang", "length", "brief", "strict",
         "soft", "syntax", "penalty")  # fmt: skip
 """Parts of names of reward functions that grade the form of an answer, not what it says."""
+
+_CHECKPOINT = re.compile(r"(?:step-|checkpoint-|global_step_)(\d+)")
+"""Folders of checkpoints: ours, those of trainers built on Transformers, verl's."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,15 @@ class Context:
 
     @cached_property
     def checkpoints(self) -> tuple[int, ...]:
-        """Steps of the checkpoints in the run folder, ascending; what a source kept is unknown."""
-        found = (self.run.path / "checkpoints").glob("step-*")
-        names = [folder.name.removeprefix("step-") for folder in found]
-        return tuple(sorted(int(name) for name in names if name.isdigit()))
+        """Steps of the checkpoints that are there, ascending: of the run, or beside its source."""
+        found = [f.name for f in (self.run.path / "checkpoints").glob("step-*")]
+        source = self.run.manifest.imported.get("source")
+        if isinstance(source, str):
+            folder = Path(source) if Path(source).is_dir() else Path(source).parent
+            inside = folder.parent if _CHECKPOINT.fullmatch(folder.name) else folder
+            found += [f.name for f in inside.glob("*") if f.is_dir()]
+        steps = {int(named[1]) for name in found if (named := _CHECKPOINT.fullmatch(name))}
+        return tuple(sorted(steps))
 
     def checkpoint_before(self, step: int) -> int | None:
         """Newest checkpoint whose policy still behaved as before a step.

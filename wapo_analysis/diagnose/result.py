@@ -326,15 +326,15 @@ class Diagnosis(Result):
         parts += [_driver_section(self.drivers)] if self.drivers else []
         parts += [f.section(failed and f is self.findings[0]) for f in self.findings]
         if self.skipped:
-            parts.append(Section("Not checked: this run does not have", [Items(self._missing())]))
+            parts.append(Section("Not checked", [Say(self._missing())]))
         return Section(self.title, parts)
 
-    def _missing(self) -> list[str]:
-        """One line for each thing that is missing, with the checks that need it."""
+    def _missing(self) -> str:
+        """What this run does not have, with the checks that need it."""
         names: dict[str, list[str]] = {}
         for skipped in self.skipped:
             names.setdefault(", ".join(skipped.missing), []).append(skipped.name)
-        return [f"{missing}: {', '.join(checks)}" for missing, checks in names.items()]
+        return "; ".join(f"{', '.join(checks)} (no {lack})" for lack, checks in names.items()) + "."
 
 
 def _driver_section(drivers: tuple[Driver, ...]) -> Section:

@@ -203,6 +203,18 @@ def test_another_trainers_run_is_told_where_to_go_back_to(
     assert d.findings[0].advice.steps[0].text.startswith(said)
 
 
+def test_checkpoints_beside_the_source_of_an_import_are_named(tmp_path: Path) -> None:
+    for name in ("checkpoint-5", "checkpoint-10", "checkpoint-30", "checkpoint-x", "logs"):
+        (tmp_path / "theirs" / name).mkdir(parents=True)
+    state = tmp_path / "theirs" / "checkpoint-30" / "trainer_state.json"
+    state.write_text("{}")
+    for place, source in enumerate((tmp_path / "theirs", state)):
+        told = {"trainer": "TRL", "source": str(source)}
+        d = exploding(tmp_path / str(place), source="import", **{"import": told})
+        assert d.findings[0].advice.steps[0].text == "Go back to the checkpoint of step 10."
+        assert d.best_checkpoint in (5, 10)
+
+
 def test_an_imported_run_is_told_of_its_own_trainer(tmp_path: Path) -> None:
     d = exploding(tmp_path / "run", source="import", **{"import": {"trainer": "verl"}})
     text = d.to_text()
