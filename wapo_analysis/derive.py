@@ -187,12 +187,28 @@ def _cell_terms(tokens: Records) -> dict[str, Array]:
     }
 
 
+CLASS_ORDER = tuple(tax.CLASS_NAMES[code] for code in (*range(len(tax.CLASSES) + 1), -1))
+"""Names that ``cls`` takes in data frames: the four classes, none, unknown."""
+
+
+def class_names(codes: Any) -> "pd.Categorical[str]":
+    """Class codes, shape (rows,), as the names that users see."""
+    places: Any = np.where(codes < 0, len(CLASS_ORDER) - 1, codes)
+    return pd.Categorical.from_codes(places, pd.Index(CLASS_ORDER))
+
+
+def class_codes(names: pd.Series) -> Array:
+    """Class codes, int8 of shape (rows,), of a ``cls`` column of names; -1 is unknown."""
+    codes = names.astype(pd.CategoricalDtype(list(CLASS_ORDER))).cat.codes.to_numpy(np.int8)
+    return np.where(codes == len(CLASS_ORDER) - 1, -1, codes).astype(np.int8)
+
+
 def with_class(frame: pd.DataFrame) -> pd.DataFrame:
-    """Class-table frame with a ``cls`` code column from sign and regime (4 none, -1 unknown)."""
+    """Class-table frame with a ``cls`` column of names from sign and regime."""
     sign, regime = frame["sign"].to_numpy(), frame["regime"].to_numpy()
     code = np.where(sign > 0, 1 - regime, 3 - regime)
     code = np.where(regime < 0, -1, code)
-    return frame.assign(cls=np.where(sign == 0, 4, code).astype(np.int8))
+    return frame.assign(cls=class_names(np.where(sign == 0, 4, code)))
 
 
 # Columns of the steps table: sums first, which add up over micro-batches, processes and parts ----

@@ -126,7 +126,7 @@ TOKENS = Table(
         Column("collision", "float64", "1", "derived", "S = sum of p_v^2"),
         Column("sign", "int8", "1", "derived", "sign of the advantage: 1, 0, -1"),
         Column("regime", "int8", "1", "derived", "1 peak (p >= S), 0 valley, -1 unknown"),
-        Column("cls", "int8", "1", "derived", "class code of the taxonomy, see wapo_taxonomy"),
+        Column("cls", "int8", "1", "derived", "class of the taxonomy; its name in data frames"),
         Column("prob_bin", "int8", "1", "derived", "index into PROB_EDGES"),
         Column("grad_norm", "float64", "1", "derived", "|dL/dz|, exact L2 norm over the logits"),
         Column("pred_dprob", "float64", "probability", "derived", "first-order dp, unit step"),
@@ -317,7 +317,7 @@ PROBES = Table(
         _key("step", "optimizer step"),
         _key("minibatch", "update within the step, from 0; epochs count on", "int16"),
         _key(
-            "cls",
+            "part",
             "part of the update: class code 0..3, 4 whole update, 5 all classes at once, "
             "6 momentum, 7 weight decay, 8 interaction (what the sum of the parts leaves)",
             "int8",

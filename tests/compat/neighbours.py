@@ -112,7 +112,7 @@ def _ours(path: Path, watch: Any, trainer: Any) -> dict[str, Any]:
         "tokens": len(tokens),
         "coef_missing": int(tokens["coef"].isna().sum()),
         "coef_sum": float(tokens["coef"].abs().sum()),
-        "unknown_class": int((tokens["cls"] == -1).sum()),
+        "unknown_class": int((tokens["cls"] == "unknown").sum()),
         "logged": min(sum(name.startswith("wapo/") for name in row) for row in logged),
     }
 

@@ -78,7 +78,7 @@ def test_small_sgd_step_adds_up_and_moves_every_class_as_the_taxonomy_says(
     train(replace(SMALL_STEP, seed=seed), tmp_path / "run")
     probes = open_run(tmp_path / "run").probes
     assert closure_error(probes) < 1e-6
-    whole = probes[probes["tokens_of"] == ALL_TOKENS].set_index("cls")["counterfactual_dentropy"]
+    whole = probes[probes["tokens_of"] == ALL_TOKENS].set_index("part")["counterfactual_dentropy"]
     assert abs(whole[INTERACTION]) < 0.2 * abs(whole[UPDATE])
     table = three_numbers(probes).set_index("tokens_of").loc[list(range(4))]
     rule = tax.rule_dentropy_sign(table.index.to_numpy())
@@ -97,14 +97,14 @@ def test_probes_of_adamw_are_complete(tmp_path: Path, tiny_config: TrainConfig) 
     assert probes.groupby("step")["minibatch"].first().tolist() == [0, 1, 0], "it moves on"
     assert probes["closure_error"].max() < 1e-2
     assert closure_error(probes) < 1e-12
-    counts = probes[probes["cls"] == UPDATE].pivot(
+    counts = probes[probes["part"] == UPDATE].pivot(
         index="step", columns="tokens_of", values="tokens"
     )
     assert (counts[ALL_TOKENS] <= 4 * 16).all()
     assert (counts[OTHER_TOKENS] > 0).all()
-    steps = probes.groupby("cls")["step_norm"].mean()
+    steps = probes.groupby("part")["step_norm"].mean()
     assert steps[[6, 7]].gt(0).all(), "momentum and weight decay have parts of their own"
-    gram = probes[probes["cls"] == GRADIENT].iloc[0]
+    gram = probes[probes["part"] == GRADIENT].iloc[0]
     dots = gram[[f"dot_{name}" for name in tax.CLASSES]].to_numpy(float)
     np.testing.assert_allclose(dots.sum(), gram["grad_norm"] ** 2, rtol=1e-4)
     assert np.isfinite(what_if(run, ["neg_peak"]).path["estimated"]).all()
@@ -114,7 +114,7 @@ def test_probes_of_adamw_are_complete(tmp_path: Path, tiny_config: TrainConfig) 
 def test_gradient_norm_of_all_classes_is_that_of_the_training(tmp_path: Path) -> None:
     train(SMALL_STEP, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    joint = run.probes[run.probes["cls"] == GRADIENT]["grad_norm"].iloc[0]
+    joint = run.probes[run.probes["part"] == GRADIENT]["grad_norm"].iloc[0]
     assert joint == pytest.approx(run.steps["grad_norm"].iloc[0], rel=1e-4)
 
 

@@ -43,13 +43,13 @@ def test_parts_account_for_the_step_and_add_up(tmp_path: Path) -> None:
     assert probes["closure_error"].max() < 1e-2
     assert closure_error(probes) < 1e-12
     assert (probes["tokens_of"] == OTHER_TOKENS).any()
-    norms = probes.groupby("cls")["step_norm"].first()
+    norms = probes.groupby("part")["step_norm"].first()
     assert (norms[[GRADIENT, MOMENTUM, UPDATE]] > 0).all()
-    joint = probes[probes["cls"] == GRADIENT].groupby("step")["grad_norm"].first()
+    joint = probes[probes["part"] == GRADIENT].groupby("step")["grad_norm"].first()
     steps = table.steps.set_index("step")["grad_norm"]
     np.testing.assert_allclose(joint, steps.loc[joint.index], rtol=1e-3)
     assert three_numbers(probes)["measured"].abs().max() > 1e-4
-    assert np.isfinite(probes[probes["cls"] == UPDATE]["predicted_dentropy"]).all()
+    assert np.isfinite(probes[probes["part"] == UPDATE]["predicted_dentropy"]).all()
     assert (table.steps["seconds_probe"] > 0).all()
 
 

@@ -1,11 +1,19 @@
 """Derived columns and class totals against the taxonomy and against plain sums."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import wapo_taxonomy as tax
 
-from wapo_analysis.derive import class_totals, derive, probability_bin, with_class
+from wapo_analysis.derive import (
+    class_codes,
+    class_names,
+    class_totals,
+    derive,
+    probability_bin,
+    with_class,
+)
 from wapo_analysis.schema import PROB_EDGES, TOKENS
 from wapo_analysis.stats import token_stats
 from wapo_analysis.table import Records
@@ -62,7 +70,7 @@ def test_totals_are_the_sums_of_the_rows() -> None:
     assert totals.tokens.sum() == len(rows)
     for code in range(5):
         mine = rows.select(rows["cls"] == code)
-        cell = totals[totals.cls == code]
+        cell = totals[totals.cls == tax.CLASS_NAMES[code]]
         assert cell.tokens.sum() == len(mine), tax.CLASS_NAMES[code]
         np.testing.assert_allclose(cell.grad_mass.sum(), mine["grad_norm"].sum())
         np.testing.assert_allclose(cell.pred_dentropy_sum.sum(), mine["pred_dentropy"].sum())
@@ -122,3 +130,55 @@ def test_a_missing_statistic_makes_the_class_unknown_and_no_total_zero() -> None
 def test_probability_bins_are_half_open_and_one_is_in_the_last(prob: float, index: int) -> None:
     assert probability_bin(np.array([prob]))[0] == index
     assert index < len(PROB_EDGES) - 1
+
+
+def test_class_names_and_codes_are_each_others_inverse() -> None:
+    codes = np.array([-1, 0, 1, 2, 3, 4, 2], np.int8)
+    names = pd.Series(class_names(codes))
+    assert names.tolist() == [tax.CLASS_NAMES[code] for code in codes]
+    assert names.cat.categories.tolist() == [*tax.CLASSES, "none", "unknown"]
+    np.testing.assert_array_equal(class_codes(names), codes)
+    np.testing.assert_array_equal(class_codes(names.astype(str)), codes)
+
+
+def test_the_class_of_totals_follows_sign_and_regime() -> None:
+    cells = pd.DataFrame({"sign": [1, 1, -1, -1, 0, 0, 1], "regime": [1, 0, 1, 0, 1, -1, -1]})
+    expected = ["pos_peak", "pos_valley", "neg_peak", "neg_valley", "none", "none", "unknown"]
+    assert with_class(cells)["cls"].tolist() == expected
+
+
+def test_every_total_of_the_class_table_is_the_sum_of_its_rows() -> None:
+    """Each column against a plain sum over the rows of its cell, kept and clipped mixed."""
+    rng = np.random.default_rng(3)
+    rows = recorded()
+    flags = {"kept": rng.random(600) < 0.7, "clipped": rng.random(600) < 0.3}
+    logp_old = (rows["logp"] + rng.normal(0, 0.3, 600)).astype(np.float32)
+    coef = (rows["advantage"] * rng.uniform(0.1, 2, 600)).astype(np.float32)
+    rows = derive(rows.with_columns({**flags, "logp_old": logp_old, "coef": coef}), 0.8)
+    frame = rows.to_frame().astype({"logp": float, "coef": float})
+    complement = -np.expm1(frame.logp)
+    np.testing.assert_allclose(frame.ratio, np.exp(frame.logp - logp_old), rtol=1e-6)
+    breaks = frame.pred_dentropy * np.asarray(tax.rule_dentropy_sign(rows["cls"])) < 0
+    assert breaks.any()
+    terms = {
+        "kept": frame.kept, "clipped": frame.kept & frame.clipped, "logp_sum": frame.logp,
+        "coef_sum": frame.coef, "coef_abs_sum": frame.coef.abs(),
+        "grad_mass_proxy": frame.coef.abs() * complement, "pred_dprob_sum": frame.pred_dprob,
+        "dprob_sum": frame.dprob, "rule_breaks": breaks, "rescored": frame.dentropy.notna(),
+    }  # fmt: skip
+    totals = class_totals(rows).to_frame()
+    keys = ["sign", "regime", "prob_bin"]
+    found = totals.set_index(keys)
+    expected = frame[keys].assign(**terms).groupby(keys).sum()
+    for name in terms:
+        np.testing.assert_allclose(found[name], expected.loc[found.index, name], rtol=1e-9)
+    assert (found["coef_sum"] * found.index.get_level_values("sign") >= 0).all()
+    assert found["coef_sum"].abs().sum() > 1
+
+
+def test_the_ratio_is_to_the_proximal_policy_where_there_is_one() -> None:
+    rows = recorded(4)
+    old, prox = rows["logp"] - np.float32(0.5), np.array([-1, np.nan, -2, np.nan], np.float32)
+    ratio = derive(rows.with_columns({"logp_old": old, "logp_prox": prox}), 1.0)["ratio"]
+    plain = np.exp(rows["logp"].astype(float) - np.where(np.isnan(prox), old, prox))
+    np.testing.assert_allclose(ratio, plain, rtol=1e-6)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import wapo_taxonomy as tax
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.probes import MEANINGS, set_name, three_numbers
@@ -159,7 +158,7 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
 
 def _rows(run: Run, step: int) -> pd.DataFrame:
     """Token rows of the step with finite gradient norms."""
-    rows = run.tokens([step])
+    rows = run.tokens([step]).astype({"cls": str})
     known: pd.DataFrame = rows[np.isfinite(rows["grad_norm"].to_numpy(np.float64))]
     if known.empty:
         raise UserError(
@@ -206,7 +205,6 @@ def _with_text(tokens: pd.DataFrame, rows: pd.DataFrame, vocab: dict[int, str]) 
         for rollout, position in zip(tokens["rollout"], tokens["position"], strict=True)
     ]
     return tokens.assign(
-        cls=tokens["cls"].map(tax.CLASS_NAMES),
         token=[vocab.get(int(token), _MISSING_TEXT) for token in tokens["token_id"]],
         context=texts,
     ).reset_index(drop=True)

@@ -328,7 +328,7 @@ def _effects(probes: pd.DataFrame, settings: _Settings, kept: Array) -> pd.DataF
         ``step``; ``extra``, life times (rho kept - all); ``update``, the measured whole; nats.
     """
     by_part = probes.pivot_table(
-        index=["step", "minibatch"], columns="cls", values="counterfactual_dentropy"
+        index=["step", "minibatch"], columns="part", values="counterfactual_dentropy"
     ).reset_index()
     count = (by_part["step"] - 1) * settings.updates + by_part["minibatch"] + 1
     life = (1 - settings.beta1 ** count.to_numpy()) / (1 - settings.beta1)
@@ -345,7 +345,7 @@ def _effects(probes: pd.DataFrame, settings: _Settings, kept: Array) -> pd.DataF
 
 def _rescaling(probes: pd.DataFrame, settings: _Settings, kept: Array) -> Array:
     """Factor rho of each probe by which the kept classes act more than they did."""
-    classes = probes[probes["cls"].isin(range(len(tax.CLASSES)))].sort_values(["step", "cls"])
+    classes = probes[probes["part"].isin(range(len(tax.CLASSES)))].sort_values(["step", "part"])
     names = [f"dot_{name}" for name in tax.CLASSES]
     gram = classes[names].to_numpy().reshape(-1, len(names), len(names))
     whole = np.sqrt(np.maximum(gram.sum((1, 2)), 0.0))

@@ -293,13 +293,13 @@ def flow_shares(run: Run) -> pd.DataFrame:
         so that objectives of different scale compare.
     """
     totals = run.classes
-    known = totals[totals["cls"].isin(range(len(tax.CLASSES)))]
+    known = totals[totals["cls"].isin(tax.CLASSES)].astype({"cls": str})
     table = known.pivot_table(
         index="step", columns="cls", values="pred_dentropy_sum", aggfunc="sum"
     )
-    table = table.reindex(columns=range(len(tax.CLASSES))).fillna(0.0)
+    table = table.reindex(columns=list(tax.CLASSES)).fillna(0.0)
     gross = table.abs().sum(axis=1)
-    return table[gross > 0].div(gross[gross > 0], axis=0).set_axis(list(tax.CLASSES), axis=1)
+    return table[gross > 0].div(gross[gross > 0], axis=0)
 
 
 def _series_gap(first: pd.Series, second: pd.Series) -> Gap:

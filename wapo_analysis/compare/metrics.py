@@ -9,6 +9,7 @@ import pandas as pd
 import wapo_taxonomy as tax
 from scipy import special
 
+from wapo_analysis.derive import class_codes
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
@@ -105,7 +106,8 @@ def _edge_mean(run: Run, column: str, last: bool) -> float:
 
 def _class_sums(run: Run, column: str) -> pd.Series:
     """Sum of a class total over the whole run, per class code; NaN where none was recorded."""
-    sums = run.classes.groupby("cls")[column].sum(min_count=1)
+    cells = run.classes
+    sums = cells[column].groupby(class_codes(cells["cls"])).sum(min_count=1)
     return pd.to_numeric(sums)
 
 

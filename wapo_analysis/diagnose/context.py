@@ -243,10 +243,10 @@ class Context:
 
     def _per_class(self, column: str) -> pd.DataFrame:
         totals = self.run.classes
-        known = totals[totals["cls"].isin(range(len(tax.CLASSES)))].dropna(subset=[column])
+        known = totals[totals["cls"].isin(tax.CLASSES)].dropna(subset=[column])
+        known = known.astype({"cls": str})
         table = known.pivot_table(index="step", columns="cls", values=column, aggfunc="sum")
-        table = table.reindex(columns=range(len(tax.CLASSES))).fillna(0.0)
-        return table.set_axis(list(tax.CLASSES), axis=1)
+        return table.reindex(columns=list(tax.CLASSES)).fillna(0.0)
 
 
 def grades_form(name: str) -> bool:

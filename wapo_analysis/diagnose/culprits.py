@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.result import Culprits
 from wapo_analysis.store import Run
@@ -49,7 +48,7 @@ def find_culprits(
         return None
     rows = run.tokens(steps)
     toward = direction * rows["pred_dentropy"].astype(np.float64)
-    mine = (rows["cls"] == tax.CLASS_CODES[cls]) & (toward > 0)
+    mine = (rows["cls"] == cls) & (toward > 0)
     if not mine.any():
         return None
     toward, rows = toward[mine], rows[mine]

@@ -62,8 +62,8 @@ def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
     if probes.empty:
         return {}
     probes = probes[probes["tokens_of"] == ALL_TOKENS]
-    known = probes[probes["step"].isin(steps) & probes["cls"].isin(range(len(tax.CLASSES)))]
-    sums = known.dropna(subset=["counterfactual_dentropy"]).groupby("cls")
+    known = probes[probes["step"].isin(steps) & probes["part"].isin(range(len(tax.CLASSES)))]
+    sums = known.dropna(subset=["counterfactual_dentropy"]).groupby("part")
     totals = sums["counterfactual_dentropy"].sum()
     return dict(zip(totals.index.map(tax.CLASS_NAMES), totals.to_list(), strict=True))
 

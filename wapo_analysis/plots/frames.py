@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from wapo_taxonomy import CLASS_CODES, CLASS_NAMES, UNKNOWN
 
+from wapo_analysis.derive import class_codes
 from wapo_analysis.plots.style import drawable
 from wapo_analysis.settings import setting_labels
 from wapo_analysis.store import Run
@@ -83,12 +84,12 @@ def class_frame(
     Returns
     -------
     DataFrame
-        ``label, seed, run``, the keys, and the sums as float64.
+        ``label, seed, run``, the keys (``cls`` as a code), and the sums as float64.
     """
     names, keys = list(columns), list(by)
     parts = []
     for place, run in enumerate(runs):
-        cells = run.classes
+        cells = run.classes.assign(cls=class_codes(run.classes["cls"]))
         values = pd.DataFrame({name: finite(cells[name]) for name in names})
         grouped = values.groupby([cells[key] for key in keys]).sum(min_count=1).reset_index()
         parts.append(_with_place(grouped, place))
@@ -159,7 +160,7 @@ def token_frame(
     Returns
     -------
     DataFrame
-        ``label, seed, run, step`` and the columns.
+        ``label, seed, run, step`` and the columns; ``cls`` as a code.
     """
     names = [name for name in columns if name != "step"]
     parts = []
@@ -179,6 +180,7 @@ def _token_rows(run: Run, steps: tuple[int, ...]) -> pd.DataFrame:
         if known() is run and read == steps:
             return rows
     rows = run.tokens(steps)[list(TOKEN_COLUMNS)] if steps else pd.DataFrame(columns=TOKEN_COLUMNS)
+    rows = rows.assign(cls=class_codes(rows["cls"]))
     stride = -(-len(rows) // MAX_TOKEN_ROWS) or 1
     rows = rows.iloc[::stride].reset_index(drop=True)
     _readings.append((ref(run), steps, rows))

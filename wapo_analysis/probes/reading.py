@@ -56,9 +56,9 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
         ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
         it; all mean nats; ``verdict``, see :mod:`wapo_analysis.probes.verdict`.
     """
-    alone = probes.pivot_table(index=KEYS, columns="cls", values="counterfactual_dentropy")
+    alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
     alone = alone.reindex(columns=[*CLASS_CODES, GRADIENT, MOMENTUM, WEIGHT_DECAY])
-    whole = probes[probes["cls"] == UPDATE].set_index(KEYS).sort_index()
+    whole = probes[probes["part"] == UPDATE].set_index(KEYS).sort_index()
     sets = whole.index.get_level_values("tokens_of").to_numpy()
     own = np.where(sets >= ALL_TOKENS, len(CLASS_CODES), sets)
     table = pd.DataFrame(
@@ -103,7 +103,7 @@ def closure(probes: pd.DataFrame) -> pd.DataFrame:
         updates of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes.
     """
     rows = probes[probes["tokens_of"] == ALL_TOKENS]
-    sums = rows.groupby("cls")[["predicted_dentropy", "counterfactual_dentropy"]]
+    sums = rows.groupby("part")[["predicted_dentropy", "counterfactual_dentropy"]]
     totals = sums.sum(min_count=1).reindex([*ADDENDS, INTERACTION, UPDATE])
     table = totals.set_axis(["predicted", "dentropy"], axis=1)
     parts = table["dentropy"].iloc[:-1].abs()
@@ -117,7 +117,7 @@ def closure_error(probes: pd.DataFrame) -> float:
     """
     if probes.empty:
         return 0.0
-    alone = probes.pivot_table(index=KEYS, columns="cls", values="counterfactual_dentropy")
+    alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
     gap = (alone[[*ADDENDS, INTERACTION]].sum(axis=1) - alone[UPDATE]).abs()
     size = alone[[*ADDENDS, INTERACTION]].abs().sum(axis=1)
     moved = size > 0

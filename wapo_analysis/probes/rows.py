@@ -190,7 +190,7 @@ def probe_rows(
     common = {
         "step": step, "minibatch": minibatch, "scale": scale, "closure_error": closure_error,
     }  # fmt: skip
-    full = [row | _size_columns(sizes.get(int(row["cls"]))) | common for row in rows]
+    full = [row | _size_columns(sizes.get(int(row["part"]))) | common for row in rows]
     return Records.build(PROBES, {name: [row[name] for row in full] for name in full[0]})
 
 
@@ -230,7 +230,7 @@ def _set_rows(
     }
     return [
         {
-            "cls": part,
+            "part": part,
             "predicted_dentropy": scale * mean(tokens.dentropy * own),
             "predicted_dprob": scale * mean(tokens.dprob * own),
             "counterfactual_dentropy": effect[0],

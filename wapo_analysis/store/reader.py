@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from wapo_analysis.derive import derived_columns, with_class
+from wapo_analysis.derive import class_names, derived_columns, with_class
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, read_vocab
@@ -87,7 +87,7 @@ class Run:
 
     @cached_property
     def classes(self) -> pd.DataFrame:
-        """Class totals with a ``cls`` code column, summed over ranks."""
+        """Class totals with the name of the class, ``cls``, summed over ranks."""
         return summed_classes(self.table("classes"))
 
     @cached_property
@@ -106,7 +106,7 @@ class Run:
         return read_vocab(self.path)
 
     def tokens(self, steps: Iterable[int] | None = None, derived: bool = True) -> pd.DataFrame:
-        """Token rows, by default of the whole run and with derived columns.
+        """Token rows, by default of the whole run and with derived columns; ``cls`` is a name.
 
         Parameters
         ----------
@@ -127,7 +127,8 @@ class Run:
         if not derived:
             return frame
         columns = {name: frame[name].to_numpy() for name in frame.columns}
-        return frame.assign(**derived_columns(columns, self.temperature))
+        derived_values = derived_columns(columns, self.temperature)
+        return frame.assign(**derived_values).assign(cls=class_names(derived_values["cls"]))
 
     def summary(self, by: Sequence[str] = ("step", "cls"), engine: Engine = "auto") -> pd.DataFrame:
         """Tokens, entropy, predicted entropy change and gradient mass of the token rows.
@@ -197,11 +198,20 @@ def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:
     return with_class(frame)
 
 
+_RENAMED = {"probes": {"cls": "part"}}
+"""Columns that earlier versions wrote under another name."""
+
+
 def parts_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
     """Concatenate parts; null floats become NaN and absent columns are filled."""
     if not tables:
         return Records.build(declared, {name: [] for name in declared.required}).to_frame()
     frame: pd.DataFrame = pa.concat_tables(tables, promote_options="default").to_pandas()
+    for old, name in _RENAMED.get(declared.name, {}).items():
+        if old in frame:
+            known = frame[name].fillna(frame[old]) if name in frame else frame[old]
+            values = known.to_numpy(declared[name].dtype)
+            frame = frame.drop(columns=old).assign(**{name: values})
     for column in declared.stored:
         if column.name not in frame:
             frame[column.name] = np.nan if column.dtype.startswith("float") else None

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import wapo_taxonomy as tax
 
+from wapo_analysis.derive import class_names
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.parts import list_parts, open_part, settled
@@ -265,12 +266,14 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
 def _table(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """The table that is returned, from sums and counts by step and class code."""
     grouped: Any = cells.groupby(list(by), sort=True)[list(_SUMS)].sum().reset_index()
-    return pd.DataFrame(
+    keys = {"step": lambda steps: steps.astype("int64"), "cls": class_names}
+    table = pd.DataFrame(
         {
-            **{key: grouped[key].astype("int64" if key == "step" else "int8") for key in by},
+            **{key: keys[key](grouped[key]) for key in by},
             "tokens": grouped["tokens"].astype("int64"),
             "entropy": grouped["entropy"] / grouped["entropy_known"].replace(0, np.nan),
             "pred_dentropy_sum": grouped["pred"].where(grouped["pred_known"] > 0),
             "grad_mass": grouped["mass"].where(grouped["mass_known"] > 0),
         }
     )
+    return table.sort_values(list(by), ignore_index=True)

@@ -150,15 +150,15 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
     """Shares of tokens and of gradient mass, and the entropy flow, over the last steps."""
     totals = context.run.classes
     last = np.sort(totals["step"].unique())[-LAST_STEPS:]
-    recent = totals[totals["step"].isin(last) & totals["cls"].isin(range(len(tax.CLASSES)))]
+    recent = totals[totals["step"].isin(last) & totals["cls"].isin(tax.CLASSES)]
     if recent.empty:
-        codes = totals.loc[totals["step"].isin(last), "cls"]
-        idle = len(codes) and codes.eq(tax.CLASS_CODES[tax.NONE]).all()
+        names = totals.loc[totals["step"].isin(last), "cls"]
+        idle = len(names) and names.eq(tax.NONE).all()
         why = "every advantage is zero" if idle else "no token statistics were recorded"
         return [Text(f"\nclasses: {why}", "dim")]
     columns = ["tokens", "grad_mass", "pred_dentropy_sum"]
-    sums = recent.groupby("cls")[columns].sum(min_count=1)
-    by_class = sums.reindex(range(len(tax.CLASSES))).fillna(0.0).to_numpy(np.float64)
+    sums = recent.astype({"cls": str}).groupby("cls")[columns].sum(min_count=1)
+    by_class = sums.reindex(tax.CLASSES).fillna(0.0).to_numpy(np.float64)
     whole = by_class.sum(axis=0)
     size = max((width - 44) // 2, 6)
     table = Table.grid(padding=(0, 1))

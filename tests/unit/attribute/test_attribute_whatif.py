@@ -59,7 +59,7 @@ def _probe(step: int, effects: tuple[float, ...], gram: np.ndarray) -> Records:
     columns = {
         "step": [step] * 6,
         "minibatch": [0] * 6,
-        "cls": [0, 1, 2, 3, GRADIENT, UPDATE],
+        "part": [0, 1, 2, 3, GRADIENT, UPDATE],
         "tokens_of": [OTHER_TOKENS] * 6,
         "counterfactual_dentropy": alone,
         "measured_dentropy": [total] * 6,

@@ -141,7 +141,7 @@ def test_only_what_points_in_the_direction_counts(tmp_path: Path, direction: int
     for cls in tax.CLASSES:
         found = find_culprits(run, "x", cls, 2, 4, direction)
         rows = run.tokens([2, 3, 4])
-        rows = rows[rows["cls"] == tax.CLASS_CODES[cls]]
+        rows = rows[rows["cls"] == cls]
         push = (direction * rows["pred_dentropy"].astype(float)).clip(lower=0)
         if not push.sum():
             assert found is None

@@ -52,7 +52,7 @@ def test_probes_give_the_counterfactual(tmp_path: Path) -> None:
     probes = {
         "step": [2, 45, 45],
         "minibatch": [0, 0, 0],
-        "cls": [2, 2, 0],
+        "part": [2, 2, 0],
         "tokens_of": [ALL_TOKENS] * 3,
         "tokens": [5, 5, 5],
         "counterfactual_dentropy": [9.0, 0.25, math.nan],

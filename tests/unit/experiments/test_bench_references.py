@@ -13,6 +13,7 @@ from experiments.bench import reference
 from experiments.bench.data import load_rows, rlvr_rows, token_columns, token_records
 from experiments.bench.errors import GateError, errors_of, gate, gate_close, textbook_errors
 from experiments.bench.head import Head, check
+from wapo_analysis.derive import class_codes
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
 from wapo_analysis.stats import token_stats
@@ -91,6 +92,7 @@ def test_pandas_summary_is_what_reading_the_run_gives(tmp_path: Path) -> None:
     files = sorted((tmp_path / "run" / "tokens").glob("*.parquet"))
     found = reference.pandas_summary(files, 0.9)
     tokens = open_run(tmp_path / "run").tokens().astype({"entropy": "float64"})
+    tokens = tokens.assign(cls=class_codes(tokens["cls"]))
     expected = tokens.groupby(["step", "cls"], as_index=False).agg(
         tokens=("entropy", "size"),
         entropy=("entropy", "mean"),

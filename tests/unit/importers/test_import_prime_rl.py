@@ -88,7 +88,7 @@ def test_broken_records_are_named_and_the_others_kept(tmp_path: Path) -> None:
     assert report.half_lines == ["rank_0.jsonl"]
     rows = open_run(tmp_path / "out").tokens([1])
     assert int(rows["logp"].isna().sum()) == 1, "null stays null"
-    assert rows.loc[rows["logp"].isna(), "cls"].tolist() == [-1]
+    assert rows.loc[rows["logp"].isna(), "cls"].tolist() == ["unknown"]
 
 
 @pytest.mark.parametrize("where", ["monitors/file", "."])

@@ -84,18 +84,18 @@ def test_independent_softmaxes_obey_the_law_and_give_back_their_learning_rate() 
     assert set(table["verdict"]) == {"local law holds"}
     np.testing.assert_allclose(table["predicted"], table["measured"], rtol=5e-3)
     np.testing.assert_allclose(table["counterfactual"], table["measured"], rtol=1e-9)
-    left = rows[rows["cls"] == INTERACTION]["counterfactual_dentropy"]
+    left = rows[rows["part"] == INTERACTION]["counterfactual_dentropy"]
     assert left.abs().max() < 1e-12
 
 
 def carrying(momentum: float, decay: float) -> pd.DataFrame:
     """A probe of which the local law holds, with so much carried of its gradient's change."""
     rows = one_softmax(1e-4)
-    gradient = rows[rows["cls"] == GRADIENT].set_index("tokens_of")["counterfactual_dentropy"]
+    gradient = rows[rows["part"] == GRADIENT].set_index("tokens_of")["counterfactual_dentropy"]
     rows = rows.set_index("tokens_of")
     for part, share in ((MOMENTUM, momentum), (WEIGHT_DECAY, decay)):
-        carried = share * gradient.reindex(rows.index[rows["cls"] == part])
-        rows.loc[rows["cls"] == part, "counterfactual_dentropy"] = carried.to_numpy()
+        carried = share * gradient.reindex(rows.index[rows["part"] == part])
+        rows.loc[rows["part"] == part, "counterfactual_dentropy"] = carried.to_numpy()
     return rows.reset_index()
 
 
@@ -129,7 +129,7 @@ def test_a_huge_step_of_independent_softmaxes_is_called_too_large() -> None:
 def test_parts_of_every_set_of_tokens_add_up(frame: pd.DataFrame) -> None:
     assert closure_error(frame) < 1e-12
     keys = ["step", "tokens_of"]
-    alone = frame.pivot_table(index=keys, columns="cls", values="counterfactual_dprob")
+    alone = frame.pivot_table(index=keys, columns="part", values="counterfactual_dprob")
     total = alone[[*ADDENDS, INTERACTION]].sum(axis=1)
     np.testing.assert_allclose(total, alone[UPDATE], atol=1e-15)
     broken = frame.assign(counterfactual_dentropy=frame["counterfactual_dentropy"] ** 2)
@@ -137,17 +137,19 @@ def test_parts_of_every_set_of_tokens_add_up(frame: pd.DataFrame) -> None:
 
 
 def test_sets_hold_their_own_tokens(frame: pd.DataFrame) -> None:
-    counts = frame[(frame["step"] == 4) & (frame["cls"] == UPDATE)].set_index("tokens_of")["tokens"]
+    counts = frame[(frame["step"] == 4) & (frame["part"] == UPDATE)].set_index("tokens_of")[
+        "tokens"
+    ]
     assert counts[OTHER_TOKENS] == 10
     assert counts[ALL_TOKENS] == 50, "zero advantage is in, the step before is not"
     assert counts[[0, 1, 2, 3]].sum() == 40
 
 
 def test_tokens_of_the_step_before_are_predicted_to_stay(frame: pd.DataFrame) -> None:
-    other = frame[(frame["tokens_of"] == OTHER_TOKENS) & frame["cls"].isin([*range(4), UPDATE])]
+    other = frame[(frame["tokens_of"] == OTHER_TOKENS) & frame["part"].isin([*range(4), UPDATE])]
     assert (other["predicted_dentropy"] == 0).all()
     assert (other["counterfactual_dentropy"] != 0).any()
-    silent = frame[frame["cls"].isin([MOMENTUM, WEIGHT_DECAY, INTERACTION])]
+    silent = frame[frame["part"].isin([MOMENTUM, WEIGHT_DECAY, INTERACTION])]
     assert silent["predicted_dentropy"].isna().all()
 
 
@@ -156,7 +158,7 @@ def test_closure_sums_the_probes_and_names_the_largest_part(frame: pd.DataFrame)
     assert list(table.index) == [*range(4), MOMENTUM, WEIGHT_DECAY, INTERACTION, UPDATE]
     total = table["dentropy"].drop(UPDATE).sum()
     assert total == pytest.approx(table.loc[UPDATE, "dentropy"], abs=1e-15)
-    whole = frame[(frame["cls"] == UPDATE) & (frame["tokens_of"] == ALL_TOKENS)]
+    whole = frame[(frame["part"] == UPDATE) & (frame["tokens_of"] == ALL_TOKENS)]
     assert table.loc[UPDATE, "dentropy"] == pytest.approx(whole["measured_dentropy"].sum())
     assert table["share"].drop(UPDATE).sum() == pytest.approx(1)
     assert np.isnan(table.loc[MOMENTUM, "predicted"])
@@ -171,10 +173,10 @@ def test_window_keeps_the_steps_asked_for(frame: pd.DataFrame) -> None:
 
 def test_three_numbers_take_the_own_class(frame: pd.DataFrame) -> None:
     table = three_numbers(frame).set_index(["step", "tokens_of"])
-    row = frame[(frame["step"] == 8) & (frame["cls"] == 2) & (frame["tokens_of"] == 2)].iloc[0]
+    row = frame[(frame["step"] == 8) & (frame["part"] == 2) & (frame["tokens_of"] == 2)].iloc[0]
     assert table.loc[(8, 2), "counterfactual"] == row["counterfactual_dentropy"]
     assert table.loc[(8, 2), "predicted"] == row["predicted_dentropy"]
-    joint = frame[(frame["step"] == 8) & (frame["cls"] == GRADIENT)].set_index("tokens_of")
+    joint = frame[(frame["step"] == 8) & (frame["part"] == GRADIENT)].set_index("tokens_of")
     for code in (ALL_TOKENS, OTHER_TOKENS):
         told = table.loc[(8, code), "counterfactual"]
         assert told == joint.loc[code, "counterfactual_dentropy"]

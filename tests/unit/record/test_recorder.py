@@ -18,7 +18,7 @@ from tests.support.recorder_passes import (
     without_times,
 )
 from wapo_analysis.record import step as step_module
-from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import DevicePass, HostPass
 from wapo_analysis.store import open_run
 
@@ -174,3 +174,37 @@ def test_arrays_the_caller_writes_again_are_copied(tmp_path: Path) -> None:
         reward[:] = 7
     recorder.close("finished")
     assert open_run(tmp_path / "r").rollouts.reward.tolist() == [1.0, 0.5]
+
+
+def test_coef_is_minus_the_gradient_of_the_loss(tmp_path: Path) -> None:
+    """What pushes a token up has a positive coefficient, however the pass is given."""
+    weight = torch.tensor([[0.5, -2.0, 0.25], [1.0, 4.0, 0.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    for name in ("flat", "padded"):
+        logp = torch.full((2, 3), -0.5, requires_grad=True)
+        with Recorder(tmp_path / name, store_bits=23) as recorder:
+            if name == "flat":
+                flat = logp[mask.bool()]
+                place = torch.arange(5)
+                given = weight[mask.bool()]
+                recorder.watch(TokenPass(place, place, place, place, given, flat), flat)
+                loss = -(flat * given).sum()
+            else:
+                recorder.watch_batch(logp, None, mask, weight, None, loss_scale=8.0)
+                loss = -(8 * logp * weight * mask).sum()
+            loss.backward()
+            recorder.finish_step(1, loss=loss)
+        assert recorder.failure is None
+        found = open_run(tmp_path / name).tokens()
+        assert found["coef"].tolist() == weight[mask.bool()].tolist()
+
+
+def test_a_recorder_without_a_folder_takes_everything_and_keeps_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(None, token_every=1, rescore_every=1)
+    record(recorder, range(1, 3))
+    recorder.note(label="x")
+    assert recorder.settle(3) is None
+    recorder.flush()
+    recorder.close()
+    assert (recorder.path, recorder.failure, recorder.seconds) == (None, None, 0.0)
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wapo_taxonomy as tax
 
 from tests.support.builders import write_fake_run
 from tests.support.terminal import shown
@@ -82,12 +83,12 @@ def test_the_view_says_what_diagnose_says(tmp_path: Path) -> None:
 def test_class_bars_are_the_shares_of_the_last_steps(tmp_path: Path) -> None:
     path = write_fake_run(tmp_path / "r", steps=25, drift="noise")
     totals = open_run(path).classes
-    totals = totals[(totals.step > 15) & totals.cls.isin(range(4))]
+    totals = totals[(totals.step > 15) & totals.cls.isin(tax.CLASSES)]
     text = view(path)
     assert "classes, steps 16 to 25" in text
-    for code, name in enumerate(("pos_peak", "pos_valley", "neg_peak", "neg_valley")):
+    for name in tax.CLASSES:
         row = next(line for line in text.splitlines() if line.startswith(f"│ {name} "))
-        mine = totals[totals.cls == code]
+        mine = totals[totals.cls == name]
         for column in ("tokens", "grad_mass"):
             assert f"{mine[column].sum() / totals[column].sum():.0%}" in row
         assert f"{mine.pred_dentropy_sum.sum():+.2g}" in row
