@@ -109,8 +109,8 @@ def _reward(context: Context, width: int, height: int) -> list[RenderableType]:
     if not len(series):
         return [Text("\nreward: not recorded", "dim")]
     title = Text(f"\nreward {series.values[-1]:.3g}", "bold")
-    title.append(f"  began at {series.level:.3g}", "dim")
-    rules = (Rule(series.level, "dim", "beginning"),)
+    title.append(f"  baseline {series.level:.3g}", "dim")
+    rules = (Rule(series.level, "dim", "baseline"),)
     chart = line_chart(series.smooth, width=width, height=height, style="green", rules=rules)
     return [title, *chart]
 
@@ -121,7 +121,7 @@ def _entropy(context: Context, width: int, height: int) -> list[RenderableType]:
         return [Text("\nentropy: not recorded", "dim")]
     title = Text(f"\nentropy {series.values[-1]:.3g} nats", "bold")
     title.append(
-        f"  began at {band.level:.3g}; warns outside {max(band.low, 0):.3g} .. {band.high:.3g}",
+        f"  baseline {band.level:.3g}; warns outside {max(band.low, 0):.3g} .. {band.high:.3g}",
         "dim",
     )
     chart = line_chart(
@@ -137,7 +137,7 @@ def _entropy(context: Context, width: int, height: int) -> list[RenderableType]:
 
 def _band_rules(band: Band) -> tuple[Rule, ...]:
     levels = (
-        Rule(band.level, "dim", "beginning"),
+        Rule(band.level, "dim", "baseline"),
         Rule(band.lowest, "red", "collapse"),
         Rule(band.highest, "red", "explosion"),
         Rule(band.low, "yellow", "warns"),
@@ -147,7 +147,7 @@ def _band_rules(band: Band) -> tuple[Rule, ...]:
 
 
 def _classes(context: Context, width: int) -> list[RenderableType]:
-    """Shares of tokens and of gradient mass, and the entropy flow, over the last steps."""
+    """Shares of tokens and of gradient mass, and the predicted dH, over the last steps."""
     totals = context.run.classes
     last = np.sort(totals["step"].unique())[-LAST_STEPS:]
     recent = totals[totals["step"].isin(last) & totals["cls"].isin(tax.CLASSES)]
@@ -162,7 +162,7 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
     whole = by_class.sum(axis=0)
     size = max((width - 44) // 2, 6)
     table = Table.grid(padding=(0, 1))
-    table.add_row("", "tokens", "", "gradient", "", "entropy flow", style="dim")
+    table.add_row("", "tokens", "", "gradient", "", "predicted dH", style="dim")
     for name, (tokens, mass, flow) in zip(tax.CLASSES, by_class.tolist(), strict=True):
         style = CLASS_STYLES[name]
         cells: list[Text] = [Text(f"{name:<10}", style)]
@@ -184,7 +184,7 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
         driver = diagnosis.drivers[0]
         title.append("  driver: ")
         title.append(driver.cls, CLASS_STYLES.get(driver.cls, ""))
-        title.append(f" ({driver.share:.0%} of the push)")
+        title.append(f" ({driver.share:.0%} of the predicted dH)")
     lines: list[RenderableType] = [title, Text(printable(diagnosis.sentence))]
     if diagnosis.culprits:
         lines.append(Text(printable(diagnosis.culprits.words())))

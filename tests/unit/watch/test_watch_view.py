@@ -74,7 +74,9 @@ def test_the_view_says_what_diagnose_says(tmp_path: Path) -> None:
     text = " ".join(view(path).replace("│", " ").split())
     found = diagnose(open_run(path))
     assert f"verdict: entropy explosion since step {found.onset_step}" in text
-    assert f"driver: {found.drivers[0].cls} ({found.drivers[0].share:.0%} of the push)" in text
+    assert (
+        f"driver: {found.drivers[0].cls} ({found.drivers[0].share:.0%} of the predicted dH)" in text
+    )
     assert found.sentence in text
     assert found.findings[0].advice.text in text
     assert "step 60 of 60" in text
