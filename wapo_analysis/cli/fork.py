@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def fork(
     run: RunArgument,
-    at: Annotated[int, Option(min=0, help="Step after which the change is in force; 0 the first.")],
+    at: Annotated[int, Option(help="The change is in force after this step; 0 from the first on.")],
     objective: Annotated[str | None, Option(help="Change it.  [default: the run's]")] = None,
     include_bins: Annotated[
         str | None, Option(help="Train on these classes only.  [default: the run's]")
