@@ -24,7 +24,7 @@ LEVELS: dict[str, int] = {
     "__main__": 10,
 }  # fmt: skip
 # Same level, yet one may use the other: comparisons and figures show what diagnose finds.
-ALLOWED_BESIDE = {("compare", "diagnose"), ("plots", "diagnose")}
+ALLOWED_BESIDE = {("compare", "diagnose"), ("report", "train"), ("plots", "diagnose")}
 TORCH_ALLOWED = {"stats", "objectives", "record", "probes", "capture", "train", "verify", "bench"}
 SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,11 @@ import wapo_taxonomy as tax
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, Finding, diagnose
 from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.errors import UserError
 from wapo_analysis.probes import trust
 from wapo_analysis.schema import STEPS
 from wapo_analysis.settings import recorded_settings, shown_value
+from wapo_analysis.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from wapo_analysis.store import Run
@@ -128,7 +131,22 @@ def _finding(found: Diagnosis, finding: Finding) -> Json:
 
 def _facts(run: Run) -> list[list[str]]:
     known = [(name, run.manifest.get(name)) for name in FACTS]
+    known += list(_settings(run).items())
     return [[name, str(value)] for name, value in known if value not in (None, "")]
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """Settings of a built-in run off their default, and the command that trains it again."""
+    if run.manifest.source != "built-in":
+        return {}
+    try:
+        config = TrainConfig.from_dict(run.manifest.config)
+    except UserError:  # of another version, or of a task whose package is not installed here
+        return {}
+    off = {name: value for name, value in config.changed().items() if name not in FACTS}
+    told = {name: shown_value(value) for name, value in off.items()}
+    command = shlex.join(["wapo", "train", *config.options(), "--out", str(run.path)])
+    return told if run.manifest.forked else {**told, "made by": command}
 
 
 def _bands(context: Context) -> Json:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wapo_analysis.train.tasks import Task
 
 _SHARE = Limit(lambda value: 0 <= value < 1, "in [0, 1)")
+_TOML_WORDS = ("true", "false", "inf", "nan", "none")
 _STEPS = between(1, 10_000_000)
 _EVERY = between(0, 10_000_000)
 _TOKENS = between(1, 10_000_000)
@@ -317,15 +318,18 @@ class TrainConfig(ObjectiveSettings, _Objective):
             raise UserError(f"config {file} is not valid TOML: {error}") from error
         return cls.from_dict(values)
 
+    def changed(self) -> dict[str, Any]:
+        """Settings off their default."""
+        declared = declared_settings(type(self))
+        values = {name: getattr(self, name) for name in declared}
+        return {name: v for name, v in values.items() if v != declared[name].default}
+
     def options(self) -> list[str]:
-        """Options of ``wapo train`` that give these settings again: those off their default."""
-        words = []
-        for name, declared in declared_settings(type(self)).items():
-            value = getattr(self, name)
-            if value == declared.default:
-                continue
-            if declared.option:
-                words += [declared.option, _as_option(value)]
+        """Options of ``wapo train`` that give these settings again."""
+        words, declared = [], declared_settings(type(self))
+        for name, value in self.changed().items():
+            if declared[name].option and value is not None:
+                words += [declared[name].option, _as_option(value)]
             else:
                 words += ["--set", f"{name}={_as_toml(value)}"]
         return words
@@ -336,5 +340,8 @@ def _as_option(value: Any) -> str:
 
 
 def _as_toml(value: Any) -> str:
-    """A setting's value as TOML; None, which TOML has not, never differs from a default."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    """A setting's value as TOML, with none for None."""
+    if value is None:
+        return "none"
+    plain = isinstance(value, str) and value.isidentifier() and value not in _TOML_WORDS
+    return str(value) if plain else json.dumps(value)
