@@ -114,6 +114,12 @@ class Series:
         return float(np.sqrt(MEDIAN_EFFICIENCY**2 * self.noise**2 / self.window + self.wander))
 
     @cached_property
+    def late_noise(self) -> float:
+        """Like :attr:`smooth_noise`, but of the whole series where that is noisier."""
+        whole = MEDIAN_EFFICIENCY * _spread(self.values, 1) / float(np.sqrt(self.window))
+        return max(self.smooth_noise, whole)
+
+    @cached_property
     def wander(self) -> float:
         """Variance that comes slowly, so that no averaging takes it away."""
         return min(_slow_variance(part, self.window) for part in (self._early, self.values))

@@ -27,6 +27,8 @@ LEAST_LOSS = 0.2
 FEW = 2
 """Records that show a fast loss."""
 SIGMAS = 6.0
+DROP_SIGMAS = 8.0
+"""Standard deviations of a drop that is no loss yet."""
 
 
 @dataclass(frozen=True)

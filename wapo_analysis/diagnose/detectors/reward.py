@@ -81,7 +81,7 @@ def find_fall_after_climb(context: Context) -> list[Finding]:
             },
             advice=Advice(
                 f"The reward was best around step {best}.",
-                steps=(context.go_back(fall.onset), LOWER_LR),
+                steps=(context.go_back(onset), LOWER_LR),
             ),
             reference=REWARD_REFERENCE,
         )
