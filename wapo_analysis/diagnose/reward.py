@@ -180,9 +180,8 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     margin = max(4 * noise, 0.02 * abs(level))
     stake = np.where(gain > margin, gain, abs(level))
     strict = (drop >= LOST * stake) & (drop >= np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak)))
-    loose = strict | (
-        (drop >= 0.25 * stake) & (drop >= np.maximum(SIGMAS * noise, 0.1 * abs(peak)))
-    )
+    least = np.maximum(DROP_SIGMAS * max(noise, series.late_noise), 0.1 * abs(peak))
+    loose = strict | ((drop >= 0.25 * stake) & (drop >= least))
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
     loss = _death(series) or departure(loose, strict, home, series.persist)
     if loss is None or not loss.ongoing or loss.crossed is None:
