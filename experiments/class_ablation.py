@@ -102,7 +102,7 @@ def draw(out: Path, file: Path) -> None:
                 0.97, 0.4, f"predicted: {expected}", ha="right", va="top",
                 transform=axes[0, column].transAxes,
             )  # fmt: skip
-            axes[1, column].set_xlabel("optimizer step")
+            axes[1, column].set_xlabel("rollout step (4 updates)")
         axes[0, 0].set(ylabel="entropy (nats)", ylim=(0, None))
         axes[1, 0].set(ylabel="reward", ylim=(0, 1))
         figure.suptitle("What does training on one class of updates alone do?", x=0.01, ha="left")

@@ -92,7 +92,7 @@ TOKENS = Table(
     "tokens",
     "one completion token as it stood in one gradient pass",
     (
-        _key("step", "optimizer step of the run (one batch of rollouts), from 1"),
+        _key("step", "rollout step of the run (one batch; N optimizer updates), from 1"),
         _key("minibatch", "gradient pass within the step, from 0; epochs count on", "int16"),
         _key("rank", "process that saw the token", "int16"),
         _key("group", "prompt of the step, from 0: rollouts of one group share it"),
@@ -147,7 +147,7 @@ CLASSES = Table(
     "classes",
     "exact totals of one step over ALL tokens of one sign, regime and probability bin",
     (
-        _key("step", "optimizer step"),
+        _key("step", "rollout step"),
         _key("rank", "process", "int16"),
         _key("sign", "sign of the advantage: 1, 0, -1", "int8"),
         _key("regime", "1 peak, 0 valley, -1 unknown", "int8"),
@@ -174,9 +174,9 @@ CLASSES = Table(
 
 STEPS = Table(
     "steps",
-    "one optimizer step (one batch of rollouts); beside these columns it may hold numbers of the "
-    "source under their own name, always with a slash; rewards/NAME/mean and rewards/NAME/std are "
-    "those of one reward function",
+    "one rollout step (one batch; N optimizer updates); beside these columns it may hold numbers "
+    "of the source under their own name, always with a slash; rewards/NAME/mean and "
+    "rewards/NAME/std are those of one reward function",
     (
         _key("step", "step number, from 1"),
         _measured("reward", "1", "mean reward of the batch", "float64"),
@@ -284,7 +284,7 @@ ROLLOUTS = Table(
     "rollouts",
     "one completion of one step",
     (
-        _key("step", "optimizer step"),
+        _key("step", "rollout step"),
         _key("rank", "process", "int16"),
         _key("group", "prompt of the step, from 0"),
         _key("rollout", "completion of the step, from 0"),
@@ -314,7 +314,7 @@ PROBES = Table(
     "probes",
     "what one part of one optimizer update does to one set of tokens when it is applied alone",
     (
-        _key("step", "optimizer step"),
+        _key("step", "rollout step"),
         _key("minibatch", "update within the step, from 0; epochs count on", "int16"),
         _key(
             "part",

@@ -1,6 +1,6 @@
 """A step series and the few robust statistics that every detector shares.
 
-Everything is judged against the run's own beginning: the level is the median of the first steps,
+Everything is judged against the run's own baseline: the level is the median of the first steps,
 the noise is the median absolute deviation of step-to-step differences (so a trend does not count as
 noise), and a condition must hold for several smoothed steps in a row before it counts. Arrays in,
 arrays out; cost is linear in the number of steps.
@@ -35,7 +35,7 @@ CHANCE = 1e-6
 
 @dataclass(frozen=True)
 class Series:
-    """The finite values of one step column, smoothed, with the level and noise of its beginning.
+    """The finite values of one step column, smoothed, with the level and noise of its baseline.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ class Series:
         Independent noise shrinks with the window. Slow wandering does not, and shows as a larger
         spread between values two windows apart than between neighbours. The early part and the
         whole run are both asked, and the smaller answer holds: a departure of the run from its
-        beginning inflates one of them and is no noise.
+        baseline inflates one of them and is no noise.
         """
         return float(np.sqrt(MEDIAN_EFFICIENCY**2 * self.noise**2 / self.window + self.wander))
 
@@ -251,7 +251,7 @@ def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float,
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A stretch in which a series left its beginning; indices into the series.
+    """A stretch in which a series left its baseline; indices into the series.
 
     Attributes
     ----------

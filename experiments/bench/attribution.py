@@ -1,4 +1,4 @@
-"""What taking an update apart by class costs, and a Jacobian-vector product of all logits.
+"""What decomposing an update by class costs, and a Jacobian-vector product of all logits.
 
 On a model of four layers (width 256, vocabulary 2000) with 16 x 128 tokens.
 """

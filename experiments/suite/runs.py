@@ -266,7 +266,7 @@ class Outcome:
     label : str
         healthy, unclear, or one of ``BAD``.
     lost_at : int or None
-        First step at which half of what the true reward had gained was lost (of its beginning, if
+        First step at which half of what the true reward had gained was lost (of its baseline, if
         it had gained nothing); None if that never happened.
     entropy_start, entropy_end, reward_start, reward_peak, reward_end : float
         Means over the first three steps, the best five, the last five; nats and true reward.
@@ -298,7 +298,7 @@ def outcome(run: Run) -> Outcome:
 
     diverged: numbers broken up to the end. reward_hacking: the recorded reward has risen and ends
     0.3 above the true one. stalled: nine groups of ten without signal and the reward where it was.
-    explosion: the entropy ends above twice its beginning and the reward was lost or never gained.
+    explosion: the entropy ends above twice its baseline and the reward was lost or never gained.
     collapse: it ends below a half and the reward was lost, or below a fifth and it was never
     gained. reward_collapse: the reward is lost without that. healthy: the reward was gained and
     kept all along, or stayed. unclear: anything else, as a reward half lost and won back.

@@ -1,7 +1,6 @@
 """What several commands share: arguments, opening runs, error lines."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -70,22 +69,23 @@ def check_new(out: Path) -> None:
 def progress() -> "Progress":
     """Progress display on stderr; a bar's field ``now`` says where it stands."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
         console=Console(stderr=True),
         expand=False,
     )
-
-
-def progress_over(names: Sequence[str], steps: int) -> "Progress":
-    """Progress display with one bar for each named run."""
-    bar = progress()
-    for name in names:
-        bar.add_task(name, total=steps, now="")
-    return bar

@@ -1,7 +1,9 @@
-"""The demo: GRPO and WAPO from one base policy, on the same prompts, over several seeds."""
+"""The demo: a run that explodes, GRPO and WAPO beside it, the verdict, the page."""
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import check_new, console_error, progress_over, show
+from wapo_analysis.cli.common import check_new, console_error, progress, say, show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.errors import UserError
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 Option = typer.Option
 OBJECTIVES = ("grpo", "wapo")
+EXPLODES = "neg_peak"
+"""Class that the run which explodes trains on alone: likely tokens, punished."""
+_LINES = 12
+"""Lines about the progress where it goes to no terminal."""
 
 
 def register(app: typer.Typer) -> None:
@@ -30,16 +36,18 @@ def demo(
     out: Annotated[Path, Option(help="Folder for the runs, figures and report.")] = Path(
         "runs/demo"
     ),
-    steps: Annotated[int, Option(help="Steps of each run.", min=1)] = 120,
-    seeds: Annotated[int, Option(help="Runs per objective.", min=1)] = 3,
+    steps: Annotated[int, Option(help="Steps of each run.", min=1)] = 40,
+    seeds: Annotated[int, Option(help="Runs of GRPO and of WAPO each.", min=1)] = 3,
     task: Annotated[str, Option(help="Embedded task: chain-sum or two-hop.")] = "chain-sum",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
     smoke: Annotated[bool, Option("--smoke", help="Six steps, one seed: does it work?")] = False,
     force: Annotated[bool, Option("--force", help="Delete an old demo in --out first.")] = False,
 ) -> None:
-    """Train GRPO and WAPO side by side, then compare and report.
+    """Watch a run explode beside healthy ones, and read why.
 
-    Three minutes on two CPU cores, no network, no GPU needed (used if present).
+    One run trains on punished likely tokens (neg_peak) alone, GRPO and WAPO on all and on rewarded
+    ones, from one base policy on the same prompts. Under three minutes on two CPU cores, no
+    network, no GPU needed (used if present).
     """
     started = perf_counter()
     if smoke:
@@ -54,13 +62,17 @@ def demo(
 
 
 def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
-    """One job per seed and objective; objectives alternate so that they finish together."""
+    """The run that explodes, then one job per seed and objective, which finish together."""
     from wapo_analysis.train.parallel import Job
 
+    harsh = replace(base, include_bins=(EXPLODES,), epochs=2, minibatches=2)
     return [
-        Job(replace(base, objective=objective, seed=seed), out / f"{objective}-{seed}")
-        for seed in range(seeds)
-        for objective in OBJECTIVES
+        Job(harsh, out / f"{EXPLODES}-0"),
+        *(
+            Job(replace(base, objective=objective, seed=seed), out / f"{objective}-{seed}")
+            for seed in range(seeds)
+            for objective in OBJECTIVES
+        ),
     ]
 
 
@@ -85,12 +97,7 @@ def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> No
     # One process per core on a CPU; on a GPU the runs take turns.
     workers = 1 if pick_device(device).type == "cuda" else None
     names = [f"{j.config.shown_label} seed {j.config.seed}" for j in jobs]
-    with progress_over(names, steps) as bar:
-
-        def shown(done: Sequence[int]) -> None:
-            for task_id, count in enumerate(done):
-                bar.update(bar.task_ids[task_id], completed=count)
-
+    with _shown(names, steps) as shown:
         failures = train_all(jobs, workers, shown)
     for job, failure in zip(jobs, failures, strict=True):
         if failure is not None:
@@ -100,15 +107,54 @@ def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> No
     _conclude(out, [job.out for job in jobs])
 
 
+@contextmanager
+def _shown(names: Sequence[str], steps: int) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Show finished steps of every run and the time that is left: bars, or lines off a terminal."""
+    total = steps * len(names)
+    if not sys.stderr.isatty():
+        yield _lines(total)
+        return
+    with progress() as bar:
+        for name in ("all runs", *names):
+            bar.add_task(name, total=total if name == "all runs" else steps, now="")
+
+        def moved(done: Sequence[int]) -> None:
+            for task_id, count in zip(bar.task_ids, (sum(done), *done), strict=True):
+                bar.update(task_id, completed=count)
+
+        yield moved
+
+
+def _lines(total: int) -> Callable[[Sequence[int]], None]:
+    started, written = perf_counter(), 0
+
+    def moved(done: Sequence[int]) -> None:
+        nonlocal written
+        if (count := sum(done)) * _LINES // total <= written:
+            return
+        written = count * _LINES // total
+        left = (perf_counter() - started) * (total - count) / count
+        typer.echo(f"{count} of {total} steps, about {left:.0f} s left", err=True)
+
+    return moved
+
+
 def _conclude(out: Path, folders: Sequence[Path]) -> None:
-    """Verdict table, figures and report of finished runs."""
+    """Comparison, verdict on the run that explodes, figures and page; that run came first."""
     from wapo_analysis.compare import compare
+    from wapo_analysis.diagnose import diagnose
+    from wapo_analysis.plots.classes import prepare_gradient_mass, says_gradient_mass
     from wapo_analysis.report.build import build_report
     from wapo_analysis.store import open_run
 
-    runs = [open_run(folder) for folder in folders]
+    runs = [open_run(folder) for folder in (*folders[1:], folders[0])]
     show(compare(runs), "text")
+    say(f"\n{says_gradient_mass(prepare_gradient_mass(runs[:-1]))}")
+    found = diagnose(runs[-1])
+    say(f"\n{found.title}\n  {found.sentence}")
+    if found.culprits is not None:
+        say(f"  {found.culprits.words()}")
     write_figures(runs, out / "figures", "png", None)
     report = out / "report.html"
     build_report(runs, report)
-    typer.echo(f"report: {report}")
+    say(f"\nreport: {report}\nnext: wapo diagnose {folders[0]}   |   wapo board {out}")

@@ -20,7 +20,7 @@ class Band:
     Attributes
     ----------
     level : float
-        The run's own beginning.
+        The run's own baseline.
     low, high : float
         Beyond these it warns.
     lowest, highest : float
@@ -35,9 +35,9 @@ class Band:
 
 
 def entropy_band(context: Context) -> Band | None:
-    """Levels around the beginning of a run, in nats; None without entropy.
+    """Levels around the baseline of a run, in nats; None without entropy.
 
-    They are those of ``find_entropy_rise`` and ``find_entropy_fall``: ratios to the beginning, and
+    They are those of ``find_entropy_rise`` and ``find_entropy_fall``: ratios to the baseline, and
     at least ``SIGMAS`` standard deviations of the gap away from it.
     """
     series = context.series("entropy")

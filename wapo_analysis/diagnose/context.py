@@ -54,14 +54,14 @@ class Context:
         return self.run.steps["step"].to_numpy(np.int64)
 
     def values(self, column: str) -> Array:
-        """A step column as float64, shape (n,); whatever is no finite number is NaN."""
+        """A step column as float64, shape (n,); whatever is not finite is NaN."""
         if column not in self.run.steps:
             return np.full(len(self.step_numbers), np.nan)
         numbers = pd.to_numeric(self.run.steps[column], errors="coerce").to_numpy(np.float64)
         return np.where(np.isfinite(numbers), numbers, np.nan)
 
     def null(self, column: str) -> Array:
-        """Steps whose record holds the column, but no finite number; shape (n,)."""
+        """Steps whose record holds the column, but nothing finite; shape (n,)."""
         steps = self.run.steps.attrs.get("null", {}).get(column, ())
         return np.isin(self.step_numbers, np.fromiter(steps, np.int64, len(steps)))
 
@@ -196,7 +196,7 @@ class Context:
 
     @cached_property
     def flows(self) -> pd.DataFrame:
-        """Predicted entropy flow in nats per unit learning rate, shape (steps, classes).
+        """Predicted dH in nats per unit learning rate, shape (steps, classes).
 
         Zero where a class had no token; no rows if the run has no such totals.
         """

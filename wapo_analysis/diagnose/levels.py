@@ -26,14 +26,14 @@ def lasting(series: Series, mask: Array) -> int | None:
 
 
 def risen(series: Series, least: float, absolute: float) -> int | None:
-    """Index from which a share is above its own beginning, or high in itself, to the end.
+    """Index from which a share is above its own baseline, or high in itself, to the end.
 
     Parameters
     ----------
     series : Series
         A share in [0, 1].
     least : float
-        Rise above the beginning that counts; six times the noise if that is more, half at most: a
+        Rise above the baseline that counts; six times the noise if that is more, half at most: a
         jump is noise to itself.
     absolute : float
         Level that counts wherever it began, if it is more than twice the rise that counts.

@@ -1,4 +1,4 @@
-"""How a reward went, judged against its own beginning: gained, still gaining, standing, lost."""
+"""How a reward went, judged against its own baseline: gained, still gaining, standing, lost."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +17,11 @@ RISING = 1.5
 LEAST_GAIN = 0.1
 """Share of the whole gain that the last third must add for it to be still gaining."""
 ENOUGH = 1 / 3
-"""Way from the beginning to certain success that is much gained."""
+"""Way from the baseline to certain success that is much gained."""
 FALLEN = 4.0
 """Standard deviations of the difference of two block means that make a fall after a climb."""
 LOST = 0.5
-"""Share of the gain, or of the beginning, whose loss is a collapse."""
+"""Share of the gain, or of the baseline, whose loss is a collapse."""
 LEAST_LOSS = 0.2
 """Share of the peak that such a loss must be, at least."""
 FEW = 2
@@ -40,11 +40,11 @@ class RewardState:
     series : Series
         The reward.
     peak : float
-        Highest smoothed reward, at least the level of the beginning.
+        Highest smoothed reward, at least the level of the baseline.
     margin : float
         Change that counts as more than noise.
     loss : Departure or None
-        Stretch in which half of the gain (or of the beginning) was lost.
+        Stretch in which half of the gain (or of the baseline) was lost.
     solved : bool
         The task is all but solved: a score within [0, 1] ends at ``SOLVED`` or more.
     """
@@ -57,17 +57,17 @@ class RewardState:
 
     @property
     def lost(self) -> bool:
-        """At least half of the gain, or of the beginning, is lost and has not come back."""
+        """At least half of the gain, or of the baseline, is lost and has not come back."""
         return self.loss is not None and self.loss.ongoing and self.loss.crossed is not None
 
     @property
     def improved(self) -> bool:
-        """It ends above its beginning by more than noise, and did not lose what it had gained."""
+        """It ends above its baseline by more than noise, and did not lose what it had gained."""
         return not self.lost and self.series.end - self.series.level > self.margin
 
     @property
     def rising(self) -> bool:
-        """It ends above its beginning, or went up over the run, by more than chance."""
+        """It ends above its baseline, or went up over the run, by more than chance."""
         if self.lost:
             return False
         rise, noise = _straight_rise(self.series.values)
@@ -81,7 +81,7 @@ class RewardState:
 
     @property
     def much_gained(self) -> bool:
-        """It lies in [0, 1] and ends a third of the way from its beginning to 1, or further."""
+        """It lies in [0, 1] and ends a third of the way from its baseline to 1, or further."""
         level = self.series.level
         return self.bounded and self.series.end >= level + ENOUGH * (1 - level)
 
@@ -160,15 +160,15 @@ class Fall:
 
     @property
     def lost(self) -> bool:
-        """Half of the climb, or of the beginning without one, is gone."""
+        """Half of the climb, or of the baseline without one, is gone."""
         stake = self.best - self.start if self.climbed else abs(self.start)
         return self.best - self.end >= max(LOST * stake, LEAST_LOSS * abs(self.best))
 
 
 def reward_state(series: Series, solved: bool) -> RewardState:
-    """Judge a reward series against its own beginning.
+    """Judge a reward series against its own baseline.
 
-    With a gain beyond noise, losing half of it is a loss; without one, losing half of the beginning
+    With a gain beyond noise, losing half of it is a loss; without one, losing half of the baseline
     is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
     smoothed value, so that the best of many noisy steps does not make a loss. A reward that was
     there and then shows nothing but its lowest value is lost from that record on. A slow loss may

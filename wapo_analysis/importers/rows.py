@@ -47,7 +47,7 @@ def filled_records(table: Table, frame: pd.DataFrame, report: ImportReport) -> R
 
 
 def numbers(given: pd.Series | None, rows: int) -> Array:
-    """Values as float64, shape (rows,); what is no finite number is NaN."""
+    """Values as float64, shape (rows,); what is not finite is NaN."""
     if given is None:
         return np.full(rows, np.nan)
     values = _floats(given)

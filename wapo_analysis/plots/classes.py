@@ -118,7 +118,7 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
-def _says_gradient_mass(frame: pd.DataFrame) -> str:
+def says_gradient_mass(frame: pd.DataFrame) -> str:
     """The class with most of the gradient, beside its part of the tokens, over the whole run."""
     told = []
     for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
@@ -139,7 +139,7 @@ def _says_gradient_mass(frame: pd.DataFrame) -> str:
     "tokens, and whether the mass (below) fades as training goes on.",
     group="classes",
     prepare=prepare_gradient_mass,
-    says=_says_gradient_mass,
+    says=says_gradient_mass,
     over_steps=True,
 )
 def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:

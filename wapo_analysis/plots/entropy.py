@@ -1,4 +1,4 @@
-"""Entropy over the steps: of all tokens, by sign of the advantage, and what pushes it."""
+"""Entropy over the steps: of all tokens, by sign of the advantage, and what moves it."""
 
 from collections.abc import Sequence
 from typing import Any

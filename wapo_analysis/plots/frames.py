@@ -39,7 +39,7 @@ def labels_of(frame: pd.DataFrame) -> list[str]:
 
 
 def finite(values: pd.Series) -> pd.Series:
-    """The same numbers as float64 with everything that is no finite number set to NaN."""
+    """The same numbers as float64 with everything that is not finite set to NaN."""
     numbers = pd.to_numeric(values, errors="coerce").astype("float64")
     return numbers.where(np.isfinite(numbers))
 

@@ -104,7 +104,7 @@ class LineStyle:
 
 
 def label_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
-    """Colour and dash of every label, told from the label's own words.
+    """Colour and dash of every label, detected from the label's own words.
 
     A label that names a class ("GRPO neg_peak only") takes the colour of the class, one that
     begins with an objective takes the objective's. Labels that would look alike get another dash.

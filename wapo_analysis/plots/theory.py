@@ -142,14 +142,14 @@ def prepare_theory_classes(runs: Sequence[Run] = ()) -> pd.DataFrame:
 _PANELS = {
     "entropy": ("only this class is updated", "entropy (nats)"),
     "prob": ("one token, updated again and again", "p of the token (probability)"),
-    "force": ("how hard it is still pushed", "move of the logits per unit step"),
+    "force": ("force that is left on it", "move of the logits per unit step"),
 }
 
 
 @figure(
     title="Where do many updates of one class lead?",
-    caption="Look at the right panel: the push on a rewarded token dies out as it wins, the "
-    "push on a punished one stays.",
+    caption="Look at the right panel: the force on a rewarded token dies out as it wins, "
+    "the one on a punished token stays.",
     group="theory",
     prepare=prepare_theory_classes,
 )

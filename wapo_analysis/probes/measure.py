@@ -1,4 +1,4 @@
-"""Taking one optimizer update apart: what does each part do to the tokens when applied alone.
+"""Decomposing one optimizer update: what does each part do to the tokens when applied alone.
 
 To be called after the optimizer has stepped. The old weights are put back, the step is split, a few
 tokens are scored after each part of it, and the new weights are put back bit by bit. Gradients,

@@ -88,7 +88,7 @@ def window(probes: pd.DataFrame, first: int | None = None, last: int | None = No
 
 
 def closure(probes: pd.DataFrame) -> pd.DataFrame:
-    """Entropy change of the probed updates, taken apart; the parts add up to what was measured.
+    """Entropy change of the probed updates, by part; the parts add up to what was measured.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""An optimizer step taken apart: the share of each class, of momentum and of weight decay.
+"""An optimizer step decomposed: the share of each class, of momentum and of weight decay.
 
 Both optimizers are linear in the gradient once the second moment of the real step is held fixed.
 With clip factor k, class gradients g_c, bias corrections b1' = 1 - beta1^t, b2' = 1 - beta2^t and

@@ -30,7 +30,7 @@ BELOW, TOO_LARGE, MOMENTUM, SHARING, LOCAL = (
     "local law holds",
 )
 MEANINGS = {
-    BELOW: "the change is too small to be told from rounding",
+    BELOW: "the change is too small to distinguish from rounding",
     TOO_LARGE: "half the update does not do half the change: the step is too large for a "
     "first-order law; lower lr",
     MOMENTUM: "the momentum of earlier batches, not this batch, decides the change",

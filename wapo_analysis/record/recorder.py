@@ -53,7 +53,7 @@ class Recorder(Guarded, Closing):
         Score the tokens again after the update on every n-th step; 0 never. For a trainer that
         asks `wants_rescore`.
     probe_every : int
-        Take one update of every n-th step apart (docs/attribution.md); 0 never. For a trainer
+        Decompose one update of every n-th step (docs/attribution.md); 0 never. For a trainer
         that asks `wants_probe`.
     temperature : float
         Softmax temperature of the statistics.
@@ -160,7 +160,7 @@ class Recorder(Guarded, Closing):
         return self.failure is None and on_schedule(step, self.rescore_every)
 
     def wants_probe(self, step: int) -> bool:
-        """Whether an update of this step is to be taken apart."""
+        """Whether an update of this step is to be decomposed."""
         # Not step 1: AdamW then divides by the first gradient itself, and classes that cancel in it
         # have shares out of all proportion to the step.
         return self.failure is None and self.probe_every > 0 and step % self.probe_every == 0

@@ -1,6 +1,6 @@
 """A run on disk: manifest, step log and Parquet parts; the only package that knows the layout.
 
-A part is written beside its final name, fsynced and renamed, so it is whole or absent. The step
+A part is written atomically (temporary file, fsync, rename), so it is whole or absent. The step
 log is appended and flushed; its last line may be half written and is then left out on reading.
 """
 

@@ -1,7 +1,7 @@
 """Many parts into one file, without a moment in which rows are missing; ``wapo compact``.
 
-The merged file is written beside, fsynced and renamed; only then are its parts deleted. After a
-crash in between both are there, and readers take each step of each rank once.
+The merged file is written atomically (temporary file, fsync, rename); only then are its parts
+deleted. After a crash in between both are there, and readers take each step of each rank once.
 """
 
 import json

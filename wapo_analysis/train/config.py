@@ -181,7 +181,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
         10, "Score tokens again after the update on every n-th step; 0 never.", _EVERY,
         resumable=True)
     probe_every: int = setting(
-        0, "Take one update of every n-th step apart by class, see docs/attribution.md; 0 never.",
+        0, "Decompose one update of every n-th step by class, see docs/attribution.md; 0 never.",
         _EVERY, resumable=True, cli=True)
     probe_rows: int | None = setting(
         32, "Rollouts that a probe scores.", _ROWS, unset="the whole mini-batch", resumable=True,

@@ -1,4 +1,4 @@
-"""Probes in the built-in trainer: which updates are taken apart, and on which tokens."""
+"""Probes in the built-in trainer: which updates are decomposed, and on which tokens."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class NullProbe:
     """An update that is not probed."""
 
     def finish(self, watched: Watched, grad_norm: float) -> None:
-        """Take the update apart after the optimizer has stepped."""
+        """Decompose the update after the optimizer has stepped."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Prober:
     def start(self, step: int, minibatch: int, recorder: Recorder) -> NullProbe:
         """Probe of an update that is about to be made; a null one off schedule.
 
-        One update of a probed step is taken apart; which one moves on from probe to probe, so that
+        One update of a probed step is decomposed; which one moves on from probe to probe, so that
         late mini-batches with their clipped tokens are seen as well.
         """
         updates = self.config.epochs * self.config.minibatches
@@ -109,7 +109,7 @@ class UpdateProbe(NullProbe):
         self._before = Before.of(prober.parameters, prober.optimizer)
 
     def finish(self, watched: Watched, grad_norm: float) -> None:
-        """Take the update apart; a failure stops probing, never the training.
+        """Decompose the update; a failure stops probing, never the training.
 
         Parameters
         ----------

@@ -136,13 +136,13 @@ def test_a_chart_shows_level_line_and_alarm() -> None:
         width=20,
         height=4,
         style="cyan",
-        rules=(Rule(1.0, "dim", "beginning"), Rule(2.0, "yellow", "warns"), Rule(99.0, "red", "x")),
+        rules=(Rule(1.0, "dim", "baseline"), Rule(2.0, "yellow", "warns"), Rule(99.0, "red", "x")),
         safe=(0.0, 2.0),
     )
     assert len(rows) == 4
     plain = [row.plain for row in rows]
     assert plain[0].endswith(" 3")
-    assert plain[3].endswith("beginning 1")
+    assert plain[3].endswith("baseline 1")
     assert sum("warns" in row for row in plain) == 1
     assert not any("x" in row for row in plain), "a far level does not flatten the data"
     top, bottom = plain[0][:20].strip(" ┈"), plain[3][:20].strip(" ┈")

@@ -104,7 +104,7 @@ def attach(
         tokens; by default as ``token_every``, if that is given. In between sum p^2 comes from the
         fused head and sum p^2 ln p is missing. With logits every step is exact.
     probe_every : int
-        Take the update of every n-th step apart by class (docs/attribution.md); 0 never. While it
+        Decompose the update of every n-th step by class (docs/attribution.md); 0 never. While it
         lasts: some fifteen times the trained weights in memory; one forward and four backward
         passes over the update, ten forwards over twice ``probe_rows``. One process, float32.
     probe_rows : int

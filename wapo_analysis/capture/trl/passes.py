@@ -1,6 +1,6 @@
 """What is done with the gradient passes of a step: rows, gradient, second scoring, probe.
 
-A probe takes one update apart between two calls of the trainer: ``on_pre_optimizer_step`` copies
+A probe decomposes one update between two calls of the trainer: ``on_pre_optimizer_step`` copies
 the weights, ``on_optimizer_step``, which comes before the learning rate moves on and before
 gradients are cleared, splits the step. Scoring runs without dropout, so the class gradients of a
 model with dropout are those of its mean; ``closure_error`` tells by how much that misses the real
@@ -179,7 +179,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def check_probing(trainer: TrlTrainer, probe_every: int, probe_rows: int) -> None:
-    """Refuse probes where a step cannot be taken apart.
+    """Refuse probes where a step cannot be decomposed.
 
     Raises
     ------
@@ -202,7 +202,7 @@ def check_probing(trainer: TrlTrainer, probe_every: int, probe_rows: int) -> Non
 
 
 class TrlProber:
-    """Takes updates of one trainer apart, on the recorder's schedule.
+    """Decomposes updates of one trainer, on the recorder's schedule.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ class TrlProber:
             self._stop(error)
 
     def after_update(self, step: int, passes: Sequence[SeenPass], grad_norm: Any) -> None:
-        """Take the update apart; a failure stops probing, never the training.
+        """Decompose the update; a failure stops probing, never the training.
 
         Parameters
         ----------

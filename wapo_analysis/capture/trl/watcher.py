@@ -269,7 +269,7 @@ class TrlWatcher:
         self._prober.before_update(self._trainer.step)
 
     def after_update(self) -> None:
-        """Take the update apart, if it is its turn; called after the optimizer has stepped."""
+        """Decompose the update, if it is its turn; called after the optimizer has stepped."""
         started = perf_counter()
         self._prober.after_update(self._trainer.step, self._passes, self._row.get("grad_norm"))
         self._row["seconds_probe"] = perf_counter() - started

@@ -21,9 +21,9 @@ TAKEOVER = 0.7
 ONE_SIGN = 0.8
 """Share of the gradient mass at which one sign of the advantage outweighs the other."""
 SHARE_RISE = 0.2
-"""Rise of a share above its own beginning without which it is how the run is built."""
+"""Rise of a share above its own baseline without which it is how the run is built."""
 BUILT_IN = 0.02
-"""A sign with no more than this at the beginning is left out by the objective."""
+"""A sign with no more than this at the baseline is left out by the objective."""
 TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"
 SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 

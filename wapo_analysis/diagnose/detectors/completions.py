@@ -14,13 +14,13 @@ from wapo_analysis.store import Need
 DRIFT = 0.15
 HALF = 0.5
 LENGTH_RATIO = 1.5
-"""Ratio to the beginning, either way, at which the length has drifted."""
+"""Ratio to the baseline, either way, at which the length has drifted."""
 PAY = 0.15
 """Correlation of reward and length within groups, either way, that counts as paying for length."""
 MIN_PAY_STEPS = 8
 """Steps over which the correlation is taken, at least; of a long run it is the later half."""
 PAID_MOVE = 0.06
-"""Move of the length, relative to the beginning, that shows the pay is taken."""
+"""Move of the length, relative to the baseline, that shows the pay is taken."""
 SAME = 0.25
 """Rise of the share of answers that other prompts got too."""
 DAPO = "arXiv:2503.14476 (DAPO)"
@@ -31,7 +31,7 @@ GAMING = "arXiv:2209.13085 (reward hacking); reward-doctor and other verifier au
 
 @detector("truncation_drift", Need("steps", "truncated"))
 def find_truncation(context: Context) -> list[Finding]:
-    """Ever more completions are cut at the length limit, or most of them are."""
+    """More and more completions are cut at the length limit, or most of them are."""
     series = context.series("truncated")
     return level_finding(
         series,
@@ -52,7 +52,7 @@ def find_truncation(context: Context) -> list[Finding]:
 
 @detector("repetition_drift", Need("steps", "repetition"))
 def find_repetition(context: Context) -> list[Finding]:
-    """Completions repeat themselves ever more."""
+    """Completions repeat themselves more and more."""
     series = context.series("repetition")
     return level_finding(
         series,
@@ -166,7 +166,7 @@ def find_length_pay(context: Context) -> list[Finding]:
 
 @detector("degenerate_completions", Need("rollouts", "completion"))
 def find_degenerate(context: Context) -> list[Finding]:
-    """Different prompts get the same completion, ever more of them.
+    """Different prompts get the same completion, more and more of them.
 
     Reads the completions of at most ``SAMPLED_STEPS`` steps. That the answer no longer depends on
     the question is what collapse to one answer and a gamed verifier have in common.
@@ -227,7 +227,7 @@ def find_garbled(context: Context) -> list[Finding]:
 
 
 def degenerate_since(series: Series) -> int | None:
-    """Index from which the share of shared answers stands above its beginning; None if never."""
+    """Index from which the share of shared answers stands above its baseline; None if never."""
     if not len(series):
         return None
     least = max(SAME, LEVEL_SIGMAS * series.smooth_noise)

@@ -1,6 +1,6 @@
 """Detectors of the entropy, both ways.
 
-It is judged by ratio to the run's own beginning, never by an absolute floor: runs start
+It is judged by ratio to the run's own baseline, never by an absolute floor: runs start
 anywhere between 0.05 and 3 nats. A fall is a collapse only if the reward does not pay for it, since
 a policy that learns to be right becomes certain.
 """
@@ -19,7 +19,7 @@ from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 RISE = (1.5, 2.0)
-"""Ratio to the beginning at which a rise warns, and at which it is an explosion."""
+"""Ratio to the baseline at which a rise warns, and at which it is an explosion."""
 FALL = (0.5, 0.2)
 """Ratio at which a fall warns, and at which it is a collapse if the reward does not pay for it."""
 FALL_UNPAID = 0.05
@@ -29,7 +29,7 @@ FALL_LOST = 0.5
 LATE = 0.1
 """Part of the run by which the entropy may follow the reward and still be the cause of its loss."""
 HOME = 0.25
-"""Share of the beginning within which a run has not left it: half the way to a warning."""
+"""Share of the baseline within which a run has not left it: half the way to a warning."""
 MIN_RISE = 0.05
 """Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
 SIGMAS = 6.0
@@ -44,7 +44,7 @@ COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WA
 
 @detector("entropy_explosion", Need("steps", "entropy"))
 def find_entropy_rise(context: Context) -> list[Finding]:
-    """Entropy above twice its beginning to the end; a warning where the reward still gains."""
+    """Entropy above twice its baseline to the end; a warning where the reward still gains."""
     series = context.series("entropy")
     level, smooth = series.level, series.smooth
     # Half the sigmas keep a run departed that passed them all: a jump inflates its own noise.
@@ -67,7 +67,7 @@ def find_entropy_rise(context: Context) -> list[Finding]:
 
 @detector("entropy_collapse", Need("steps", "entropy"))
 def find_entropy_fall(context: Context) -> list[Finding]:
-    """Entropy below a fifth of its beginning to the end while the reward does not pay for it.
+    """Entropy below a fifth of its baseline to the end while the reward does not pay for it.
 
     Below a half if the reward was lost. A reward for the same answer to every prompt pays nothing.
     """
@@ -94,7 +94,7 @@ def find_entropy_fall(context: Context) -> list[Finding]:
 
 
 def _before_loss(entropy: Series, reward: RewardState) -> bool:
-    """The reward was lost, and by then the entropy was below half of its beginning."""
+    """The reward was lost, and by then the entropy was below half of its baseline."""
     if not reward.lost or reward.loss is None or reward.loss.crossed is None:
         return False
     span = entropy.step(-1) - entropy.step(0)
@@ -104,7 +104,7 @@ def _before_loss(entropy: Series, reward: RewardState) -> bool:
 
 
 def _home(series: Series) -> Array:
-    """Where a smoothed value counts as still at the beginning's level."""
+    """Where a smoothed value counts as still at the level of the baseline."""
     near = max(3 * series.smooth_noise, HOME * abs(series.level))
     return np.abs(series.smooth - series.level) <= near
 

@@ -30,7 +30,7 @@ AGREE_ALONE = 0.85
 AHEAD = 8
 """Steps ahead at which the trend must leave the band."""
 MIN_MOVE = 1.1
-"""Factor by which the entropy must already have moved from its beginning, or its last turn."""
+"""Factor by which the entropy must already have moved from its baseline, or its last turn."""
 PERSIST = 2
 
 ARRIVAL_STEPS = 200
@@ -182,7 +182,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
 def find_arrival(context: Context) -> list[Finding]:
     """Projected step at which the entropy arrives at the ceiling or the floor of its band.
 
-    The ceiling is twice, the floor a fifth of its beginning. Theil-Sen slope of the logarithm over
+    The ceiling is twice, the floor a fifth of its baseline. Theil-Sen slope of the logarithm over
     the last quarter of the run; reported if its 99% interval leaves out zero and arrival is due
     within as many steps again.
     """

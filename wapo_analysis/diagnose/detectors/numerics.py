@@ -21,9 +21,9 @@ SEVERE_SPIKE = 10.0
 SPIKE_WINDOW = 11
 NAN_REFERENCE = "verl issue 721 and trl issue 6702 (one bad step, invisible in the log)"
 VANISHED = 0.02
-"""Gradient norm relative to the beginning that counts as vanished."""
+"""Gradient norm relative to the baseline that counts as vanished."""
 GROWN = 10.0
-"""Gradient norm relative to the beginning that counts as grown out of bounds."""
+"""Gradient norm relative to the baseline that counts as grown out of bounds."""
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 
 
@@ -142,9 +142,9 @@ def _what_broke(names: list[str]) -> str:
 
 @detector("gradient_spikes", Need("steps", "grad_norm"))
 def find_gradient_spikes(context: Context) -> list[Finding]:
-    """Gradient norms far above their neighbours and the beginning; a smooth rise is no spike.
+    """Gradient norms far above their neighbours and the baseline; a smooth rise is no spike.
 
-    A spike is three times the median of its neighbourhood, or the beginning if that is more, and
+    A spike is three times the median of its neighbourhood, or the baseline if that is more, and
     eight robust standard deviations of the logarithm above it: a gradient that has become small and
     comes back to its old size for a step, as where all but a few groups are solved, is none.
     """
@@ -191,7 +191,7 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
 
 @detector("gradient_level", Need("steps", "grad_norm"))
 def find_gradient_level(context: Context) -> list[Finding]:
-    """The gradient all but vanishes, or grows tenfold, against the run's own beginning."""
+    """The gradient all but vanishes, or grows tenfold, against the run's own baseline."""
     series = context.series("grad_norm")
     if series.level <= 0:
         return []

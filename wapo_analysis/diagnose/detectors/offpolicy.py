@@ -2,7 +2,7 @@
 
 The first gradient pass of a step should meet the policy that sampled the tokens, so the importance
 ratio r = exp(logp - logp_old) should be 1. Where it is not, either two engines disagree (seen from
-the first step on) or the data are stale (not at first, then ever more).
+the first step on) or the data are stale (not at first, then more and more).
 """
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice

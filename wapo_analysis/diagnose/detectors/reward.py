@@ -17,7 +17,7 @@ REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
 
 @detector("reward_collapse", Need("steps", "reward"))
 def find_reward_loss(context: Context) -> list[Finding]:
-    """At least half of the reward's gain, or of its beginning, lost to the end; or a quarter."""
+    """At least half of the reward's gain, or of its baseline, lost to the end; or a quarter."""
     reward = context.reward
     if reward is None or reward.loss is None:
         return []

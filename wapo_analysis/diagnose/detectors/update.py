@@ -18,7 +18,7 @@ FAR = 1.0
 FAR_UNPAID = 0.5
 """The same where the reward did not gain while it went from half of this to here."""
 KL_GROWTH = 5.0
-"""Ratio to the beginning without which the distance is how the run was started."""
+"""Ratio to the baseline without which the distance is how the run was started."""
 LR_HIGH = 1e-3
 """Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three."""
 LR_LOW = 1e-8
