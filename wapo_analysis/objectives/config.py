@@ -18,7 +18,7 @@ from wapo_analysis.declare import Limit, between, check_settings, setting
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.objectives.official import Rules, rules
 from wapo_analysis.objectives.table import OBJECTIVES, Objective
-from wapo_analysis.objectives.token_losses import Bounds, TokenLoss, TokenLossFunction
+from wapo_analysis.objectives.token_losses import Bounds, TokenLoss, TokenLossFunction, likelihood
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -192,7 +192,7 @@ class ObjectiveConfig(ObjectiveSettings):
     @property
     def uses_ratio(self) -> bool:
         """The loss contains an importance ratio."""
-        return self.objective.clip != "none" and self.token_loss is self.objective.token_loss
+        return self.token_loss is not likelihood
 
     @property
     def token_loss(self) -> TokenLossFunction:

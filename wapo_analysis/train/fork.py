@@ -25,6 +25,7 @@ from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.train.checkpoint import checkpoints, defect, save_checkpoint, step_of
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE
+from wapo_analysis.train.ending import nothing_left_if_refused
 from wapo_analysis.train.loop import Progress, begin, train
 from wapo_analysis.train.manifest import new_manifest
 
@@ -202,7 +203,8 @@ def fork_run(
         raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
     if threads is not None:
         torch.set_num_threads(threads)
-    _branch(plan, out, progress)
+    with nothing_left_if_refused(out):
+        _branch(plan, out, progress)
     train(plan.config, out, resume=True, until=plan.last, progress=progress)
     return compare_fork(open_run(out), plan.original)
 
