@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from wapo_analysis.store import Run
 
 RunsArgument = Annotated[
-    list[Path], typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN")
+    list[Path],
+    typer.Argument(help="Run folders, folders of runs, or any trainer's logs.", metavar="RUN"),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
 DataOption = Annotated[
@@ -47,11 +48,36 @@ def console_error(text: str) -> None:
 
 
 def open_runs(paths: list[Path]) -> "list[Run]":
-    """Open every run at or below the given folders, each once, in the order given."""
+    """Open every run at or below the given folders, each once, in the order given.
+
+    What holds no run is read as what another trainer wrote, and how it was read is said on stderr.
+    """
     from wapo_analysis.store import find_runs, open_run
 
-    folders = [folder for path in paths for folder in find_runs(path)]
-    return [open_run(folder) for folder in dict.fromkeys(folders)]
+    runs: dict[Path, Run] = {}
+    for path in dict.fromkeys(paths):
+        if holds_runs(path):
+            runs |= {folder: open_run(folder) for folder in find_runs(path) if folder not in runs}
+        else:
+            runs[path] = open_foreign(path)
+    return list(runs.values())
+
+
+def holds_runs(path: Path) -> bool:
+    """Whether a path is a run, also one that lost its manifest, or holds runs, or is not there."""
+    if not path.is_dir():
+        return not path.exists()
+    return (path / "steps.jsonl").exists() or any(path.rglob("manifest.json"))
+
+
+def open_foreign(path: Path) -> "Run":
+    """Open somebody's log as a run, and say on stderr how it was read."""
+    from wapo_analysis.importers import account, open_source
+
+    run = open_source(path)
+    for line in account(run):
+        console_error(line)
+    return run
 
 
 def check_new(out: Path) -> None:

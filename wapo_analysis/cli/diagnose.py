@@ -1,11 +1,12 @@
 """``wapo diagnose``."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, open_runs, say, show
+from wapo_analysis.cli.common import Format, RunsArgument, open_runs, say, show
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def diagnose(
-    run: RunArgument,
+    runs: RunsArgument,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
     fail_on: Annotated[
         Literal["warning", "critical"] | None,
@@ -43,39 +44,51 @@ def diagnose(
         wapo diagnose runs/mine --format json --fail-on critical
 
         wapo diagnose runs/mine --step 41 --top 5
+
+        wapo diagnose train.log
     """
     from wapo_analysis.diagnose import diagnose as diagnose_run
 
-    (opened,) = open_runs([run]) if (run / "manifest.json").exists() else _only(run)
+    opened = [(path, _only(path)) for path in dict.fromkeys(runs)]
     if step is not None:
         from wapo_analysis.attribute import attribute_step
 
         if fail_on is not None:
             raise UserError("--fail-on judges the whole run; it cannot be combined with --step")
-        show(attribute_step(opened, step, top), format)
+        if len(opened) > 1:
+            raise UserError("--step explains one step of one run; name one")
+        show(attribute_step(opened[0][1], step, top), format)
         return
-    found = diagnose_run(opened)
-    show(found, format)
-    if format == "text" and (found.culprits or found.drivers):
-        say(f"\nnext: {_next_commands(opened, found)}")
-    if fail_on is not None and found.reaches(fail_on):
+    found = [diagnose_run(run) for _, run in opened]
+    if format == "json" and len(found) > 1:
+        texts = [one.to_dict() for one in found]
+        typer.echo(json.dumps(texts, indent=1, allow_nan=False))
+    for place, ((path, run), one) in enumerate(zip(opened, found, strict=True)):
+        if format == "json" and len(found) > 1:
+            break
+        if place:
+            say("")
+        show(one, format)
+        if format == "text" and (one.culprits or one.drivers):
+            say(f"\nnext: {_next_commands(path, run, one)}")
+    if fail_on is not None and any(one.reaches(fail_on) for one in found):
         raise typer.Exit(1)
 
 
-def _next_commands(run: "Run", found: "Diagnosis") -> str:
+def _next_commands(path: Path, run: "Run", found: "Diagnosis") -> str:
     """Commands that go on from a diagnosis: its tokens, what leaving the class out would do."""
-    commands = [f"wapo report {run.path}"]
+    commands = [f"wapo report {path}"]
     if not run.probes.empty and found.drivers:
-        commands.insert(0, f"wapo whatif {run.path} --exclude-bins {found.drivers[0].cls}")
+        commands.insert(0, f"wapo whatif {path} --exclude-bins {found.drivers[0].cls}")
     if found.culprits:
-        commands.insert(0, f"wapo diagnose {run.path} --step {found.culprits.steps[0]}")
+        commands.insert(0, f"wapo diagnose {path} --step {found.culprits.steps[0]}")
     return "   |   ".join(commands)
 
 
-def _only(path: Path) -> "list[Run]":
-    """Open the one run at or below a path; several are an error that lists them."""
+def _only(path: Path) -> "Run":
+    """Open the one run at or below a path, or of a log; several are an error that lists them."""
     opened = open_runs([path])
     if len(opened) > 1:
         names = ", ".join(str(run.path) for run in opened[:6])
         raise UserError(f"{path} holds {len(opened)} runs; name one of: {names}")
-    return opened
+    return opened[0]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import RunsArgument, open_runs, say
+from wapo_analysis.cli.common import RunsArgument, holds_runs, open_runs, say
 
 Option = typer.Option
 
@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
 def report(
     runs: RunsArgument,
     out: Annotated[
-        Path | None, Option(help="HTML file.  [default: report.html in the first RUN]")
+        Path | None, Option(help="HTML file.  [default: report.html in the first RUN, else here]")
     ] = None,
     rows: Annotated[
         int, Option(help="Token rows the page may carry; steps the findings name first.", min=0)
@@ -34,6 +34,7 @@ def report(
     """
     from wapo_analysis.report.build import build_report
 
-    target = out or runs[0] / "report.html"
+    own = holds_runs(runs[0])
+    target = out or (runs[0] / "report.html" if own else Path(f"{runs[0].resolve().stem}.html"))
     build_report(open_runs(runs), target, rows=rows)
     say(f"report: {target}")

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or any trainer's log.", metavar="RUN")],
     once: Annotated[bool, Option("--once", help="Print a snapshot and stop.")] = False,
     interval: Annotated[float, Option(help="Seconds between two looks.")] = 2.0,
     wait: Annotated[bool, Option("--wait", help="Wait for a run that is not there yet.")] = False,
@@ -29,20 +29,27 @@ def watch(
 ) -> None:
     """Watch a run live: reward, entropy, classes, verdict.
 
-    Ends when the run ends, or with Ctrl-C; the run itself is only read. Examples:
+    Ends when the run ends, or with Ctrl-C; the run itself is only read. A log is read again as it
+    grows. Examples:
 
         wapo watch runs/mine
+        wapo watch train.log
         wapo watch runs/mine --once
         wapo watch runs/mine --wait --webhook https://chat.example/hook --notify-on critical
     """
     from rich.console import Console
 
+    from wapo_analysis.cli.common import holds_runs
+    from wapo_analysis.importers import SourceTail
     from wapo_analysis.watch import Notifier
     from wapo_analysis.watch import watch as watch_run
 
     notifier = None if webhook is None else Notifier(webhook, cooldown, notify_on)
     console = Console()
+    tail = None if holds_runs(run) else SourceTail(run)
     try:
-        watch_run(run, console, interval=interval, once=once, wait=wait, notifier=notifier)
+        watch_run(
+            run, console, interval=interval, once=once, wait=wait, notifier=notifier, tail=tail
+        )
     except KeyboardInterrupt:
         console.print()  # Ctrl-C is how one stops watching, no error

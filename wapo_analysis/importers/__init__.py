@@ -5,6 +5,7 @@ appears under its name once it is whole.
 """
 
 from wapo_analysis.importers.detect import FORMATS, Found, detect
+from wapo_analysis.importers.follow import SourceTail, account, open_source
 from wapo_analysis.importers.jsonl import JsonLines, Line, Record
 from wapo_analysis.importers.mapping import parse_mapping
 from wapo_analysis.importers.report import ImportReport
@@ -17,7 +18,10 @@ __all__ = [
     "JsonLines",
     "Line",
     "Record",
+    "SourceTail",
+    "account",
     "detect",
     "import_run",
+    "open_source",
     "parse_mapping",
 ]

@@ -85,7 +85,7 @@ def read_tensorboard(
                     if number is not None and event.step >= 0:
                         sink.log.number(value.tag, event.step, number, "tensorboard")
                         steps.append(event.step)
-        if any("End of file" not in text and "No more events" not in text for text in remarks):
+        if any("Truncated record" in text for text in remarks):
             report.told(f"{shown(file.name)} is cut or damaged after step {max(steps, default=0)}")
         report.files += 1
         sink.log.end_of_file(file.parent, min(steps, default=None), max(steps, default=None))

@@ -159,6 +159,7 @@ class ImportReport:
             "alarms": self.alarms,
             "events": self.events,
             "notes": self.notes,
+            "said": [self.headline(), *self.warnings()],
             "cannot_feed": self.cannot_feed,
         }
 
@@ -176,7 +177,8 @@ class ImportReport:
 
     def headline(self) -> str:
         """What was read, in one line."""
-        many = f"{self.steps} steps, {self.token_rows} token rows, {self.rollouts} rollouts"
+        counts = {"steps": self.steps, "token rows": self.token_rows, "rollouts": self.rollouts}
+        many = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         whose = f" ({self.trainer}'s names)" if self.trainer else ""
         text = f"{self.format}: {many} from {_files(self.files)} of {self.source}{whose}"
         return printable(text)

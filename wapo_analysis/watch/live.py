@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from time import sleep
+from typing import Protocol
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -33,16 +34,31 @@ def find_run(path: Path) -> Path:
     return found[0]
 
 
+class Followed(Protocol):
+    """What is watched: a run folder (`Tail`), or a log of another trainer."""
+
+    notes: list[str]
+
+    def poll(self) -> bool:
+        """Read what is new; returns whether anything was."""
+
+    def run(self) -> Run:
+        """Return the run as it was at the last poll."""
+
+    def last_written(self) -> float | None:
+        """Time of the last change, seconds since 1970."""
+
+
 class Watcher:
     """A run that is followed, its diagnosis, and where findings go.
 
     Parameters
     ----------
-    tail : Tail
+    tail : Followed
     notifier : Notifier, optional
     """
 
-    def __init__(self, tail: Tail, notifier: Notifier | None = None) -> None:
+    def __init__(self, tail: Followed, notifier: Notifier | None = None) -> None:
         self.tail, self.notifier = tail, notifier
         self.run: Run | None = None
         self.diagnosis: Diagnosis | None = None
@@ -92,6 +108,7 @@ def watch(
     once: bool = False,
     wait: bool = False,
     notifier: Notifier | None = None,
+    tail: Followed | None = None,
 ) -> Diagnosis:
     """Watch a run until it ends; on a terminal as a live view, else one line per change.
 
@@ -109,6 +126,8 @@ def watch(
         Wait for a run that is not there yet.
     notifier : Notifier, optional
         Gets every diagnosis.
+    tail : Followed, optional
+        Follow this in place of the run folder at ``path``.
 
     Returns
     -------
@@ -122,9 +141,9 @@ def watch(
     """
     if not interval > 0:
         raise UserError(f"interval must be positive, got {interval}")
-    if wait:
+    if wait and tail is None:
         _wait_for(path, console, interval)
-    watcher = Watcher(Tail(find_run(path)), notifier)
+    watcher = Watcher(tail or Tail(find_run(path)), notifier)
     watcher.refresh()
     if once:
         console.print(watcher.view(console.width))

@@ -1,0 +1,159 @@
+"""Any trainer's log where a run is wanted: opened through a cache, followed as it grows."""
+
+import json
+import os
+import threading
+import time
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.support.builders import write_fake_run
+from tests.support.import_sources import write_lines, write_verl
+from wapo_analysis.cli import run
+from wapo_analysis.errors import UserError
+from wapo_analysis.importers import SourceTail, follow, open_source
+from wapo_analysis.watch.live import watch
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("WAPO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def log(path: Path, steps: int, first: int = 1) -> Path:
+    rows = [{"step": s, "reward": 0.5 + s / 1000, "entropy": 0.4} for s in range(first, steps + 1)]
+    if first == 1:
+        return write_lines(path, rows)
+    with path.open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    return path
+
+
+def test_a_source_is_read_again_only_if_it_has_changed(tmp_path: Path, cache: Path) -> None:
+    source = log(tmp_path / "train.jsonl", 9)
+    first = open_source(source)
+    assert (first.name, len(first.steps)) == ("train", 9)
+    written = (first.path / "manifest.json").stat().st_mtime_ns
+    assert open_source(source).path == first.path
+    assert (first.path / "manifest.json").stat().st_mtime_ns == written
+    log(source, 12, first=10)
+    second = open_source(source)
+    assert len(second.steps) == 12
+    assert second.path.parent == first.path.parent
+    assert not first.path.exists(), "one state of a source is kept"
+    (entry,) = cache.iterdir()
+    assert entry == second.path.parent
+
+
+def test_sources_nobody_looked_at_for_long_are_dropped(tmp_path: Path, cache: Path) -> None:
+    old = open_source(log(tmp_path / "old.jsonl", 3)).path.parent
+    os.utime(old, (0, 0))
+    open_source(log(tmp_path / "new.jsonl", 3))
+    assert not old.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_made_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("WAPO_CACHE", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr(follow.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert len(open_source(log(tmp_path / "m.jsonl", 3)).steps) == 3
+
+
+def test_every_reading_command_takes_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = log(tmp_path / "train.jsonl", 20)
+    verl = write_verl(tmp_path / "v") / "run.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert run(["diagnose", str(source)]) == 0
+    said = capfd.readouterr()
+    assert said.out.startswith("train: healthy")
+    assert "wapo: table: 20 steps from 1 file of" in said.err
+    assert run(["diagnose", str(source), str(verl), "--format", "json"]) == 0
+    assert [one["run"] for one in json.loads(capfd.readouterr().out)] == ["train", "run"]
+    assert run(["diagnose", str(source), "--format", "json"]) == 0
+    assert json.loads(capfd.readouterr().out)["run"] == "train"
+    assert run(["diagnose", str(source), str(verl), "--step", "3"]) == 2
+    ours = write_fake_run(tmp_path / "ours", steps=10)
+    assert run(["compare", str(source), str(ours)]) == 0
+    assert run(["figures", str(source), "--only", "training", "--out", "f"]) in (0, 2)
+    assert run(["report", str(source)]) == 0
+    assert (tmp_path / "train.html").exists()
+    assert run(["watch", str(source), "--once"]) == 0
+    assert "reward" in capfd.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
+        "train.html",
+        "train.jsonl",
+    ]
+
+
+def test_what_is_neither_a_run_nor_a_log_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("words\n")
+    write_fake_run(tmp_path / "run", steps=3)
+    (tmp_path / "run" / "manifest.json").unlink()
+    for path, said in (("notes.txt", "looked for trainer states"), ("none", "no run folder at"),
+                       ("run", "is not a run: it has no manifest.json")):  # fmt: skip
+        assert run(["diagnose", str(tmp_path / path)]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_a_log_is_followed_while_its_job_writes(tmp_path: Path) -> None:
+    source = log(tmp_path / "train.jsonl", 10)
+    tail = SourceTail(source)
+    assert tail.poll()
+    assert (len(tail.run().steps), tail.run().status) == (10, "running")
+    assert not tail.poll()
+    log(source, 15, first=11)
+    tail._next = 0.0
+    assert tail.poll()
+    assert len(tail.run().steps) == 15
+    with source.open("a") as stream:
+        stream.write('{"step": 16, "rew')
+    tail._next = 0.0
+    assert tail.poll()
+    assert len(tail.run().steps) == 15
+    assert any("unfinished last line" in note for note in tail.notes)
+    source.write_text("")
+    tail._next = 0.0
+    assert not tail.poll(), "what was read stays while the log is being replaced"
+    assert len(tail.run().steps) == 15
+    assert "is empty" in tail.notes[0]
+
+
+def test_an_old_log_is_shown_and_the_watch_ends(tmp_path: Path) -> None:
+    source = log(tmp_path / "train.jsonl", 10)
+    os.utime(source, (time.time() - 7200,) * 2)
+    console = Console(file=StringIO(), width=100)
+    found = watch(source, console, interval=0.01, tail=SourceTail(source))
+    assert found.run == "train"
+    with pytest.raises(UserError, match="nothing at"):
+        SourceTail(tmp_path / "none.log").poll()
+
+
+def test_a_watch_sees_what_a_job_adds(tmp_path: Path) -> None:
+    source = log(tmp_path / "train.jsonl", 10)
+    out, tail = StringIO(), SourceTail(source)
+    watching = threading.Thread(
+        target=lambda: watch(source, Console(file=out, width=200), interval=0.01, tail=tail),
+        daemon=True,
+    )
+    watching.start()
+    for last in (12, 14):
+        log(source, last, first=last - 1)
+        until = time.monotonic() + 60
+        while f"step {last}," not in out.getvalue() and time.monotonic() < until:
+            time.sleep(0.02)
+        assert f"step {last}," in out.getvalue()
+    tail._live = False
+    log(source, 15, first=15)
+    watching.join(timeout=60)
+    assert not watching.is_alive()
