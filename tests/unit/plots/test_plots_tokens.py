@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import wapo_taxonomy as tax
 
 from tests.support.builders import write_fake_run
 from wapo_analysis.plots import policy, tokens, training
@@ -55,7 +56,7 @@ def test_the_most_uncertain_fifth_and_what_it_holds(run: Run, rows: pd.DataFrame
 def test_top_tokens_are_the_largest_of_their_class(run: Run, rows: pd.DataFrame) -> None:
     frame = tokens.prepare_top_tokens([run])
     for code, part in frame.groupby("cls"):
-        mass = rows[rows["cls"] == code].groupby("token_id")["grad_norm"].sum()
+        mass = rows[rows["cls"] == tax.CLASS_NAMES[code]].groupby("token_id")["grad_norm"].sum()
         expected = (mass / mass.sum()).sort_values(ascending=False).head(6)
         np.testing.assert_allclose(part["share"], expected)
         assert part["text"].tolist() == [f"'{run.vocab[i]}'" for i in expected.index]
@@ -69,7 +70,7 @@ def test_position_profile_adds_up(run: Run, rows: pd.DataFrame) -> None:
     frame = tokens.prepare_position_profile([run])
     assert frame["share"].sum() == pytest.approx(1)
     assert frame["tokens"].sum() == pytest.approx(1)
-    mine = rows[(rows["position"] == 2) & (rows["cls"] == 0)]["grad_norm"].sum()
+    mine = rows[(rows["position"] == 2) & (rows["cls"] == "pos_peak")]["grad_norm"].sum()
     got = frame[(frame["place"] == 2) & (frame["cls"] == 0)]["share"].item()
     assert got == pytest.approx(mine / rows["grad_norm"].sum())
     axes = tokens.plot_position_profile(frame)
