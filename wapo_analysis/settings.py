@@ -90,17 +90,13 @@ def recorded_settings(run: Run) -> dict[str, Any]:
     all of its fields where there is no ``config`` that repeats them. What is not known is left out.
     """
     found = {name: run.manifest.get(name) for name in _MANIFEST}
-    objective, config = (_mapping(run.manifest.get(part)) for part in ("objective", "config"))
+    objective, config = run.manifest.objective, run.manifest.config
     name = objective.get("name")
     found |= config or {k: v for k, v in objective.items() if k != "name"}
     if name not in (None, "unknown"):
         found["objective"] = name
         found.pop("loss_type", None)  # TRL's word for it
     return {k: v for k, v in found.items() if v is not None and k not in BESIDE_TRAINING}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 @dataclass

@@ -7,10 +7,12 @@ import pytest
 
 from wapo_analysis.settings import recorded_settings, setting_labels, settings_of, shown_value
 from wapo_analysis.store import Run
+from wapo_analysis.store.manifest import Manifest
 
 
 def run(label: str, seed: int = 0, **manifest: Any) -> Run:
-    return Run(Path(f"{label}-{seed}"), {"label": label, "seed": seed, **manifest})
+    entries = Manifest.of({"label": label, "seed": seed, **manifest})
+    return Run(Path(f"{label}-{seed}"), entries)
 
 
 def config(**values: Any) -> dict[str, Any]:

@@ -111,9 +111,9 @@ class WhatIf(Result):
     @property
     def inside(self) -> bool:
         """The estimated path stays within the entropies that the run recorded."""
-        known = self.path["recorded"].min() - SMALL_EFFECT, self.path["recorded"].max()
-        path = self.path["estimated"]
-        return bool(path.min() >= known[0] and path.max() <= known[1] + SMALL_EFFECT)
+        known, path = self.path["recorded"], self.path["estimated"]
+        low, high = known.min() - SMALL_EFFECT, known.max() + SMALL_EFFECT
+        return bool(path.between(low, high).all())
 
     @property
     def silence(self) -> str | None:
@@ -160,9 +160,8 @@ class WhatIf(Result):
         if self.silence is not None:
             parts.append(Command(self.command) if self.command else Say(_AGAIN))
         first, last = self.path["recorded"].iloc[0], self.path["recorded"].iloc[-1]
-        parts.append(
-            Say(f"Recorded: entropy {first:.3f} to {last:.3f} nats; {self.probes} probes.")
-        )
+        said = f"Recorded: entropy {first:.3f} to {last:.3f} nats; {self.probes} probes."
+        parts.append(Say(said))
         if self.silence is None:
             parts.append(Grid(self._rows(), left=0))
         if len(self.trust):
