@@ -12,7 +12,10 @@ from wapo_analysis.train.config import TrainConfig
 torch.set_num_threads(1)
 
 # Scripts for other environments: they import what this one need not have.
-collect_ignore = ["compat", "unit/stats/triton_cases.py"]
+collect_ignore = [
+    *(f"compat/{name}.py" for name in ("check_trl", "neighbours", "run_matrix")),
+    "unit/stats/triton_cases.py",
+]
 
 TINY = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 3}
 

@@ -51,7 +51,9 @@ VERDICTS = {
     "diverged": {"diverged"},
 }
 """Label to the verdicts that name it."""
-GAMED = {"degenerate_completions", "length_drift", "reward_pays_for_length"}
+GAMED = {
+    "degenerate_completions", "length_drift", "reward_pays_for_length", "reward_without_answer",
+}  # fmt: skip
 """Findings that point to a gamed verifier; there is no verdict of that name."""
 
 

@@ -12,6 +12,7 @@ import wapo_taxonomy as tax
 from wapo_analysis.diagnose.advice import Advice, Situation, trained_classes
 from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, block_fall, reward_state
 from wapo_analysis.diagnose.samples import (
+    answer_shares,
     completion_rows,
     first_pass_gap,
     length_pay,
@@ -225,6 +226,11 @@ class Context:
     def sameness(self) -> Series:
         """Share of completions that another prompt got too, over the sampled steps."""
         return shared_answers(self.completions)
+
+    @cached_property
+    def answers(self) -> tuple[Series, Series]:
+        """Completions that hold the reference answer, and rewarded ones that do not: shares."""
+        return answer_shares(self.completions)
 
     @cached_property
     def noise(self) -> Series:

@@ -1,5 +1,6 @@
 """What detectors read of tokens and completions, from a bounded number of steps."""
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ READ_CHARACTERS = 2000
 """Characters of a completion that are looked at."""
 READ_COMPLETIONS = 64
 """Completions of a step whose characters are looked at."""
+ANSWER_CHARACTERS = 100
+"""Characters at the end of a completion in which the reference answer is looked for."""
 SHORTEST = 16
 """Characters below which a completion is too short to be called noise."""
 ONE_CHARACTER = 0.6
@@ -185,6 +188,42 @@ def _script(mark: str) -> str:
     name = unicodedata.name(mark, "").split(" ")[0]
     name = "CJK" if name in ("HIRAGANA", "KATAKANA") else name
     return "" if name in ("GREEK", "MATHEMATICAL", "MODIFIER", "FEMININE", "MASCULINE") else name
+
+
+def answer_shares(rows: pd.DataFrame) -> tuple[Series, Series]:
+    """How often completions end with the reference answer, and how often rewarded ones do not.
+
+    A completion holds the answer if its last ``ANSWER_CHARACTERS`` have it as a word of its own.
+    Rewarded means the highest reward of the rows.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the rollouts table.
+
+    Returns
+    -------
+    (Series, Series)
+        Share of the completions of a step that hold it; share of the rewarded ones that do not,
+        over the steps with a rewarded one. Empty without answers.
+    """
+    columns = ["step", "completion", "answer", "reward"]
+    known = rows.dropna(subset=columns)[columns]
+    known = known[known["answer"].astype(str).str.strip() != ""]
+    texts = zip(known["answer"], known["completion"], strict=True)
+    held = np.array([_ends_with(str(answer), str(text)) for answer, text in texts], bool)
+    earned = (known["reward"] >= known["reward"].max()).to_numpy(bool)
+    return _share_by_step(known["step"], held), _share_by_step(known["step"][earned], ~held[earned])
+
+
+def _share_by_step(steps: pd.Series, mask: Array) -> Series:
+    share = pd.Series(mask.astype(np.float64), index=steps.index).groupby(steps).mean()
+    return Series(share.index.to_numpy(np.int64), share.to_numpy(np.float64))
+
+
+def _ends_with(answer: str, text: str) -> bool:
+    word = re.escape(answer.strip().casefold())
+    return re.search(rf"(?<!\w){word}(?!\w)", text[-ANSWER_CHARACTERS:].casefold()) is not None
 
 
 def length_pay(rows: pd.DataFrame) -> Series:

@@ -178,6 +178,42 @@ def test_completions_that_turn_into_noise_are_told(tmp_path: Path) -> None:
     assert found.evidence["end"] == pytest.approx(0.75)
 
 
+def answered(tmp_path: Path, right: np.ndarray, reward: np.ndarray) -> Run:
+    """Ten completions a step, of which a number end with the reference answer."""
+    path = write_steps(tmp_path / "run", {"reward": reward})
+    writer = reopened(path)
+    for step, count in enumerate(right.astype(int), start=1):
+        columns = {name: np.zeros(10) for name in ("rank", "group")}
+        columns |= {"step": np.full(10, step), "rollout": np.arange(10)}
+        texts = ["so it is 42"] * count + ["so it is 421"] * (10 - count)
+        earned = np.arange(10) < round(10 * reward[step - 1])
+        columns |= {"completion": texts, "answer": ["42"] * 10, "reward": earned.astype(float)}
+        writer.write_part(Records.build(ROLLOUTS, columns), step)
+    writer.close("finished")
+    return open_run(path)
+
+
+def test_a_reward_that_no_longer_asks_for_the_answer_is_told(tmp_path: Path) -> None:
+    d = diagnose(answered(tmp_path, np.r_[np.full(10, 6), np.full(20, 1)], np.full(30, 0.6)))
+    found = finding(d, "reward_without_answer")
+    assert (found.step, found.severity) == (11, "warning")
+    assert found.evidence["end"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("right", "reward"),
+    [
+        (np.full(30, 6), np.full(30, 0.6)),
+        (np.r_[np.full(10, 6), np.full(20, 1)], np.r_[np.full(10, 0.6), np.full(20, 0.1)]),
+        (np.zeros(30), np.full(30, 0.6)),  # the reference is written in another form
+    ],
+)
+def test_an_answer_that_goes_with_the_reward_is_no_finding(
+    tmp_path: Path, right: np.ndarray, reward: np.ndarray
+) -> None:
+    assert "reward_without_answer" not in names(diagnose(answered(tmp_path, right, reward)))
+
+
 def test_at_most_forty_steps_are_read() -> None:
     assert evenly(np.arange(1, 10)) == list(range(1, 10))
     chosen = evenly(np.arange(1, 1001))

@@ -1,16 +1,25 @@
-"""Detectors of what training does to problems it does not see: the held-out score."""
+"""Detectors of a reward that is not what it stands for: held-out score, reference answers."""
 
 import numpy as np
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.levels import lasting
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 MIN_EVALUATIONS = 5
+MIN_ANSWERS = 8
+"""Sampled steps with reference answers that are needed."""
+SEEN = 0.1
+"""Share of completions that must hold the answer at best, else it is written in another form."""
+ANSWER_FALL = 0.25
+"""Part of that share whose loss counts."""
+UNEARNED = 0.3
+"""Share of rewarded completions without the answer that counts."""
 FALL_SIGMAS = 4.0
 FALL_SHARE = 0.15
 """Part of its best that the held-out score must lose."""
@@ -88,6 +97,44 @@ def find_held_out_stands(context: Context) -> list[Finding]:
                     Advice("If it is the verifier: grade what you want."),
                     Advice("If it is the problems: give more of them ({data})."),
                 ),
+            ),
+            reference=HACKING,
+        )
+    ]
+
+
+@detector("reward_without_answer", Need("steps", "reward"), Need("rollouts", "answer"))
+def find_reward_without_answer(context: Context) -> list[Finding]:
+    """Completions hold the reference answer ever less often, and the reward does not fall.
+
+    Reads the completions of at most ``SAMPLED_STEPS`` steps. Silent where answers are seldom
+    written as the reference is.
+    """
+    held, missed = context.answers
+    reward = context.reward
+    if reward is None or reward.lost or len(held) < MIN_ANSWERS or not len(missed):
+        return []
+    best = np.maximum.accumulate(held.smooth)
+    fallen = best - held.smooth
+    enough = np.maximum(ANSWER_FALL * best, FALL_SIGMAS * held.smooth_noise)
+    begin = lasting(held, (fallen >= enough) & (best >= SEEN))
+    if begin is None or missed.end < UNEARNED:
+        return []
+    step, top = held.step(begin), float(best[-1])
+    if reward.gain_since(step) < -reward.margin:
+        return []
+    return [
+        Finding(
+            name="reward_without_answer",
+            severity="warning",
+            step=step,
+            message=f"Completions that hold the reference answer fell from {top:.0%} to "
+            f"{held.end:.0%} from step {step} on, yet the reward does not fall; {missed.end:.0%} "
+            "of those that earn it are without the answer.",
+            evidence={"best": top, "end": held.end, "rewarded_without": missed.end},
+            advice=Advice(
+                "Read completions that earn the reward without the answer: the verifier may be "
+                "gamed, or judge something else."
             ),
             reference=HACKING,
         )
