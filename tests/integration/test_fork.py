@@ -145,6 +145,7 @@ REFUSED = {
     "unknown setting 'lrr'": ["--at", "2", "--set", "lrr=1"],
     "seed cannot change in a fork": ["--at", "2", "--set", "seed=1"],
     "--at must be 0 to 5": ["--at", "6"],
+    "length of a fork is given by --steps": ["--at", "2", "--set", "steps=9"],
     "no whole checkpoint at or before step 1 (it has: 2, 4, 6); --at 0": ["--at", "1"],
     "unknown objective 'wap'": ["--at", "2", "--objective", "wap"],
     "lr_schedule is cosine ends with it, at step 6": ["--at", "2", "--steps", "9"],

@@ -32,9 +32,9 @@ _TOML_WORDS = ("true", "false", "inf", "nan", "none")
 _STEPS = between(1, 10_000_000)
 _EVERY = between(0, 10_000_000)
 _TOKENS = between(1, 10_000_000)
-_ROWS = between(1, 131_072)
 MAX_ROLLOUTS = 131_072
 """Most rollouts of a step; no published run comes near."""
+_ROWS = between(1, MAX_ROLLOUTS)
 MAX_EVALUATED = 1_000_000
 """Most completions of one evaluation."""
 
@@ -71,8 +71,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
         None, "Held-out problems, in the form of data.", unset="a part of data",
         resumable=True, cli=True)
     eval_fraction: float = setting(
-        0.05, "Share of data held out where there is no eval_data.",
-        _SHARE, forkable=False)
+        0.05, "Share of data held out where there is no eval_data.", _SHARE, forkable=False)
     context_words: int = setting(
         800, "hotpotqa: most words of paragraphs in a prompt.", _TOKENS, forkable=False)
     model: str = setting(

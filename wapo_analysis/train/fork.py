@@ -112,18 +112,23 @@ def plan_fork(run: Path, step: int, changes: Mapping[str, Any], steps: int | Non
         raise UserError(f"{run} was not written by wapo train, so it has no checkpoint to fork")
     before = TrainConfig.from_dict(original.manifest.config)
     reached = int(original.steps["step"].max()) if len(original.steps) else 0
+    if not reached:
+        raise UserError(f"{run} has no finished step to fork at")
     if not 0 <= step < reached:
         raise UserError(f"--at must be 0 to {reached - 1}: {run} has {reached} steps, got {step}")
     if steps is not None and steps < 1:
         raise UserError(f"--steps must be at least 1, got {steps}")
     last = reached if steps is None else step + steps
     config = _changed(before, changes, last)
-    config = replace(config, label=_label(original, step, before, config))
+    if "label" not in changes:
+        config = replace(config, label=_label(original, step, before, config))
     return Plan(original, step, _start(original, step), before, config, last)
 
 
 def _changed(before: TrainConfig, changes: Mapping[str, Any], last: int) -> TrainConfig:
     """Settings of the fork."""
+    if "steps" in changes:
+        raise UserError("the length of a fork is given by --steps, not by --set")
     declared = declared_settings(TrainConfig)
     for name in changes:
         if name in declared and not declared[name].forkable:
