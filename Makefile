@@ -1,4 +1,4 @@
-# make demo   train GRPO and WAPO side by side, write runs/demo/report.html
+# make demo   train a run that explodes beside GRPO and WAPO, write runs/demo/report.html
 # make test   the fast tests        make test-slow   the ones that train for minutes
 # Both build .venv on first use; PYTHON and VENV may be set from outside.
 

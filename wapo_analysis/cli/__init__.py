@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # markup would eat [default: ...]; plain help also starts faster
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Which tokens bent the curve? Train, watch and diagnose RLVR runs token by token.\n\n"
-    "Start with wapo demo: GRPO and WAPO side by side in three minutes on a laptop.",
+    "Start with wapo demo: a run that explodes beside two that learn, three minutes on a laptop.",
 )
 
 

@@ -82,6 +82,7 @@ def write_figures(
 def _draw_all(names: list[str], runs: "list[Run]", out: Path, format: ImageFormat) -> None:
     """Draw here from the front and, if it pays, elsewhere from the end."""
     from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     from wapo_analysis.plots import render, save_figure
@@ -101,9 +102,12 @@ def _draw_all(names: list[str], runs: "list[Run]", out: Path, format: ImageForma
         for name in names:
             if name not in elsewhere or elsewhere[name].cancel():
                 save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
-        for future in elsewhere.values():
-            if not future.cancelled():
-                future.result()
+        for name, future in elsewhere.items():
+            try:
+                if not future.cancelled():
+                    future.result()
+            except BrokenProcessPool:  # a helper that was killed leaves its figures to us
+                save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
