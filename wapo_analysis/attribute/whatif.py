@@ -32,13 +32,14 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.probes import trust
+from wapo_analysis.probes import complete, trust
 from wapo_analysis.results import Block, Command, Grid, Result, Say, Section, plain
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
 MIN_PROBES = 3
+_PARTS = (*range(len(tax.CLASSES)), GRADIENT, UPDATE)
 RESAMPLES = 400
 BAND = (0.05, 0.95)
 ENDS = 5
@@ -297,18 +298,18 @@ class _Settings:
 
     @classmethod
     def of(cls, run: Run) -> "_Settings":
-        config = run.manifest.config
-        adaptive = config.get("optimizer", "adamw") == "adamw"
+        setting = run.manifest.setting
+        adaptive = setting("optimizer", "adamw") == "adamw"
         return cls(
-            updates=int(config.get("epochs", 1)) * int(config.get("minibatches", 1)),
-            beta1=float(config.get("beta1", 0.9)) if adaptive else 0.0,
+            updates=setting("epochs", 1, 1, 2**15) * setting("minibatches", 1, 1, 2**15),
+            beta1=setting("beta1", 0.9, 0.0, 1.0) if adaptive else 0.0,
             adaptive=adaptive,
-            limit=float(config.get("max_grad_norm") or np.inf),
+            limit=setting("max_grad_norm", 0.0, 0.0, np.inf) or np.inf,
         )
 
 
 def _usable_probes(run: Run) -> pd.DataFrame:
-    probes = run.probes[run.probes["tokens_of"] == OTHER_TOKENS]
+    probes = complete(run.probes[run.probes["tokens_of"] == OTHER_TOKENS], _PARTS)
     found = probes["step"].nunique()
     if found < MIN_PROBES:
         raise UserError(
@@ -326,7 +327,7 @@ def _effects(probes: pd.DataFrame, settings: _Settings, kept: Array) -> pd.DataF
     DataFrame
         ``step``; ``extra``, life times (rho kept - all); ``update``, the measured whole; nats.
     """
-    by_part = probes.pivot_table(
+    by_part = probes.pivot(
         index=["step", "minibatch"], columns="part", values="counterfactual_dentropy"
     ).reset_index()
     count = (by_part["step"] - 1) * settings.updates + by_part["minibatch"] + 1

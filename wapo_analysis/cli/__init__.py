@@ -65,6 +65,7 @@ _MODULES = (
     "verify",
     "import_",
     "bench",
+    "check",
     "compact",
     "tasks",
 )

@@ -1,5 +1,7 @@
 """Probe rows to small tables: three numbers per class, sums over a window, agreement."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
@@ -74,6 +76,14 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     )
     numbers = (table[name] for name in ("predicted", "gradient", "carried", "measured", "half"))
     return table.assign(verdict=judge(*(n.to_numpy(np.float64) for n in numbers))).reset_index()
+
+
+def complete(probes: pd.DataFrame, parts: Sequence[int]) -> pd.DataFrame:
+    """Rows of the parts, of the probes of one set of tokens that have each of them once."""
+    rows = probes[probes["part"].isin(parts)]
+    held = rows.groupby(["step", "minibatch"])["part"]
+    whole = held.transform("size").eq(len(parts)) & held.transform("nunique").eq(len(parts))
+    return rows[whole]
 
 
 def window(probes: pd.DataFrame, first: int | None = None, last: int | None = None) -> pd.DataFrame:

@@ -24,9 +24,9 @@ from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
 from wapo_analysis.store import PartWriter, RunWriter
-from wapo_analysis.store.files import MANTISSA_BITS
 from wapo_analysis.store.lock import RunLost
 from wapo_analysis.store.manifest import described
+from wapo_analysis.store.parquet import MANTISSA_BITS
 from wapo_analysis.table import Records
 
 __all__ = ["Recorder", "TokenPass", "on_schedule"]

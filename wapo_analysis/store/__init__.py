@@ -8,11 +8,11 @@ from wapo_analysis.store.files import (
     MANIFEST,
     PART_TABLES,
     STEP_LOG,
-    round_mantissa,
     write_atomic,
 )
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need
+from wapo_analysis.store.parquet import round_mantissa
 from wapo_analysis.store.reader import Run, find_runs, open_run
 from wapo_analysis.store.writer import PartWriter, RunWriter
 

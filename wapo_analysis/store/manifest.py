@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 CHECKSUM = "crc32"
 _OLD_NAMES = {"trainable": "trainable_parameters"}
 _INT64 = 2**63
-T = TypeVar("T", int, float, str, bool)
+T = TypeVar("T", int, float, str)
 
 
 # ---- shapes: a value as it is kept, or ValueError with what it should be -------------------------
@@ -46,6 +46,13 @@ def _whole(value: Any) -> int:
     number = int(value)
     if not -_INT64 <= number < _INT64:
         raise ValueError("a whole number of 64 bits")
+    return number
+
+
+def _count(value: Any) -> int:
+    number = _whole(value)
+    if number < 0:
+        raise ValueError("a whole number from 0")
     return number
 
 
@@ -72,6 +79,12 @@ def _texts(value: Any) -> list[str]:
     if not isinstance(value, list | tuple):
         raise ValueError("a list of texts")
     return [_text(item) for item in value]
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text")
+    return value
 
 
 def _entries(value: Any) -> dict[str, Any]:
@@ -145,35 +158,35 @@ class Manifest(Mapping[str, Any]):
     data: dict[str, Any] = _entry(_entries, "data of the task: file, SHA-256, rows", empty={})
     model: str | None = _entry(_text, "model that was trained")
     tokenizer: str | None = _entry(_text, "class of the tokenizer")
-    vocabulary: int | None = _entry(_whole, "entries of the softmax")
-    parameters: int | None = _entry(_whole, "parameters of the model")
-    trainable_parameters: int | None = _entry(_whole, "those that are trained")
+    vocabulary: int | None = _entry(_count, "entries of the softmax")
+    parameters: int | None = _entry(_count, "parameters of the model")
+    trainable_parameters: int | None = _entry(_count, "those that are trained")
     seed: int | None = _entry(_whole, "seed, which pairs runs in a comparison")
     device: str | None = _entry(_text, "device of the first process")
-    processes: int | None = _entry(_whole, "processes that train together")
+    processes: int | None = _entry(_count, "processes that train together")
     started: str | None = _entry(_text, "time of the start, UTC")
     resumed: list[str] | None = _entry(_texts, "times it was continued, UTC")
     forked: dict[str, Any] = _entry(_entries, "run, step and change of a fork", empty={})
     versions: dict[str, Any] = _entry(_entries, "versions of Python and packages", empty={})
-    planned_steps: int | None = _entry(_whole, "rollout steps the run is to have")
+    planned_steps: int | None = _entry(_count, "rollout steps the run is to have")
     config: dict[str, Any] = _entry(_entries, "settings, by the trainer's own names", empty={})
     capture: dict[str, Any] = _entry(_entries, "how statistics are taken: mode, rule", empty={})
     statistics_from: str | None = _entry(_text, "what of a watched trainer gave the statistics")
     tokens_hidden_by: str | None = _entry(_text, "why a trainer's tokens cannot be seen")
     not_in_coef: list[str] | None = _entry(_texts, "parts of the loss that coef does not hold")
     temperature: float | None = _entry(_positive, "softmax temperature of the statistics")
-    token_every: int | None = _entry(_whole, "token rows of every n-th step; 0 none")
+    token_every: int | None = _entry(_count, "token rows of every n-th step; 0 none")
     token_fraction: float | None = _entry(_number, "share of the rollouts with token rows")
-    rescore_every: int | None = _entry(_whole, "second scoring of every n-th step; 0 none")
-    probe_every: int | None = _entry(_whole, "probe of every n-th step; 0 none")
-    store_bits: int | None = _entry(_whole, "mantissa bits of stored float32 columns")
+    rescore_every: int | None = _entry(_count, "second scoring of every n-th step; 0 none")
+    probe_every: int | None = _entry(_count, "probe of every n-th step; 0 none")
+    store_bits: int | None = _entry(_count, "mantissa bits of stored float32 columns")
     eval_before: dict[str, float] = _entry(_numbers, "held-out numbers before training", empty={})
-    thinned_steps: int | None = _entry(_whole, "steps whose token rows were sampled down")
+    thinned_steps: int | None = _entry(_count, "steps whose token rows were sampled down")
     imported: dict[str, Any] = _entry(
         _entries, "what an import read, kept and left out", key="import", empty={}
     )
     status: str = _entry(_text, "running, or how the run ended", empty="running")
-    step_lines: int | None = _entry(_whole, "lines of the step log, once the run has ended")
+    step_lines: int | None = _entry(_count, "lines of the step log, once the run has ended")
     extra: dict[str, Any] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
@@ -230,26 +243,26 @@ class Manifest(Mapping[str, Any]):
         """Manifest with entries replaced; raises as `of`."""
         return Manifest.of({**self, **changes})
 
-    def setting(self, name: str, default: T) -> T:
-        """A setting of the trainer, of the kind of its default.
+    def setting(self, name: str, default: T, least: Any = None, below: Any = None) -> T:
+        """Setting of the trainer, of the kind of its default; the default where it has none.
 
         Raises
         ------
         UserError
-            If the run gives another kind of value.
+            If the run gives another kind of value, or one that is not in [least, below).
         """
-        value = self.config.get(name, default)
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
-        odd = isinstance(value, bool) is not isinstance(default, bool)
+        value = self.config.get(name)
+        if value is None:
+            return default
+        shapes: dict[type, Callable[[Any], Any]] = {int: _whole, float: _number, str: _word}
         try:
-            if odd or not isinstance(value, kinds):
-                raise ValueError
-            return type(default)(value)
-        except (ValueError, OverflowError) as error:
-            raise UserError(
-                f"setting {name} of run {self.name} is {_brief(value)}, not "
-                f"{ {int: 'a whole number', float: 'a number', str: 'a text'}.get(type(default)) }"
-            ) from error
+            found: T = shapes[type(default)](value)
+            if (least is not None and found < least) or (below is not None and found >= below):
+                raise ValueError(f"in [{least}, {below})")
+        except ValueError as error:
+            told = f"setting {name} of run {self.name} is {_brief(value)}, not {error}"
+            raise UserError(told) from error
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Entries that are set, as JSON has them."""
@@ -299,8 +312,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     )
 
 
-def read_manifest(path: Path) -> Manifest:
-    """Manifest of a run folder; entries of another shape are left out and logged.
+def read_manifest(path: Path, tell: bool = True) -> Manifest:
+    """Manifest of a run folder; entries of another shape are left out and, with ``tell``, logged.
 
     Raises
     ------
@@ -330,7 +343,7 @@ def read_manifest(path: Path) -> Manifest:
     wrong = next((told for told in problems if told.startswith("temperature ")), None)
     if wrong is not None:  # every derived number depends on it
         raise UserError(f"{file}: {wrong}")
-    for told in problems:
+    for told in problems if tell else ():
         log.warning("%s: %s", file, told)
     return manifest
 

@@ -13,18 +13,25 @@ from pathlib import Path
 from time import time
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.store.files import PART_TABLES, STEP_LOG, encoding, renamed_when_whole
+from wapo_analysis.schema import TABLES, TOKENS, Table
+from wapo_analysis.store.files import PART_TABLES, STEP_LOG, renamed_when_whole
 from wapo_analysis.store.lock import LOCK, RunLock
 from wapo_analysis.store.manifest import read_manifest
+from wapo_analysis.store.parquet import (
+    arrow_type,
+    current_names,
+    named,
+    open_part,
+    parquet_writer,
+    seal,
+)
 from wapo_analysis.store.parts import (
     STEPS_KEY,
     PartFile,
     list_parts,
     merged_name,
-    open_part,
     read_steps,
 )
 
@@ -126,19 +133,31 @@ def _grouped(rows: Mapping[int, int]) -> Iterator[list[int]]:
 def _write(place: Mapping[int, PartFile], rows: Mapping[int, int], target: Path) -> None:
     """Write a merged file, a row group at a time, so that memory holds one of them."""
     schemas = []
+    declared = TABLES.get(target.parent.name, TOKENS)
     for source in dict.fromkeys(place.values()):
         with open_part(source.path) as file:
-            schemas.append(file.schema_arrow.remove_metadata())
-    schema = pa.unify_schemas(schemas, promote_options="permissive")
+            schemas.append(_schema(file.schema_arrow, declared))
+    with named(target.parent):
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
     groups = list(_grouped(rows))
     described = [[(step, rows[step]) for step in group] for group in groups]
-    metadata = {STEPS_KEY: json.dumps(described).encode()}
     with renamed_when_whole(target) as stream:
-        with pq.ParquetWriter(stream, schema.with_metadata(metadata), **encoding(schema)) as writer:
+        with parquet_writer(stream, schema) as writer:
             for group in groups:
                 table = _rows_of(group, place, schema)
                 writer.write_table(table, row_group_size=len(table))
+            writer.add_key_value_metadata({STEPS_KEY: json.dumps(described).encode()})
+        seal(stream)
     _sync_folder(target.parent)
+
+
+def _schema(found: pa.Schema, declared: Table) -> pa.Schema:
+    """Schema of a file with declared columns in their types."""
+    named_now = zip(current_names(found.names, declared), found, strict=True)
+    return pa.schema(
+        (name, arrow_type(declared[name]) if name in declared else field.type)
+        for name, field in named_now
+    )
 
 
 def _rows_of(steps: Sequence[int], place: Mapping[int, PartFile], schema: pa.Schema) -> pa.Table:
@@ -199,17 +218,17 @@ def compact(run: Path, take_over: bool = False) -> Compacted:
     ended = read_manifest(run).status != "running"
     if not (ended or take_over or (run / LOCK).exists()) and _fresh(run):
         raise UserError(f"{run} is being written: its log changed in the last minute; wait for it")
-    files, size = _measure(run)
     try:
+        files, size = _measure(run)
         lock = RunLock(run, take_over)
         try:
             for name in PART_TABLES:
                 _compact_table(run / name)
         finally:
             lock.release(ended)
+        return Compacted(files, size, *_measure(run))
     except OSError as error:
         raise UserError(f"cannot compact {run}: {error.strerror or error}") from error
-    return Compacted(files, size, *_measure(run))
 
 
 def _compact_table(folder: Path) -> None:

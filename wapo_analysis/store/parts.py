@@ -6,21 +6,39 @@ and rows of each row group. A crash between writing a merged file and deleting i
 both, with the same rows; so rows are known by (step, rank), and one file gives them.
 """
 
-import json
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import logging
+import os
+import re
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.schema import TABLES, TOKENS, Column, Table
+from wapo_analysis.store.files import VOCAB, parse_json
+from wapo_analysis.store.parquet import fitted, named, open_part, read_part
+
+log = logging.getLogger(__name__)
 
 STEPS_KEY = b"wapo_steps"
 _LISTINGS = 20
+_NAME = re.compile(
+    r"(?:part-(?P<first>[0-9]{8,10})|merged-(?P<begin>[0-9]{8,10})-(?P<last>[0-9]{8,10}))"
+    r"-(?P<rank>[0-9]{1,5})\.parquet"
+)
+_VOCABULARY = Table(
+    "vocab",
+    "a token id",
+    (
+        Column("token_id", "int32", "1", "key", "token id", required=True),
+        Column("text", "str", "text", "measured", "its text", required=True),
+    ),
+)
 
 T = TypeVar("T")
 Key = tuple[int, int]
@@ -62,7 +80,8 @@ class PartFile:
         """
         if not self.merged:
             return [{self.first: -1}]
-        return _merged_groups(self.path, self.path.stat().st_mtime_ns)
+        with named(self.path):
+            return _merged_groups(self.path, self.path.stat().st_mtime_ns)
 
     def steps(self) -> list[int]:
         """Every step it holds; raises as `groups`."""
@@ -80,62 +99,57 @@ def merged_name(first: int, last: int, rank: int) -> str:
 
 
 def list_parts(folder: Path) -> list[PartFile]:
-    """Files of a table, merged ones first, then by step and rank."""
-    files = []
-    for path in folder.glob("*.parquet"):
-        kind, *numbers = path.stem.split("-")
-        if kind == "part" and len(numbers) == 2:
-            files.append(PartFile(int(numbers[0]), int(numbers[0]), int(numbers[1]), path))
-        elif kind == "merged" and len(numbers) == 3:
-            files.append(PartFile(int(numbers[0]), int(numbers[1]), int(numbers[2]), path))
-    return sorted(files, key=lambda part: (not part.merged, part))
-
-
-def open_part(path: Path) -> pq.ParquetFile:
-    """Open a Parquet file.
+    """Files of a table, merged ones first, then by step and rank; a missing folder is empty.
 
     Raises
     ------
-    FileNotFoundError
-        If it is not there (any more).
     UserError
-        If it is broken; the message names it.
+        If the folder cannot be listed.
     """
-    with _named(path):
-        return pq.ParquetFile(path)
-
-
-def read_part(
-    path: Path, columns: list[str] | None = None, groups: list[int] | None = None
-) -> pa.Table:
-    """Read a Parquet file, or some of its row groups; raises as `open_part`."""
-    with _named(path), pq.ParquetFile(path) as file:
-        if groups is None:
-            return file.read(columns=columns)
-        return file.read_row_groups(groups, columns=columns)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Turn what pyarrow says of a broken file into one line that names it."""
     try:
-        yield
+        names = os.listdir(folder)
     except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is broken or truncated ({str(error).splitlines()[0]}); "
-            "move it away to read the other parts"
-        ) from error
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
+    files = []
+    for name in names:
+        found = _NAME.fullmatch(name)
+        if found is not None:
+            first = int(found["first"] or found["begin"])
+            last = int(found["last"] or first)
+            files.append(PartFile(first, last, int(found["rank"]), folder / name))
+        elif name.endswith(".parquet"):
+            _tell_stray(folder / name)
+    return sorted(files, key=lambda part: (not part.merged, part))
+
+
+@lru_cache(maxsize=256)
+def _tell_stray(path: Path) -> None:
+    """Say once of a file, such as a copy, that it is not read."""
+    log.warning("%s is not named as a part of a table; left out", path)
 
 
 @lru_cache(maxsize=4096)
 def _merged_groups(path: Path, mtime_ns: int) -> list[dict[int, int]]:
-    with open_part(path) as file:
-        written = (file.schema_arrow.metadata or {}).get(STEPS_KEY)
-    if written is None:
-        raise UserError(f"{path} does not say which steps it holds; move it away")
-    return [dict(group) for group in json.loads(written)]
+    with named(path), open_part(path) as file:
+        written = (file.metadata.metadata or {}).get(STEPS_KEY)
+        if written is None:
+            raise UserError(f"{path} does not say which steps it holds; move it away")
+        groups = [_steps_of(group) for group in parse_json(written.decode())]
+        rows = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+        if [sum(group.values()) for group in groups] != rows:
+            raise ValueError(f"{STEPS_KEY.decode()} and its row groups differ")
+        return groups
+
+
+def _steps_of(group: Any) -> dict[int, int]:
+    """Steps of a row group and their rows, in order."""
+    held: dict[int, int] = dict(group)
+    numbers = [*held, *held.values()]
+    if len(held) != len(group) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{STEPS_KEY.decode()} has no list of steps and rows")
+    return held
 
 
 def listed_keys(folder: Path) -> set[Key]:
@@ -152,11 +166,19 @@ def listed_keys(folder: Path) -> set[Key]:
 
 
 def settled(look: Callable[[], T]) -> T:
-    """Do what lists and opens files; again when one vanishes in between, merged into another."""
-    for _ in range(_LISTINGS - 1):
-        with suppress(FileNotFoundError):
+    """Do what lists and opens files; again when one vanishes in between, merged into another.
+
+    Raises
+    ------
+    UserError
+        If one is listed again and again but is not there: a link to nothing.
+    """
+    for _ in range(_LISTINGS):
+        try:
             return look()
-    return look()
+        except FileNotFoundError as error:
+            missing = error.filename
+    raise UserError(f"{missing} is listed but cannot be opened; move it away")
 
 
 def read_rows(
@@ -218,18 +240,48 @@ def read_rows(
 def read_steps(
     part: PartFile, steps: Container[int], columns: list[str] | None = None
 ) -> dict[int, pa.Table]:
-    """Rows of one file by step; row groups without any of the steps are not read."""
+    """Rows of one file by step; row groups without any of the steps are not read.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it has been merged into another file meanwhile.
+    UserError
+        If it is broken, or holds other columns or steps than it should.
+    """
     groups = part.groups()
     needed = [n for n, group in enumerate(groups) if any(step in steps for step in group)]
     if not needed:
         return {}
-    if not part.merged:
-        return {part.first: read_part(part.path, columns)}
-    table = read_part(part.path, columns, needed)
+    with named(part.path):
+        table = read_part(part.path, columns, needed if part.merged else None)
+        table = fitted(table, TABLES.get(part.path.parent.name, TOKENS), columns)
+        held = [item for n in needed for item in groups[n].items()]
+        held = held if part.merged else [(part.first, len(table))]
+        if "step" in table.schema.names:
+            expected = np.repeat(*np.array(held, np.int64).T)
+            if not np.array_equal(table["step"].to_numpy(), expected):
+                raise ValueError("its rows are of other steps than it says")
     found, start = {}, 0
-    for number in needed:
-        for step, rows in groups[number].items():
-            if step in steps:
-                found[step] = table.slice(start, rows)
-            start += rows
+    for step, rows in held:
+        if step in steps:
+            found[step] = table.slice(start, rows)
+        start += rows
     return found
+
+
+def read_vocab(path: Path) -> dict[int, str]:
+    """Token id to text of the ids a run has seen; empty if none were written.
+
+    Raises
+    ------
+    UserError
+        If the file is broken.
+    """
+    file = path / VOCAB
+    try:
+        with named(file):
+            table = fitted(read_part(file), _VOCABULARY)
+            return dict(zip(table["token_id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    except FileNotFoundError:
+        return {}

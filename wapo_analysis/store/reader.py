@@ -14,11 +14,12 @@ import pyarrow as pa
 from wapo_analysis.derive import class_names, derived_columns, with_class
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import TABLES, Table
-from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, read_vocab
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG
 from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
-from wapo_analysis.store.parts import listed_keys, read_rows
+from wapo_analysis.store.parquet import named
+from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab
 from wapo_analysis.store.steplog import step_lines, steps_frame
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
@@ -178,7 +179,8 @@ class Run:
             raise unknown_name("table", name, PART_TABLES)
         wanted = None if steps is None else set(steps)
         rows = read_rows(self.path / name, None if wanted is None else wanted.__contains__)
-        return parts_frame(list(rows.values()), TABLES[name])
+        with named(self.path / name):
+            return parts_frame(list(rows.values()), TABLES[name])
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} steps"
@@ -198,20 +200,11 @@ def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:
     return with_class(frame)
 
 
-_RENAMED = {"probes": {"cls": "part"}}
-"""Columns that earlier versions wrote under another name."""
-
-
 def parts_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
     """Concatenate parts; null floats become NaN and absent columns are filled."""
     if not tables:
         return Records.build(declared, {name: [] for name in declared.required}).to_frame()
     frame: pd.DataFrame = pa.concat_tables(tables, promote_options="default").to_pandas()
-    for old, name in _RENAMED.get(declared.name, {}).items():
-        if old in frame:
-            known = frame[name].fillna(frame[old]) if name in frame else frame[old]
-            values = known.to_numpy(declared[name].dtype)
-            frame = frame.drop(columns=old).assign(**{name: values})
     for column in declared.stored:
         if column.name not in frame:
             frame[column.name] = np.nan if column.dtype.startswith("float") else None

@@ -5,7 +5,6 @@ Any reader of JSON lines can follow it: the checksum is one more entry, ``crc32`
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -24,9 +23,10 @@ LOG_BYTES = 1 << 32
 """Most bytes of a step log that are read."""
 LINE_BYTES = 1 << 22
 """Most bytes of one line."""
-_ENDING = re.compile(rb', "crc32": "([0-9a-f]{8})"\}\Z')
-_ENDING_BYTES = 22
-_MOST_STEPS = 2**31
+_BEFORE, _AFTER = b', "crc32": "', b'"}'
+_DIGITS = 8
+_ENDING = len(_BEFORE) + _DIGITS + len(_AFTER)
+_MOST_STEPS, _INT64 = 2**31, 2**63
 
 
 def step_line(row: Mapping[str, Any]) -> bytes:
@@ -36,6 +36,8 @@ def step_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _json_number(value: Any) -> float | int | None:
+    if type(value) is float:
+        return value if value - value == 0 else None
     number = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(number, float) and not isfinite(number) else number
 
@@ -54,32 +56,32 @@ class LineReader:
         ValueError
             With the reason, if it is no step record or does not match its checksum.
         """
-        line = line.rstrip(b"\r\n")
-        found = _ENDING.search(line, max(len(line) - _ENDING_BYTES, 0))
-        if found is not None:
+        body = line.rstrip(b"\r\n")
+        ending = body[-_ENDING:]
+        if ending.startswith(_BEFORE) and ending.endswith(_AFTER):
             self._summed = True
-            body = line[: found.start()] + b"}"
-            if int(found[1], 16) != crc32(body):
+            body = body[:-_ENDING] + b"}"
+            if b"%08x" % crc32(body) != ending[len(_BEFORE) : -len(_AFTER)]:
                 raise ValueError("it does not match its checksum")
         elif self._summed:
             raise ValueError("its checksum is missing")
-        else:
-            body = line
         try:
-            row = json.loads(body)
+            parsed: Any = json.loads(body)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        if not isinstance(row, dict) or not _is_step(row.get("step")):
+        row: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+        step = row.get("step")
+        if type(step) is not int or not 0 <= step < _MOST_STEPS:
             raise ValueError("no integer 'step'")
-        return {name: _value(name, value) for name, value in row.items()}
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_STEPS
+        for name, value in row.items():
+            if value is not None and (type(value) is not float or value - value != 0):
+                row[name] = _value(name, value)
+        return row
 
 
 def _value(name: str, value: Any) -> float | int | str | None:
-    if value is None or (isinstance(value, int) and abs(value) < 2**63):
+    """Value as it is kept: a number of 64 bits, None for one that is not finite."""
+    if isinstance(value, int) and -_INT64 <= value < _INT64:
         return value
     if isinstance(value, str) and "/" in name:  # a column of the trainer's own
         return value

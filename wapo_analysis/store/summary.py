@@ -6,6 +6,7 @@ is computed from the stored statistics exactly as :func:`wapo_analysis.derive.de
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from errno import ENOENT
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,8 @@ import wapo_taxonomy as tax
 from wapo_analysis.derive import class_names
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store.files import MANIFEST
-from wapo_analysis.store.parts import list_parts, open_part, settled
+from wapo_analysis.store.parquet import named, open_part, verify
+from wapo_analysis.store.parts import list_parts, settled
 from wapo_analysis.table import Array
 
 Engine = Literal["auto", "pyarrow", "duckdb"]
@@ -129,7 +131,7 @@ def _by_arrow(sources: Sequence[Source], temperature: float) -> pd.DataFrame:
     """Sums by step and class code of all files."""
     sums: dict[int, Array] = {}
     for path, steps in sources:
-        with open_part(path) as file:
+        with named(path), open_part(path) as file:
             for number in range(file.num_row_groups):
                 for step, cells in _group_sums(file, number, steps, temperature):
                     sums[step] = sums[step] + cells if step in sums else cells
@@ -174,12 +176,14 @@ def _only_step(file: pq.ParquetFile, number: int) -> int | None:
         if column.path_in_schema == "step":
             found = column.statistics
             if found is not None and found.has_min_max and found.min == found.max:
-                return int(found.min)
+                return int(found.min) if isinstance(found.min, int) else None
     return None
 
 
 def _numpy(column: pa.ChunkedArray) -> Array:
-    """Values of a column, null as NaN."""
+    """Values of a column, null as NaN; ValueError if they are no numbers."""
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise ValueError(f"a column holds {column.type} where numbers are needed")
     return np.asarray(column.to_numpy())
 
 
@@ -250,13 +254,15 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
         "temperature": float(temperature),
         "squared": float(temperature) ** 2,
     }
+    for file in files:
+        verify(file)  # DuckDB does not
     try:
         with duckdb.connect() as connection:
             frame: pd.DataFrame = connection.execute(_QUERY, given).df()
     except duckdb.Error as error:
         missing = [file for file in files if not file.exists()]
         if missing:
-            raise FileNotFoundError(missing[0]) from error
+            raise FileNotFoundError(ENOENT, "no such file", str(missing[0])) from error
         raise UserError(
             f"DuckDB cannot read the token rows ({str(error).splitlines()[0]})"
         ) from error

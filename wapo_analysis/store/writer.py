@@ -13,21 +13,17 @@ import pyarrow as pa
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import STEPS
 from wapo_analysis.store.files import (
-    FULL_BITS,
     MANIFEST,
-    MANTISSA_BITS,
     PART_TABLES,
     STEP_LOG,
     VOCAB,
-    arrow_table,
-    parquet_bytes,
-    read_vocab,
     write_atomic,
 )
 from wapo_analysis.store.lock import Owner, RunLock, RunLost
 from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.store.merge import merge_parts, replace_files
-from wapo_analysis.store.parts import list_parts, part_name
+from wapo_analysis.store.parquet import FULL_BITS, MANTISSA_BITS, arrow_table, parquet_bytes
+from wapo_analysis.store.parts import list_parts, part_name, read_vocab
 from wapo_analysis.store.steplog import step_line, step_lines
 from wapo_analysis.table import Records
 
@@ -97,7 +93,7 @@ class PartWriter:
         """Write one whole part of a table for one step and rank."""
         self.check()
         file = self.path / records.table.name / part_name(step, rank)
-        write_atomic(file, parquet_bytes(arrow_table(records, self._bits)))
+        write_atomic(file, *parquet_bytes(arrow_table(records, self._bits)))
 
     def merge(self, rank: int = 0) -> None:
         """Merge the parts of a rank once a step of it is whole, every `MERGE_STEPS` calls.
@@ -221,7 +217,7 @@ class RunWriter(PartWriter):
         table = pa.table(
             {"token_id": pa.array(ids, pa.int32()), "text": [self._vocab[i] for i in ids]}
         )
-        write_atomic(self.path / VOCAB, parquet_bytes(table))
+        write_atomic(self.path / VOCAB, *parquet_bytes(table))
 
     def named(self) -> list[int]:
         """Token ids that have a text."""

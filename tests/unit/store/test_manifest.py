@@ -133,6 +133,6 @@ def test_a_setting_has_the_kind_of_its_default() -> None:
     assert manifest.setting("lr", 0.5) == 1.0
     assert manifest.setting("optimizer", "adamw") == "sgd"
     assert manifest.setting("absent", 0.9) == 0.9
-    for name, default in (("bad", 1), ("bad", 1.0), ("epochs", "a"), ("lr", True)):
+    for name, default in (("bad", 1), ("bad", 1.0), ("epochs", "a"), ("lr", "x")):
         with pytest.raises(UserError, match=f"setting {name} of run r is"):
             manifest.setting(name, default)

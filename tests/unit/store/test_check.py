@@ -1,0 +1,156 @@
+"""wapo check: a whole run passes, and whatever is damaged or missing is named."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from wapo_analysis.cli import run as wapo
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import Run, RunWriter, open_run
+from wapo_analysis.store.check import check
+from wapo_analysis.store.merge import compact
+
+OLD_RUN = Path(__file__).parents[2] / "data" / "run_0_1"
+
+
+def copied(source: Path, target: Path) -> Path:
+    ignored = shutil.ignore_patterns("checkpoints")
+    return Path(shutil.copytree(source, target, ignore=ignored))
+
+
+@pytest.fixture
+def run(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of a real run of three steps."""
+    return copied(tiny_run, tmp_path / "r")
+
+
+def lines(path: Path) -> list[bytes]:
+    return (path / "steps.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def test_whole_runs_are_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert wapo(["check", str(run)]) == 0
+    assert capfd.readouterr().out == f"{run}: whole (3 step lines and 9 files of tables read)\n"
+    compact(run)
+    assert (check(run).damage, check(run).files) == ([], 3)
+    old = check(OLD_RUN)
+    assert old.damage == []
+    assert "have no checksums" in old.notes[0]
+
+
+def flip(file: str) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        content = bytearray((path / file).read_bytes())
+        content[len(content) // 3] ^= 4
+        (path / file).write_bytes(content)
+
+    return act
+
+
+def without(file: str) -> Callable[[Path], None]:
+    return lambda path: (path / file).unlink()
+
+
+def log(change: Callable[[list[bytes]], list[bytes]]) -> Callable[[Path], None]:
+    return lambda path: (path / "steps.jsonl").write_bytes(b"".join(change(lines(path)))) and None
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (flip("tokens/part-00000003-0.parquet"), "tokens/part-00000003-0.parquet is broken or "
+         "truncated (its content does not match its checksum); its rows of step 3 are lost"),
+        (flip("vocab.parquet"), "vocab.parquet is broken or truncated"),
+        (flip("steps.jsonl"), "steps.jsonl: line 2 is lost (it does not match its checksum)"),
+        (flip("manifest.json"), "manifest.json"),
+        (without("classes/part-00000002-0.parquet"), "classes: no rows of step 2"),
+        (without("tokens/part-00000003-0.parquet"), "tokens: no rows of step 3"),
+        (without("steps.jsonl"), "steps.jsonl: 0 of 3 lines can be read"),
+        (log(lambda all: all[:1] + all[2:]), "steps.jsonl: no line of step 2"),
+        (log(lambda all: all[:-1]), "steps.jsonl: 2 of 3 lines can be read"),
+        (log(lambda all: [*all[:-1], all[-1][:40]]), "steps.jsonl: line 3 is lost"),
+        (log(lambda all: [*all, all[1]]), "steps.jsonl: two lines of step 2; the last counts"),
+    ],
+)  # fmt: skip
+def test_damage_is_named(
+    run: Path, damage: Callable[[Path], None], told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(run)
+    assert wapo(["check", str(run), "-f", "json"]) == 1
+    found = json.loads(capfd.readouterr().out)
+    assert not found["whole"]
+    assert any(told in line for line in found["damage"]), found["damage"]
+
+
+def test_a_merged_file_says_which_steps_are_lost(run: Path) -> None:
+    compact(run)
+    flip("rollouts/merged-00000001-00000003-0.parquet")(run)
+    (told,) = check(run).damage
+    assert told.endswith("its rows of steps 1 to 3 are lost")
+
+
+def test_what_costs_nothing_is_a_note(run: Path) -> None:
+    tokens = run / "tokens"
+    shutil.copy(tokens / "part-00000003-0.parquet", tokens / "part-00000003-0 (1).parquet")
+    before = shutil.copytree(tokens, run / "before")
+    compact(run)
+    shutil.copy(before / "part-00000002-0.parquet", tokens)  # as a crash in a merge leaves it
+    found = check(run)
+    assert found.damage == []
+    assert found.notes == [
+        "tokens: part-00000003-0 (1).parquet is not named as a part; left out",
+        "tokens: step 2 in two files, as an interrupted merge leaves them; one is read",
+    ]
+
+
+def test_a_run_that_is_being_written_is_whole_up_to_its_last_step(tmp_path: Path) -> None:
+    writer = RunWriter(tmp_path / "r", {"source": "built-in"})
+    writer.append_step({"step": 1})
+    with (tmp_path / "r" / "steps.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 2, "rew')
+    found = check(tmp_path / "r")
+    assert found.damage == []
+    assert found.notes[0] == "the run has not ended"
+    assert "line 2 is lost" in found.notes[1]
+    del writer
+    assert "probably dead" in check(tmp_path / "r").notes[0]
+
+
+def test_what_is_no_run_is_a_mistake(tmp_path: Path) -> None:
+    assert wapo(["check", str(tmp_path / "absent")]) == 2
+    assert wapo(["check", str(tmp_path)]) == 2
+
+
+READERS: dict[str, Callable[[Run], object]] = {
+    "manifest.json": lambda run: sorted(run.manifest.items(), key=str),
+    "steps.jsonl": lambda run: run.steps.to_csv(),
+    "vocab.parquet": lambda run: run.vocab,
+    "tokens": lambda run: run.tokens(derived=False).to_csv(),
+    "classes": lambda run: run.table("classes").to_csv(),
+    "rollouts": lambda run: run.rollouts.to_csv(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_no_bit_can_flip_unseen(name: str, tiny_run: Path, tmp_path: Path) -> None:
+    """What is read after a flip is what was written, or an error or a problem says so."""
+    rng, run = random.Random(0), copied(tiny_run, tmp_path / "r")
+    files = [run / name] if (run / name).is_file() else sorted((run / name).iterdir())
+    truth, noticed = READERS[name](open_run(run)), 0
+    for file in files * (60 // len(files)):
+        content = file.read_bytes()
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        try:
+            opened = open_run(run)
+            noticed += bool(opened.manifest.problems)
+            assert opened.manifest.problems or READERS[name](opened) == truth
+        except UserError:
+            noticed += 1
+        file.write_bytes(content)
+    assert noticed > 30

@@ -1,0 +1,31 @@
+"""``wapo check``: verify a run folder."""
+
+from typing import Annotated
+
+import typer
+
+from wapo_analysis.cli.common import Format, RunArgument, show
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(check)
+
+
+def check(
+    run: RunArgument,
+    format: Annotated[Format, typer.Option("--format", "-f", help="Output format.")] = "text",
+) -> None:
+    """Verify a run folder: checksums, step lines, gaps, duplicates, and what is lost.
+
+    Every byte of the tables is read. Exit code 0 if the run is whole, 1 if something is damaged or
+    missing. Example:
+
+        wapo check runs/mine
+    """
+    from wapo_analysis.store.check import check as checked
+
+    found = checked(run)
+    show(found, format)
+    if found.damage:
+        raise typer.Exit(1)
