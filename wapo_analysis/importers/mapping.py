@@ -21,6 +21,7 @@ VITAL = ("reward", "entropy", "length", "grad_norm", "loss")
 
 _TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
 _MAX_PLANS = 256
+_FUNCTIONS = [row for row in ALIASES if row.column in PER_FUNCTION]
 _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
 # Names that anybody would choose; they tell no trainer.
 _COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
@@ -231,11 +232,10 @@ def _matches(row: Alias, place: int, by_name: Mapping[str, str]) -> tuple[str, .
 def function_column(key: str) -> str:
     """Name under which a number of one reward function is kept; other names stay as they are."""
     plain = key.removeprefix("train/")
-    for row in ALIASES:
-        if row.column in PER_FUNCTION:
-            found = row.patterns[0].fullmatch(plain)
-            if found and found["function"] not in _NO_FUNCTION:
-                return row.column.replace("NAME", found["function"])
+    for row in _FUNCTIONS:
+        found = row.patterns[0].fullmatch(plain)
+        if found and found["function"] not in _NO_FUNCTION:
+            return row.column.replace("NAME", found["function"])
     return key
 
 

@@ -30,6 +30,7 @@ MAX_JSON_BYTES = 1 << 30
 MAX_ARRAYS = 1 << 30
 _BLOCK = 4 << 20
 _ROWS = 8192
+_TOLD_DOUBLES = 5
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -193,19 +194,23 @@ def csv_header(file: Path) -> tuple[list[str], str]:
 
 def unique_names(names: list[str], file: Path, report: ImportReport) -> list[str]:
     """Names of columns; the second of a name that is there twice becomes ``name.2``, and told."""
-    unique: list[str] = []
+    unique: dict[str, None] = {}
+    numbers: dict[str, int] = {}
     for name in names:
-        new, number = name, 1
+        new = name
         while new in unique:
-            number += 1
-            new = f"{name}.{number}"
-        if new != name:
-            report.told(
-                f"{shown(file.name)} has two columns {name!r}: the first is read, the other is "
-                f"{new!r}"
-            )
-        unique.append(new)
-    return unique
+            numbers[name] = numbers.get(name, 1) + 1
+            new = f"{name}.{numbers[name]}"
+        unique[new] = None
+    for name, number in list(numbers.items())[:_TOLD_DOUBLES]:
+        others = f"{name}.2" if number == 2 else f"{name}.2 to {name}.{number}"
+        report.told(
+            f"{shown(file.name)} has {number} columns {name!r}: the first is read, the rest "
+            f"{'is' if number == 2 else 'are'} {others}"
+        )
+    if len(numbers) > _TOLD_DOUBLES:
+        report.told(f"{shown(file.name)} has {len(numbers)} names of columns more than once")
+    return list(unique)
 
 
 def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataFrame]]:

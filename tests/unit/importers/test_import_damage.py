@@ -55,18 +55,26 @@ def test_names_that_occur_twice_and_names_with_spaces(tmp_path: Path) -> None:
     file = tmp_path / "t.csv"
     file.write_text(" step, advantage, logp , logp\n1, 1.0, -0.5, -9.0\n1, 1.0, -0.7, -9.0\n")
     said, _ = text_of(file, tmp_path / "out")
-    assert "t.csv has two columns 'logp': the first is read, the other is 'logp.2'" in said
+    assert "t.csv has 2 columns 'logp': the first is read, the rest is logp.2" in said
     rows = open_run(tmp_path / "out").tokens(derived=False)
     np.testing.assert_allclose(rows["logp"], [-0.5, -0.7], rtol=1e-4)
     table = pa.Table.from_arrays([pa.array([1]), pa.array([0.5]), pa.array([9.0])], names=[
         "step", "reward", "reward"])  # fmt: skip
     pq.write_table(table, tmp_path / "t.parquet")
     said, _ = text_of(tmp_path / "t.parquet", tmp_path / "p")
-    assert "two columns 'reward'" in said
+    assert "2 columns 'reward'" in said
     assert open_run(tmp_path / "p").steps["reward"].tolist() == [0.5]
     (tmp_path / "t.jsonl").write_text('{"step": 1, "reward": 0.5, "reward": 0.75}\n')
     said, _ = text_of(tmp_path / "t.jsonl", tmp_path / "j")
     assert "records that give a name twice, the last is read: 1 (t.jsonl:1)" in said
+
+
+def test_very_many_columns_of_one_name_take_no_time(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("step,reward" + ",x" * 5_000 + "\n1,0.5" + ",2" * 5_000 + "\n")
+    said, _ = text_of(file, tmp_path / "out")
+    assert "t.csv has 5000 columns 'x': the first is read, the rest are x.2 to x.5000" in said
+    assert open_run(tmp_path / "out").steps["reward"].tolist() == [0.5]
 
 
 def test_ids_beyond_the_column_are_numbered_and_never_merged(tmp_path: Path) -> None:
