@@ -1,7 +1,8 @@
 """The command line: ``wapo``. Commands import what they need when they run.
 
 Exit codes: 0 done; 1 a finding at or above --fail-on, or a failed proof; 2 a user's mistake, told
-in one line; 130 interrupted.
+in one line; 3 the training went to its end, but its record or last checkpoint could not be written
+(disk full, folder gone); 130 interrupted.
 """
 
 import os

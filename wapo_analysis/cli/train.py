@@ -162,8 +162,22 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
         console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
     if first:
+        _check_kept(folder)
         say(f"run: {folder}")
         say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+
+
+def _check_kept(folder: Path) -> None:
+    """Exit with 3 if the training is done but its record or last checkpoint is not on disk."""
+    from wapo_analysis.store import read_manifest
+
+    try:
+        status = read_manifest(folder).status
+    except UserError as error:
+        status = f"gone ({error})"
+    if status != "finished":
+        console_error(f"the training is done, but the run in {folder} is not whole: {status}")
+        raise typer.Exit(3)
 
 
 @contextmanager

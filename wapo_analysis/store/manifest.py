@@ -4,6 +4,7 @@ An entry has one name whatever wrote the run (built-in trainer, TRL, a loop, ver
 a file holds in another shape than declared is left out and told, never passed on.
 """
 
+import errno
 import json
 import logging
 import platform
@@ -307,9 +308,16 @@ def _brief(value: Any) -> str:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write the manifest of a run folder atomically, with a checksum of its entries."""
     entries = manifest.to_dict()
-    write_atomic(
-        path / MANIFEST, json.dumps({**entries, CHECKSUM: _checksum(entries)}, indent=1).encode()
-    )
+    text = json.dumps({**entries, CHECKSUM: _checksum(entries)}, indent=1).encode()
+    try:
+        write_atomic(path / MANIFEST, text)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not (path / MANIFEST).exists():
+            raise
+        # No room for a second file: how the run ended is worth more than the old manifest.
+        with (path / MANIFEST).open("r+b") as there:
+            there.write(text)
+            there.truncate()
 
 
 def read_manifest(path: Path, tell: bool = True) -> Manifest:

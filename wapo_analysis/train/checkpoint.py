@@ -4,6 +4,7 @@ Prompts and sampling are seeded per step from (seed, step), so no random state n
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.adapters import save_options
 from wapo_analysis.train.models import Policy, no_progress_bars
 
+log = logging.getLogger(__name__)
+
 _STATE, _OPTIMIZER, _WEIGHTS = "trainer.json", "optimizer.safetensors", ".safetensors"
 _NAME = re.compile(r"step-\d+")
 
@@ -34,19 +37,28 @@ def save_checkpoint(
     Path
         The checkpoint folder; transformers loads it like any model folder. Of a policy with LoRA it
         holds the adapters alone, for peft.
+
+    Raises
+    ------
+    Exception
+        Whatever the disk answers; nothing half written is left, and older checkpoints stay.
     """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".*"):  # of a process that was killed while it wrote or deleted
         shutil.rmtree(leftover, ignore_errors=True)
     target, unfinished = root / f"step-{step:08d}", root / f".step-{step:08d}"
-    with no_progress_bars():
-        policy.model.save_pretrained(unfinished, **save_options(policy.model))
-        policy.tokenizer.save_pretrained(unfinished)
-    save_file(_optimizer_tensors(policy, optimizer), unfinished / _OPTIMIZER)
-    (unfinished / _STATE).write_text(json.dumps({"step": step}))
-    for file in unfinished.iterdir():
-        _to_disk(file)
+    try:
+        with no_progress_bars():
+            policy.model.save_pretrained(unfinished, **save_options(policy.model))
+            policy.tokenizer.save_pretrained(unfinished)
+        save_file(_optimizer_tensors(policy, optimizer), unfinished / _OPTIMIZER)
+        (unfinished / _STATE).write_text(json.dumps({"step": step}))
+        for file in unfinished.iterdir():
+            _to_disk(file)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if target.exists():
         _remove(target)
     unfinished.rename(target)
@@ -54,6 +66,23 @@ def save_checkpoint(
     for old in checkpoints(run)[:-keep]:
         _remove(old)
     return target
+
+
+def keep_checkpoint(
+    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int, told: bool
+) -> bool:
+    """Save a checkpoint; whether the disk took it. A refusal is logged, unless ``told``."""
+    try:
+        save_checkpoint(run, step, policy, optimizer, keep)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        if not told:
+            log.warning(
+                "checkpoint of step %d not written (%s); older ones are kept and training goes on",
+                step,
+                error,
+            )
+        return False
+    return True
 
 
 def drop_later(run: Path, step: int) -> None:

@@ -3,7 +3,6 @@
 Shapes: B rollouts of a mini-batch, b of a micro-batch, T completion positions, N their tokens.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -32,7 +31,7 @@ from wapo_analysis.train.batch import (
     mini_batches,
     rollout_columns,
 )
-from wapo_analysis.train.checkpoint import load_optimizer, naming, resume_point, save_checkpoint
+from wapo_analysis.train.checkpoint import keep_checkpoint, load_optimizer, naming, resume_point
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps
@@ -46,8 +45,6 @@ from wapo_analysis.train.recompute import recomputing
 from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts
 from wapo_analysis.train.scoring import capture_mode, score
 from wapo_analysis.train.tally import StepTally
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -180,7 +177,8 @@ def _record(
         for row in _steps(trainer, resume_after or 0, run, recorder):
             loggers.log(row)
             shown(row)
-        status = "finished" if trainer.recorded else "recording_failed"
+        status = "finished" if trainer.saved else "checkpoint_failed"
+        status = status if trainer.recorded else "recording_failed"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
@@ -233,6 +231,8 @@ class Trainer:
     ----------
     recorded : bool
         No process's recording had failed at the last checkpoint.
+    saved : bool
+        The last checkpoint that was due has been written.
     last : int
         Step after which training ends.
     """
@@ -245,7 +245,7 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         self.policy, self.config, self.world = policy, config, world
-        self.recorded, self.last = True, config.steps
+        self.recorded, self.saved, self.last = True, True, config.steps
         self.task = config.load_task()
         longest = config.max_new_tokens or self.task.max_new_tokens
         self.capture = capture_mode(policy, config, longest, manifest)
@@ -263,6 +263,8 @@ class Trainer:
     def checkpoint(self, run: Path, step: int, recorder: Recorder) -> None:
         """Write a checkpoint, once every process has recorded every step before it.
 
+        A disk that takes none is told once; the older ones stay and training goes on.
+
         Raises
         ------
         ProcessFailed
@@ -274,7 +276,9 @@ class Trainer:
         keep = self.config.keep_checkpoints
         with self.world.together():
             if self.world.first and not recorder.lost:
-                save_checkpoint(run, step, self.policy, self.optimizer, keep)
+                self.saved = keep_checkpoint(
+                    run, step, self.policy, self.optimizer, keep, told=not self.saved
+                )
 
     def draw(self, step: int) -> Batch:
         """Sample and grade the batch of a step."""

@@ -1,0 +1,73 @@
+"""A disk that takes no checkpoint never ends the training; the ending and the exit code tell it."""
+
+import errno
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from tests.support.builders import write_fake_run
+from wapo_analysis.cli.train import _check_kept
+from wapo_analysis.store import manifest as store_manifest
+from wapo_analysis.store import open_run, read_manifest
+from wapo_analysis.store.manifest import write_manifest
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.loop import train
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_once_and_training_goes_on(
+    tiny_config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = replace(tiny_config, steps=3, checkpoint_every=1)
+    run = tmp_path / "run"
+
+    def in_the_way(row: dict[str, float]) -> None:
+        if row["step"] == 1:
+            (run / "checkpoints").rename(run / "moved")
+            (run / "checkpoints").write_text("no folder")
+
+    with caplog.at_level(logging.WARNING):
+        policy = train(config, run, progress=in_the_way)
+    told = [r.message for r in caplog.records if "not written" in r.message]
+    assert len(told) == 1
+    assert "step 2" in told[0]
+    assert open_run(run).manifest.status == "checkpoint_failed"
+    assert len(open_run(run).steps) == 3
+    assert [f.name for f in (run / "moved").iterdir()] == ["step-00000001"]
+    plain = train(config)
+    for mine, theirs in zip(policy.module.parameters(), plain.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("status", ["recording_failed", "checkpoint_failed", "running"])
+def test_the_exit_code_tells_a_job_script(
+    tmp_path: Path, status: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_fake_run(tmp_path / "run", steps=8, status=status)
+    with pytest.raises(typer.Exit) as left:
+        _check_kept(run)
+    assert left.value.exit_code == 3
+    assert status in capsys.readouterr().err
+
+
+def test_a_folder_that_vanished_is_told(tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit) as left:
+        _check_kept(tmp_path / "gone")
+    assert left.value.exit_code == 3
+    _check_kept(write_fake_run(tmp_path / "whole", steps=8))
+
+
+def test_the_ending_is_written_where_nothing_else_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_fake_run(tmp_path / "run", steps=8)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_manifest, "write_atomic", full)
+    write_manifest(run, read_manifest(run).changed({"status": "recording_failed"}))
+    assert read_manifest(run).status == "recording_failed"
