@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.completions import distinguishing
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.probes import MEANINGS, set_name, three_numbers
 from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
@@ -39,7 +40,8 @@ class StepAttribution(Result):
     tokens, rollouts, prompts : DataFrame
         Largest holders of gradient mass first: keys, ``mass_share`` (of ``grad_mass``), ``flow``
         and ``flow_share`` (of the sum of |flow| over tokens, signed). Tokens have ``token`` and
-        ``context`` as text and the class; rollouts the reward; prompts their text.
+        ``context`` as text and the class; rollouts the reward; prompts their text and, as
+        ``question``, what sets it apart from the step's other prompts.
     by_flow : DataFrame
         Tokens again, largest |flow| first.
     three_numbers : DataFrame
@@ -134,7 +136,8 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
     known = run.rollouts[run.rollouts["step"] == step].set_index("rollout")
     rollouts = _grouped(tokens, ["group", "rollout"]).head(top)
     prompts = _grouped(tokens, ["group"]).head(top)
-    texts = known.drop_duplicates("group").set_index("group")["prompt"]
+    texts = known.drop_duplicates("group").set_index("group")["prompt"].dropna().astype(str)
+    apart = pd.Series(distinguishing(texts.to_list()), index=texts.index, dtype=object)
     largest = tokens.sort_values("mass_share", ascending=False, kind="stable").head(top)
     pushing = tokens.loc[tokens["flow"].abs().sort_values(ascending=False).index].head(top)
     pushing = pushing[pushing["flow"].notna()]
@@ -150,7 +153,9 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
             reward=rollouts["rollout"].map(known["reward"]),
             completion=rollouts["rollout"].map(known["completion"]),
         ),
-        prompts=prompts.assign(prompt=prompts["group"].map(texts)),
+        prompts=prompts.assign(
+            prompt=prompts["group"].map(texts), question=prompts["group"].map(apart)
+        ),
         three_numbers=three_numbers(probes) if len(probes) else pd.DataFrame(),
         fraction=float(run.manifest.get("token_fraction", 1.0)),
     )
@@ -239,7 +244,7 @@ def _rollout_grid(frame: pd.DataFrame) -> Grid:
 def _prompt_grid(frame: pd.DataFrame) -> Grid:
     rows = [["text", "gradient", "predicted dH", "prompt", "tokens"]]
     for row in frame.to_dict("records"):
-        text = _one_line(row["prompt"])
+        text = _one_line(row["question"])
         rows.append([text, *_shares(row), str(row["group"]), str(row["tokens"])])
     return Grid(rows)
 

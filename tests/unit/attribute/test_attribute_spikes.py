@@ -141,3 +141,16 @@ def test_mistakes_are_one_line(
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert told in lines[0]
+
+
+def test_prompts_are_shown_by_what_sets_them_apart(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "run", steps=12))
+    head = "<|im_start|>system You are a helpful assistant. <|im_end|> user "
+    asked = run.rollouts.assign(
+        prompt=[f"{head}What is {group} + 1? end" for group in run.rollouts["group"]]
+    )
+    object.__setattr__(run, "rollouts", asked)  # as if they had been recorded so
+    found = attribute_step(run, 6)
+    assert set(found.prompts["prompt"]) == set(asked["prompt"])
+    assert found.prompts["question"].str.startswith("... ").all()
+    assert "helpful" not in found.to_text()
