@@ -36,6 +36,9 @@ def evaluate_run(
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
     ] = None,
+    trust_run: Annotated[
+        bool, Option("--trust-run", help="Run code that the run's manifest names; read it first.")
+    ] = False,
     show: Annotated[int, Option(min=0, help="Completions to print.")] = 0,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
@@ -54,6 +57,7 @@ def evaluate_run(
             run,
             checkpoint,
             threads,
+            trust_run,
             eval_prompts=prompts,
             eval_samples=samples,
             temperature=temperature,

@@ -40,6 +40,9 @@ def fork(
     threads: Annotated[
         int | None, Option(min=1, max=MAX_THREADS, help="CPU threads.  [default: torch's own]")
     ] = None,
+    trust_run: Annotated[
+        bool, Option("--trust-run", help="Run code that the run's manifest names; read it first.")
+    ] = False,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
     """Train the rest of a run again with one thing changed, and compare.
@@ -55,13 +58,19 @@ def fork(
     """
     from wapo_analysis.train.fork import fork_run, plan_fork
     from wapo_analysis.train.rollout import NonFiniteLogits
+    from wapo_analysis.train.trust import only_data, settings_of
 
     given = {"objective": objective, "include_bins": include_bins, "exclude_bins": exclude_bins}
-    plan = plan_fork(run, at, assigned(other or []) | as_settings(given), steps)
+    changes = assigned(other or []) | as_settings(given)
+    settings_of(run, {}, trust_run)  # refuses code of a stranger's
+    plan = plan_fork(run, at, changes, steps)
     folder = out or run.with_name(f"{run.resolve().name}-fork-{at}-{plan.slug}")
     typer.echo(printable(plan.start), err=True)
     try:
-        with shown_progress(plan.config.shown_label, plan.last, err=True) as shown:
+        with (
+            only_data(not trust_run),
+            shown_progress(plan.config.shown_label, plan.last, err=True) as shown,
+        ):
             result = fork_run(plan, folder, progress=shown, threads=threads)
     except NonFiniteLogits as error:
         console_error(f"the fork stopped: {error}; its run up to here is in {folder}")

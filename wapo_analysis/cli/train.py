@@ -90,6 +90,10 @@ def train(
             "--take-over", help="With --resume: also if another process still seems to write it."
         ),
     ] = False,
+    trust_run: Annotated[
+        bool,
+        Option("--trust-run", help="With --resume: run code that the manifest names; read it."),
+    ] = False,
     settings: Annotated[
         bool, Option("--settings", help="Print every setting with its default and limits.")
     ] = False,
@@ -113,9 +117,11 @@ def train(
         return
     if checkpoint is not None and not resume:
         raise UserError("--checkpoint says where to --resume from; give both")
+    from wapo_analysis.train.trust import only_data
+
     changes = assigned(other or []) | as_settings(given)
-    with _told_once():
-        chosen = _chosen(config, changes, out if resume else None)
+    with _told_once(), only_data(resume and not trust_run):
+        chosen = _chosen(config, changes, out if resume else None, trust_run)
         folder = out or Path("runs") / f"{chosen.objective}-{chosen.seed}"
         chosen.load_task()  # what is wrong with the data shows before the model is loaded
         options = {"resume": resume, "checkpoint": checkpoint, "take_over": take_over}
@@ -207,14 +213,15 @@ def assigned(pairs: list[str]) -> dict[str, Any]:
     return found
 
 
-def _chosen(config: Path | None, changes: dict[str, Any], resumed: Path | None) -> TrainConfig:
+def _chosen(
+    config: Path | None, changes: dict[str, Any], resumed: Path | None, trust: bool
+) -> TrainConfig:
     """Settings from the resumed run or the file, with the options given on top."""
-    from wapo_analysis.store import read_manifest
-
     if resumed is not None:
-        base = TrainConfig.from_dict(read_manifest(resumed).get("config", {}))
-    else:
-        base = TrainConfig.from_toml(config) if config is not None else TrainConfig()
+        from wapo_analysis.train.trust import settings_of
+
+        return settings_of(resumed, changes, trust)
+    base = TrainConfig.from_toml(config) if config is not None else TrainConfig()
     return TrainConfig.from_dict(changes, base)
 
 

