@@ -385,6 +385,8 @@ class Recorder(Guarded, Closing):
     def flush(self) -> None:
         """Wait until every finished step is on disk, as a checkpoint needs that may be resumed."""
         self._steps.drain()
+        if self.failure is None:
+            self._writer.sync()
 
     def close(self, status: str = "finished") -> None:
         """End the run; a step that was not finished is dropped."""

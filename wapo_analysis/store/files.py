@@ -4,7 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -41,6 +41,16 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
     with renamed_when_whole(path) as stream:
         for piece in pieces:
             stream.write(piece)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder outlast a loss of power; where the file system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def open_regular(path: Path, limit: int) -> BinaryIO:

@@ -5,9 +5,7 @@ deleted. After a crash in between both are there, and readers take each step of 
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -16,7 +14,7 @@ import pyarrow as pa
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES, TOKENS, Table
-from wapo_analysis.store.files import PART_TABLES, STEP_LOG, renamed_when_whole
+from wapo_analysis.store.files import PART_TABLES, STEP_LOG, renamed_when_whole, sync_folder
 from wapo_analysis.store.lock import LOCK, RunLock
 from wapo_analysis.store.manifest import read_manifest
 from wapo_analysis.store.parquet import (
@@ -148,7 +146,7 @@ def _write(place: Mapping[int, PartFile], rows: Mapping[int, int], target: Path)
                 writer.write_table(table, row_group_size=len(table))
             writer.add_key_value_metadata({STEPS_KEY: json.dumps(described).encode()})
         seal(stream)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)  # before anything is deleted
 
 
 def _schema(found: pa.Schema, declared: Table) -> pa.Schema:
@@ -174,16 +172,6 @@ def _rows_of(steps: Sequence[int], place: Mapping[int, PartFile], schema: pa.Sch
         if field.name not in table.schema.names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     return table.select(schema.names).cast(schema)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a power cut before anything is deleted; where it can be."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # ---- wapo compact --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from wapo_analysis.store.files import (
     PART_TABLES,
     STEP_LOG,
     VOCAB,
+    sync_folder,
     write_atomic,
 )
 from wapo_analysis.store.lock import Owner, RunLock, RunLost
@@ -29,6 +31,8 @@ from wapo_analysis.table import Records
 
 log = logging.getLogger(__name__)
 
+SYNC_SECONDS = 10.0
+"""What is older than this outlasts a loss of power."""
 MERGE_STEPS = 64
 """Steps between two merges of a run that is being written."""
 
@@ -113,6 +117,11 @@ class PartWriter:
             self._merges = False
             log.warning("parts of %s stay unmerged (%s); wapo compact can try", self.path, error)
 
+    def sync(self) -> None:
+        """Make what was written outlast a loss of power: a line of the log after its parts."""
+        for name in PART_TABLES:
+            sync_folder(self.path / name)
+
     def update_manifest(self, **changes: Any) -> None:
         """Leave the manifest to rank 0."""
 
@@ -184,6 +193,7 @@ class RunWriter(PartWriter):
         self.manifest = manifest
         self.update_manifest(status="running", step_lines=None)
         self._steps = (self.path / STEP_LOG).open("ab")
+        self._synced = monotonic()
         weakref.finalize(self, self._steps.close)
         self._vocab: dict[int, str] = read_vocab(self.path)
 
@@ -206,6 +216,15 @@ class RunWriter(PartWriter):
         self._steps.write(step_line(row))
         self._steps.flush()
         self._lines += 1
+        if monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make what was written outlast a loss of power: a line of the log after its parts."""
+        super().sync()
+        os.fsync(self._steps.fileno())
+        sync_folder(self.path)
+        self._synced = monotonic()
 
     def add_vocab(self, texts: Mapping[int, str]) -> None:
         """Add token id -> text entries; rewritten only when something is new."""
@@ -229,9 +248,11 @@ class RunWriter(PartWriter):
             return
         noted = False
         try:
-            self._steps.close()
+            with self._steps:
+                self.sync()
             if not self.lost:
                 self.update_manifest(status=status, step_lines=self._lines)
+                sync_folder(self.path)
                 noted = True
         finally:
             self._lock.release(ended=noted)

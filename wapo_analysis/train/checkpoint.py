@@ -54,7 +54,7 @@ def save_checkpoint(
             policy.tokenizer.save_pretrained(unfinished)
         save_file(_optimizer_tensors(policy, optimizer), unfinished / _OPTIMIZER)
         (unfinished / _STATE).write_text(json.dumps({"step": step}))
-        for file in unfinished.iterdir():
+        for file in (*unfinished.iterdir(), unfinished):
             _to_disk(file)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -62,7 +62,8 @@ def save_checkpoint(
     if target.exists():
         _remove(target)
     unfinished.rename(target)
-    _to_disk(root)
+    for folder in (root, run):
+        _to_disk(folder)
     for old in checkpoints(run)[:-keep]:
         _remove(old)
     return target
