@@ -1,10 +1,13 @@
 """TensorBoard and W&B: event folders, run folders, and what their web pages let one download.
 
-Event files and ``.wandb`` files are read by their own libraries (extras tensorboard, wandb).
+Event files and ``.wandb`` files are read by their own libraries (extra tensorboard; wandb up to
+0.29, later ones have no reader in Python).
 """
 
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,7 +230,10 @@ def read_wandb(
         return
     logs = [file for file in mine if file.name == "output.log"]
     if binary:
-        report.note(f"{binary[0].name} needs the wandb package: pip install 'wapo-analysis[wandb]'")
+        report.note(
+            f"{binary[0].name} is read by wandb 0.19 to 0.29 (0.30 took its reader away): "
+            "pip install 'wandb<0.30', or export the history from its page"
+        )
     if logs:
         report.told("the run's history is in its .wandb file; read is what the trainer printed")
         read_console(tuple(logs), sink, report)
@@ -248,8 +254,10 @@ def _read_binary(file: Path, sink: Sink, report: ImportReport) -> bool:
         return False
     store = DataStore()
     number = 0
+    folder = tempfile.TemporaryDirectory(prefix="wapo-wandb-")
     try:
-        store.open_for_scan(str(file))
+        # It opens a file for writing as well; ours is only read, and may be read-only.
+        store.open_for_scan(shutil.copyfile(file, Path(folder.name) / "run.wandb"))
         while (data := store.scan_data()) is not None:
             number += 1
             entry = wandb_internal_pb2.Record()
@@ -260,9 +268,11 @@ def _read_binary(file: Path, sink: Sink, report: ImportReport) -> bool:
                     report.lines += 1
                     sink.add_log(row, "wandb", (file, number))
     except Exception as error:  # a file cut in its last block raises assertions of the library
-        report.told(
-            f"{file.name} ends after record {number} ({type(error).__name__}): read up to there"
-        )
+        why = type(error).__name__
+        report.told(f"{shown(file.name)} ends after record {number} ({why}): read up to there")
+    finally:
+        store.close()
+        folder.cleanup()
     report.files += 1
     return True
 

@@ -376,6 +376,7 @@ def test_wandb_history_and_panel(tmp_path: Path) -> None:
 
 def wandb_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb.sdk.internal.datastore", reason="wandb 0.30 has no reader")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with wandb.init(dir=str(root), project="p", settings=wandb.Settings(console="off")) as run:
@@ -411,7 +412,7 @@ def test_a_wandb_folder_without_its_library_gives_what_was_printed(
     (folder / "files" / "wandb-summary.json").write_text('{"train/reward": 0.5, "_step": 7}')
     steps, report = read(folder, tmp_path / "out")
     assert len(steps) == STEPS
-    assert any("pip install 'wapo-analysis[wandb]'" in note for note in report.notes)
+    assert any("pip install 'wandb<0.30'" in note for note in report.notes)
     (folder / "files" / "output.log").unlink()
     steps, report = read(folder, tmp_path / "summary")
     assert steps["reward"].to_dict() == {7: 0.5}
