@@ -48,6 +48,7 @@ def diagnose(
         wapo diagnose train.log
     """
     from wapo_analysis.diagnose import diagnose as diagnose_run
+    from wapo_analysis.store.lock import DEAD
 
     opened = [(path, _only(path)) for path in dict.fromkeys(runs)]
     if step is not None:
@@ -69,6 +70,8 @@ def diagnose(
         if place:
             say("")
         show(one, format)
+        if format == "text" and run.status == DEAD:
+            say("\nThis run is probably dead: its process ended without ending the run.")
         if format == "text" and (one.culprits or one.drivers):
             say(f"\nnext: {_next_commands(path, run, one)}")
     if fail_on is not None and any(one.reaches(fail_on) for one in found):

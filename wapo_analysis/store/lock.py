@@ -27,6 +27,8 @@ from wapo_analysis.store.files import STEP_LOG, open_regular, parse_json, read_j
 log = logging.getLogger(__name__)
 
 LOCK = "writer.json"
+DEAD = "probably dead"
+"""What a run is whose process ended without ending it."""
 BEAT_SECONDS = 10.0
 """Seconds between two heartbeats."""
 SILENT_SECONDS = 120.0

@@ -15,7 +15,7 @@ from wapo_analysis.derive import class_names, derived_columns, with_class
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG
-from wapo_analysis.store.lock import probably_dead
+from wapo_analysis.store.lock import DEAD, probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parquet import named
@@ -67,7 +67,7 @@ class Run:
     def status(self) -> str:
         """How the run ended, or ``running``; ``probably dead`` if its process ended before it."""
         if self.manifest.status == "running" and probably_dead(self.path):
-            return "probably dead"
+            return DEAD
         return self.manifest.status
 
     @property

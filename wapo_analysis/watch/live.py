@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.text import Text
 
 from wapo_analysis.diagnose import Diagnosis, diagnose
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.store import MANIFEST, Run, find_runs
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.notify import Notifier
@@ -97,7 +97,8 @@ class Watcher:
         """Return the state of the last refresh in one line."""
         assert self.run is not None
         assert self.diagnosis is not None
-        return one_line(self.run, self.diagnosis)
+        failure = self.notifier.failure if self.notifier is not None else None
+        return one_line(self.run, self.diagnosis) + (f", {printable(failure)}" if failure else "")
 
 
 def watch(
@@ -178,11 +179,12 @@ def _watch_live(watcher: Watcher, console: Console, interval: float) -> None:
 
 
 def _watch_lines(watcher: Watcher, console: Console, interval: float) -> None:
-    changed = True
+    shown = ""
     while True:
-        if changed:
-            console.print(watcher.line(), markup=False, highlight=False, soft_wrap=True)
+        if (told := watcher.line()) != shown:
+            console.print(told, markup=False, highlight=False, soft_wrap=True)
+        shown = told
         if watcher.ended:
             return
         sleep(interval)
-        changed = watcher.refresh()
+        watcher.refresh()

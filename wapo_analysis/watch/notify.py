@@ -4,9 +4,11 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http.client import HTTPException
+from threading import Thread
 from time import monotonic
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
@@ -15,7 +17,7 @@ from wapo_analysis.errors import UserError, unknown_name
 
 log = logging.getLogger(__name__)
 TIMEOUT = 5.0
-"""Seconds after which a post is given up."""
+"""Seconds after which a post is given up, however slowly its answer trickles in."""
 
 
 class _NoRedirect(HTTPRedirectHandler):
@@ -52,7 +54,7 @@ class Notifier:
     Raises
     ------
     UserError
-        On a URL that is not http or https, a negative cool-down, or an unknown severity.
+        On an address that cannot be posted to, a negative cool-down, or an unknown severity.
     """
 
     url: str
@@ -63,11 +65,10 @@ class Notifier:
     failure: str | None = None
     _posted: set[tuple[str, str]] = field(default_factory=set)
     _last: float | None = None
+    _post: Thread | None = None
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"webhook must be an http or https address, got {self.url!r}")
+        _check_address(self.url)
         if not self.cooldown >= 0:
             raise UserError(f"cooldown must be 0 or more seconds, got {self.cooldown}")
         if self.least not in SEVERITIES:
@@ -83,6 +84,8 @@ class Notifier:
             holds the reason until one succeeds.
         """
         now = self.clock()
+        if self._post is not None and self._post.is_alive():
+            return None
         if self._last is not None and now - self._last < self.cooldown:
             return None
         allowed = SEVERITIES[SEVERITIES.index(self.least) :]
@@ -90,20 +93,48 @@ class Notifier:
         if not waiting:
             return None
         self._last = now
+        # In a thread, as an address or an answer may take any time, and the watch goes on.
+        self.failure = f"webhook failed: no answer within {TIMEOUT:g} s; tried again later"
+        self._post = Thread(target=self._send, args=(diagnosis, waiting[0]), daemon=True)
+        self._post.start()
+        self._post.join(TIMEOUT)
+        return None if self._new(waiting[0]) else waiting[0]
+
+    def _send(self, diagnosis: Diagnosis, finding: Finding) -> None:
         try:
-            self.send(self.url, payload(diagnosis, waiting[0]))
-        except (OSError, URLError, ValueError) as error:
-            self.failure = (
-                f"webhook failed: {str(error) or type(error).__name__}; tried again later"
-            )
+            self.send(self.url, payload(diagnosis, finding))
+        except Exception as error:  # address, protocol and answer have exceptions of their own
+            told = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, HTTPException):
+                told = f"no answer of HTTP ({told})"
+            self.failure = f"webhook failed: {told[:200]}; tried again later"
             log.debug("post to %s failed", self.url, exc_info=True)
-            return None
+            if isinstance(error, HTTPError):
+                error.close()
+            return
         self.failure = None
-        self._posted.add(_key(waiting[0]))
-        return waiting[0]
+        self._posted.add(_key(finding))
 
     def _new(self, finding: Finding) -> bool:
         return _key(finding) not in self._posted
+
+
+def _check_address(url: str) -> None:
+    """Refuse what no post could go to, before the watch begins."""
+    told = f"webhook must be an http or https address, got {url!r}"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+        printed = url.isascii() and url.isprintable() and " " not in url
+        if parts.scheme not in ("http", "https") or not host or not printed:
+            raise UserError(told)
+        host.encode("idna")  # as the connection will: labels of 1 to 63 characters
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{told} ({error})") from error
+    if parts.username is not None:
+        raise UserError(f"webhook must be an address without user and password, got {url!r}")
 
 
 def _key(finding: Finding) -> tuple[str, str]:

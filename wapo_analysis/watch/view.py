@@ -15,6 +15,7 @@ from wapo_analysis.diagnose.band import Band, entropy_band
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.errors import printable
 from wapo_analysis.store import Run
+from wapo_analysis.store.lock import DEAD, ago
 from wapo_analysis.watch.chart import Rule, bar, line_chart
 
 LAST_STEPS = 10
@@ -79,11 +80,12 @@ def one_line(run: Run, diagnosis: Diagnosis) -> str:
         series = context.series(column)
         if len(series):
             shown.append(f"{column} {series.values[-1]:.3g}{unit}")
-    return f"{printable(run.name)}: {', '.join(shown)}, {VERDICT_WORDS[diagnosis.verdict]}"
+    shown += [VERDICT_WORDS[diagnosis.verdict], *([DEAD] if run.status == DEAD else [])]
+    return f"{printable(run.name)}: {', '.join(shown)}"
 
 
 def _header(run: Run, written: float | None) -> Text:
-    status = printable(run.manifest.status)
+    status = printable(run.status)
     steps = run.steps
     total = run.manifest.planned_steps or run.manifest.config.get("steps")
     done = int(steps["step"].iloc[-1]) if len(steps) else 0
@@ -93,15 +95,9 @@ def _header(run: Run, written: float | None) -> Text:
     seconds = steps["seconds"].tail(LAST_STEPS).astype(float).mean() if len(steps) else np.nan
     if np.isfinite(seconds):
         text.append(f"  {seconds:.3g} s a step")
-    if status == "running" and written is not None:
-        text.append(f"  last written {_ago(time() - written)} ago")
+    if status in ("running", DEAD) and written is not None:
+        text.append(f"  last written {ago(time() - written)} ago")
     return text.append(f"  {printable(run.objective)}", "dim")
-
-
-def _ago(seconds: float) -> str:
-    if seconds < 120:
-        return f"{max(seconds, 0):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _reward(context: Context, width: int, height: int) -> list[RenderableType]:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -261,3 +263,22 @@ def test_ctrl_c_is_how_one_stops(
     monkeypatch.setattr(live, "sleep", interrupt)
     assert wapo(["watch", str(slow.target)]) == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_run_whose_process_died_is_shown_as_probably_dead(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from wapo_analysis.store import RunWriter\n"
+        "writer = RunWriter(Path(sys.argv[1]), {'name': 'r'})\n"
+        "writer.append_step({'step': 1, 'reward': 0.5}); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")]).returncode == 9
+    tail = Tail(tmp_path / "r")
+    watcher = Watcher(tail)
+    watcher.refresh()
+    assert "probably dead  step 1" in shown(watcher.view(80))
+    assert watcher.line() == "r: step 1, reward 0.5, insufficient data, probably dead"
+    assert not watcher.ended, "a queue may start it again"
+    assert wapo(["diagnose", str(tmp_path / "r")]) == 0
+    assert "its process ended without ending the run" in capfd.readouterr().out

@@ -1,6 +1,7 @@
 """wapo watch: what is posted to a webhook, when, and what happens if that fails."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -139,3 +140,63 @@ def test_real_posts(server: tuple[str, list[bytes]]) -> None:
         assert notifier.offer(diagnosis(finding("a"))) is None
         assert notifier.failure is not None
     assert len(received) == 3, "a redirect is not followed"
+
+
+ANSWERS = {
+    "no http": b"SSH-2.0-x\r\n",
+    "nothing": b"",
+    "chunks": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "long line": b"HTTP/1.1 200 OK\r\nX: " + b"a" * 70_000 + b"\r\n\r\n",
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+    "number": b"HTTP/1.1 9999999 \x1b[31mno\r\n\r\n",
+    "loop": b"HTTP/1.1 307 moved\r\nLocation: http://[::1\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_whatever_answers_the_watch_goes_on(answer: str) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(1)
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(9999)
+                connection.sendall(ANSWERS[answer])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        notifier = Notifier(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+        assert notifier.offer(diagnosis(finding("a"))) is None
+        thread.join()
+    assert notifier.failure is not None
+    assert notifier.failure.startswith("webhook failed: ")
+    assert "\n" not in notifier.failure
+
+
+def test_an_answer_that_trickles_does_not_hold_the_watch_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wapo_analysis.watch.notify.TIMEOUT", 0.05)
+    go_on = threading.Event()
+    notifier = Notifier("http://x.example", cooldown=0.0, send=lambda url, body: go_on.wait(9))
+    assert notifier.offer(diagnosis(finding("a"))) is None
+    assert notifier.failure == "webhook failed: no answer within 0.05 s; tried again later"
+    assert notifier.offer(diagnosis(finding("a"))) is None, "one post at a time"
+    go_on.set()
+    assert notifier._post is not None
+    notifier._post.join()
+    assert notifier.failure is None
+    assert notifier.offer(diagnosis(finding("a"))) is None, "it has arrived after all"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://x:99999/", "http://x:port/", "http://x y/", "http://x/\n", "http://",
+     "http://x/\u202e", "http://b\u00fccher.example/", "http://user:pass@x/", "http://x..y/",
+     "http://" + "a" * 64 + ".example/", "//x/", "javascript:alert(1)", ""],
+)  # fmt: skip
+def test_addresses_are_checked_at_the_start(url: str) -> None:
+    with pytest.raises(UserError, match="webhook must be an"):
+        Notifier(url)
