@@ -62,7 +62,7 @@ import torch
 import transformers.models.llama.modeling_llama
 from safetensors.torch import save_file
 from wapo_analysis.errors import UserError
-from wapo_analysis.store import RunWriter
+from wapo_analysis.store.writer import PartWriter
 from wapo_analysis.train import loop
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.launched import joined_processes
@@ -134,7 +134,7 @@ with joined_processes("cpu") as world:
         raise OSError(28, "No space left on device")
 
     if world.rank == 1:
-        RunWriter.write_part = full
+        PartWriter.write_part = full
     policy = loop.train(config, out / "full-disk", world=world)
     save(policy, "full-disk")
     told("old folder", lambda: loop.train(config, out / "grpo", world=world))
