@@ -149,7 +149,7 @@ class RunLock:
     """
 
     def __init__(self, path: Path, take_over: bool = False) -> None:
-        self._path, self._owner = path, Owner.me()
+        self._path, self._owner, self._name = path, Owner.me(), os.fspath(path / LOCK)
         self._file = _File(self._create(take_over), self._owner)
         _HEARTS.keep(self._file)
         # A writer that is dropped without being closed lets go of the run. One that dies with its
@@ -177,9 +177,12 @@ class RunLock:
 
     def check(self) -> None:
         """Raise `RunLost` if another process has taken the run over."""
-        with suppress(OSError):
-            if self._file.is_at(self._path / LOCK):
+        try:
+            there = os.stat(self._name)
+            if (there.st_ino, there.st_dev) == self._file.identity:
                 return
+        except OSError:
+            pass
         owner = Owner.of(self._path)
         if owner is None or owner.token != self._owner.token:
             by = f"; it is written by {owner}" if owner is not None else ""
@@ -207,16 +210,14 @@ class _File:
 
     def __init__(self, handle: int, owner: Owner) -> None:
         self._handle, self._owner, self._mutex = handle, owner, threading.Lock()
+        status = os.fstat(handle)
+        self.identity: tuple[int, int] | None = (status.st_ino, status.st_dev)
         self._write(owner)
 
     def _write(self, owner: Owner) -> None:
         os.lseek(self._handle, 0, os.SEEK_SET)
         os.write(self._handle, json.dumps(asdict(owner)).ljust(_BYTES - 1).encode() + b"\n")
         os.fsync(self._handle)
-
-    def is_at(self, path: Path) -> bool:
-        there, mine = os.stat(path), os.fstat(self._handle)
-        return (there.st_ino, there.st_dev) == (mine.st_ino, mine.st_dev)
 
     def beat(self) -> None:
         """Show that the process lives."""
@@ -228,7 +229,7 @@ class _File:
         with self._mutex:
             if self._handle >= 0:
                 os.close(self._handle)
-            self._handle = -1
+            self._handle, self.identity = -1, None
 
     def _if_mine(self, owner: Owner) -> None:
         # A forked child shares the file, yet the run is its parent's.

@@ -6,6 +6,7 @@ Any reader of JSON lines can follow it: the checksum is one more entry, ``crc32`
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def step_lines(log: Path) -> Iterator[dict[str, Any]]:
     """
     reader = LineReader()
     with open_regular(log, LOG_BYTES) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(LINE_BYTES), b""), start=1):
+        for number, line in enumerate(iter(partial(stream.readline, LINE_BYTES), b""), start=1):
             if not line.strip():
                 continue
             try:
