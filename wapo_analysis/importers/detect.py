@@ -138,7 +138,9 @@ def _found(
     format: str, found: Mapping[str, list[Path]], kinds: Mapping[Path, str], files: list[Path],
     told: list[str],
 ) -> Found:  # fmt: skip
-    logs = [f for name in _CONTAINERS if name != format for f in found.get(name, ())]
+    others = [f for name in _CONTAINERS if name != format for f in found.get(name, ())]
+    # JSON beside a log is settings; an official run reads its own.
+    logs = [f for f in others if f.suffix != ".json" and format != "official"]
     mine = {file: kinds.get(file, format) for file in files}
     return Found(cast(Format, format), tuple(files), mine, tuple(logs), tuple(told))
 

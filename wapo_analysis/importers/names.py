@@ -151,10 +151,11 @@ ALIASES: Final[tuple[Alias, ...]] = (
         "steps", "OpenRLHF", "openrlhf/trainer/ppo_trainer.py",
         reward="reward | rollout/reward_mean", reward_std="rollout/reward_std",
         length="rollout/response_length_mean | response_length",
-        truncated="rollout/truncated_rate | truncated | rollout/truncated",
+        truncated="rollout/truncated_rate | truncated",
         eval_reward="eval/eval_*_pass1", seconds="timing/step_total",
         seconds_rollout="timing/generation",
     ),
+    *_rows("steps", "OpenRLHF", UNVERIFIED, truncated="rollout/truncated"),
     *_rows(
         "steps", "OpenRLHF", "openrlhf/trainer/ray/ppo_actor.py",
         loss="policy_loss", grad_norm="actor_grad_norm", lr="actor_lr", entropy="entropy_loss",
@@ -170,8 +171,11 @@ ALIASES: Final[tuple[Alias, ...]] = (
     ),
     *_rows(
         "steps", "SkyRL", "skyrl/backends/skyrl_train/workers/worker.py",
-        loss="policy/final_loss | policy/policy_loss", grad_norm="policy/raw_grad_norm",
-        lr="policy/policy_lr", entropy="policy/policy_entropy",
+        loss="policy/final_loss | policy/policy_loss", lr="policy/policy_lr",
+        entropy="policy/policy_entropy",
+    ),
+    *_rows(
+        "steps", "SkyRL", f"{UNVERIFIED} (seen in public logs)", grad_norm="policy/raw_grad_norm",
     ),
     *_rows(
         "steps", "slime", "slime/observability/rollout_metrics.py",
@@ -180,9 +184,9 @@ ALIASES: Final[tuple[Alias, ...]] = (
     ),
     *_rows(
         "steps", "slime", "slime/observability/train_metric_utils.py",
-        reward="rollout/raw_reward", length="rollout/response_lengths",
-        truncated="rollout/truncated", seconds="perf/step_time",
+        reward="rollout/raw_reward", length="rollout/response_lengths", seconds="perf/step_time",
     ),
+    *_rows("steps", "slime", "slime/ray/rollout.py", truncated="rollout/truncated"),
     *_rows(
         "steps", "slime", "slime/backends/megatron_utils/loss.py",
         loss="loss | pg_loss", entropy="entropy_loss | rollout/entropy", kl_ref="kl_loss",
@@ -235,12 +239,16 @@ ALIASES: Final[tuple[Alias, ...]] = (
         seconds="time/step",
     ),
     *_rows(
-        "steps", "prime-rl", "src/prime_rl/orchestrator",
-        reward="reward/all/mean | reward/mean", reward_std="reward/all/std | reward/std",
-        length="decode_len/all/mean | tokens/completion", truncated="is_truncated/all/mean",
+        "steps", "prime-rl", "src/prime_rl/orchestrator (before August 2026)",
+        reward="reward/all/mean | reward/mean",
+        length="decode_len/all/mean", truncated="is_truncated/all/mean",
         groups_all_wrong="solve_none/all", groups_all_right="solve_all/all",
         staleness="off_policy/mean | off_policy_level/all/mean",
         eval_reward="eval/*/avg@*", seconds_rollout="time/generate_completions",
+    ),
+    *_rows(
+        "steps", "prime-rl", UNVERIFIED,
+        reward_std="reward/all/std | reward/std", length="tokens/completion",
     ),
     *_rows(
         "steps", "prime-rl", "src/prime_rl/orchestrator/metrics.py (one environment: agg)",
@@ -249,7 +257,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
         groups_all_right="agg/all/*/solved_all",
     ),
     *_rows(
-        "steps", "rllm", "agent_ppo_trainer.py (counts of prompts, made shares)",
+        "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",
         groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
     ),
     *_rows(

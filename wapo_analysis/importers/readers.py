@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import json
 import re
 import struct
 import tokenize
@@ -301,9 +300,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | dict | str | bool):
         return value
     return None if value is None or pd.isna(value) else value
-
-
-def short(value: Any) -> str:
-    """A value as a few characters, for a message."""
-    text = json.dumps(value, default=str)
-    return printable(text if len(text) <= 20 else f"{text[:17]}...")

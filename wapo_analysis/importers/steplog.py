@@ -9,6 +9,7 @@ import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from wapo_analysis.table import Array
 
 KEPT_TOO = ("sampling/sampling_logp_difference/mean",)
 """Names that are kept beside the column they feed, as runs watched by us have them."""
+UPDATE_STEP = "train/step"
+"""slime's number of an update; beside it ``rollout/step`` counts batches."""
 RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
 _RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
 _STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
@@ -31,18 +34,11 @@ _BOOKKEEPING = re.compile(r"(?:.*/)?(?:epoch|global_step|step|_step|_runtime|_ti
 # How the numbers of several ranks make one, by the name; running totals are the same on all.
 _WAYS = (
     ("mean", re.compile(r".*(?:mean|avg|std|ratio|frac|rate|share|p\d\d)", re.I)),
-    (
-        "max",
-        re.compile(r".*[/_]max|(?:.*/)?max_.*|.*(?:total|num_tokens|num_input_tokens).*", re.I),
-    ),
+    ("max", re.compile(r".*[/_]max|(?:.*/)?max_.*|.*(?:total|num_(?:input_)?tokens).*", re.I)),
     ("min", re.compile(r".*[/_]min|(?:.*/)?min_.*", re.I)),
     ("sum", re.compile(r"(?:.*[/_])?(?:num|n|counts?)(?:_.*)?|(?:kept_)?tokens|nonfinite", re.I)),
 )
-_NONE_COUNTS, _ALL_COUNTS, _SOME_COUNTS = (
-    "batch/solve_none",
-    "batch/solve_all",
-    "batch/solve_partial",
-)
+_COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 
 
 @dataclass
@@ -62,6 +58,7 @@ class StepLog:
     _prefix: dict[str, str] = field(default_factory=dict)
     _files: list[tuple[Path, int, int]] = field(default_factory=list)
     _ranks: dict[int, set[Any]] = field(default_factory=dict)
+    _of_updates: set[str] = field(default_factory=set)
     _no_numbers: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -102,6 +99,8 @@ class StepLog:
             number = float("nan") if value is None and null_is_nan else as_number(value)
             if number is not None:
                 self.number(key, step, number, prefix)
+                if step_key == UPDATE_STEP:
+                    self._of_updates.add(key)
                 if not isfinite(number):
                     self.report.count("numbers that were not finite, now null", *place)
             elif value is not None:
@@ -142,7 +141,7 @@ class StepLog:
             If two files hold different numbers for the same steps from their first step on.
         """
         self._tell_no_numbers()
-        columns = self._settled(names)
+        columns = self._settled()
         rows: dict[int, dict[str, Any]] = {}
         feeds = names.feeds(list(columns))
         self.report.trainer = self.report.trainer or likely_trainer(columns)
@@ -192,24 +191,35 @@ class StepLog:
 
     # ---- several records of one step
 
-    def _settled(self, names: NameTable) -> dict[str, dict[int, float]]:
+    def _settled(self) -> dict[str, dict[int, float]]:
         """One number for each name and step."""
         found = {key: _arrays(held) for key, held in self._numbers.items()}
+        found |= self._by_batch(found)
         repeats = {key: r for key, held in found.items() if (r := _Repeats.of(*held)) is not None}
         differing = sorted({s for r in repeats.values() for s in r.differing.tolist()})
-        if not repeats:
-            return {
-                key: dict(zip(s.tolist(), v.tolist(), strict=True)) for key, (s, v) in found.items()
-            }
-        later = self._is_resume(list(repeats.values()))
+        later = bool(repeats) and self._is_resume(list(repeats.values()))
         if differing:
             self._say(differing, later, repeats)
+        settled = {key: r.settled(later, _way(key) if differing else "one")
+                   for key, r in repeats.items()}  # fmt: skip
         return {
-            key: repeats[key].settled(later, _way(key) if differing else "one")
-            if key in repeats
-            else dict(zip(s.tolist(), v.tolist(), strict=True))
+            key: settled.get(key) or dict(zip(s.tolist(), v.tolist(), strict=True))
             for key, (s, v) in found.items()
         }
+
+    def _by_batch(self, found: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
+        """Numbers of updates at the step of their batch, where a batch has several."""
+        batches = [s.max() for key, (s, _) in found.items() if key.startswith("rollout/")]
+        updates = [found[key][0].max() for key in self._of_updates]
+        if not batches or not updates or len(self._of_updates) == len(found):
+            return {}
+        each = round((int(max(updates)) + 1) / (int(max(batches)) + 1))
+        if each < 2:
+            return {}
+        self.report.told(
+            f"train/step counts updates, {each} a batch: they are at the step of their batch"
+        )
+        return {key: (found[key][0] // each, found[key][1]) for key in self._of_updates}
 
     def _is_resume(self, repeats: "list[_Repeats]") -> bool:
         """Whether steps were repeated by a later run, not by ranks that take turns."""
@@ -241,9 +251,7 @@ class StepLog:
         )
 
     def _two_runs(self) -> tuple[Path, Path] | None:
-        for (one, first, last), (two, begin, end) in zip(
-            self._files, self._files[1:], strict=False
-        ):
+        for (one, first, last), (two, begin, end) in pairwise(self._files):
             if begin <= first and min(last, end) > max(first, begin):
                 return one, two
         return None
@@ -358,13 +366,11 @@ def _shares_of_counts(
     columns: dict[str, dict[int, float]], feeds: Mapping[str, Feed], rows: dict[int, dict[str, Any]]
 ) -> None:
     """Prompts counted as solved by none, all and some of their completions, made shares of them."""
-    for ours, key in (("groups_all_wrong", _NONE_COUNTS), ("groups_all_right", _ALL_COUNTS)):
+    for ours, key in zip(("groups_all_wrong", "groups_all_right"), _COUNTS, strict=False):
         if ours not in feeds or feeds[ours].names != (key,):
             continue
         for step, value in columns[key].items():
-            counts = [
-                columns.get(k, {}).get(step) for k in (_NONE_COUNTS, _ALL_COUNTS, _SOME_COUNTS)
-            ]
+            counts = [columns.get(name, {}).get(step) for name in _COUNTS]
             known = [c for c in counts if c is not None]
             if len(known) == 3 and sum(known) > 0:
                 rows[step][ours] = value / sum(known)

@@ -27,7 +27,6 @@ from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import MAX_STEP, as_step, message_text
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 _BATCH = 8192
 _HELD = 512
 

@@ -477,6 +477,20 @@ def test_records_that_repeat_word_for_word_are_no_news(tmp_path: Path) -> None:
     assert not report.events
 
 
+def test_updates_of_slime_are_at_the_step_of_their_batch(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    for batch in range(8):
+        rows.append({"rollout/step": batch, "rollout/raw_reward": 0.5, "rollout/truncated": 0.0})
+        rows += [{"train/step": 4 * batch + u, "train/loss": float(u), "train/entropy_loss": 0.4}
+                 for u in range(4)]  # fmt: skip
+    steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert steps.index.tolist() == list(range(8))
+    assert steps["loss"].tolist() == [1.5] * 8
+    assert report.events[0] == (
+        "train/step counts updates, 4 a batch: they are at the step of their batch"
+    )
+
+
 def test_two_runs_in_one_folder_are_no_resume(tmp_path: Path) -> None:
     for name, reward in (("a", 0.5), ("b", 0.75)):
         rows = [{"step": s, "reward": reward} for s in range(1, 9)]
