@@ -9,6 +9,7 @@ from tests.support.builders import write_fake_run
 from wapo_analysis.cli import run
 
 
+@pytest.mark.slow
 def test_compare_tells_where_two_settings_part(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

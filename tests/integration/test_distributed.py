@@ -23,6 +23,8 @@ from wapo_analysis.store import Run
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "prompts_per_step": 4,

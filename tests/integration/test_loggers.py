@@ -54,6 +54,7 @@ def test_a_resumed_run_replaces_what_was_logged_of_later_steps(
     assert [step for step, _ in scalars(tmp_path / "run")["train/reward"]] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_wandb_offline(tiny_config: TrainConfig, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb", reason="extra wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -54,7 +54,7 @@ def interrupted_at(stop: int, config: TrainConfig, out: Path, number: int = sign
             train(config, out)
 
 
-SLOW = {"sgd, linear", "bfloat16"}
+SLOW = {"sgd, linear", "bfloat16", "lora, checkpointing"}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(
     assert ks(samples)[-1] == samples
 
 
+@pytest.mark.slow
 def test_the_reward_figure_shows_evaluations(tiny_config: TrainConfig, tmp_path: Path) -> None:
     from wapo_analysis.plots import FIGURES, render
 

@@ -14,6 +14,7 @@ from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.parallel import Job, train_all
 
 
+@pytest.mark.slow
 def test_jobs_run_apart_and_one_failure_stops_no_other(
     tiny_config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -48,7 +48,7 @@ MORE = {"microbatch_size": 3, "weight_decay": 0.1, "epochs": 2}
     ("optimizer", "options"),
     [
         ("adamw", MORE),
-        ("sgd", {}),
+        pytest.param("sgd", {}, marks=pytest.mark.slow),
         pytest.param("adamw", {}, marks=pytest.mark.slow),
         pytest.param("sgd", MORE, marks=pytest.mark.slow),
     ],
@@ -225,6 +225,7 @@ def test_bad_settings_are_refused(setting: dict[str, object], told: str) -> None
         TrainConfig.from_dict(setting)
 
 
+@pytest.mark.slow
 def test_from_training_to_what_if_on_the_command_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

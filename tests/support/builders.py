@@ -6,6 +6,10 @@ measured columns are computed from them exactly, and the update that is re-score
 first-order step plus noise. Nothing is trained.
 """
 
+import atexit
+import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +28,8 @@ from wapo_analysis.schema import (
     UPDATE,
     WEIGHT_DECAY,
 )
-from wapo_analysis.store import RunWriter
+from wapo_analysis.store import MANIFEST, RunWriter
+from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.table import Array, Records
 
 START_SHARPNESS = 6.0
@@ -74,7 +79,26 @@ class Sizes:
         return self.prompts * self.rollouts * self.length
 
 
-def write_fake_run(
+_MADE: dict[str, Path] = {}
+
+
+def write_fake_run(path: Path, **options: Any) -> Path:
+    """`made_run`, made once for every set of options and copied from then on."""
+    options = {name: list(v) if isinstance(v, set | tuple) else v for name, v in options.items()}
+    key = json.dumps(options, sort_keys=True, default=str)
+    if key not in _MADE:
+        held = Path(tempfile.mkdtemp(prefix="fake-runs-"))
+        atexit.register(shutil.rmtree, held, ignore_errors=True)
+        _MADE[key] = made_run(held / path.name, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(_MADE[key], path)
+    if "name" not in (options.get("manifest") or {}):
+        described = json.loads((path / MANIFEST).read_bytes())
+        write_manifest(path, Manifest.of(described | {"name": path.name}))
+    return path
+
+
+def made_run(
     path: Path,
     *,
     objective: str = "grpo",

@@ -200,6 +200,7 @@ def test_numbers_that_are_wrong_fail_the_command(
     assert "head gave no numbers: fused head is off" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     paths = ":".join(path for path in sys.path if path)

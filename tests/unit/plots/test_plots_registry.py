@@ -56,8 +56,15 @@ CASES = ("two labels", "seeds", "one step", "diverged, hot", "one is blind", "no
          "stalled", "many, bare")  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", RUN_FIGURES)
+# Each figure draws a third of the kinds in the fast tests, each kind is drawn by a third of them.
+PAIRS = [
+    pytest.param(name, case, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+    for i, name in enumerate(RUN_FIGURES)
+    for j, case in enumerate(CASES)
+]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_every_figure_draws_every_kind_of_run(
     name: str, case: str, cases: dict[str, list[Run]], marks: dict[str, pd.DataFrame]
 ) -> None:
@@ -163,6 +170,7 @@ def test_a_run_in_progress_can_be_drawn(tmp_path: Path) -> None:
     assert render("reward", [open_run(path)]).axes
 
 
+@pytest.mark.slow
 def test_script_writes_the_formats(tmp_path: Path, cases: dict[str, list[Run]]) -> None:
     script, run = ROOT / "figures" / "make.py", cases["two labels"][0].path
     named = ["entropy", "--out", str(tmp_path), "--runs", str(run)]

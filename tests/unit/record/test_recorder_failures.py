@@ -167,6 +167,7 @@ def in_a_process(out: Path, mode: str) -> None:
     assert done.returncode == 0, done.stderr.decode()[-2000:]
 
 
+@pytest.mark.slow
 def test_a_killed_run_opens_and_is_resumed(tmp_path: Path) -> None:
     in_a_process(tmp_path, "kill")
     merged = 0

@@ -327,7 +327,8 @@ def peak():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_does_not_grow_with_the_logits(dtype: str) -> None:
     code = PEAK + MEMORY.format(dtype=dtype)
     # Freed blocks go back at once, so that each peak is its call's own.
