@@ -55,19 +55,16 @@ def reopened(path: Path) -> RunWriter:
 
 def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
     """Add class totals: (sign, regime) to the predicted dH of each step."""
-    cells = [(s, k, v) for k, values in flows.items() for s, v in enumerate(values, start=1)]
-    records = Records.build(
-        CLASSES,
-        {
-            "step": [step for step, _, _ in cells],
-            "rank": [0] * len(cells),
-            "sign": [key[0] for _, key, _ in cells],
-            "regime": [key[1] for _, key, _ in cells],
-            "prob_bin": [4] * len(cells),
-            "tokens": [10] * len(cells),
-            "pred_dentropy_sum": [value for _, _, value in cells],
-        },
-    )
     writer = reopened(path)
-    writer.write_part(records, 1)
+    for step, values in enumerate(zip(*flows.values(), strict=True), start=1):
+        columns = {
+            "step": [step] * len(flows),
+            "rank": [0] * len(flows),
+            "sign": [sign for sign, _ in flows],
+            "regime": [regime for _, regime in flows],
+            "prob_bin": [4] * len(flows),
+            "tokens": [10] * len(flows),
+            "pred_dentropy_sum": list(values),
+        }
+        writer.write_part(Records.build(CLASSES, columns), step)
     writer.close("finished")
