@@ -53,8 +53,12 @@ def reopened(path: Path) -> RunWriter:
     return RunWriter(path, open_run(path).manifest, resume_after=10**6)
 
 
-def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) -> None:
-    """Add class totals: (sign, regime) to the predicted dH of each step."""
+def write_flows(
+    path: Path,
+    flows: Mapping[tuple[int, int], Sequence[float]],
+    column: str = "pred_dentropy_sum",
+) -> None:
+    """Add class totals: (sign, regime) to a number of each step, by default the predicted dH."""
     writer = reopened(path)
     for step, values in enumerate(zip(*flows.values(), strict=True), start=1):
         columns = {
@@ -64,7 +68,7 @@ def write_flows(path: Path, flows: Mapping[tuple[int, int], Sequence[float]]) ->
             "regime": [regime for _, regime in flows],
             "prob_bin": [4] * len(flows),
             "tokens": [10] * len(flows),
-            "pred_dentropy_sum": list(values),
+            column: list(values),
         }
         writer.write_part(Records.build(CLASSES, columns), step)
     writer.close("finished")

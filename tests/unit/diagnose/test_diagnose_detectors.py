@@ -18,9 +18,7 @@ from tests.support.step_logs import (
     write_steps,
 )
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
-from wapo_analysis.schema import CLASSES
 from wapo_analysis.store import RunWriter, open_run
-from wapo_analysis.table import Records
 
 STEPS = 60
 
@@ -57,19 +55,7 @@ def test_a_run_that_its_trainer_gave_up_is_diverged(tmp_path: Path) -> None:
 
 def write_mass(path: Path, masses: Flows) -> None:
     """Class totals with the gradient mass of each (sign, regime) per step."""
-    cells = [(s, k, v) for k, values in masses.items() for s, v in enumerate(values, start=1)]
-    columns = {
-        "step": [step for step, _, _ in cells],
-        "rank": [0] * len(cells),
-        "sign": [key[0] for _, key, _ in cells],
-        "regime": [key[1] for _, key, _ in cells],
-        "prob_bin": [4] * len(cells),
-        "tokens": [10] * len(cells),
-        "grad_mass": [float(value) for _, _, value in cells],
-    }
-    writer = reopened(path)
-    writer.write_part(Records.build(CLASSES, columns), 1)
-    writer.close("finished")
+    write_flows(path, masses, "grad_mass")
 
 
 def massed(tmp_path: Path, masses: Flows, reward: np.ndarray | None = None) -> Diagnosis:

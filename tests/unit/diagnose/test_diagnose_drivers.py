@@ -58,7 +58,8 @@ def test_probes_give_the_counterfactual(tmp_path: Path) -> None:
         "counterfactual_dentropy": [9.0, 0.25, math.nan],
     }
     writer = RunWriter(path, open_run(path).manifest, resume_after=10**6)
-    writer.write_part(Records.build(PROBES, probes), 45)
+    for step, rows in ((2, slice(1)), (45, slice(1, None))):
+        writer.write_part(Records.build(PROBES, {k: v[rows] for k, v in probes.items()}), step)
     writer.close("finished")
     alone = {x.cls: x.counterfactual_dentropy for x in diagnose(open_run(path)).drivers}
     assert alone == {"neg_peak": 0.25, "pos_valley": None, "pos_peak": None}
