@@ -112,6 +112,11 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def encodable(text: str) -> str:
+    """Text that UTF-8 can hold: halves of characters, as JSON can name them, are escaped."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def parse_json(text: str) -> Any:
     """Value of a JSON text; ValueError if it is none or is nested more than `JSON_DEPTH` deep."""
     try:

@@ -22,7 +22,7 @@ import numpy as np
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import SCHEMA_VERSION
-from wapo_analysis.store.files import MANIFEST, read_json, write_atomic
+from wapo_analysis.store.files import MANIFEST, encodable, read_json, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ T = TypeVar("T", int, float, str)
 def _text(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
         raise ValueError("a text")
-    return str(value)
+    return encodable(str(value))
 
 
 def _whole(value: Any) -> int:
@@ -91,7 +91,7 @@ def _word(value: Any) -> str:
 def _entries(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError("a table of entries")
-    return {str(name): plain(item) for name, item in value.items()}
+    return {encodable(str(name)): plain(item) for name, item in value.items()}
 
 
 def _numbers(value: Any) -> dict[str, float]:
@@ -125,13 +125,13 @@ def _bounds(value: Any) -> list[float | None]:
 def plain(value: Any) -> Any:
     """Value as JSON has it; what is not finite is null, what JSON has not is its text."""
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {encodable(str(name)): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, float):
         return value if isfinite(value) else None
-    return value if isinstance(value, bool | int | str | None) else str(value)
+    return value if isinstance(value, bool | int | None) else encodable(str(value))
 
 
 def _entry(shape: Callable[[Any], Any], doc: str, *, key: str = "", empty: Any = None) -> Any:
@@ -213,7 +213,7 @@ class Manifest(Mapping[str, Any]):
         for old, value in entries.items():
             name = _OLD_NAMES.get(old, old)
             if name not in known:
-                extra[str(name)] = plain(value)
+                extra[encodable(str(name))] = plain(value)
                 continue
             if value is None:
                 continue

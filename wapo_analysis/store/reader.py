@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from wapo_analysis.derive import class_names, derived_columns, with_class
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG
 from wapo_analysis.store.lock import DEAD, probably_dead
@@ -46,17 +46,17 @@ class Run:
     @property
     def name(self) -> str:
         """Name shown in figures: the manifest's, else the folder's."""
-        return self.manifest.name or self.path.name
+        return printable(self.manifest.name or self.path.name)
 
     @property
     def objective(self) -> str:
         """Name of the objective, or ``"unknown"``."""
-        return str(self.manifest.objective.get("name", "unknown"))
+        return printable(self.manifest.objective.get("name", "unknown"))
 
     @property
     def label(self) -> str:
         """Name of the setting in legends; runs that share it are seeds of one setting."""
-        return self.manifest.label or self.objective.upper()
+        return printable(self.manifest.label or self.objective.upper())
 
     @property
     def seed(self) -> int | None:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import STEPS
-from wapo_analysis.store.files import open_regular
+from wapo_analysis.store.files import encodable, open_regular
 
 CHECKSUM = "crc32"
 LOG_BYTES = 1 << 32
@@ -71,6 +71,8 @@ class LineReader:
         except RecursionError:
             raise ValueError("nested too deeply") from None
         row: dict[str, Any] = parsed if isinstance(parsed, dict) else {}
+        if b"\\ud" in body or b"\\uD" in body:  # halves of characters, which no table can hold
+            row = {encodable(name): _encodable(value) for name, value in row.items()}
         step = row.get("step")
         if type(step) is not int or not 0 <= step < _MOST_STEPS:
             raise ValueError("no integer 'step'")
@@ -78,6 +80,10 @@ class LineReader:
             if value is not None and (type(value) is not float or value - value != 0):
                 row[name] = _value(name, value)
         return row
+
+
+def _encodable(value: Any) -> Any:
+    return encodable(value) if isinstance(value, str) else value
 
 
 def _value(name: str, value: Any) -> float | int | str | None:

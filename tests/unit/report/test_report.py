@@ -15,7 +15,7 @@ import pytest
 from tests.support.builders import write_fake_run
 from wapo_analysis.completions import distinguishing
 from wapo_analysis.diagnose import diagnose
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.report.build import MODULES, build_report, bundle
 from wapo_analysis.report.data import class_columns, run_data, step_columns
 from wapo_analysis.report.steps import block, chosen_steps, merged_passes, rounded, step_data
@@ -171,7 +171,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert code == [t for a, t in plain.scripts if not a.get("type")]
     assert "img" not in found.tags
     (told,) = embedded(page)["runs"]  # type: ignore[misc]
-    assert told["name"] == HOSTILE
+    assert told["name"] == printable(HOSTILE)
 
 
 def test_one_bundle_without_names_declared_twice() -> None:

@@ -204,3 +204,23 @@ def test_settings_that_make_no_sense(run: Path, name: str, value: Any) -> None:
         _Settings.of(open_run(run))
     with pytest.raises(UserError, match="probes"):
         what_if(open_run(run), ["neg_peak"])
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [("a\x00b", r"a\x00b"), ("\x1b[31mred", r"\x1b[31mred"), ("\ud800", r"\ud800"),
+     ("\u202eevil", r"\u202eevil"), ("é 漢", "é 漢")],
+)  # fmt: skip
+def test_names_are_shown_escaped_and_draw(run: Path, label: str, shown: str) -> None:
+    file = run / "manifest.json"
+    entries = json.loads(file.read_text()) | {"label": label, "name": label, label: {label: label}}
+    file.write_text(json.dumps(entries | {"objective": {"name": label}}))
+    opened = open_run(run)
+    assert (opened.name, opened.label, opened.objective) == (shown, shown, shown)
+    json.dumps(dict(opened.manifest), ensure_ascii=False).encode()
+
+
+def test_halves_of_characters_in_a_line_are_escaped(run: Path) -> None:
+    (run / "steps.jsonl").write_text('{"step": 1, "x/\\uD800": "\\udfff", "reward": 1}\n')
+    row = open_run(run).steps.iloc[0]
+    assert row["x/\\ud800"] == "\\udfff"
