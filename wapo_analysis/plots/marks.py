@@ -84,7 +84,8 @@ def draw_marks(axes: Iterable[Axes], marks: pd.DataFrame) -> None:
         own = str(ax.get_label())
         mine = marks[marks["label"] == own] if own in styles else marks
         low, high = ax.get_xlim()
-        if mine["baseline"].notna().any():
+        # A panel without numbers has no steps; a mark would stretch its axis to nothing.
+        if mine["baseline"].notna().any() and mine["first"].min() <= high:
             _shade_baseline(ax, mine["first"].min(), mine["baseline"].max(), not shaded)
             shaded = True
             ax.set_xlim(low, high)

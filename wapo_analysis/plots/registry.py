@@ -172,7 +172,7 @@ def render(name: str, runs: Sequence[Run] = (), marks: pd.DataFrame | None = Non
     with mpl.rc_context(theme()):
         frame = spec.prepare(runs)
         axes = spec.plot(frame)
-        if spec.over_steps and not getattr(frame, "empty", False):
+        if spec.over_steps:
             draw_marks(axes.flat, prepare_marks(runs) if marks is None else marks)
         drawn: Figure = axes.flat[0].figure
         answer = spec.says(frame) if spec.says is not None else ""
