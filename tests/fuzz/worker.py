@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 LENGTH = 200  # bytes that an input is made of
@@ -35,8 +35,11 @@ def main() -> None:
         if options.guided:  # what a command imports when it runs is to be seen as well
             for module in pkgutil.walk_packages(wapo_analysis.__path__, "wapo_analysis."):
                 if "plugin" not in module.name and "__main__" not in module.name:
-                    importlib.import_module(module.name)
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+                    with suppress(ImportError):  # of an extra
+                        importlib.import_module(module.name)
+    # In memory, where there is such a place: nothing waits for a disk.
+    shared = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
     try:
         worker = Worker(Fuzz(folder), options.beat, options.until)
         (worker.guided if options.guided else worker.by_chance)(options.seed)

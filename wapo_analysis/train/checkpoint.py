@@ -162,7 +162,7 @@ def _whole(checkpoint: Path) -> Path:
 
 def defect(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, as far as can be seen without its model."""
-    files = {file.name for file in checkpoint.iterdir()}
+    files = {file.name for file in checkpoint.iterdir() if file.is_file()}
     if not files:
         return "it is empty"
     lost = [name for name in (_STATE, _OPTIMIZER) if name not in files]

@@ -47,6 +47,9 @@ class _Objective:
     objective: str = setting(
         "grpo", "What is optimised, see docs/objectives.md.", one_of(*OBJECTIVES), cli=True)
 
+_CONFIG_BYTES = 1 << 20
+"""Most bytes of a settings file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ObjectiveSettings, _Objective):
@@ -309,8 +312,11 @@ class TrainConfig(ObjectiveSettings, _Objective):
         UserError
             If the file is missing, is no TOML, or holds an unknown setting.
         """
+        from wapo_analysis.store.files import open_regular
+
         try:
-            values = tomllib.loads(file.read_text(encoding="utf-8"))
+            with open_regular(file, _CONFIG_BYTES) as stream:
+                values = tomllib.loads(stream.read().decode("utf-8"))
         except OSError as error:
             raise UserError(f"cannot read config {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

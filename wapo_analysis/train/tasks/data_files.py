@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.store.files import open_regular
 
 LINES: Final = (".jsonl", ".ndjson")
 SUFFIXES: Final = (*LINES, ".json", ".parquet")
@@ -21,6 +22,7 @@ ALLOWED: Final = (
 )
 _HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_DATA_BYTES = 1 << 36  # most bytes of a data file, which is read whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,8 @@ def _read_file(name: str, path: Path) -> Source:
     if suffix not in SUFFIXES:
         raise UserError(f"cannot read {name}: unknown suffix {suffix!r}; {ALLOWED}")
     try:
-        data = path.read_bytes()
+        with open_regular(path, _DATA_BYTES) as stream:
+            data = stream.read()
     except FileNotFoundError:
         raise UserError(f"no data file at {name}; {ALLOWED}") from None
     except OSError as error:
