@@ -68,8 +68,8 @@ def test_scalars_flow_back_into_the_trainers_log(tmp_path: Path) -> None:
             if not chosen.any():
                 continue
             assert row[f"wapo/{name}"] == pytest.approx(tokens["entropy"][chosen].mean(), rel=1e-5)
-        for name in ("pos_peak", "pos_valley", "neg_peak", "neg_valley"):
-            of_class = tokens["cls"] == name
+        for code, name in enumerate(("pos_peak", "pos_valley", "neg_peak", "neg_valley")):
+            of_class = tokens["cls"] == code
             assert row[f"wapo/share/{name}"] == pytest.approx(of_class.mean())
             flow = tokens["pred_dentropy"][of_class].sum()
             assert row[f"wapo/entropy_flow/{name}"] == pytest.approx(flow, rel=1e-5, abs=1e-9)

@@ -112,7 +112,8 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
     plain = (_plain(file, source, unpacked, told) for file in files)
     files = [file for file in plain if file is not None]
     if not any(_size(file) for file in files):
-        raise UserError(f"{name} is empty: there is nothing to import")
+        what = "is empty" if source.is_file() else "is not a run, and is empty"
+        raise UserError(f"{name} {what}: there is nothing to import")
     kinds = _kinds(files)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
