@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-compat mutants lint wheel clean
+.PHONY: demo test test-slow test-gpu test-compat fuzz mutants lint wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,12 @@ test-compat: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps rldoctor==0.2.0 rlprobe==0.1.0 martingale==0.2.0
 	$(BIN)/python -m pytest -q tests/integration/test_neighbours.py
 	$(BIN)/python tests/compat/run_matrix.py
+
+# Damaged inputs to every reader and command; guided by coverage where atheris can be installed.
+MINUTES ?= 10
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]' || true
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # Small faults, one at a time, that the nearest tests should notice; about an hour for 100.
 SAMPLE ?= 100

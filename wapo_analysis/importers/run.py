@@ -108,6 +108,8 @@ def import_run(
     if not chosen.temperature > 0:
         raise UserError(f"temperature must be positive, got {chosen.temperature}")
     origin, target = Path(source), Path(out)
+    if not origin.exists():  # nor can a link that leads to itself be resolved
+        raise UserError(f"nothing at {printable(shown(origin))}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; choose another --out or delete it")
     with tempfile.TemporaryDirectory(prefix="wapo-import-") as unpacked:
