@@ -77,7 +77,9 @@ def import_(
         temperature=temperature,
         seed=seed,
     )
-    folder = out or Path("runs") / ((source.resolve() if source.exists() else source).stem or "imported")
+    folder = out or Path("runs") / (
+        (source.resolve() if source.exists() else source).stem or "imported"
+    )
     report = import_run(source, folder, settings)
     say(report.to_text())
     say(f"run: {folder}")
