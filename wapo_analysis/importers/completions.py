@@ -21,6 +21,7 @@ from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
 from wapo_analysis.importers.values import as_number, as_step, message_text
+from wapo_analysis.store.files import open_regular
 
 _VERL = ("input", "output", "gts", "score", "step", "uid")
 _TEXTS = ("step", "prompt", "completion", "advantage", "advantages", "gen_step")
@@ -136,7 +137,7 @@ class TrainerCompletions:
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             rows = pq.read_table(stream).to_pylist()
     except (pa.ArrowException, OSError) as error:
         why = printable(str(error).splitlines()[0])

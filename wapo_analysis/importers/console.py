@@ -19,6 +19,7 @@ from wapo_analysis.importers.mapping import VITAL
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import as_number, parse_json
+from wapo_analysis.store.files import open_regular
 
 MAX_DICT_LINES = 400
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -50,7 +51,7 @@ def console_lines(file: Path) -> Iterator[tuple[int, str]]:
         for part in data.split(b"\r"):
             if b"{" in part or b":" in part or b"[" in part or b"'" in part or b'"' in part:
                 yield number, _COLOUR.sub("", part.decode("utf-8", "replace"))
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         stream.seek(log.offset)
         rest = stream.read(1 << 20).rstrip()
     if rest.endswith(b"}"):  # whole but for its line feed; nothing else shows that it is

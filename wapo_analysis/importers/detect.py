@@ -20,6 +20,7 @@ from wapo_analysis.importers.jsonl import JsonLines
 from wapo_analysis.importers.readers import csv_header
 from wapo_analysis.importers.report import shown
 from wapo_analysis.store import MANIFEST
+from wapo_analysis.store.files import open_regular
 
 Format = Literal["official", "prime-rl", "verl", "trl", "table", "tensorboard", "wandb", "console"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -180,7 +181,7 @@ def _size(file: Path) -> int:
 
 def _head(file: Path, size: int = _HEAD) -> bytes:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return stream.read(size)
     except OSError as error:
         raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
@@ -209,7 +210,7 @@ def _unpack(file: Path, out: BinaryIO) -> bool:
     """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
     reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
     try:
-        with file.open("rb") as packed:
+        with open_regular(file) as packed:
             while data := packed.read(1 << 20):
                 while data:
                     out.write(reader.decompress(data, 1 << 20))
@@ -246,7 +247,7 @@ def _copies(files: list[Path]) -> set[Path]:
     for alike in sizes.values():
         seen: set[bytes] = set()
         for file in alike if len(alike) > 1 else ():
-            with file.open("rb") as stream:
+            with open_regular(file) as stream:
                 digest = hashlib.file_digest(stream, "sha256").digest()
             if digest in seen:
                 copies.add(file)
@@ -346,7 +347,7 @@ def _is_csv(text: str) -> bool:
 def _parquet_kind(file: Path) -> str:
     """TRL's completions have a step, a prompt, a completion and no column for the reward."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             names = set(pq.ParquetFile(stream).schema_arrow.names)
     except (pa.ArrowException, OSError):
         return "completions" if re.fullmatch(r"completions_\d+\.parquet", file.name) else "table"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.values import parse_json
+from wapo_analysis.store.files import open_regular
 
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 256 << 20
@@ -79,7 +80,7 @@ class JsonLines:
             If the file cannot be read, or became shorter than what was read of it already.
         """
         try:
-            with self.path.open("rb") as stream:
+            with open_regular(self.path) as stream:
                 size = stream.seek(0, 2)
                 if size < self.offset:
                     raise UserError(
@@ -135,7 +136,7 @@ class JsonLines:
         half : bool
             There is an unfinished line.
         """
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             stream.seek(self.offset)
             data = stream.read(MAX_LINE_BYTES)
         if b"\n" in data or not data.strip():
@@ -152,7 +153,7 @@ class JsonLines:
 
     def at(self, start: int) -> dict[str, Any]:
         """Object of the whole line that begins at a byte; its place comes from :meth:`records`."""
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             stream.seek(start)
             return dict(parse_json(stream.readline()))
 

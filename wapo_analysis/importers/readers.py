@@ -22,6 +22,7 @@ from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import JsonLines, reason_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.values import parse_json
+from wapo_analysis.store.files import open_regular
 from wapo_analysis.table import Array
 
 PASSES = 3
@@ -60,7 +61,8 @@ def json_value(file: Path, report: ImportReport) -> Any:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{file} is larger than 1 GiB; JSON is read as a whole, use JSON lines")
         changed: list[str] = []
-        value = parse_json(file.read_bytes(), changed)
+        with open_regular(file) as stream:
+            value = parse_json(stream.read(), changed)
         for what in changed:
             report.count(what, file, 1)
         return value
@@ -79,7 +81,7 @@ class _WholeLines(io.RawIOBase):
     """
 
     def __init__(self, file: Path, report: ImportReport) -> None:
-        self._stream = file.open("rb")
+        self._stream = open_regular(file)
         size = self._stream.seek(0, 2)
         self._left = self._last_feed(size)
         self.cut = size - self._left
@@ -180,7 +182,7 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
 
 def csv_header(file: Path) -> tuple[list[str], str]:
     """Names in the first line of a table, and the character between them."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         line = stream.readline(1 << 20).decode("utf-8-sig", "replace").rstrip("\r\n")
     delimiter = max("\t,;", key=line.count) if file.suffix != ".tsv" else "\t"
     delimiter = delimiter if line.count(delimiter) else ","
@@ -222,7 +224,7 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
     """
     try:
         # Opened here: the name of a file may be no UTF-8, which Arrow wants.
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             row = 1
             for batch in pq.ParquetFile(stream).iter_batches(batch_size=_ROWS):
                 if row == 1:
@@ -271,7 +273,7 @@ def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
     report.files += 1
     try:
         # numpy leaves a file open that it cannot read, so it is opened here.
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             if zipfile.is_zipfile(stream):
                 size = sum(part.file_size for part in zipfile.ZipFile(stream).infolist())
             else:

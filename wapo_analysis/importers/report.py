@@ -123,7 +123,7 @@ class ImportReport:
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             said = printable(str(error).splitlines()[0] if str(error) else repr(error))
             self.bad_line(
-                file, number, said if type(error) is ValueError else f"wrong shape: {said}"
+                file, number, said if type(error) is ValueError else "its entries have another shape"
             )
 
     def close_lines(self, log: JsonLines, half: bool) -> None:

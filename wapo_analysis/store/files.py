@@ -53,7 +53,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def open_regular(path: Path, limit: int) -> BinaryIO:
+def open_regular(path: Path, limit: int = 1 << 62) -> BinaryIO:
     """Open a regular file for reading; never a pipe, a socket or a device, which could block.
 
     Parameters

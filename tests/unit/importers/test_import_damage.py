@@ -300,3 +300,21 @@ def test_no_regular_file(tmp_path: Path) -> None:
         import_run(tmp_path / "pipe.jsonl", tmp_path / "out")
     write_lines(tmp_path / "m.jsonl", [{"step": 1, "reward": 0.5}])
     assert import_run(tmp_path, tmp_path.parent / "beside").steps == 1
+
+
+def test_pipe_inside_a_folder_costs_that_file_alone(tmp_path: Path) -> None:
+    source = tmp_path / "o"
+    shutil.copytree(OFFICIAL, source)
+    (file,) = source.rglob("data/scatter_step_1.npz")
+    file.unlink()
+    os.mkfifo(file)
+    said, _ = text_of(source, tmp_path / "out")
+    assert "scatter_step_1.npz:1: not readable" in said
+    assert "no regular file" in said
+
+
+def test_importers_open_regular_files_only() -> None:
+    from wapo_analysis.importers import readers
+
+    for module in Path(readers.__file__).parent.glob("*.py"):
+        assert '.open("rb")' not in module.read_text(), f"{module.name}: use store's open_regular"

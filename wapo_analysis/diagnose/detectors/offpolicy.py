@@ -57,7 +57,10 @@ def find_mismatch(context: Context) -> list[Finding]:
         return []
     k3, ess = _series(context, "k3"), _series(context, "ess")
     off = (k3.smooth >= FIRST_PASS_K3) | (ess.smooth <= FIRST_PASS_ESS)
-    return _mismatch(k3, lasting(k3, off) if off[0] else None, "k3 in nats", _gap_evidence(context))
+    begin, evidence = lasting(k3, off) if off[0] else None, _gap_evidence(context)
+    if context.second_engine:
+        return _mismatch(k3, begin, "k3 in nats", evidence)
+    return _mismatch(k3, begin, "k3 in nats", evidence, _UNKNOWN_SAMPLER, _FIND_OUT)
 
 
 def _logged_mismatch(context: Context) -> list[Finding]:
@@ -75,17 +78,31 @@ def _logged_mismatch(context: Context) -> list[Finding]:
     return _mismatch(series, begin, unit, ends)
 
 
+_ENGINES = "The sampling engine and the trainer give different probabilities"
+_UNKNOWN_SAMPLER = (
+    "Tokens have another probability at the first recorded pass than when they were sampled: "
+    "another engine or older weights sampled them, or the rows were recorded after an update"
+)
+
+_FIND_OUT = "Find out which of these it is; of two engines:"
+
+
 def _mismatch(
-    series: Series, begin: int | None, unit: str, evidence: dict[str, float]
+    series: Series,
+    begin: int | None,
+    unit: str,
+    evidence: dict[str, float],
+    what: str = _ENGINES,
+    goal: str = "The two engines should give the same probabilities.",
 ) -> list[Finding]:
     return level_finding(
         series,
         begin,
         name="train_inference_mismatch",
         severity="warning",
-        what=f"The sampling engine and the trainer give different probabilities ({unit})",
+        what=f"{what} ({unit})",
         advice=Advice(
-            "The two engines should give the same probabilities.",
+            goal,
             steps=(
                 Advice("Set the same temperature, top-p and precision in both."),
                 Advice("Score the samples with the trainer, from the same weights (logp_old)."),
