@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> Policy:
             old = logp.detach() if old is None else old
             ratio, weight = (logp - old).exp(), adv[:, None]
             loss = -torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight).mean()
-            run.watch_batch(logp, out, mask, adv, group, logits=logits, logp_old=old, rollouts=row)
+            run.watch(logp, out, mask, adv, group, logits=logits, logp_old=old, rollouts=row)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -209,7 +209,7 @@ class MicroStep:
         )
         for watcher, stats in scored:
             with watcher.running():
-                watcher.recorder.watch(self._token_pass(stats, out.kept, out.clipped), flat)
+                watcher.recorder.watch_pass(self._token_pass(stats, out.kept, out.clipped), flat)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

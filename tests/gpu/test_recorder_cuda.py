@@ -52,7 +52,7 @@ def test_a_run_recorded_from_the_gpu_equals_that_from_the_host(tmp_path: Path) -
     device = Recorder(tmp_path / "gpu", {"name": "r"})
     for step in range(1, 5):
         for number in range(2):
-            device.watch(on_gpu(tokens(10 * step + number, minibatch=number)))
+            device.watch_pass(on_gpu(tokens(10 * step + number, minibatch=number)))
         device.finish_step(step, reward=step / 10, rollouts=ROLLOUTS, texts=spell)
     device.close("finished")
     assert device.failure is None

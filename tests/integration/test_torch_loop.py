@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -75,9 +76,7 @@ class Setting:
         return -(gain * self.mask).sum() / self.mask.sum()
 
     def watch(self, recorder: Recorder, **given: Any) -> None:
-        recorder.watch_batch(
-            self.logp, self.tokens, self.mask, self.advantages, self.groups, **given
-        )
+        recorder.watch(self.logp, self.tokens, self.mask, self.advantages, self.groups, **given)
 
 
 def record(path: Path, setting: Setting, temperature: float = 1.0, **given: Any) -> Any:
@@ -159,7 +158,7 @@ def test_micro_batches_and_a_loss_scale_give_the_same_tokens(tmp_path: Path) -> 
     setting = Setting()
     with Recorder(tmp_path / "split") as recorder:
         for part in (slice(0, 4), slice(4, 6)):
-            recorder.watch_batch(
+            recorder.watch(
                 logp := setting.logp[part],
                 setting.tokens[part],
                 setting.mask[part],
@@ -212,6 +211,111 @@ def test_known_entropy_and_collision_replace_logits(tmp_path: Path) -> None:
     assert given.collision_logp_rest.isna().all()
 
 
+# ---- packed batches -----------------------------------------------------------------------------
+
+LENGTHS = (3, 5, 5, 5, 5, 5)
+BOUNDS = torch.tensor([0, 3, 8, 13, 18, 23, 28], dtype=torch.int32)
+
+
+class Packed(Setting):
+    """The same batch as one row of M = 28 positions, without padding, in any order of rollouts."""
+
+    def __init__(self, order: Tensor | None = None) -> None:
+        super().__init__()
+        real = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
+        order = torch.arange(int(real.sum())) if order is None else order
+        rows = torch.arange(6)[:, None].expand(6, 5)[real][order]
+        self.row = rows
+        for name in ("logits", "tokens", "mask", "logp_old", "logp"):
+            setattr(self, name, getattr(self, name)[real][order])
+        self.advantages, self.groups = self.advantages[rows], self.groups[rows]
+
+    def loss(self, logp: Tensor) -> Tensor:
+        ratio = (logp - self.logp_old).exp()
+        gain = torch.minimum(ratio * self.advantages, ratio.clamp(0.8, 1.2) * self.advantages)
+        return -(gain * self.mask).sum() / self.mask.sum()
+
+
+def per_rollout(setting: Packed) -> dict[str, Any]:
+    plain = Setting()
+    setting.groups, setting.row = plain.groups, torch.arange(6)
+    return {"cu_seqlens": BOUNDS}
+
+
+PACKINGS: dict[str, tuple[Any, Any]] = {
+    "cu_seqlens": (lambda: Packed(), lambda s: {"cu_seqlens": BOUNDS}),
+    "cu_seqlens, groups per rollout": (lambda: Packed(), per_rollout),
+    "rollout per token": (lambda: Packed(), lambda s: {"rollouts": s.row}),
+    "mixed": (
+        lambda: Packed(torch.randperm(28, generator=torch.Generator().manual_seed(2))),
+        lambda s: {"rollouts": s.row},
+    ),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_packed_batch_is_recorded_as_the_padded_one(packing: str, tmp_path: Path) -> None:
+    padded = record(tmp_path / "padded", Setting())
+    make, given = PACKINGS[packing]
+    setting = make()
+    packed = record(tmp_path / "packed", setting, **given(setting))
+    (gradient,) = torch.autograd.grad(
+        setting.loss(leaf := setting.logp.detach().requires_grad_()), leaf
+    )
+    rows = packed.tokens()
+    np.testing.assert_allclose(rows.coef, -gradient[setting.mask.bool()], rtol=4e-5, atol=1e-7)
+    columns = [c for c in rows if c != "cls"]
+    if packing == "mixed":  # within a rollout, positions are counted in the order given
+        columns.remove("position")
+        key = ["rollout", "token_id", "logp"]
+        rows, wanted = (f.sort_values(key, ignore_index=True) for f in (rows, padded.tokens()))
+    else:
+        wanted = padded.tokens()
+    pd.testing.assert_frame_equal(rows[columns], wanted[columns], rtol=4e-5)
+    assert rows.cls.tolist() == wanted.cls.tolist()
+    pd.testing.assert_frame_equal(packed.rollouts, padded.rollouts)
+    pd.testing.assert_frame_equal(packed.classes, padded.classes, rtol=4e-5)
+
+
+PACKED_MISTAKES: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda s: {}, "packed logp, shape (28,), needs cu_seqlens or rollouts"),
+    "rollouts per rollout": (
+        lambda s: {"rollouts": torch.arange(6)},
+        "packed logp, shape (28,), needs cu_seqlens or rollouts",
+    ),
+    "lengths": (
+        lambda s: {"cu_seqlens": torch.tensor(LENGTHS)},
+        "cu_seqlens must rise from 0 to the 28 positions of logp, one more entry than rollouts, "
+        "got [3, 5, 5, 5, ...]",
+    ),
+    "falling": (lambda s: {"cu_seqlens": torch.tensor([0, 9, 8, 28])}, "cu_seqlens must rise"),
+    "two groups": (
+        lambda s: {"cu_seqlens": torch.tensor([0, 8, 13, 28])},
+        "groups must be the same at all positions of a rollout",
+    ),
+    "padded logits": (
+        lambda s: {"cu_seqlens": BOUNDS, "logits": Setting().logits},
+        "logits must be (28,) x V, got (6, 5, 11)",
+    ),
+    "old of another length": (
+        lambda s: {"cu_seqlens": BOUNDS, "logp_old": s.logp_old[:-1]},
+        "logp_old must have the shape of logp, (28,), got (27,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", PACKED_MISTAKES)
+def test_a_packed_batch_of_another_shape_is_told_in_one_line(
+    mistake: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given, message = PACKED_MISTAKES[mistake]
+    setting = Packed()
+    with Recorder(tmp_path / "r") as recorder, caplog.at_level(logging.WARNING):
+        setting.watch(recorder, **given(setting))
+        setting.loss(setting.logp).backward()
+    assert [message in line for line in caplog.messages] == [True]
+
+
 def shifted(setting: Setting) -> dict[str, Any]:
     return {"logits": setting.logits.detach().roll(1, dims=1)}
 
@@ -220,7 +324,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "shifted logits": (shifted, "logits and logp disagree by"),
     "scaled logits": (lambda s: {"logits": s.logits.detach() / 0.3}, "before the division"),
     "flat logits": (lambda s: {"logits": s.logits[0]}, "logits must be (6, 5) x V"),
-    "short old": (lambda s: {"logp_old": s.logp_old[:, :4]}, "another per-token tensor (6, 4)"),
+    "short old": (
+        lambda s: {"logp_old": s.logp_old[:, :4]},
+        "logp_old must have the shape of logp, (6, 5), got (6, 4)",
+    ),
     "rollouts per token": (lambda s: {"rollouts": s.tokens}, "rollouts must have shape (6,)"),
     "no scale": (lambda s: {"loss_scale": 0.0}, "loss_scale must be positive"),
 }

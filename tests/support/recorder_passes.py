@@ -42,7 +42,7 @@ def tokens(seed: int, rows: int = ROWS, minibatch: int = 0) -> TokenPass:
 def record(recorder: Recorder, steps: Iterator[int] | range, passes: int = 2) -> None:
     for step in steps:
         for number in range(passes):
-            recorder.watch(tokens(10 * step + number, minibatch=number))
+            recorder.watch_pass(tokens(10 * step + number, minibatch=number))
         recorder.finish_step(step, reward=step / 10, rollouts=ROLLOUTS, texts=spell)
 
 

@@ -57,7 +57,7 @@ def as_pass(given: Four) -> TokenPass:
 def from_loop(given: Four, folder: Path) -> dict[str, float]:
     logp = given["logp"][:, None].clone().requires_grad_()
     with Recorder(folder / "loop") as recorder:
-        recorder.watch_batch(
+        recorder.watch(
             logp,
             torch.arange(4)[:, None],
             torch.ones(4, 1),

@@ -149,7 +149,7 @@ class VerlWatcher(Guarded):
         shape = log_prob.shape
         tokens = micro.pop("tokens", None)
         spread = getattr(config, "global_batch_info", None) or {}
-        self.recorder.watch_batch(
+        self.recorder.watch(
             log_prob,
             None if tokens is None else _fit(tokens, shape),
             mask,

@@ -1,23 +1,19 @@
-"""Padded (B, T) tensors of a gradient pass to token rows; the rollouts of a step to columns.
+"""Padded or packed tensors of a gradient pass to token rows.
 
-Shapes: B rollouts of the pass, T positions, V vocabulary, N tokens under the mask. Nothing here
-draws random numbers, keeps a graph or changes a tensor it was given.
+Shapes: B rollouts of the pass, T positions, M positions of a packed row, V vocabulary, N tokens
+under the mask. Nothing here draws random numbers, keeps a graph or changes a tensor it was given.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wapo_analysis.derive import reward_columns, rollout_sums, step_columns
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.stats import TokenStats, token_stats
-from wapo_analysis.table import Array
 
 MATCH = 0.1
 """Mean distance in nats beyond which log-probabilities do not belong to the logits."""
@@ -25,14 +21,14 @@ MATCH = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPass:
-    """What one call of ``watch_batch`` was given, and what its backward pass will be read with.
+    """What one call of ``Recorder.watch`` was given, and what its backward pass is read with.
 
     Attributes
     ----------
     tokens : TokenPass
         The N tokens under the mask.
-    row, column : Tensor of int64, shape (N,)
-        Where they stand in the (B, T) tensors.
+    place : tuple of Tensor of int64, shape (N,)
+        Where they stand in the (B, T) or (M,) tensors.
     rollouts, groups, lengths : Tensor, shape (B,)
         Number, prompt and token count of each rollout.
     advantages : Tensor, shape (B,)
@@ -48,8 +44,7 @@ class BatchPass:
     """
 
     tokens: TokenPass
-    row: Tensor
-    column: Tensor
+    place: tuple[Tensor, ...]
     rollouts: Tensor
     groups: Tensor
     lengths: Tensor
@@ -60,14 +55,14 @@ class BatchPass:
     needs_grad: bool
 
     def read_gradient(self, gradient: Tensor, loss_scale: float) -> None:
-        """Fill coef and the clip and kept flags from dL/dlogp, shape (B, T).
+        """Fill coef and the clip and kept flags from dL/dlogp, of the shape of logp.
 
         A token of non-zero advantage whose gradient is exactly zero was either stopped by the
         clip or left out of the loss. It was stopped if its ratio lies outside the clip bounds;
         where those are unknown, if its ratio has already moved the way its advantage pushes, the
         one side on which a clip acts.
         """
-        coef = -gradient.detach()[self.row, self.column] / loss_scale
+        coef = -gradient.detach()[self.place] / loss_scale
         idle = (coef == 0) & (self.tokens.advantage != 0)
         if not self.choose_kept:
             assert self.tokens.kept is not None
@@ -84,6 +79,111 @@ class BatchPass:
             self.tokens.kept = ~idle | stopped
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the positions of a pass belong to its rollouts.
+
+    Attributes
+    ----------
+    rollout : Tensor of int64, of the shape of the mask
+        Which of the B rollouts a position belongs to, from 0.
+    count : int
+        B.
+    numbers : Tensor of int64, shape (B,), or None
+        Number of each rollout within the step, where the layout itself gives it.
+    """
+
+    rollout: Tensor
+    count: int
+    numbers: Tensor | None = None
+
+    @classmethod
+    def of(cls, logp: Tensor, cu_seqlens: Tensor | None, rollouts: Tensor | None) -> "Layout":
+        """Layout of padded (B, T) tensors, or of packed (M,) ones by bounds or by numbers.
+
+        Raises
+        ------
+        UserError
+            If packed tensors come without either, or bounds are not those of M positions.
+        """
+        size = len(logp)
+        if logp.dim() == 2:
+            if cu_seqlens is not None:
+                raise UserError("cu_seqlens belongs to packed tensors, but logp is (rollouts, T)")
+            return cls(torch.arange(size, device=logp.device)[:, None].expand_as(logp), size)
+        if logp.dim() != 1:
+            raise UserError(
+                "logp must have shape (rollouts, positions), or (positions,) if packed, got "
+                f"{tuple(logp.shape)}"
+            )
+        if cu_seqlens is not None:
+            bounds = cu_seqlens.detach().to(logp.device).long()
+            if bounds.dim() != 1 or not _are_bounds(bounds, size):
+                raise UserError(
+                    f"cu_seqlens must rise from 0 to the {size} positions of logp, one more "
+                    f"entry than rollouts, got {_few(bounds)}"
+                )
+            count = len(bounds) - 1
+            which = torch.arange(count, device=logp.device)
+            return cls(which.repeat_interleave(bounds.diff(), output_size=size), count)
+        if rollouts is None or rollouts.shape != logp.shape:
+            raise UserError(
+                f"packed logp, shape ({size},), needs cu_seqlens or rollouts of the same shape"
+            )
+        numbers, which = rollouts.detach().to(logp.device).unique(return_inverse=True)
+        return cls(which, len(numbers), numbers)
+
+    def per_rollout(self, name: str, values: Tensor) -> Tensor:
+        """Values per rollout, shape (B,), of such values or, if packed, of one per position.
+
+        Raises
+        ------
+        UserError
+            If they have neither shape, or differ within a rollout.
+        """
+        values = values.detach().to(self.rollout.device)
+        if values.shape == (self.count,):
+            return values
+        packed = self.rollout.dim() == 1
+        if not packed or values.shape != self.rollout.shape:
+            other = f", or {tuple(self.rollout.shape)}, one per position" if packed else ""
+            raise UserError(
+                f"{name} must have shape ({self.count},), one per rollout{other}, got "
+                f"{tuple(values.shape)}"
+            )
+        found = values.new_zeros(self.count)
+        found[self.rollout] = values
+        if not torch.equal(found[self.rollout], values):
+            raise UserError(f"{name} must be the same at all positions of a rollout")
+        return found
+
+    def within(self, row: Tensor) -> Tensor:
+        """Position of each token among those of its rollout, from 0; shape (N,).
+
+        Parameters
+        ----------
+        row : Tensor of int64, shape (N,)
+            Rollout of each token, from 0.
+        """
+        order = row.argsort(stable=True)
+        counts = row.bincount(minlength=self.count)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts, output_size=len(row))
+        position = torch.empty_like(row)
+        position[order] = torch.arange(len(row), device=row.device) - first
+        return position
+
+
+def _are_bounds(bounds: Tensor, size: int) -> bool:
+    if len(bounds) < 2:
+        return False
+    return bool(bounds[0] == 0) and bool(bounds[-1] == size) and bool((bounds.diff() >= 0).all())
+
+
+def _few(values: Tensor) -> str:
+    shown = ", ".join(str(v) for v in values.flatten()[:4].tolist())
+    return f"[{shown}{', ...' if values.numel() > 4 else ''}]"
+
+
 def batch_pass(
     logp: Tensor,
     tokens: Tensor | None,
@@ -95,6 +195,7 @@ def batch_pass(
     first_rollout: int,
     temperature: float,
     minibatch: int,
+    cu_seqlens: Tensor | None = None,
     logits: Tensor | None = None,
     entropy: Tensor | None = None,
     collision: Tensor | None = None,
@@ -102,7 +203,7 @@ def batch_pass(
     kept: Tensor | None = None,
     clip: tuple[float, float] | None = None,
 ) -> BatchPass:
-    """Gather the N masked tokens of one gradient pass; see ``Recorder.watch_batch``.
+    """Gather the N masked tokens of one gradient pass; see ``Recorder.watch``.
 
     Rollouts without numbers get those from ``first_rollout`` on.
 
@@ -111,45 +212,51 @@ def batch_pass(
     UserError
         On shapes that do not fit, or logits that do not give these log-probabilities.
     """
-    _check_shapes(logp, mask, advantages, logits, (tokens, entropy, collision, logp_old, kept))
-    _check_rollouts(logp, groups, rollouts)
-    if rollouts is None:
-        rollouts = torch.arange(len(logp)) + first_rollout
-    rollouts = rollouts.detach().to(logp.device)
+    layout = Layout.of(logp, cu_seqlens, rollouts)
+    per_token = {"mask": mask, "tokens": tokens, "logp_old": logp_old, "entropy": entropy}
+    _check_shapes(logp, per_token | {"collision": collision, "kept": kept}, logits)
+    numbers, groups = _names(layout, rollouts, groups, first_rollout)
     mask = mask.detach().bool()
-    row, column = mask.nonzero(as_tuple=True)
-    advantage = advantages.detach()
-    per_token = advantage[row] if advantage.dim() == 1 else advantage[row, column]
-    now = logp.detach()[row, column]
-    old = _flat(logp_old, row, column)
-    ids = _flat(tokens, row, column)
-    unknown = torch.full((len(mask),), -1, device=logp.device)
-    groups = unknown if groups is None else groups.detach().to(logp.device)
+    place = mask.nonzero(as_tuple=True)
+    row = layout.rollout[place]
+    lengths = row.bincount(minlength=layout.count)
+    advantages = advantages.detach()
+    if advantages.shape == logp.shape:
+        advantage = advantages[place]
+        sums = torch.zeros(layout.count, dtype=advantage.dtype, device=advantage.device)
+        advantages = sums.index_add(0, row, advantage) / lengths.clamp(min=1)
+    elif advantages.shape == lengths.shape:
+        advantage = advantages[row]
+    else:
+        raise UserError(
+            f"advantages must have shape {tuple(lengths.shape)} or {tuple(logp.shape)}, "
+            f"got {tuple(advantages.shape)}"
+        )
+    now, old, ids = logp.detach()[place], _flat(logp_old, place), _flat(tokens, place)
     stats = _stats(now, tokens, logits, mask, temperature)
-    given_s = _flat(collision, row, column)
+    given_s = _flat(collision, place)
     rest = None if given_s is None else (given_s - now.exp().square()).clamp(min=0)
     return BatchPass(
         tokens=TokenPass(
             group=groups[row],
-            rollout=rollouts[row],
-            position=(mask.cumsum(1) - 1)[row, column],
-            token_id=unknown[row] if ids is None else ids,
-            advantage=per_token,
+            rollout=numbers[row],
+            position=layout.within(row),
+            token_id=torch.full_like(row, -1) if ids is None else ids,
+            advantage=advantage,
             logp=now if stats is None else stats.logp,
             logp_old=old,
-            entropy=_flat(entropy, row, column) if stats is None else stats.entropy,
+            entropy=_flat(entropy, place) if stats is None else stats.entropy,
             collision_rest=rest if stats is None else stats.collision_rest,
             collision_logp_rest=None if stats is None else stats.collision_logp_rest,
-            kept=_flat(kept, row, column),
+            kept=_flat(kept, place),
             top1=None if stats is None else stats.top1,
             minibatch=minibatch,
         ),
-        row=row,
-        column=column,
-        rollouts=rollouts,
+        place=place,
+        rollouts=numbers,
         groups=groups,
-        lengths=mask.sum(1),
-        advantages=advantage if advantage.dim() == 1 else _masked_mean(advantage, mask),
+        lengths=lengths,
+        advantages=advantages,
         log_ratio=None if old is None else now - old,
         clip=clip,
         choose_kept=kept is None,
@@ -157,42 +264,37 @@ def batch_pass(
     )
 
 
-def _check_rollouts(logp: Tensor, groups: Tensor | None, rollouts: Tensor | None) -> None:
-    for name, values in (("groups", groups), ("rollouts", rollouts)):
-        if values is not None and values.shape != logp.shape[:1]:
-            raise UserError(f"{name} must have shape {tuple(logp.shape[:1])}, one per rollout")
+def _names(
+    layout: Layout, rollouts: Tensor | None, groups: Tensor | None, first: int
+) -> tuple[Tensor, Tensor]:
+    """Number and group of each rollout, shape (B,); -1 is an unknown group."""
+    device = layout.rollout.device
+    if layout.numbers is not None:
+        numbers = layout.numbers
+    elif rollouts is None:
+        numbers = torch.arange(layout.count, device=device) + first
+    else:
+        numbers = layout.per_rollout("rollouts", rollouts)
+    if groups is None:
+        return numbers, torch.full((layout.count,), -1, device=device)
+    return numbers, layout.per_rollout("groups", groups)
 
 
 def _check_shapes(
-    logp: Tensor,
-    mask: Tensor,
-    advantages: Tensor,
-    logits: Tensor | None,
-    others: Sequence[Tensor | None],
+    logp: Tensor, per_token: Mapping[str, Tensor | None], logits: Tensor | None
 ) -> None:
-    if logp.dim() != 2:
-        raise UserError(f"logp must have shape (rollouts, positions), got {tuple(logp.shape)}")
-    for tensor in (mask, *others):
+    for name, tensor in per_token.items():
         if tensor is not None and tensor.shape != logp.shape:
             raise UserError(
-                f"logp has shape {tuple(logp.shape)}, another per-token tensor "
-                f"{tuple(tensor.shape)}; all of them must be (rollouts, positions)"
+                f"{name} must have the shape of logp, {tuple(logp.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
-    if advantages.shape not in (logp.shape, logp.shape[:1]):
-        raise UserError(
-            f"advantages must have shape {tuple(logp.shape[:1])} or {tuple(logp.shape)}, "
-            f"got {tuple(advantages.shape)}"
-        )
-    if logits is not None and (logits.dim() != 3 or logits.shape[:2] != logp.shape):
+    if logits is not None and logits.shape[:-1] != logp.shape:
         raise UserError(f"logits must be {tuple(logp.shape)} x V, got {tuple(logits.shape)}")
 
 
-def _flat(values: Tensor | None, row: Tensor, column: Tensor) -> Tensor | None:
-    return None if values is None else values.detach()[row, column]
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+def _flat(values: Tensor | None, place: tuple[Tensor, ...]) -> Tensor | None:
+    return None if values is None else values.detach()[place]
 
 
 def _stats(
@@ -225,87 +327,3 @@ def _stats(
             "temperature to Recorder"
         )
     return stats
-
-
-def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
-    """Rollout, group, advantage and length of every rollout of a step, each once, by number.
-
-    One copy brings all of it from the device.
-    """
-    if not batches:
-        return {}
-    names = ("rollouts", "groups", "advantages", "lengths")
-    stacked = torch.cat(
-        [torch.stack([getattr(b, name).detach().double() for name in names]) for b in batches], 1
-    )
-    rollout, group, advantage, length = stacked.cpu().numpy()
-    numbers, first = np.unique(rollout, return_index=True)
-    return {
-        "rollout": numbers.astype(np.int64),
-        "group": group[first].astype(np.int64),
-        "advantage": advantage[first],
-        "length": length[first],
-    }
-
-
-@dataclass(frozen=True)
-class StepRollouts:
-    """What the watched batches of a step and its rewards say.
-
-    Attributes
-    ----------
-    row : dict
-        Columns of the ``steps`` table.
-    columns : dict
-        Columns of the ``rollouts`` table; empty without a reward for each rollout.
-    sums : dict
-        Sums over rollouts, see `wapo_analysis.derive.rollout_sums`.
-    """
-
-    row: dict[str, float]
-    columns: dict[str, Any]
-    sums: dict[str, float]
-
-
-def step_rollouts(
-    batches: Sequence[BatchPass],
-    reward: Tensor | Sequence[float] | float | None,
-    prompts: Sequence[str] | None = None,
-    completions: Sequence[str] | None = None,
-) -> StepRollouts:
-    """Rollouts of a step from its batches and what the caller knows; see `Recorder.finish_step`.
-
-    Raises
-    ------
-    UserError
-        If rewards or texts are not as many as the rollouts that were watched.
-    """
-    table = rollout_table(batches)
-    sums = rollout_sums({"length": table["length"]} if table else {})
-    row: dict[str, float] = step_columns(sums)
-    if reward is None:
-        return StepRollouts(row, {}, sums)
-    rewards = _numbers(reward)
-    if rewards.ndim == 0:
-        return StepRollouts({**row, "reward": float(rewards)}, {}, sums)
-    given = {"reward": rewards, "prompt": prompts, "completion": completions}
-    table |= {name: list(values) for name, values in given.items() if values is not None and table}
-    _check_counts(table)
-    return StepRollouts({**row, **reward_columns(rewards, table.get("group"))}, table, sums)
-
-
-def _numbers(values: Tensor | Sequence[float] | float) -> Array:
-    if isinstance(values, Tensor):
-        return np.asarray(values.detach().double().cpu().numpy())
-    return np.asarray(values, np.float64)
-
-
-def _check_counts(rollouts: Mapping[str, Any]) -> None:
-    """Per-rollout values must be as many as the rollouts that were watched."""
-    for name, values in rollouts.items():
-        if len(values) != len(rollouts["rollout"]):
-            raise UserError(
-                f"{name} has {len(values)} values, but {len(rollouts['rollout'])} rollouts were "
-                "watched; where a step passes a rollout more than once, give rollouts to "
-                "watch_batch"
-            )

@@ -1,8 +1,8 @@
 """The recorder: gradient passes in, a run folder out; any trainer feeds it.
 
-It reads tensors, draws no random numbers and never raises into training: a failure (disk full, a
-bug) is logged once and recording stops while training goes on. The training thread only keeps
-references and starts copies; a thread of its own computes and writes.
+It reads tensors, draws no random numbers and never raises into training: a failure is logged once
+and recording stops. The training thread only keeps references and starts copies; a thread of its
+own computes and writes.
 
 Shapes: B rollouts of a gradient pass, T positions, V vocabulary, N tokens, R rollouts of a step.
 """
@@ -18,9 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.batches import BatchPass, batch_pass, step_rollouts
+from wapo_analysis.record.batches import BatchPass, batch_pass
 from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
-from wapo_analysis.record.step import OpenStep
+from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
 from wapo_analysis.store import PartWriter, RunWriter
@@ -47,14 +47,11 @@ class Recorder(Guarded, Closing):
     token_every : int
         Write token rows of every n-th step (class totals are kept of every step); 0 writes none.
     token_fraction : float
-        Share of the rollouts whose token rows are written, in (0, 1]; chosen by a fixed rule from
-        step and rollout number, so no random state is touched.
+        Share of the rollouts whose token rows are written, in (0, 1]; no random state is touched.
     rescore_every : int
-        Score the tokens again after the update on every n-th step; 0 never. For a trainer that
-        asks `wants_rescore`.
+        Score again after the update on every n-th step, 0 never; for one who asks `wants_rescore`.
     probe_every : int
-        Decompose one update of every n-th step (docs/attribution.md); 0 never. For a trainer
-        that asks `wants_probe`.
+        Decompose one update of every n-th step, 0 never; for one who asks `wants_probe`.
     temperature : float
         Softmax temperature of the statistics.
     rank : int
@@ -64,22 +61,20 @@ class Recorder(Guarded, Closing):
     store_bits : int
         Mantissa bits that float32 columns keep on disk, 7..23; 23 keeps all.
     queue_rows : int
-        Token rows that may wait for the disk, about 100 bytes each. If more would, the rows of a
-        step are sampled down, by halves and in the end to none, rather than training held up; see
-        the column ``token_fraction``. Class totals, rollouts and step lines are always written.
+        Token rows that may wait for the disk, about 100 bytes each. If more would, those of a
+        step are sampled down, by halves and in the end to none (column ``token_fraction``).
     synchronous : bool
         Write in the training thread; the files are the same.
     sequence_level : bool
         The clip looks at the ratio of the whole rollout (GSPO).
     take_over : bool
-        Take the run from a process that still seems to write it; if that one lives it notices and
-        stops recording, its training goes on.
+        Take the run from a process that still seems to write it; that one stops recording.
 
     Raises
     ------
     UserError
         On numbers out of range or a folder that cannot be used. Later failures never raise: they
-        are logged once, ``failure`` says what happened, and training goes on.
+        are logged once, in ``failure``.
 
     Examples
     --------
@@ -89,7 +84,7 @@ class Recorder(Guarded, Closing):
     >>> advantages, groups = torch.tensor([0.5, -0.5]), torch.tensor([0, 0])
     >>> logp = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     >>> with tempfile.TemporaryDirectory() as folder, Recorder(folder) as recorder:
-    ...     recorder.watch_batch(logp, tokens, mask, advantages, groups, logits=logits)
+    ...     recorder.watch(logp, tokens, mask, advantages, groups, logits=logits)
     ...     (-(logp * advantages[:, None]).mean()).backward()
     ...     recorder.finish_step(1, reward=[1.0, 0.0])
     """
@@ -171,7 +166,7 @@ class Recorder(Guarded, Closing):
         return bool(self._step.passes or self._step.settled)
 
     @guarded
-    def watch(
+    def watch_pass(
         self,
         tokens: TokenPass,
         logp: Tensor | None = None,
@@ -184,23 +179,21 @@ class Recorder(Guarded, Closing):
         tokens : TokenPass
             Tokens with every statistic known before the backward pass.
         logp : Tensor on the autograd graph, optional
-            The tensor the loss is made of, shape (N,) unless ``read`` is given. Its gradient is the
-            exact -coef of any loss: ratio, clip, masks and normalisers in. None if the caller
-            fills ``tokens.coef`` before the step ends.
+            The tensor the loss is made of, shape (N,) unless ``read`` is given; its gradient is
+            -coef. None if the caller fills ``tokens.coef`` before the step ends.
         read : callable, optional
             Fills ``tokens`` from the gradient; by default coef alone is filled.
         """
 
-        def keep_gradient(gradient: Tensor) -> None:
+        def keep(gradient: Tensor) -> None:
             tokens.coef = -gradient.detach()
 
         if logp is not None and logp.requires_grad:
-            reader = read or keep_gradient
-            logp.register_hook(lambda gradient: self.guard(reader, gradient))
+            logp.register_hook(lambda gradient: self.guard(read or keep, gradient))
         self._step.passes.append(tokens)
 
     @guarded
-    def watch_batch(
+    def watch(
         self,
         logp: Tensor,
         tokens: Tensor | None,
@@ -213,6 +206,7 @@ class Recorder(Guarded, Closing):
         entropy: Tensor | None = None,
         collision: Tensor | None = None,
         rollouts: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         kept: Tensor | None = None,
         clip: tuple[float, float] | None = None,
         minibatch: int | None = None,
@@ -220,38 +214,41 @@ class Recorder(Guarded, Closing):
     ) -> None:
         """Watch one gradient pass; call it after the forward and before the backward pass.
 
+        Tensors are padded, (B, T), or packed, (M,): rollouts one after another (``cu_seqlens``) or
+        in any order (``rollouts`` per position). P below is (B, T) or (M,).
+
         Parameters
         ----------
-        logp : Tensor, shape (B, T)
+        logp : Tensor, shape P
             Log-probability of each sampled token in nats: the very tensor the loss is made of.
             The gradient that reaches it is recorded: exactly -coef, whatever the loss is.
-        tokens : Tensor of int64, shape (B, T)
+        tokens : Tensor of int64, shape P
             Sampled tokens; None if the source does not know them.
-        mask : Tensor, shape (B, T)
+        mask : Tensor, shape P
             Non-zero on completion tokens.
-        advantages : Tensor, shape (B,) or (B, T)
-        groups : Tensor of int64, shape (B,)
+        advantages : Tensor, shape (B,) or P
+        groups : Tensor of int64, shape (B,) or P
             Prompt of each rollout within the step; None if unknown.
-        logits : Tensor, shape (B, T, V), optional
+        logits : Tensor, shape P + (V,), optional
             Logits that predict each token, before the division by temperature. They give
             entropy, class and predicted changes; only read, block by block, nothing is kept.
-        logp_old : Tensor, shape (B, T), optional
+        logp_old : Tensor, shape P, optional
             Log-probabilities under the behaviour policy.
-        entropy, collision : Tensor, shape (B, T), optional
-            Entropy in nats and sum of p_v^2, where they are known and logits are not. A
-            collision of single precision loses the class of tokens within 1e-4 of certainty.
-        rollouts : Tensor of int64, shape (B,), optional
-            Number of each rollout within the step. By default they are counted up, which is right
-            while every rollout is passed once a step; with epochs, give them.
-        kept : Tensor of bool, shape (B, T), optional
+        entropy, collision : Tensor, shape P, optional
+            Entropy in nats and sum of p_v^2, where logits are not known. A collision of single
+            precision loses the class of tokens within 1e-4 of certainty.
+        rollouts : Tensor of int64, shape (B,) or P, optional
+            Number of each rollout within the step; by default counted up. With epochs, give them.
+        cu_seqlens : Tensor of int, shape (B + 1,), optional
+            Where the rollouts of a packed batch begin, and M at the end, as in flash-attention.
+        kept : Tensor of bool, shape P, optional
             Tokens that take part in the loss; by default the gradient tells.
         clip : tuple of float, optional
-            Bounds of the ratio, e.g. ``(0.8, 1.2)``: sharpens the clip flag, see
-            :meth:`wapo_analysis.record.batches.BatchPass.read_gradient`.
+            Bounds of the ratio, e.g. ``(0.8, 1.2)``: sharpens the clip flag.
         minibatch : int, optional
             Gradient pass within the step; by default each call is the next.
         loss_scale : float
-            What the loss is multiplied by before backward (``GradScaler.get_scale()``).
+            Factor on the loss before backward (``GradScaler.get_scale()``).
         """
         if not loss_scale > 0:
             raise UserError(f"loss_scale must be positive, got {loss_scale}")
@@ -265,6 +262,7 @@ class Recorder(Guarded, Closing):
             first_rollout=self._step.rollouts,
             temperature=self.temperature,
             minibatch=len(self._step.batches) if minibatch is None else minibatch,
+            cu_seqlens=cu_seqlens,
             logits=logits,
             entropy=entropy,
             collision=collision,
@@ -273,7 +271,9 @@ class Recorder(Guarded, Closing):
             clip=clip,
         )
         self._step.batches.append(batch)
-        self.watch(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
+        self.watch_pass(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
+
+    watch_batch = watch  # its name until packed batches came
 
     @guarded
     def add_probe(self, rows: Records) -> None:
@@ -324,15 +324,15 @@ class Recorder(Guarded, Closing):
         reward : Tensor or sequence of R numbers, or one number
             Reward of each watched rollout in the order of their numbers, or only their mean.
         texts : callable, optional
-            Token ids to their texts, e.g. ``tokenizer.batch_decode``; called in this thread.
+            Token ids to texts, e.g. ``tokenizer.batch_decode``; called in this thread.
         prompts, completions : sequence of R str, optional
             Texts of the rollouts.
         rollouts : mapping of str to sequence, optional
-            Columns of the ``rollouts`` table, of a caller that has them itself; copied.
+            Columns of the ``rollouts`` table, if the caller has them; copied.
         sums : mapping of str to float, optional
-            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step whose passes were
-            given to `watch`; the writer thread adds those over its tokens and computes the step
-            columns. None if ``columns`` holds all of them.
+            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step of `watch_pass`;
+            the writer thread adds those over its tokens and computes the step columns. None if
+            ``columns`` holds all of them.
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
@@ -366,7 +366,7 @@ class Recorder(Guarded, Closing):
         if not self._warned and any(b.needs_grad and b.tokens.coef is None for b in batches):
             self._warned = True
             log.warning(
-                "no gradient reached the logp given to watch_batch: give the very tensor the loss "
+                "no gradient reached the logp given to watch: give the very tensor the loss "
                 "is computed from; coef is recorded as missing"
             )
 

@@ -1,12 +1,23 @@
 """A step: what is collected while it trains, and what of it goes to the run folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from wapo_analysis.derive import class_totals, derive, sequence_ratio, step_columns, token_sums
+from wapo_analysis.derive import (
+    class_totals,
+    derive,
+    reward_columns,
+    rollout_sums,
+    sequence_ratio,
+    step_columns,
+    token_sums,
+)
+from wapo_analysis.errors import UserError
 from wapo_analysis.record.batches import BatchPass
 from wapo_analysis.record.tokens import HostPass, TokenPass, given_in_all, on_host
 from wapo_analysis.schema import ROLLOUTS, TOKENS
@@ -190,3 +201,87 @@ def chosen_rows(rollout: Array, step: int, fraction: float) -> Array:
     mixed ^= mixed >> np.uint64(31)
     mixed *= np.uint64(0x94D049BB133111EB)
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction)
+
+
+def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
+    """Rollout, group, advantage and length of every rollout of a step, each once, by number.
+
+    One copy brings all of it from the device.
+    """
+    if not batches:
+        return {}
+    names = ("rollouts", "groups", "advantages", "lengths")
+    stacked = torch.cat(
+        [torch.stack([getattr(b, name).detach().double() for name in names]) for b in batches], 1
+    )
+    rollout, group, advantage, length = stacked.cpu().numpy()
+    numbers, first = np.unique(rollout, return_index=True)
+    return {
+        "rollout": numbers.astype(np.int64),
+        "group": group[first].astype(np.int64),
+        "advantage": advantage[first],
+        "length": length[first],
+    }
+
+
+@dataclass(frozen=True)
+class StepRollouts:
+    """What the watched batches of a step and its rewards say.
+
+    Attributes
+    ----------
+    row : dict
+        Columns of the ``steps`` table.
+    columns : dict
+        Columns of the ``rollouts`` table; empty without a reward for each rollout.
+    sums : dict
+        Sums over rollouts, see `wapo_analysis.derive.rollout_sums`.
+    """
+
+    row: dict[str, float]
+    columns: dict[str, Any]
+    sums: dict[str, float]
+
+
+def step_rollouts(
+    batches: Sequence[BatchPass],
+    reward: Tensor | Sequence[float] | float | None,
+    prompts: Sequence[str] | None = None,
+    completions: Sequence[str] | None = None,
+) -> StepRollouts:
+    """Rollouts of a step from its batches and what the caller knows; see `Recorder.finish_step`.
+
+    Raises
+    ------
+    UserError
+        If rewards or texts are not as many as the rollouts that were watched.
+    """
+    table = rollout_table(batches)
+    sums = rollout_sums({"length": table["length"]} if table else {})
+    row: dict[str, float] = step_columns(sums)
+    if reward is None:
+        return StepRollouts(row, {}, sums)
+    rewards = _numbers(reward)
+    if rewards.ndim == 0:
+        return StepRollouts({**row, "reward": float(rewards)}, {}, sums)
+    given = {"reward": rewards, "prompt": prompts, "completion": completions}
+    table |= {name: list(values) for name, values in given.items() if values is not None and table}
+    _check_counts(table)
+    return StepRollouts({**row, **reward_columns(rewards, table.get("group"))}, table, sums)
+
+
+def _numbers(values: Tensor | Sequence[float] | float) -> Array:
+    if isinstance(values, Tensor):
+        return np.asarray(values.detach().double().cpu().numpy())
+    return np.asarray(values, np.float64)
+
+
+def _check_counts(rollouts: Mapping[str, Any]) -> None:
+    """Per-rollout values must be as many as the rollouts that were watched."""
+    for name, values in rollouts.items():
+        if len(values) != len(rollouts["rollout"]):
+            raise UserError(
+                f"{name} has {len(values)} values, but {len(rollouts['rollout'])} rollouts were "
+                "watched; where a step passes a rollout more than once, give rollouts to "
+                "watch"
+            )

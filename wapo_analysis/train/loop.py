@@ -391,7 +391,7 @@ class Trainer:
             weights.sequence_weight,
         )
         tokens = update.token_pass(stats, out.kept, out.clipped)
-        recorder.watch(tokens, stats.logp)
+        recorder.watch_pass(tokens, stats.logp)
         loss = out.loss * weights.summed_multiplier
         tally.add_tokens(tokens, out.ratio[mask], loss)
         if loss.requires_grad:

@@ -94,12 +94,12 @@ def test_what_a_step_holds(tmp_path: Path) -> None:
 def test_settling_early_changes_no_file(tmp_path: Path) -> None:
     for name in ("early", "late"):
         recorder = Recorder(tmp_path / name, {"name": "r"})
-        recorder.watch(tokens(1))
+        recorder.watch_pass(tokens(1))
         if name == "early":
             rows = recorder.settle(1, spell)
             assert rows is not None
             assert np.isfinite(rows["grad_norm"]).all()
-        recorder.watch(tokens(2, minibatch=1))
+        recorder.watch_pass(tokens(2, minibatch=1))
         recorder.finish_step(1, rollouts=ROLLOUTS, texts=spell)
         recorder.close("finished")
     early, late = open_run(tmp_path / "early"), open_run(tmp_path / "late")
@@ -120,10 +120,10 @@ def test_columns_of_the_tokens_are_computed_in_the_thread(
 
     monkeypatch.setattr(step_module, "pass_sums", pass_sums)
     recorder = Recorder(tmp_path / "r", {"name": "r"})
-    recorder.watch(tokens(1))
+    recorder.watch_pass(tokens(1))
     recorder.finish_step(1, reward=0.5, sums={}, kl_old=7.0)
     recorder.finish_step(2, sums={}, entropy=9.0)
-    recorder.watch(tokens(3))
+    recorder.watch_pass(tokens(3))
     recorder.finish_step(3, entropy=9.0)
     recorder.close("finished")
     steps = open_run(tmp_path / "r").steps
@@ -147,7 +147,7 @@ def test_tokens_that_come_from_a_device_are_named_by_the_caller(
 
     recorder = Recorder(tmp_path / "r", {"name": "r"})
     for step in range(1, 4):
-        recorder.watch(tokens(step))
+        recorder.watch_pass(tokens(step))
         recorder.finish_step(step, texts=named)
         recorder.flush()
     recorder.close("finished")
@@ -187,10 +187,10 @@ def test_coef_is_minus_the_gradient_of_the_loss(tmp_path: Path) -> None:
                 flat = logp[mask.bool()]
                 place = torch.arange(5)
                 given = weight[mask.bool()]
-                recorder.watch(TokenPass(place, place, place, place, given, flat), flat)
+                recorder.watch_pass(TokenPass(place, place, place, place, given, flat), flat)
                 loss = -(flat * given).sum()
             else:
-                recorder.watch_batch(logp, None, mask, weight, None, loss_scale=8.0)
+                recorder.watch(logp, None, mask, weight, None, loss_scale=8.0)
                 loss = -(8 * logp * weight * mask).sum()
             loss.backward()
             recorder.finish_step(1, loss=loss)

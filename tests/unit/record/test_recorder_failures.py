@@ -84,7 +84,7 @@ def test_a_full_disk_ends_the_recording_with_one_warning(
     run = open_run(tmp_path / "r")
     assert len(run.steps) < 5
     assert set(run.steps.step) <= set(run.classes.step)
-    recorder.watch(tokens(1))
+    recorder.watch_pass(tokens(1))
     recorder.close("finished")
     assert not [p for p in (tmp_path / "r").rglob(".*") if p.is_file()], "no half files"
 

@@ -242,7 +242,7 @@ class TrlWatcher:
         )
         weight = self._trainer.weight(inputs)
         seen.masks += [] if weight is None else [weight.detach()]
-        self._recorder.watch(seen.tokens, logps_BT, partial(self._gradient, seen))
+        self._recorder.watch_pass(seen.tokens, logps_BT, partial(self._gradient, seen))
 
     def _take_second(
         self, inputs: dict[str, Any], seen: SeenPass, scored: Any, ids: Tensor | None
