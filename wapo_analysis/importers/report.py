@@ -122,9 +122,8 @@ class ImportReport:
             raise
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             said = printable(str(error).splitlines()[0] if str(error) else repr(error))
-            self.bad_line(
-                file, number, said if type(error) is ValueError else "its entries have another shape"
-            )
+            known = type(error) is ValueError
+            self.bad_line(file, number, said if known else "its entries have another shape")
 
     def close_lines(self, log: JsonLines, half: bool) -> None:
         """Take over what a reader of JSON lines counted."""
