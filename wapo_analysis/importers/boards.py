@@ -21,6 +21,7 @@ from wapo_analysis.importers.readers import csv_frames, csv_header
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import as_number, as_step, parse_json
+from wapo_analysis.store.files import read_json
 
 DOWNLOAD = ["Wall time", "Step", "Value"]
 """Header of a scalar downloaded from TensorBoard."""
@@ -239,7 +240,7 @@ def read_wandb(
         read_console(tuple(logs), sink, report)
         return
     for file in [file for file in mine if file.name == "wandb-summary.json"]:
-        summary = parse_json(file.read_bytes())
+        summary = read_json(file)
         report.told("only the summary was found: the last value of each metric, one step")
         sink.add_log(summary if isinstance(summary, dict) else {}, "wandb", (file, 1))
         report.files += 1

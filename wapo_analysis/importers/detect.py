@@ -270,7 +270,8 @@ def _by_format(kinds: Mapping[Path, str]) -> dict[str, list[Path]]:
 
 
 def _is_official(state: Path) -> bool:
-    text = state.read_bytes()
+    with open_regular(state) as stream:
+        text = stream.read()
     return any(key in text for key in _OFFICIAL_KEYS)
 
 
