@@ -1,5 +1,6 @@
 """What a detector or a figure reads of a run, and why a run cannot give it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ _NONE = {
     "tokens": "no token rows (recorded with token_every or token_fraction 0)",
     "rollouts": "no completions",
 }
+_LARGE = ("tokens", "rollouts")
+"""Tables of which only the ends are read: a column is there or not."""
+_LOOK = 1000
 _RESCORED = ("dprob", "dentropy", "logp_after", "entropy_after")
 
 
@@ -68,24 +72,25 @@ def lack(run: "Run", need: Need) -> str | None:
 def _lack(run: "Run", need: Need) -> str | None:
     table, column = need.table, need.column
     rescored = table == "tokens" and column in _RESCORED
-    frame = _ends(run, table, column, rescored) if table in ("tokens", "rollouts") else None
-    if frame is None:
-        frame = getattr(run, table)
-    if frame.empty:
+    held = _held_in(run, table, rescored)
+    if held is None:
         known = rescored and run.token_steps()
         return "no token that was re-scored after its update" if known else _NONE[table]
-    names = (
-        [name for name in map(str, frame) if fnmatchcase(name, column)]
-        if "*" in column
-        else [column]
-    )
-    text = column in TABLES[table] and TABLES[table][column].dtype == "str"
-    if any(name in frame and _holds(frame[name], text) for name in names):
+    if column in held or ("*" in column and any(fnmatchcase(name, column) for name in held)):
         return None
     return f"no {column!r} in its {table} table"
 
 
-def _ends(run: "Run", table: str, column: str, rescored: bool) -> pd.DataFrame:
+def _held_in(run: "Run", table: str, rescored: bool) -> frozenset[str] | None:
+    """Columns of a table that hold any value, read once a run; None if it has no rows."""
+    key = f"{table} re-scored" if rescored else table
+    if key not in run.held:
+        frame = _ends(run, table, rescored) if table in _LARGE else getattr(run, table)
+        run.held[key] = None if frame.empty else frozenset(_holding(frame, table))
+    return run.held[key]
+
+
+def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame:
     """Rows of the first, the middle and the last step that a table has."""
     steps = run.recorded_steps(table)
     if rescored:
@@ -96,9 +101,21 @@ def _ends(run: "Run", table: str, column: str, rescored: bool) -> pd.DataFrame:
     return run.tokens(ends) if table == "tokens" else run.table(table, ends)
 
 
-def _holds(values: pd.Series, text: bool) -> bool:
-    """Whether any value is there: a finite number, or a text in a column of texts."""
-    if text:
+def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
+    """Names of the columns with a value: a finite number, or a text in a column of texts."""
+    for name, values in frame.items():
+        if name in TABLES[table] and TABLES[table][str(name)].dtype == "str":
+            holds = values.notna().any()
+        else:
+            # A look at the first rows is nearly always enough.
+            holds = _finite(values.iloc[:_LOOK]) or _finite(values)
+        if holds:
+            yield str(name)
+
+
+def _finite(values: pd.Series) -> bool:
+    try:
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
+    except TypeError:  # lists
         return bool(values.notna().any())
-    numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
     return bool(np.isfinite(numbers).any())

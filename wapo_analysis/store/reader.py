@@ -147,6 +147,11 @@ class Run:
         """Steps that have rows in a table of parts, from the names of its files."""
         return sorted({step for step, _ in listed_keys(self.path / table)})
 
+    @cached_property
+    def held(self) -> dict[str, frozenset[str] | None]:
+        """What `lacks` found so far: table to its columns with values, None for no rows."""
+        return {}
+
     def lacks(self, need: Need) -> str | None:
         """Why the run cannot give a column, as one clause; None if it can."""
         return lack(self, need)
