@@ -10,6 +10,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.version import __version__
 
 if TYPE_CHECKING:
+    from wapo_analysis.capture.loss import watched_loss
     from wapo_analysis.capture.trl.attachment import attach
     from wapo_analysis.capture.trl.objective import use_wapo
     from wapo_analysis.record.recorder import Recorder
@@ -23,6 +24,7 @@ _LAZY = {
     "attach": "wapo_analysis.capture.trl.attachment",
     "open_run": "wapo_analysis.run",
     "use_wapo": "wapo_analysis.capture.trl.objective",
+    "watched_loss": "wapo_analysis.capture.loss",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "attach",
     "open_run",
     "use_wapo",
+    "watched_loss",
 ]
 
 

@@ -99,7 +99,7 @@ def test_a_watched_loss_is_the_loss_and_its_gradient_is_recorded(
         **seen, config=config, rollout_is_weights=weights
     )
     loss.backward()
-    watcher.end_step()
+    watcher.end_verl_step()
     assert (loss.item(), metrics) == (plain.item(), {"seen": 1.0})
     assert torch.equal(seen["log_prob"].grad, expected)
     assert watcher.failure is None
@@ -125,12 +125,12 @@ def test_evaluation_and_other_processes_are_not_recorded(
     silent = SimpleNamespace(**vars(ENGINE) | {"is_mp_src_rank_with_outputs": lambda: False})
     watcher.begin_step(silent, Data())
     loss(**batch())
-    watcher.end_step()
+    watcher.end_verl_step()
     assert watcher.recorder is None
     watcher.begin_step(ENGINE, Data())
     with torch.no_grad():
         loss(**batch() | {"log_prob": batch()["log_prob"].detach()})
-    watcher.end_step()
+    watcher.end_verl_step()
     assert open_run(tmp_path / "r").steps.empty
 
 
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_used_warns_once_and_trains_on(
         for _ in range(2):
             watcher.begin_step(ENGINE, Data())
             watched(clipped_loss, watcher)(**batch())[0].backward()
-            watcher.end_step()
+            watcher.end_verl_step()
     assert len(caplog.records) == 1
     assert "already holds a run" in caplog.text
 

@@ -7,7 +7,7 @@ result, and the gradient that reaches ``log_prob`` is the exact -coef, KL term i
 Shapes: B rollouts of a micro-batch, T response positions, n rollouts of a step on this process.
 """
 
-import logging
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, wraps
@@ -19,13 +19,14 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from wapo_analysis.capture.head_reader import HeadReader
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.loss import LossWatch
+from wapo_analysis.capture.seams import SEAMS
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.guard import Guarded, guarded
+from wapo_analysis.record.guard import guarded
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import Manifest
-
-log = logging.getLogger(__name__)
 
 PREFIX = "wapo_"
 """Watched losses are registered as ``wapo_vanilla``, ``wapo_gspo``, ..."""
@@ -44,20 +45,17 @@ def watched(loss: PolicyLoss, watcher: "VerlWatcher") -> PolicyLoss:
         of shape (B, T), ``rollout_is_weights`` (B, T) or None, ``config`` and others.
     watcher : VerlWatcher
     """
+    signature = inspect.signature(loss)
 
     @wraps(loss)
-    def policy_loss(
-        old_log_prob: Tensor, log_prob: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
-        names = ("advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        watcher.see(old_log_prob, log_prob, given)
-        return loss(old_log_prob, log_prob, *args, **kwargs)
+    def policy_loss(*args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        watcher.see_loss(signature, args, kwargs)
+        return loss(*args, **kwargs)
 
     return policy_loss
 
 
-class VerlWatcher(Guarded):
+class VerlWatcher(LossWatch):
     """What one actor process knows of the step it is in.
 
     Parameters
@@ -74,19 +72,12 @@ class VerlWatcher(Guarded):
     """
 
     def __init__(self, open_recorder: Callable[[int, float], Recorder]) -> None:
-        self._open = open_recorder
-        self.recorder: Recorder | None = None
-        self._step = 0
-        self._first = 0
-        self._active = False
+        super().__init__(lambda: None)
+        self._open_verl = open_recorder
+        self._first, self._active = 0, False
         self._groups: Tensor | None = None
         self._rewards: Tensor | None = None
         self._micro: dict[str, Any] = {}
-
-    def fail(self, error: Exception) -> None:
-        """Watch no more, with one warning."""
-        super().fail(error)
-        log.warning("watching verl stopped (%s); training goes on", self.failure)
 
     @guarded
     def begin_step(self, engine: Any, data: Any) -> None:
@@ -103,9 +94,12 @@ class VerlWatcher(Guarded):
             return
         rank, count = int(engine.get_data_parallel_rank()), int(data.batch_size[0])
         if self.recorder is None:
-            self.recorder = self._open(rank, float(_plain(data, "temperature", 1.0)))
+            temperature = float(_plain(data, "temperature", 1.0))
+            self._opened = True
+            self.recorder = self._open_verl(rank, temperature)
+            self._head = HeadReader(temperature)
         step = _plain(data, "global_steps", None)
-        self._step = step if isinstance(step, int) else self._step + 1
+        self._step = step if isinstance(step, int) else self._step
         self._first, self._active = rank * count, True
         data[_ROW] = torch.arange(count)
         uid, scores = _plain(data, "uid", None), data.get("token_level_scores", None)
@@ -140,36 +134,24 @@ class VerlWatcher(Guarded):
         self._micro = micro
 
     @guarded
-    def see(self, old_log_prob: Tensor, log_prob: Tensor, given: Mapping[str, Any]) -> None:
+    def see_loss(self, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
         """Look at the tensors of one call of a policy loss."""
-        if self.recorder is None or not (self._active and log_prob.requires_grad):
+        if not self._active:
             return
-        weights, config = given.get("rollout_is_weights"), given.get("config")
-        mask, micro = given["response_mask"], dict(self._micro)
-        shape = log_prob.shape
-        tokens = micro.pop("tokens", None)
-        spread = getattr(config, "global_batch_info", None) or {}
-        self.recorder.watch(
-            log_prob,
-            None if tokens is None else _fit(tokens, shape),
-            mask,
-            given["advantages"],
-            micro.pop("groups", None),
-            logp_old=old_log_prob,
-            # What importance weights of zero leave out is not kept; what is idle beyond that was
-            # stopped by the loss itself.
-            kept=torch.ones_like(mask, dtype=torch.bool) if weights is None else weights != 0,
-            # verl multiplies by the number of data-parallel processes that average gradients.
-            loss_scale=float(spread.get("dp_size") or 1),
-            **micro,
-        )
+        found = SEAMS["verl"].find(signature.bind(*args, **kwargs).arguments)
+        # What importance weights of zero leave out is not kept; what is idle beyond that was
+        # stopped by the loss itself.
+        found.setdefault("weights", torch.ones_like(found["mask"]))
+        micro = {name: value for name, value in self._micro.items() if value is not None}
+        if "tokens" in micro:
+            micro["tokens"] = _fit(micro["tokens"], found["logp"].shape)
+        self.see(found | micro)
 
-    @guarded
-    def end_step(self) -> None:
+    def end_verl_step(self) -> None:
         """Write the step, unless no policy loss was called in it (a critic's update)."""
         active, self._active = self._active, False
-        if active and self.recorder is not None and self.recorder.watching:
-            self.recorder.finish_step(self._step, reward=self._rewards)
+        if active:
+            self.end_step(reward=self._rewards)
 
 
 def _plain(data: Any, key: str, default: Any) -> Any:
@@ -206,8 +188,7 @@ class VerlWatch:
         if self._patches.closed:
             return
         self._patches.close()
-        if self.watcher.recorder is not None:
-            self.watcher.recorder.close(status)
+        self.watcher.close(status)
 
 
 def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings: Any) -> VerlWatch:
@@ -234,9 +215,9 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
 
     Notes
     -----
-    Class needs sum p^2 per token: ``model_output["sum_pi_squared"]``, where the engine gives it.
-    Without it the class is unknown; coef, ratio, clip and (with ``actor.calculate_entropy=True``)
-    entropy are recorded.
+    Entropy and sum p^2 are read off the model's logits, padded or not; the engine's own
+    ``sum_pi_squared`` goes first. With fused kernels there are no logits: the class is then
+    unknown; coef, ratio, clip and (with ``actor.calculate_entropy=True``) entropy are recorded.
     """
     try:
         core = import_module("verl.trainer.ppo.core_algos")
@@ -269,7 +250,7 @@ def _around_step(original: Callable[..., Any], watcher: VerlWatcher) -> Callable
     def train_mini_batch(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
         watcher.begin_step(self.engine, data)
         output = original(self, data, *args, **kwargs)
-        watcher.end_step()
+        watcher.end_verl_step()
         return output
 
     return train_mini_batch

@@ -34,7 +34,7 @@ class BatchPass:
     advantages : Tensor, shape (B,)
         Advantage of each rollout; the mean over its tokens if it was given per token.
     log_ratio : Tensor, shape (N,), or None
-        ``logp - logp_old`` as the loss saw it, nats.
+        Log of the ratio as the loss saw it, nats: to ``logp_prox``, else to ``logp_old``.
     clip : tuple of float, or None
         Bounds of the ratio, if they are known.
     choose_kept : bool
@@ -200,6 +200,8 @@ def batch_pass(
     entropy: Tensor | None = None,
     collision: Tensor | None = None,
     logp_old: Tensor | None = None,
+    logp_prox: Tensor | None = None,
+    stats: TokenStats | None = None,
     kept: Tensor | None = None,
     clip: tuple[float, float] | None = None,
 ) -> BatchPass:
@@ -213,8 +215,9 @@ def batch_pass(
         On shapes that do not fit, or logits that do not give these log-probabilities.
     """
     layout = Layout.of(logp, cu_seqlens, rollouts)
-    per_token = {"mask": mask, "tokens": tokens, "logp_old": logp_old, "entropy": entropy}
-    _check_shapes(logp, per_token | {"collision": collision, "kept": kept}, logits)
+    per_token = {"mask": mask, "tokens": tokens, "logp_old": logp_old, "kept": kept}
+    per_token |= {"logp_prox": logp_prox, "entropy": entropy, "collision": collision}
+    _check_shapes(logp, per_token, logits)
     numbers, groups = _names(layout, rollouts, groups, first_rollout)
     mask = mask.detach().bool()
     place = mask.nonzero(as_tuple=True)
@@ -233,7 +236,8 @@ def batch_pass(
             f"got {tuple(advantages.shape)}"
         )
     now, old, ids = logp.detach()[place], _flat(logp_old, place), _flat(tokens, place)
-    stats = _stats(now, tokens, logits, mask, temperature)
+    prox = _flat(logp_prox, place)
+    stats = _stats(now, tokens, logits, mask, temperature) if stats is None else stats
     given_s = _flat(collision, place)
     rest = None if given_s is None else (given_s - now.exp().square()).clamp(min=0)
     return BatchPass(
@@ -245,6 +249,7 @@ def batch_pass(
             advantage=advantage,
             logp=now if stats is None else stats.logp,
             logp_old=old,
+            logp_prox=prox,
             entropy=_flat(entropy, place) if stats is None else stats.entropy,
             collision_rest=rest if stats is None else stats.collision_rest,
             collision_logp_rest=None if stats is None else stats.collision_logp_rest,
@@ -257,7 +262,7 @@ def batch_pass(
         groups=groups,
         lengths=lengths,
         advantages=advantages,
-        log_ratio=None if old is None else now - old,
+        log_ratio=None if old is None else now - (old if prox is None else prox),
         clip=clip,
         choose_kept=kept is None,
         needs_grad=logp.requires_grad,

@@ -23,6 +23,7 @@ from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
+from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import PartWriter, RunWriter
 from wapo_analysis.store.lock import RunLost
 from wapo_analysis.store.manifest import described
@@ -119,14 +120,8 @@ class Recorder(Guarded, Closing):
         self.token_every, self.token_fraction = token_every, token_fraction
         self.rescore_every, self.probe_every = rescore_every, probe_every
         self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
-        settings = {
-            "temperature": temperature,
-            "token_every": token_every,
-            "token_fraction": token_fraction,
-            "rescore_every": rescore_every,
-            "probe_every": probe_every,
-            "store_bits": store_bits,
-        }
+        names = ("temperature", "token_every", "token_fraction", "rescore_every", "probe_every")
+        settings = {name: getattr(self, name) for name in names} | {"store_bits": store_bits}
         self._step = OpenStep()
         self._warned = False
         self._since, self._captured = perf_counter(), 0.0
@@ -156,8 +151,7 @@ class Recorder(Guarded, Closing):
 
     def wants_probe(self, step: int) -> bool:
         """Whether an update of this step is to be decomposed."""
-        # Not step 1: AdamW then divides by the first gradient itself, and classes that cancel in it
-        # have shares out of all proportion to the step.
+        # Not step 1: AdamW then divides by the gradient itself, which inflates classes that cancel.
         return self.failure is None and self.probe_every > 0 and step % self.probe_every == 0
 
     @property
@@ -203,6 +197,8 @@ class Recorder(Guarded, Closing):
         *,
         logits: Tensor | None = None,
         logp_old: Tensor | None = None,
+        logp_prox: Tensor | None = None,
+        stats: TokenStats | None = None,
         entropy: Tensor | None = None,
         collision: Tensor | None = None,
         rollouts: Tensor | None = None,
@@ -230,10 +226,13 @@ class Recorder(Guarded, Closing):
         groups : Tensor of int64, shape (B,) or P
             Prompt of each rollout within the step; None if unknown.
         logits : Tensor, shape P + (V,), optional
-            Logits that predict each token, before the division by temperature. They give
-            entropy, class and predicted changes; only read, block by block, nothing is kept.
-        logp_old : Tensor, shape P, optional
-            Log-probabilities under the behaviour policy.
+            Logits that predict each token, before the division by temperature; they give all
+            statistics. Only read, block by block, nothing is kept.
+        logp_old, logp_prox : Tensor, shape P, optional
+            Log-probabilities under the behaviour policy; those that the loss's ratio is to, if
+            they are others.
+        stats : TokenStats, optional
+            Statistics of the tokens under the mask, in its order, where they are known.
         entropy, collision : Tensor, shape P, optional
             Entropy in nats and sum of p_v^2, where logits are not known. A collision of single
             precision loses the class of tokens within 1e-4 of certainty.
@@ -267,6 +266,8 @@ class Recorder(Guarded, Closing):
             entropy=entropy,
             collision=collision,
             logp_old=logp_old,
+            logp_prox=logp_prox,
+            stats=stats,
             kept=kept,
             clip=clip,
         )
@@ -330,9 +331,8 @@ class Recorder(Guarded, Closing):
         rollouts : mapping of str to sequence, optional
             Columns of the ``rollouts`` table, if the caller has them; copied.
         sums : mapping of str to float, optional
-            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step of `watch_pass`;
-            the writer thread adds those over its tokens and computes the step columns. None if
-            ``columns`` holds all of them.
+            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step of `watch_pass`, for
+            the writer thread to compute the step columns; None if ``columns`` holds all.
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """

@@ -1,0 +1,391 @@
+"""Watching a policy loss: one adapter for every trainer whose loss is given log-probabilities.
+
+A watched loss is the loss: same arguments, same result, same gradient. On the way it shows its
+tensors to a recorder, and the gradient that reaches the log-probabilities is the exact -coef,
+terms that the trainer adds outside the loss included. When the optimizer has stepped, the step is
+written. Which argument holds what is data: `wapo_analysis.capture.seams`.
+"""
+
+import atexit
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from wapo_analysis.capture.head_reader import HeadReader
+from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.seams import Call, Names
+from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.record.guard import Closing, Guarded, guarded
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.store import Manifest
+
+log = logging.getLogger(__name__)
+
+MOST_CALLS = 4096
+"""Calls of a loss after which an optimizer must have stepped, for what they showed is in memory."""
+
+_NOWHERE = "nowhere"
+
+
+class LossWatch(Guarded):
+    """What one process knows of the step it trains on.
+
+    Parameters
+    ----------
+    open_recorder : callable
+        Called at the first loss; None if another process records this one's tokens.
+    head : HeadReader, optional
+        Gives the statistics that a loss is not given.
+    first_step : int
+        Number of the next step.
+
+    Attributes
+    ----------
+    recorder : Recorder or None
+    failure : str or None
+        Why watching stopped.
+    """
+
+    def __init__(
+        self,
+        open_recorder: Callable[[], Recorder | None],
+        head: HeadReader | None = None,
+        first_step: int = 1,
+    ) -> None:
+        self.recorder: Recorder | None = None
+        self._open, self._head = open_recorder, head
+        self._opened, self._said = False, set[str]()
+        self._step, self._calls = first_step, 0
+        self._columns: dict[str, Any] = {}
+
+    def fail(self, error: Exception) -> None:
+        """Watch no more, with one warning."""
+        super().fail(error)
+        log.warning("watching the loss stopped (%s); training goes on", self.failure)
+
+    @guarded
+    def see(self, found: Mapping[str, Any]) -> None:
+        """Look at the quantities of one call of the loss, see `Names.find`."""
+        logp = found["logp"]
+        several = isinstance(logp, Sequence)
+        if not any(part.requires_grad for part in (logp if several else [logp])):
+            return
+        if not self._opened:
+            self._opened, self.recorder = True, self._open()
+        if self.recorder is None:
+            return
+        for index in range(len(logp) if several else 1):
+            one = {n: v[index] if isinstance(v, Sequence) else v for n, v in found.items()}
+            self._watch(self.recorder, one)
+        self._calls += 1
+        if self._calls > MOST_CALLS:
+            raise UserError(
+                f"no torch optimizer has stepped in {MOST_CALLS} calls of the loss: call "
+                "end_step() of the watched loss after each update"
+            )
+
+    def _watch(self, recorder: Recorder, found: dict[str, Any]) -> None:
+        logp, advantages = found.pop("logp"), found.pop("advantages")
+        mask = found.pop("mask", None)
+        mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.to(logp.device)
+        old, sampler = found.pop("logp_old", None), found.pop("sampler", None)
+        if sampler is not None:
+            found["logp_prox"] = old
+        if advantages.shape == (len(logp), 1):
+            advantages = advantages[:, 0]
+        if logp.dim() == 1 and not {"cu_seqlens", "rollouts"} & found.keys():
+            found["cu_seqlens"] = torch.tensor([0, len(logp)])
+        weights = found.pop("weights", None)
+        if weights is not None:
+            found["kept"] = weights != 0
+        tokens, groups = found.pop("tokens", None), found.pop("groups", None)
+        logits = found.pop("logits", None)
+        if self._head is None or "collision" in found:
+            pass
+        elif logits is not None and tokens is not None:
+            found["stats"] = self._head.read(logits, tokens, logp, mask)
+        elif (read := self._head.take(logp, mask)) is not None:
+            found["stats"] = read[0]
+            if tokens is None:
+                tokens = torch.full_like(mask, -1, dtype=torch.int64)
+                tokens[mask.bool()] = read[1]
+        known = "the loss's arguments" if "collision" in found else _NOWHERE
+        self._say(recorder, "logits" if found.get("stats") is not None else known)
+        found["loss_scale"] = float(found.get("loss_scale") or 1)
+        recorder.watch(
+            logp, tokens, mask, advantages, groups, logp_old=old if sampler is None else sampler,
+            minibatch=self._calls, **found,
+        )  # fmt: skip
+
+    def _say(self, recorder: Recorder, source: str) -> None:
+        """Say once where the statistics come from, and that a pass has none."""
+        if source in self._said:
+            return
+        self._said.add(source)
+        if source == _NOWHERE:
+            reason = "no head is read" if self._head is None else self._head.reason
+            source = f"{source}: {reason}"
+            log.warning(
+                "sum p^2 is not known (%s): the class of these tokens is unknown; coef, ratio and "
+                "clip are recorded",
+                reason,
+            )
+        recorder.note(statistics_from=source)
+
+    def tell(self, columns: Mapping[str, Any]) -> None:
+        """Keep what is known of the step beside its tokens until the step is written."""
+        self._columns |= columns
+
+    @guarded
+    def end_step(self, **columns: Any) -> None:
+        """Write the step, if a loss was watched in it."""
+        if self.recorder is None or not self.recorder.watching:
+            return
+        told, self._columns, self._calls = self._columns, {}, 0
+        self.recorder.finish_step(self._step, **{**columns, **told})
+        self._step += 1
+
+    def close(self, status: str) -> None:
+        """End the run."""
+        if self._head is not None:
+            self._head.close()
+        if self.recorder is not None:
+            self.recorder.close(status)
+
+
+class WatchedLoss(Closing):
+    """A policy loss that shows its tensors to a recorder; see `watched_loss`.
+
+    It stands wherever the loss stood: called, bound as a method, sent to another process (which
+    then opens its own part of the run), asked for attributes of the loss.
+    """
+
+    _watches: dict[str, "tuple[LossWatch, Patches]"] = {}  # of this process, by run folder
+
+    def __init__(self, loss: Callable[..., Any], names: Any, settings: dict[str, Any]) -> None:
+        self.__wrapped__ = loss
+        self._names, self._given, self._settings = Names.of(names), names, settings
+        self._signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        self._key = str(Path(settings["run"]).absolute())
+        if self._key not in self._watches:
+            self._watches[self._key] = _start(settings, names)
+        self._watch, self._patches = self._watches[self._key]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the loss returns."""
+        loss = self.__wrapped__
+        call = self._watch.guard(self._arguments, args, kwargs) if torch.is_grad_enabled() else None
+        if call is None:
+            return loss(*args, **kwargs)
+        if self._names.scorer is not None:
+            with self._scoring(self._names.scorer, call):
+                return loss(*args, **kwargs)
+        self._watch.guard(self._see, call)
+        return loss(*args, **kwargs)
+
+    def _arguments(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        arguments = self._signature.bind(*args, **kwargs).arguments
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name, {})
+        return arguments
+
+    def _see(self, call: Call) -> None:
+        self._watch.see(self._names.find(call))
+
+    @contextmanager
+    def _scoring(self, scorer: str, call: dict[str, Any]) -> Iterator[None]:
+        """Within: the first result of the scorer that has a graph is looked at."""
+        owner, name = sys.modules[self.__wrapped__.__module__], scorer
+        if scorer.startswith("self."):
+            owner, name = call["self"], scorer.removeprefix("self.")
+        patches = Patches()
+
+        def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            scored = original(*args, **kwargs)
+            if torch.is_grad_enabled() and "scored" not in call:
+                call["scored"] = scored
+                self._watch.guard(self._see, call)
+            return scored
+
+        self._watch.guard(patches.wrap, owner, name, around)
+        try:
+            yield
+        finally:
+            patches.close()
+        if "scored" not in call:
+            error = UserError(f"the loss did not call {scorer}, so its tokens are not seen")
+            self._watch.guard(_refuse, error)
+
+    def end_step(self, **columns: Any) -> None:
+        """Write the step; only for optimizers that are no ``torch.optim.Optimizer``."""
+        self._watch.end_step(**columns)
+
+    def tell(self, **columns: Any) -> None:
+        """Say what is known of the step beside its tokens, any time before its optimizer steps.
+
+        Parameters
+        ----------
+        **columns
+            ``reward``: one number for each rollout in the order of the loss, or their mean;
+            further columns of the ``steps`` table (``loss``, ``grad_norm``, ...).
+        """
+        self._watch.guard(self._watch.tell, columns)
+
+    @property
+    def failure(self) -> str | None:
+        """Why watching or recording stopped; None while it goes on."""
+        recorder = self._watch.recorder
+        return self._watch.failure or (recorder.failure if recorder is not None else None)
+
+    def close(self, status: str = "finished") -> None:
+        """End the run; the loss goes on unwatched. May be called twice."""
+        self._watches.pop(self._key, None)
+        self._patches.close()
+        self._watch.close(status)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__wrapped__":
+            raise AttributeError(name)
+        return getattr(self.__wrapped__, name)
+
+    def __reduce__(self) -> Any:
+        return _again, (self.__wrapped__, self._given, self._settings)
+
+
+def _refuse(error: UserError) -> None:
+    raise error
+
+
+def _again(loss: Callable[..., Any], names: Any, settings: dict[str, Any]) -> WatchedLoss:
+    return WatchedLoss(loss, names, settings)
+
+
+def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
+    given = dict(settings)
+    path, optimizer, head = given.pop("run"), given.pop("optimizer"), given.pop("head")
+    rank, entries = given.pop("rank"), given.pop("manifest")
+    like = names.get("like") if isinstance(names, Mapping) else names
+    source = like if isinstance(like, str) else "loop"
+    reader = None
+    if head is not False:
+        model = False if Names.of(names).logits is not None else head
+        reader = HeadReader(given.get("temperature", 1.0), model)
+
+    def open_recorder() -> Recorder | None:
+        number = own_rank() if rank is None else rank()
+        if number is None:
+            return None
+        name = Path(path).name
+        described = Manifest.begun(source, (source, "torch"), name=name, label=name)
+        return Recorder(path, described.changed(entries or {}), rank=number, **given)
+
+    watch = LossWatch(open_recorder, reader, (given.get("resume_after") or 0) + 1)
+
+    def stepped(stepping: Optimizer, args: Any, kwargs: Any) -> None:
+        watch.guard(lambda: watch.end_step(updates=1, lr=float(stepping.param_groups[0]["lr"])))
+
+    patches = Patches()
+    register = (
+        register_optimizer_step_post_hook
+        if optimizer is None
+        else optimizer.register_step_post_hook
+    )
+    patches.on_close(register(stepped).remove)
+    patches.on_close(lambda: atexit.unregister(watch.close))
+    atexit.register(watch.close, "finished")
+    return watch, patches
+
+
+def own_rank() -> int | None:
+    """Number of this process among those that train on different tokens; None for a twin.
+
+    Of Megatron's tensor-parallel processes, which see the same tokens, the first one records.
+    """
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None and megatron.model_parallel_is_initialized():
+        if megatron.get_tensor_model_parallel_rank() != 0:
+            return None
+        return int(megatron.get_data_parallel_rank(with_context_parallel=True))
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def watched_loss(
+    loss: Callable[..., Any],
+    *,
+    run: str | Path,
+    names: "str | Mapping[str, Any] | Names",
+    optimizer: Optimizer | None = None,
+    head: bool | nn.Module = True,
+    rank: Callable[[], int | None] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> WatchedLoss:
+    """Watch every training step through its policy loss.
+
+    Parameters
+    ----------
+    loss : callable
+        Any function of per-token log-probabilities; result and gradients stay bitwise the same.
+    run : str or Path
+        Run folder, on a disk that all processes share; opened at the first loss.
+    names : str, mapping or Names
+        Which argument holds what: a trainer (a row of `SEAMS`), quantities by name
+        (``{"logp": "logp", "advantages": "adv", "mask": "mask"}``), or a changed row
+        (``{"like": "slime", "logp_old": "batch.rollout_log_probs", "sampler": None}``).
+    optimizer : torch.optim.Optimizer, optional
+        Whose steps end a step of the run; by default any, once a loss was watched.
+    head : bool or torch.nn.Module
+        Read entropy and sum of p^2 off the logits of the model that makes them: found by itself,
+        or given. False reads nothing; the class of a token is then unknown, unless ``collision``
+        is among the names.
+    rank : callable, optional
+        Number of this process among those whose tokens differ, None if another one records them;
+        by default that of ``torch.distributed``, under Megatron the data-parallel one.
+    manifest : mapping, optional
+        Entries of the manifest: ``label``, ``objective``, ``seed``, ...
+    **settings
+        ``temperature``, ``token_every``, ``token_fraction``, ``resume_after``,
+        ``sequence_level``, ... of `wapo_analysis.Recorder`.
+
+    Returns
+    -------
+    WatchedLoss
+        To be used in place of the loss.
+
+    Raises
+    ------
+    UserError
+        On names that do not exist. Later failures never raise: one warning, training goes on.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> def policy_loss(logp, adv, mask):
+    ...     return -(logp * adv * mask).sum()
+    >>> weights = torch.zeros(2, 3, requires_grad=True)
+    >>> optimizer = torch.optim.SGD([weights], lr=0.1)
+    >>> names = {"logp": "logp", "advantages": "adv", "mask": "mask"}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with watched_loss(policy_loss, run=folder, names=names, head=False) as watched:
+    ...         watched(weights - 1, torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3)).backward()
+    ...         optimizer.step()
+    """
+    own = ("path", "manifest", "rank")
+    known = [name for name in inspect.signature(Recorder).parameters if name not in own]
+    if unknown := settings.keys() - known:
+        raise unknown_name("setting", min(unknown), known)
+    given = {"run": str(run), "optimizer": optimizer, "head": head, "rank": rank}
+    return WatchedLoss(loss, names, {**given, "manifest": manifest, **settings})
