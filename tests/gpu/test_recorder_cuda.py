@@ -33,11 +33,9 @@ def test_a_pass_from_the_gpu_has_the_numbers_of_the_host() -> None:
 def test_starting_the_copy_does_not_wait_for_the_device() -> None:
     given = on_gpu(tokens(1, rows=1000))
     DevicePass(given).columns(1, 0)  # pinned memory is allocated once
-    busy = torch.randn(8192, 8192, device="cuda")
     torch.cuda.synchronize()
     started = torch.cuda.Event()
-    for _ in range(20):
-        busy = busy @ busy * 1e-4
+    torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second
     started.record()
     waiting = DevicePass(given)
     assert not started.query(), "the copy was started while the device was still at work"

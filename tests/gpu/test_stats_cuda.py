@@ -1,5 +1,7 @@
 """token_stats on a GPU: the Triton kernel and its fallback give what the CPU gives."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -11,7 +13,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
 
-BACKENDS = ("triton", "eager")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+BACKENDS = (pytest.param("triton", marks=needs_triton), "eager")
+# Plain blocks may add up the squares of a whole row one after the other, in float32.
+ROUNDING = {"triton": 5e-6, "eager": 1e-5}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -27,22 +32,22 @@ def on_gpu(logits: torch.Tensor, targets: torch.Tensor, *args: object, **how: ob
 def test_equals_float64(
     backend: str, dtype: torch.dtype, vocabulary: int, temperature: float
 ) -> None:
-    logits = drawn(64, vocabulary, vocabulary, 6.0 * temperature).to(dtype)
+    logits = drawn(16, vocabulary, vocabulary, 6.0 * temperature).to(dtype)
     targets = some_targets(logits, 1)
     stats = on_gpu(logits, targets, temperature, backend=backend)
-    assert_close(stats, by_float64(logits, targets, temperature), 5e-6)
+    assert_close(stats, by_float64(logits, targets, temperature), ROUNDING[backend])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gap", [0, 12, 30, 50, 80])
 @pytest.mark.parametrize("who", ["mode", "other"])
 def test_near_certain_rows_keep_their_digits_and_signs(backend: str, gap: int, who: str) -> None:
-    logits = drawn(200, 20_000, gap).float() * 2
-    at = torch.arange(200) * 97
-    logits[torch.arange(200), at] = logits.amax(1) + gap + 1
+    logits = drawn(60, 20_000, gap).float() * 2
+    at = torch.arange(60) * 97
+    logits[torch.arange(60), at] = logits.amax(1) + gap + 1
     targets = at if who == "mode" else at + 1
     stats, exact = on_gpu(logits, targets, backend=backend), by_float64(logits, targets)
-    assert_close(stats, exact, 5e-6)
+    assert_close(stats, exact, ROUNDING[backend])
     (norm, change), (exact_norm, exact_change) = consequences(stats), consequences(exact)
     torch.testing.assert_close(norm, exact_norm, rtol=5e-6, atol=0)
     assert torch.equal(change.sign(), exact_change.sign())
