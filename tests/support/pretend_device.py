@@ -6,7 +6,7 @@ extensions, so that autograd has a device thread. A dispatch mode sees every ope
 
 - raises `DeviceFault`, with file and line, where devices are mixed as CUDA would not allow, also
   for a generator of the other device;
-- holds a non-blocking copy to pinned memory back, its target poisoned, until something waits for it;
+- holds a non-blocking copy to pinned memory back, its target poisoned, until something waits;
 - counts every wait of the host for the device, by the line of this project that caused it;
 - raises `torch.OutOfMemoryError` for a single result larger than `Ledger.most_bytes`.
 
