@@ -29,8 +29,8 @@ def watch(
 ) -> None:
     """Watch a run live: reward, entropy, classes, verdict.
 
-    Ends when the run ends, or with Ctrl-C; the run itself is only read. A log is read again as it
-    grows. Examples:
+    Ends when the run ends, with q or with Ctrl-C; the run itself is only read. A log is read again
+    as it grows. Examples:
 
         wapo watch runs/mine
         wapo watch train.log

@@ -108,6 +108,8 @@ def _limits(drawn: Array, rules: Sequence[Rule]) -> tuple[float, float]:
 
 
 def _edge(row: int, height: int, low: float, high: float) -> str:
+    if high - low < 1e-8:  # one value, which its level or title says
+        return ""
     return f"{high:.3g}" if row == 0 else f"{low:.3g}" if row == height - 1 else ""
 
 

@@ -1,6 +1,11 @@
 """The watching loop: poll, judge, show, notify, until the run ends."""
 
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from select import select
 from time import sleep
 from typing import Protocol
 
@@ -14,9 +19,6 @@ from wapo_analysis.store import MANIFEST, Run, find_runs
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.notify import Notifier
 from wapo_analysis.watch.view import one_line, render
-
-_OTHER_ROWS = 26
-"""Rows of the view that are no chart."""
 
 
 def find_run(path: Path) -> Path:
@@ -78,7 +80,9 @@ class Watcher:
         """The run is no longer being written."""
         return self.run is not None and self.run.manifest.status != "running"
 
-    def view(self, width: int, height: int | None = None) -> RenderableType:
+    def view(
+        self, width: int, height: int | None = None, *, keys: bool = False, explain: bool = False
+    ) -> RenderableType:
         """Return the view of the last refresh; it fits ``height`` rows if that is given."""
         assert self.run is not None
         assert self.diagnosis is not None
@@ -87,10 +91,11 @@ class Watcher:
             self.run,
             self.diagnosis,
             width=width,
+            rows=height,
             written=self.tail.last_written(),
             notes=[*self.tail.notes, *([failure] if failure else [])],
-            height=7 if height is None else min(max((height - _OTHER_ROWS) // 2, 3), 10),
-            brief=height is not None,
+            keys=keys,
+            explain=explain,
         )
 
     def line(self) -> str:
@@ -168,14 +173,55 @@ def _wait_for(path: Path, console: Console, interval: float) -> None:
 
 
 def _watch_live(watcher: Watcher, console: Console, interval: float) -> None:
-    def view() -> RenderableType:
-        return watcher.view(console.width, console.height)
+    explain = False
+    with _key_presses() as pressed:
 
-    with Live(view(), console=console, screen=False, auto_refresh=False) as live:
-        while not watcher.ended:
-            sleep(interval)
-            watcher.refresh()
-            live.update(view(), refresh=True)
+        def view() -> RenderableType:
+            return watcher.view(
+                console.width, console.height, keys=pressed is not None, explain=explain
+            )
+
+        with Live(view(), console=console, screen=False, auto_refresh=False) as live:
+            while not watcher.ended:
+                if pressed is None:
+                    sleep(interval)
+                key = pressed(interval) if pressed is not None else ""
+                if key == "q":
+                    return
+                if key == "?":
+                    explain = not explain
+                else:
+                    watcher.refresh()
+                live.update(view(), refresh=True)
+
+
+@contextmanager
+def _key_presses() -> Iterator[Callable[[float], str] | None]:
+    """A function that waits some seconds for a key and returns it, or ""; None without keys.
+
+    The terminal is put back as it was, however the watching ends.
+    """
+    try:
+        import termios
+        import tty
+    except ImportError:  # no POSIX
+        yield None
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield None
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+
+    def pressed(seconds: float) -> str:
+        ready, _, _ = select([terminal], [], [], seconds)
+        return os.read(terminal, 1).decode("ascii", "replace") if ready else ""
+
+    tty.setcbreak(terminal)
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _watch_lines(watcher: Watcher, console: Console, interval: float) -> None:

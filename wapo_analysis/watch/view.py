@@ -1,11 +1,13 @@
-"""The terminal view of a run: header, reward and entropy, classes, verdict. Run in, rich out."""
+"""The terminal view of a run: verdict and advice, then curves and classes. Run in, rich out."""
 
+import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import time
 
 import numpy as np
 import wapo_taxonomy as tax
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +16,7 @@ from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
 from wapo_analysis.diagnose.band import Band, entropy_band
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.errors import printable
+from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.store.lock import DEAD, ago
 from wapo_analysis.watch.chart import Rule, bar, line_chart
@@ -26,7 +29,22 @@ CLASS_STYLES = {
     "neg_valley": "#F0B040",
 }
 SEVERITY_STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
+KEYS = "?  what the terms mean     q  leave (the run goes on)"
+TERMS = (
+    ("reward, entropy", "mean over the tokens or rollouts of a step; entropy in nats"),
+    ("smoothed", "rolling median over a twentieth of the run, as diagnose judges it"),
+    ("baseline", "median of the first steps of this run"),
+    ("warns", "beyond this there is a finding; beyond explosion or collapse it is critical"),
+    ("peak, valley", "a token more, or less, likely than the draw expects: p >= or < sum of p^2"),
+    ("pos, neg", "the sign of the advantage of its rollout"),
+    ("gradient", "share of the sum of |dL/dz| over the logits z"),
+    ("predicted dH", "first-order change of entropy, nats per unit learning rate"),
+)
+"""What ``?`` shows."""
 _LABELS = 22
+_CHART_ROWS = (2, 10)
+"""Fewest and most rows of a chart."""
+_USUAL_ROWS = 7
 _MAX_FINDINGS = 4
 
 
@@ -35,12 +53,16 @@ def render(
     diagnosis: Diagnosis,
     *,
     width: int,
+    rows: int | None = None,
     written: float | None = None,
     notes: Sequence[str] = (),
-    height: int = 7,
-    brief: bool = False,
+    keys: bool = False,
+    explain: bool = False,
 ) -> RenderableType:
     """Build the view of a run as it is now.
+
+    Verdict and the whole first advice come first; curves, classes and further findings follow as
+    far as there is room.
 
     Parameters
     ----------
@@ -49,37 +71,84 @@ def render(
         Of the same run.
     width : int
         Columns of the terminal.
+    rows : int, optional
+        Rows of the terminal; None is as many as it takes.
     written : float, optional
         Time of the last write, seconds since 1970.
     notes : sequence of str
         One line each, shown at the end.
-    height : int
-        Rows of each chart.
-    brief : bool
-        One row for each finding, so that the number of rows stays the same.
+    keys : bool
+        Say which keys there are.
+    explain : bool
+        Show what the terms mean in place of the curves.
     """
-    context = Context(run)
     inner = max(width - 4, 40)
-    parts: list[RenderableType] = [
-        _header(run, written),
-        *_reward(context, inner - _LABELS, height),
-        *_entropy(context, inner - _LABELS, height),
-        *_classes(context, inner),
-        *_verdict(diagnosis, brief),
-        *(Text(printable(note), "yellow") for note in notes[-3:]),
-    ]
+    context = Context(run)
+    first: list[RenderableType] = [_header(run, written), *_verdict(diagnosis)]
+    last: list[RenderableType] = [Text(printable(note), "yellow") for note in notes[-3:]]
+    last += [Text(KEYS, "dim", no_wrap=True, overflow="ellipsis")] if keys else []
+    if explain:
+        parts = [*first, *_terms(), *last]
+    else:
+        used = _rows_of([*first, *last], inner) + 2
+        free = None if rows is None else max(rows - used - 1, 0)  # a row for the prompt below
+        parts = [*first, *_more(context, diagnosis, inner, free), *last]
     return Panel(Group(*parts), title=Text(f"wapo watch {printable(run.name)}"), title_align="left")
 
 
+def _rows_of(parts: Sequence[RenderableType], width: int) -> int:
+    console = Console(width=width, file=io.StringIO())
+    return len(console.render_lines(Group(*parts)))
+
+
+def _more(
+    context: Context, diagnosis: Diagnosis, width: int, free: int | None
+) -> list[RenderableType]:
+    """Curves, classes and further findings, in this order, as far as the rows go."""
+    found = {"entropy": _entropy(context), "reward": _reward(context)}
+    curves = [curve for curve in found.values() if curve is not None]
+    absent = [Text(f"{name}: not recorded", "dim") for name in found if found[name] is None]
+    rest: list[list[RenderableType]] = [
+        [*absent],
+        _classes(context, width),
+        _findings(diagnosis, brief=free is not None),
+    ]
+    if free is None:
+        return [
+            *(part for curve in curves for part in curve.drawn(width - _LABELS, _USUAL_ROWS)),
+            *(line for part in rest for line in part),
+        ]
+    least = _CHART_ROWS[0] + 2
+    shown = curves[: free // least]
+    free -= least * len(shown)
+    kept: list[RenderableType] = []
+    for part in rest:
+        if (size := _rows_of(part, width)) <= free:
+            kept += part
+            free -= size
+    grown = free // len(shown) if shown else 0
+    height = min(_CHART_ROWS[0] + grown, _CHART_ROWS[1])
+    return [*(line for curve in shown for line in curve.drawn(width - _LABELS, height)), *kept]
+
+
+def _terms() -> list[RenderableType]:
+    table = Table.grid(padding=(0, 2))
+    for name, text in TERMS:
+        table.add_row(Text(name, "bold"), text)
+    return [Text(), table]
+
+
 def one_line(run: Run, diagnosis: Diagnosis) -> str:
-    """Build the state of a run in one plain line, for logs."""
+    """Build the state of a run in one plain line, for logs; values smoothed as in the view."""
     context = Context(run)
     steps = context.step_numbers
     shown = [f"step {int(steps[-1])}" if len(steps) else "no step yet"]
+    values = []
     for column, unit in (("reward", ""), ("entropy", " nats")):
         series = context.series(column)
         if len(series):
-            shown.append(f"{column} {series.values[-1]:.3g}{unit}")
+            values.append(f"{column} {series.smooth[-1]:.3g}{unit}")
+    shown += [f"{', '.join(values)} (smoothed)"] if values else []
     shown += [VERDICT_WORDS[diagnosis.verdict], *([DEAD] if run.status == DEAD else [])]
     return f"{printable(run.name)}: {', '.join(shown)}"
 
@@ -100,35 +169,47 @@ def _header(run: Run, written: float | None) -> Text:
     return text.append(f"  {printable(run.objective)}", "dim")
 
 
-def _reward(context: Context, width: int, height: int) -> list[RenderableType]:
+@dataclass(frozen=True)
+class _Curve:
+    """A column over the steps: its title, and what its chart shows."""
+
+    title: Text
+    series: Series
+    style: str
+    rules: tuple[Rule, ...]
+    safe: tuple[float, float] = (-np.inf, np.inf)
+
+    def drawn(self, width: int, height: int) -> list[RenderableType]:
+        """Title, chart and step axis: ``height`` + 2 rows."""
+        chart = line_chart(
+            self.series.smooth, width=width, height=height, style=self.style, rules=self.rules,
+            safe=self.safe,
+        )  # fmt: skip
+        first, last = (f"{int(self.series.steps[end])}" for end in (0, -1))
+        axis = Text(f"step {first}{last.rjust(max(width - 5 - len(first), 1))}", "dim")
+        return [self.title, *chart, axis]
+
+
+def _reward(context: Context) -> _Curve | None:
     series = context.series("reward")
     if not len(series):
-        return [Text("\nreward: not recorded", "dim")]
-    title = Text(f"\nreward {series.values[-1]:.3g}", "bold")
-    title.append(f"  baseline {series.level:.3g}", "dim")
-    rules = (Rule(series.level, "dim", "baseline"),)
-    chart = line_chart(series.smooth, width=width, height=height, style="green", rules=rules)
-    return [title, *chart]
+        return None
+    title = Text(f"reward {series.smooth[-1]:.3g}", "bold", no_wrap=True, overflow="ellipsis")
+    title.append(f" (smoothed)  baseline {series.level:.3g}", "dim")
+    return _Curve(title, series, "green", (Rule(series.level, "dim", "baseline"),))
 
 
-def _entropy(context: Context, width: int, height: int) -> list[RenderableType]:
+def _entropy(context: Context) -> _Curve | None:
     series, band = context.series("entropy"), entropy_band(context)
     if band is None:
-        return [Text("\nentropy: not recorded", "dim")]
-    title = Text(f"\nentropy {series.values[-1]:.3g} nats", "bold")
+        return None
+    title = Text(f"entropy {series.smooth[-1]:.3g} nats", "bold", no_wrap=True, overflow="ellipsis")
     title.append(
-        f"  baseline {band.level:.3g}; warns outside {max(band.low, 0):.3g} .. {band.high:.3g}",
+        f" (smoothed)  baseline {band.level:.3g}; warns outside {max(band.low, 0):.3g} .. "
+        f"{band.high:.3g}",
         "dim",
     )
-    chart = line_chart(
-        series.smooth,
-        width=width,
-        height=height,
-        style="cyan",
-        rules=_band_rules(band),
-        safe=(band.low, band.high),
-    )
-    return [title, *chart]
+    return _Curve(title, series, "cyan", _band_rules(band), (band.low, band.high))
 
 
 def _band_rules(band: Band) -> tuple[Rule, ...]:
@@ -151,7 +232,7 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
         names = totals.loc[totals["step"].isin(last), "cls"]
         idle = len(names) and names.eq(tax.NONE).all()
         why = "every advantage is zero" if idle else "no token statistics were recorded"
-        return [Text(f"\nclasses: {why}", "dim")]
+        return [Text(f"classes: {why}", "dim")]
     columns = ["tokens", "grad_mass", "pred_dentropy_sum"]
     sums = recent.astype({"cls": str}).groupby("cls")[columns].sum(min_count=1)
     by_class = sums.reindex(tax.CLASSES).fillna(0.0).to_numpy(np.float64)
@@ -167,12 +248,13 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
             cells += [Text(f"{share:4.0%}"), bar(share, size, style)]
         table.add_row(*cells, f"{flow:+.2g}" if context.has_flow else "n/a")
     window = f"steps {int(last[0])} to {int(last[-1])}"
-    return [Text(f"\nclasses, {window}", "bold"), table]
+    return [Text(f"classes, {window}", "bold"), table]
 
 
-def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
+def _verdict(diagnosis: Diagnosis) -> list[RenderableType]:
+    """Verdict, since when, driven by what, and the whole first advice with its command."""
     calm = diagnosis.verdict in ("healthy", "insufficient_data")
-    title = Text("\nverdict: ", "bold")
+    title = Text("verdict: ", "bold")
     title.append(VERDICT_WORDS[diagnosis.verdict], "bold green" if calm else "bold red")
     if diagnosis.onset_step is not None:
         title.append(f" since step {diagnosis.onset_step}")
@@ -184,7 +266,30 @@ def _verdict(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
     lines: list[RenderableType] = [title, Text(printable(diagnosis.sentence))]
     if diagnosis.culprits:
         lines.append(Text(printable(diagnosis.culprits.words())))
-    for finding in diagnosis.findings[:_MAX_FINDINGS]:
+    if diagnosis.findings:
+        lines += _advice(diagnosis)
+    return lines
+
+
+def _advice(diagnosis: Diagnosis) -> list[RenderableType]:
+    finding = diagnosis.findings[0]
+    line = Text()
+    if diagnosis.onset_step is None:  # else the verdict has said it
+        line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
+        line.append(f" at step {finding.step}. ")
+    line.append("do: ", "bold").append(printable(finding.advice.text))
+    steps = [
+        Text(printable(f"{number}. {step.text}"))
+        for number, step in enumerate(finding.advice.steps, start=1)
+    ]
+    test = [Text(f"test it: {printable(diagnosis.command)}")] if diagnosis.command else []
+    return [line, *steps, *test]
+
+
+def _findings(diagnosis: Diagnosis, brief: bool) -> list[RenderableType]:
+    """The findings after the first, a row each if ``brief``."""
+    lines: list[RenderableType] = []
+    for finding in diagnosis.findings[1:_MAX_FINDINGS]:
         line = Text(no_wrap=brief, overflow="ellipsis" if brief else None)
         line.append(f"{finding.severity} {finding.name}", SEVERITY_STYLES[finding.severity])
         line.append(f" at step {finding.step}: {printable(str(finding.advice))}", "default")

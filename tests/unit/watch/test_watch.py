@@ -1,9 +1,12 @@
 """wapo watch: incremental reading of a run that is being written, the loop, and the command."""
 
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from wapo_analysis.diagnose import diagnose
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch import watch
-from wapo_analysis.watch.live import Watcher
+from wapo_analysis.watch.live import Watcher, _key_presses
 
 # ---- following a run that is being written ------------------------------------------------------
 
@@ -278,7 +281,30 @@ def test_a_run_whose_process_died_is_shown_as_probably_dead(
     watcher = Watcher(tail)
     watcher.refresh()
     assert "probably dead  step 1" in shown(watcher.view(80))
-    assert watcher.line() == "r: step 1, reward 0.5, insufficient data, probably dead"
+    assert watcher.line() == "r: step 1, reward 0.5 (smoothed), insufficient data, probably dead"
     assert not watcher.ended, "a queue may start it again"
     assert wapo(["diagnose", str(tmp_path / "r")]) == 0
     assert "its process ended without ending the run" in capfd.readouterr().out
+
+
+def test_keys_are_read_one_by_one_and_the_terminal_is_put_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keyboard, terminal = pty.openpty()
+    before = termios.tcgetattr(terminal)
+    with open(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with _key_presses() as pressed:
+            assert pressed is not None
+            assert pressed(0.0) == ""
+            os.write(keyboard, b"?q")
+            assert [pressed(5.0), pressed(5.0), pressed(0.0)] == ["?", "q", ""]
+        assert termios.tcgetattr(terminal) == before
+    os.close(keyboard)
+
+
+def test_without_a_terminal_there_are_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with _key_presses() as pressed:
+            assert pressed is None

@@ -14,7 +14,7 @@ from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.watch.chart import Rule, bar, bucket_means, line_chart
-from wapo_analysis.watch.view import one_line, render
+from wapo_analysis.watch.view import TERMS, one_line, render
 
 
 def view(path: Path, width: int = 100) -> str:
@@ -127,6 +127,46 @@ def test_texts_of_a_run_cannot_style_the_terminal(tmp_path: Path) -> None:
 def test_every_row_fits_the_terminal(tmp_path: Path, width: int) -> None:
     path = write_fake_run(tmp_path / "r", steps=30, drift="collapse")
     assert max(map(len, view(path, width).splitlines())) <= max(width, 44)
+
+
+@pytest.mark.parametrize("drift", ["explosion", "collapse", "stalled", "noise"])
+@pytest.mark.parametrize("rows", [24, 30, 60])
+def test_verdict_and_whole_advice_come_first_and_the_rest_fits(
+    tmp_path: Path, drift: Any, rows: int
+) -> None:
+    run = open_run(write_fake_run(tmp_path / "r", steps=60, drift=drift))
+    found = diagnose(run)
+    text = shown(render(run, found, width=80, rows=rows, keys=True), 80)
+    lines = text.splitlines()
+    assert len(lines) < rows, "a row is left for the prompt"
+    plain = " ".join(text.replace("│", " ").split())
+    places = [plain.index("verdict: ")]
+    if found.findings:
+        advice = found.findings[0].advice
+        places += [plain.index(step) for step in (advice.text, *(s.text for s in advice.steps))]
+    if "(smoothed)" in plain:
+        places.append(plain.index("(smoothed)"))
+    assert places == sorted(places)
+    assert "q leave" in plain
+
+
+def test_terms_are_explained_in_place_of_the_curves(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "r", steps=30))
+    text = shown(render(run, diagnose(run), width=80, rows=24, explain=True), 80)
+    assert "rolling median" in text
+    assert "step 1 " not in text
+    assert all(term in text for term, _ in TERMS)
+
+
+def test_view_and_line_say_the_same_smoothed_values(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "r", steps=60, drift="noise"))
+    found = diagnose(run)
+    smooth = {name: Context(run).series(name).smooth[-1] for name in ("reward", "entropy")}
+    text = shown(render(run, found, width=100), 100)
+    assert f"reward {smooth['reward']:.3g} (smoothed)" in text
+    assert f"entropy {smooth['entropy']:.3g} nats (smoothed)" in text
+    said = f"reward {smooth['reward']:.3g}, entropy {smooth['entropy']:.3g} nats (smoothed)"
+    assert said in one_line(run, found)
 
 
 def test_a_chart_shows_level_line_and_alarm() -> None:
