@@ -23,6 +23,7 @@ from torch import Tensor
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.topk import ReadRows
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.store import open_run
 from wapo_analysis.train.batch import Batch, draw_batch
@@ -243,11 +244,15 @@ class _Trainer(Trainer):
                 raise RuntimeError(f"watching failed: {recorder.failure or 'the probe did'}")
         return clock() - started
 
-    def _score(self, rollouts: Rollouts, grad: bool) -> TokenStats:
+    def _score(
+        self, rollouts: Rollouts, grad: bool, look: Callable[[ReadRows], None] | None = None
+    ) -> TokenStats:
         ids, mask = rollouts.completion_ids, rollouts.mask
         with torch.set_grad_enabled(grad):
             logits = completion_logits(self.policy, rollouts)
             logp = _selected(logits, ids)[mask]
+        if look is not None:
+            look(logits.__getitem__)
         if self._watched:
             with torch.no_grad():
                 return token_stats(logits, ids, mask=mask)._replace(logp=logp)

@@ -298,6 +298,23 @@ ROLLOUTS = Table(
     ),
 )
 
+TOPK = Table(
+    "topk",
+    "one of the K most probable tokens at one position of a few rollouts, in the first gradient "
+    "pass that has them",
+    (
+        _key("step", "rollout step"),
+        _key("minibatch", "gradient pass within the step, from 0", "int16"),
+        _key("rank", "process that saw the token", "int16"),
+        _key("rollout", "completion of the step, from 0"),
+        _key("position", "place in the completion, from 0"),
+        _key("place", "0 for the most probable token, 1 for the next ...", "int8"),
+        _key("token_id", "id of the token; the sampled one may be among them"),
+        _measured("logp", "nats", "its log-probability under the policy being updated"),
+        Column("logp_after", "float32", "nats", "later", "the same after the update of this pass"),
+    ),
+)
+
 # What a probed update is made of, and whose tokens were scored. Codes 0..3 are the classes of the
 # taxonomy in both; the parts of an update, interaction included, add up to UPDATE.
 UPDATE, GRADIENT, MOMENTUM, WEIGHT_DECAY, INTERACTION = 4, 5, 6, 7, 8
@@ -354,7 +371,7 @@ PROBES = Table(
     ),
 )
 
-TABLES: Mapping[str, Table] = {t.name: t for t in (TOKENS, STEPS, CLASSES, ROLLOUTS, PROBES)}
+TABLES: Mapping[str, Table] = {t.name: t for t in (TOKENS, STEPS, CLASSES, ROLLOUTS, PROBES, TOPK)}
 
 # The paper's bins [0,.01) [.01,.1) [.1,.25) [.25,.5) [.5,1] are unions of these; the cuts above
 # .5 resolve the near-certain tokens that make up most of an RLVR batch. p = 1 is in the last bin.

@@ -22,6 +22,7 @@ from wapo_analysis.record.batches import BatchPass, batch_pass
 from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
+from wapo_analysis.record.topk import TOPK, TopReader
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import PartWriter, RunWriter
@@ -70,6 +71,9 @@ class Recorder(Guarded, Closing):
         The clip looks at the ratio of the whole rollout (GSPO).
     take_over : bool
         Take the run from a process that still seems to write it; that one stops recording.
+    topk : int
+        Keep this many of the most probable tokens, ids and log-probabilities, at the positions of
+        four rollouts of every step with token rows (table ``topk``); 0 keeps none.
 
     Raises
     ------
@@ -109,6 +113,7 @@ class Recorder(Guarded, Closing):
         synchronous: bool = False,
         sequence_level: bool = False,
         take_over: bool = False,
+        topk: int = TOPK,
     ) -> None:
         if min(token_every, rescore_every, probe_every) < 0:
             raise UserError(
@@ -122,7 +127,10 @@ class Recorder(Guarded, Closing):
         self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
         names = ("temperature", "token_every", "token_fraction", "rescore_every", "probe_every")
         settings = {name: getattr(self, name) for name in names} | {"store_bits": store_bits}
+        settings["topk"] = topk
+        self.tops = TopReader(topk, token_every, token_fraction, temperature)
         self._step = OpenStep()
+        self._last = resume_after or 0
         self._warned = False
         self._since, self._captured = perf_counter(), 0.0
         if self.path is None:
@@ -252,26 +260,15 @@ class Recorder(Guarded, Closing):
         if not loss_scale > 0:
             raise UserError(f"loss_scale must be positive, got {loss_scale}")
         batch = batch_pass(
-            logp,
-            tokens,
-            mask,
-            advantages,
-            groups,
-            rollouts=rollouts,
-            first_rollout=self._step.rollouts,
-            temperature=self.temperature,
+            logp, tokens, mask, advantages, groups, rollouts=rollouts, cu_seqlens=cu_seqlens,
+            first_rollout=self._step.rollouts, temperature=self.temperature,
             minibatch=len(self._step.batches) if minibatch is None else minibatch,
-            cu_seqlens=cu_seqlens,
-            logits=logits,
-            entropy=entropy,
-            collision=collision,
-            logp_old=logp_old,
-            logp_prox=logp_prox,
-            stats=stats,
-            kept=kept,
-            clip=clip,
-        )
+            logits=logits, entropy=entropy, collision=collision, logp_old=logp_old,
+            logp_prox=logp_prox, stats=stats, kept=kept, clip=clip,
+        )  # fmt: skip
         self._step.batches.append(batch)
+        if logits is not None:
+            self.tops.look(self._last + 1, batch.tokens, batch.place, logits.__getitem__)
         self.watch_pass(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
 
     watch_batch = watch  # its name until packed batches came
@@ -336,7 +333,7 @@ class Recorder(Guarded, Closing):
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
-        now, self._step = self._step, OpenStep()
+        now, self._step, self._last = self._step, OpenStep(), int(step)
         row: dict[str, Any] = {"step": int(step), **self._times()}
         found = step_rollouts(now.batches, reward, prompts, completions)
         row |= found.row
@@ -347,6 +344,7 @@ class Recorder(Guarded, Closing):
         job = now.job(
             row,
             rollouts or {},
+            tops=self.tops.taken(),
             rank=self.rank,
             temperature=self.temperature,
             share=self.token_fraction if on_schedule(step, self.token_every) else 0.0,

@@ -20,7 +20,8 @@ from wapo_analysis.derive import (
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.batches import BatchPass
 from wapo_analysis.record.tokens import HostPass, TokenPass, given_in_all, on_host
-from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.record.topk import TopTokens, chosen_rows
+from wapo_analysis.schema import ROLLOUTS, TOKENS, TOPK
 from wapo_analysis.table import Array, Records
 
 _LEAST_SHARE = 1 / 64
@@ -58,7 +59,13 @@ class OpenStep:
         self.settled += built
         return built[0] if built else None
 
-    def job(self, row: dict[str, Any], rollouts: Mapping[str, Any], **settings: Any) -> "StepJob":
+    def job(
+        self,
+        row: dict[str, Any],
+        rollouts: Mapping[str, Any],
+        tops: Sequence[TopTokens] = (),
+        **settings: Any,
+    ) -> "StepJob":
         """Everything of the step for the writer; what the caller may write again is copied."""
         passes = self._taken()
         given = frozenset.intersection(*self._given) if self._given else frozenset()
@@ -68,7 +75,8 @@ class OpenStep:
             keys = {"step": np.full(count, row["step"]), "rank": np.full(count, settings["rank"])}
             own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
             others.insert(0, Records.build(ROLLOUTS, {**keys, **own}))
-        return StepJob(row, passes, self.settled, given, others, **settings)
+        read = [on_host(top) for top in tops if top.ids is not None]
+        return StepJob(row, passes, self.settled, given, others, read, **settings)
 
     def _taken(self) -> list[HostPass]:
         taken, self.passes = self.passes, []
@@ -92,6 +100,8 @@ class StepJob:
         Statistics that every pass has.
     others : list of Records
         Rollouts and probes.
+    tops : list of HostPass
+        The most probable tokens of a few rollouts.
     rank : int
     temperature : float
         Softmax temperature of the statistics.
@@ -109,6 +119,7 @@ class StepJob:
     tokens: list[Records]
     given: frozenset[str]
     others: list[Records]
+    tops: list[HostPass] = field(default_factory=list)
     rank: int = 0
     temperature: float = 1.0
     share: float = 1.0
@@ -160,7 +171,16 @@ class StepJob:
 
     def records(self) -> list[Records]:
         """Tables to be written, once condensed: class totals, token rows, rollouts, probes."""
-        return [*self._totals, *self._chosen, *self.others]
+        return [*self._totals, *self._chosen, *self._top_records(), *self.others]
+
+    def _top_records(self) -> list[Records]:
+        """The most probable tokens of rollouts whose own rows are written."""
+        built = [Records.build(TOPK, top.columns(self.step, self.rank)) for top in self.tops]
+        if not built or self.share <= 0:
+            return []
+        rows = Records.concat(built)
+        kept = rows.select(chosen_rows(rows["rollout"], self.step, self.share))
+        return [kept] if len(kept) else []
 
 
 def token_records(
@@ -189,18 +209,6 @@ def pass_sums(
     if sequence_level:
         columns["ratio"] = sequence_ratio(columns)
     return {name: float(value) for name, value in token_sums(columns, given).items()}
-
-
-def chosen_rows(rollout: Array, step: int, fraction: float) -> Array:
-    """Rows of the chosen rollouts: a multiplicative hash of (step, rollout) below the fraction.
-
-    The rollouts of a smaller fraction are among those of a larger one.
-    """
-    mixed = (rollout.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    mixed += np.uint64(step * 0xBF58476D1CE4E5B9 % 2**64)
-    mixed ^= mixed >> np.uint64(31)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) / 2**53 < fraction)
 
 
 def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:

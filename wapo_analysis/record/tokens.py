@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.table import Array
 
@@ -15,7 +16,8 @@ from wapo_analysis.table import Array
 class TokenPass:
     """Tokens of one gradient pass, flat over the loss mask; every tensor has shape (N,).
 
-    ``coef`` is filled by the backward pass, ``*_after`` by re-scoring. Leave a statistic None if
+    ``coef`` is filled by the backward pass, ``*_after`` by re-scoring; ``top`` holds the most
+    probable tokens of a few rollouts, if any of the pass are looked at. Leave a statistic None if
     the source cannot give it: it is stored as missing.
 
     The tensors are read when the step has ended, on a CPU without a copy, possibly by another
@@ -41,6 +43,7 @@ class TokenPass:
     logp_after: Tensor | None = None
     entropy_after: Tensor | None = None
     minibatch: int = field(default=0, kw_only=True)
+    top: TopTokens | None = field(default=None, kw_only=True)
 
     @classmethod
     def of_rollouts(
@@ -99,7 +102,7 @@ class HostPass:
         Later changes of its fields are not seen.
     """
 
-    def __init__(self, tokens: TokenPass) -> None:
+    def __init__(self, tokens: TokenPass | TopTokens) -> None:
         self._minibatch = tokens.minibatch
         self._given = {name: _as_numpy(values) for name, values in tokens.given().items()}
 
@@ -117,7 +120,7 @@ class HostPass:
         rows = len(self)
         for name, value in (("step", step), ("minibatch", self._minibatch), ("rank", rank)):
             given[name] = np.full(rows, value)
-        if "kept" not in given:
+        if "advantage" in given and "kept" not in given:
             given["kept"] = np.ones(rows, bool)
         return given
 
@@ -137,7 +140,7 @@ class DevicePass(HostPass):
         Integers must fit int32.
     """
 
-    def __init__(self, tokens: TokenPass) -> None:
+    def __init__(self, tokens: TokenPass | TopTokens) -> None:
         self._minibatch = tokens.minibatch
         given, device = tokens.given(), tokens.logp.device
         self._floats = [name for name, v in given.items() if v.is_floating_point()]
@@ -177,7 +180,7 @@ class DevicePass(HostPass):
         return given
 
 
-def on_host(tokens: TokenPass) -> HostPass:
+def on_host(tokens: TokenPass | TopTokens) -> HostPass:
     """Start bringing a pass to the host; never waits for a CUDA device."""
     return HostPass(tokens) if tokens.logp.device.type == "cpu" else DevicePass(tokens)
 

@@ -76,7 +76,7 @@ class StepWriter:
         """
         if texts is not None and job.share > 0:
             self._texts = texts
-            for tokens in job.passes:
+            for tokens in (*job.passes, *job.tops):
                 if tokens.token_ids is not None:
                     self.name(tokens.token_ids, texts)
             self._name_arrived()
@@ -141,7 +141,8 @@ class StepWriter:
     def _condense(self, job: StepJob) -> None:
         """Sum a step up, and keep the token ids that have come from a device."""
         if job.share > 0:
-            waited = [tokens for tokens in job.passes if tokens.token_ids is None]
+            given = (*job.passes, *job.tops)
+            waited = [tokens for tokens in given if tokens.token_ids is None]
             self._arrived += [np.unique(p.columns(0, 0)["token_id"]) for p in waited]
         job.condense()
 

@@ -1,5 +1,6 @@
 """Files: names of the layout, atomic writes, reads that neither block nor flood memory."""
 
+import io
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ from wapo_analysis.errors import UserError
 MANIFEST = "manifest.json"
 STEP_LOG = "steps.jsonl"
 VOCAB = "vocab.parquet"
-PART_TABLES = ("tokens", "classes", "rollouts", "probes")
+PART_TABLES = ("tokens", "classes", "rollouts", "probes", "topk")
 JSON_BYTES = 1 << 26
 """Most bytes of a manifest that are read."""
 JSON_DEPTH = 64
@@ -53,7 +54,7 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def open_regular(path: Path, limit: int = 1 << 62) -> BinaryIO:
+def open_regular(path: Path, limit: int = 1 << 62) -> io.BufferedReader:
     """Open a regular file for reading; never a pipe, a socket or a device, which could block.
 
     Parameters

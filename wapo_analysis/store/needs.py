@@ -19,8 +19,9 @@ _NONE = {
     "probes": "no probes (recorded with probe_every)",
     "tokens": "no token rows (recorded with token_every or token_fraction 0)",
     "rollouts": "no completions",
+    "topk": "no most probable tokens (recorded with topk)",
 }
-_LARGE = ("tokens", "rollouts")
+_LARGE = ("tokens", "rollouts", "topk")
 """Tables of which only the ends are read: a column is there or not."""
 _LOOK = 1000
 _RESCORED = ("dprob", "dentropy", "logp_after", "entropy_after")
@@ -105,7 +106,7 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     """Names of the columns with a value: a finite number, or a text in a column of texts."""
     for name, values in frame.items():
         if name in TABLES[table] and TABLES[table][str(name)].dtype == "str":
-            holds = values.notna().any()
+            holds = bool(values.notna().any())
         else:
             # A look at the first rows is nearly always enough.
             holds = _finite(values.iloc[:_LOOK]) or _finite(values)

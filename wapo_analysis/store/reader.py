@@ -131,6 +131,23 @@ class Run:
         derived_values = derived_columns(columns, self.temperature)
         return frame.assign(**derived_values).assign(cls=class_names(derived_values["cls"]))
 
+    def topk(self, steps: Iterable[int] | None = None) -> pd.DataFrame:
+        """The most probable tokens at the positions of a few rollouts, before and after updates.
+
+        Parameters
+        ----------
+        steps : iterable of int, optional
+            Only these steps.
+
+        Returns
+        -------
+        DataFrame
+            The ``topk`` table with ``prob`` = exp(logp) and ``prob_after``, NaN where the tokens
+            were not scored again; empty if none were recorded.
+        """
+        frame = self.table("topk", steps)
+        return frame.assign(prob=np.exp(frame["logp"]), prob_after=np.exp(frame["logp_after"]))
+
     def summary(self, by: Sequence[str] = ("step", "cls"), engine: Engine = "auto") -> pd.DataFrame:
         """Tokens, entropy, predicted entropy change and gradient mass of the token rows.
 

@@ -19,7 +19,8 @@ from wapo_analysis.derive import reward_columns, rollout_sums
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.weights import BatchWeights, kept_token_weights, minibatch_weights
-from wapo_analysis.record.recorder import TokenPass
+from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
@@ -250,6 +251,11 @@ class MiniBatch:
             )
             for part in parts
         ]
+
+    def top_tokens(self, recorder: Recorder, step: int) -> TopTokens | None:
+        """Rows whose most probable tokens are to be recorded; None if there are none."""
+        row, position = self.rollouts.mask.nonzero(as_tuple=True)
+        return recorder.tops.choose(step, (row, position), self.rows[row], position, self.index)
 
     def token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
         """Rows of the token table for the N completion tokens.

@@ -173,6 +173,9 @@ class TrainConfig(ObjectiveSettings, _Objective):
     token_fraction: float = setting(
         1.0, "Share of rollouts whose token rows are written.",
         Limit(lambda value: 0 < value <= 1, "in (0, 1]"), resumable=True, cli=True)
+    topk: int = setting(
+        8, "Most probable tokens that are recorded at the positions of four rollouts of a step "
+        "with token rows; 0 records none.", between(0, 127), resumable=True)
     store_bits: int = setting(
         15, "Mantissa bits that float32 columns keep on disk; 23 keeps all.", between(7, 23),
         resumable=True)

@@ -18,6 +18,7 @@ from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import keep_tokens, policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
+from wapo_analysis.record.topk import ReadRows, reading
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
 from wapo_analysis.store.lock import check_free
@@ -339,7 +340,7 @@ class Trainer:
         size = self.config.microbatch_size
         pieces = micro_batches(update, size, weights, self.objective, self.world, self._kept)
         with self.world.together():
-            watched = [self._backward(*piece, tally, recorder) for piece in pieces]
+            watched = [self._backward(step, *piece, tally, recorder) for piece in pieces]
         self.world.sum_gradients(self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(
             self.parameters, self.config.max_grad_norm or math.inf
@@ -351,13 +352,15 @@ class Trainer:
         tally.add_update(float(norm))
         if recorder.wants_rescore(step):
             for tokens, rollouts in watched:
-                after = self._score(rollouts, grad=False)
+                after = self._score(rollouts, False, reading(recorder, tokens.top))
                 tokens.logp_after, tokens.entropy_after = after.logp, after.entropy
 
-    def _score(self, rollouts: Rollouts, grad: bool) -> TokenStats:
+    def _score(
+        self, rollouts: Rollouts, grad: bool, look: Callable[[ReadRows], None] | None = None
+    ) -> TokenStats:
         """Statistics of the N completion tokens, flat over the mask."""
         with torch.set_grad_enabled(grad), recomputing(self.policy.module, grad):
-            return score(self.policy, rollouts, self.config.temperature, self.capture.mode)
+            return score(self.policy, rollouts, self.config.temperature, self.capture.mode, look)
 
     def _kept(self, update: MiniBatch) -> Tensor:
         """Tokens of the mini-batch that would enter the loss now, shape (B, T); no gradient."""
@@ -372,25 +375,23 @@ class Trainer:
         return keep_tokens(self.objective, update.advantage, mask, peak)
 
     def _backward(
-        self, update: MiniBatch, weights: BatchWeights, tally: StepTally, recorder: Recorder
-    ) -> tuple[TokenPass, Rollouts]:
+        self, step: int, update: MiniBatch, weights: BatchWeights, tally: StepTally,
+        recorder: Recorder,
+    ) -> tuple[TokenPass, Rollouts]:  # fmt: skip
         """Forward and backward of one micro-batch; the recorder sees the pass in between."""
         rollouts, mask = update.rollouts, update.rollouts.mask
-        stats = self._score(rollouts, grad=True)
+        top = recorder.guard(update.top_tokens, recorder, step)
+        stats = self._score(rollouts, True, reading(recorder, top))
         keep = self._keep(update, stats)
         # Whatever the mask hides is 0, so the loss sees a plain (B, T) tensor.
         logp = torch.zeros_like(rollouts.logp_old, dtype=stats.logp.dtype)
         logp = logp.masked_scatter(mask, stats.logp)
         out = policy_loss(
-            self.objective,
-            logp,
-            rollouts.logp_old,
-            update.advantage,
-            mask,
-            keep,
+            self.objective, logp, rollouts.logp_old, update.advantage, mask, keep,
             weights.sequence_weight,
-        )
+        )  # fmt: skip
         tokens = update.token_pass(stats, out.kept, out.clipped)
+        tokens.top = top
         recorder.watch_pass(tokens, stats.logp)
         loss = out.loss * weights.summed_multiplier
         tally.add_tokens(tokens, out.ratio[mask], loss)

@@ -117,6 +117,7 @@ def open_recorder(
         token_fraction=config.token_fraction,
         store_bits=config.store_bits,
         rescore_every=config.rescore_every,
+        topk=config.topk,
         probe_every=config.probe_every,
         temperature=config.temperature,
         rank=world.rank,

@@ -3,7 +3,7 @@
 Shapes: B rollouts, T completion length, V vocabulary, D hidden width, N completion tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from wapo_analysis.capture.lm_head import LmHead, head_obstacle, inner_model
@@ -15,6 +15,7 @@ from wapo_analysis.capture.mode import (
     earlier_mode,
     free_memory,
 )
+from wapo_analysis.record.topk import ReadRows
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import Policy
@@ -55,7 +56,13 @@ def capture_mode(
     return choose_mode(asked, logits_bytes, free_memory(policy.device), obstacle)
 
 
-def score(policy: Policy, rollouts: Rollouts, temperature: float, mode: str) -> TokenStats:
+def score(
+    policy: Policy,
+    rollouts: Rollouts,
+    temperature: float,
+    mode: str,
+    look: Callable[[ReadRows], None] | None = None,
+) -> TokenStats:
     """Statistics of the N completion tokens, flat over the mask; logp is on the autograd graph.
 
     Parameters
@@ -65,9 +72,16 @@ def score(policy: Policy, rollouts: Rollouts, temperature: float, mode: str) -> 
     temperature : float
     mode : {"passive", "replace"}
         Whether (B, T, V) logits are made on the way.
+    look : callable, optional
+        Called with a function that gives the logits (m, V) at m places (row, position).
     """
     ids, mask = rollouts.completion_ids, rollouts.mask
     if mode != REPLACE:
-        return token_stats(completion_logits(policy, rollouts), ids, temperature, mask)
-    head = LmHead.of(inner_model(policy.model))
-    return head.stats(completion_hidden(policy, rollouts), ids, temperature, mask)
+        logits = completion_logits(policy, rollouts)
+        if look is not None:
+            look(logits.__getitem__)
+        return token_stats(logits, ids, temperature, mask)
+    head, hidden = LmHead.of(inner_model(policy.model)), completion_hidden(policy, rollouts)
+    if look is not None:
+        look(lambda place: head.logits(hidden[place]))
+    return head.stats(hidden, ids, temperature, mask)

@@ -34,9 +34,9 @@ def lines(path: Path) -> list[bytes]:
 
 def test_whole_runs_are_whole(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert wapo(["check", str(run)]) == 0
-    assert capfd.readouterr().out == f"{run}: whole (3 step lines and 9 files of tables read)\n"
+    assert capfd.readouterr().out == f"{run}: whole (3 step lines and 12 files of tables read)\n"
     compact(run)
-    assert (check(run).damage, check(run).files) == ([], 3)
+    assert (check(run).damage, check(run).files) == ([], 4)
     old = check(OLD_RUN)
     assert old.damage == []
     assert "have no checksums" in old.notes[0]

@@ -280,11 +280,11 @@ def test_compact_says_what_it_did_and_changes_no_table(
     before = tables(open_run(path))
     code, out, err = said(capfd, str(path))
     assert (code, err) == (0, "")
-    assert out.startswith(f"{path}: 9 files, ")
-    assert "-> 3 files, " in out
+    assert out.startswith(f"{path}: 12 files, ")
+    assert "-> 4 files, " in out
     assert all(a.equals(b) for a, b in zip(before, tables(open_run(path)), strict=True))
     assert names(path) == ["merged-00000001-00000003-0.parquet"]
-    assert said(capfd, str(path))[1].startswith(f"{path}: 3 files")
+    assert said(capfd, str(path))[1].startswith(f"{path}: 4 files")
 
 
 def test_compact_refuses_a_run_that_is_being_written(
