@@ -72,7 +72,7 @@ class HeadReader(Guarded):
         self.reason = "no model has returned logits"
         self._temperature = temperature
         self._reading: Reading | None = None
-        self._used = 0
+        self._used = self._texts = 0  # positions and texts of the reading that losses have had
         self._handle: RemovableHandle | None = None
         if isinstance(model, nn.Module):
             self._handle = model.register_forward_hook(self._forward, with_kwargs=True)
@@ -109,7 +109,7 @@ class HeadReader(Guarded):
             self.guard(self._read, logits.detach(), ids, kwargs.get("position_ids"))
 
     def _read(self, logits: Tensor, ids: Any, positions: Any) -> None:
-        self._reading, self._used = None, 0
+        self._reading, self._used, self._texts = None, 0, 0
         if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1] or ids.dim() != 2:
             self.reason = "the model was not given the token ids of its logits"
             return
@@ -137,6 +137,7 @@ class HeadReader(Guarded):
                 continue
             if self._agrees(reading.stats.logp[index], wanted):
                 self._used += len(logp) if logp.dim() == 1 else 0
+                self._texts += 1
                 return reading.at(index)
         return None
 
@@ -173,10 +174,14 @@ class HeadReader(Guarded):
             else:
                 yield row * predicted + column - 1
                 yield row * predicted + column
-        elif count == 1 and reading.begins is not None and len(reading.begins) > len(logp):
-            # Without padding: each text ends with its completion.
+        begins = reading.begins
+        if count > 1 or begins is None:
+            return
+        if len(logp) == 1 and self._texts < len(begins) - 1:  # one text of the packed row a call
+            yield begins[self._texts] + column
+        elif len(begins) > len(logp):  # each text ends with its completion
             last = (mask.bool() * torch.arange(1, width + 1, device=mask.device)).amax(1)
-            yield reading.begins[1:][row] - last[row] + column - 1
+            yield begins[1:][row] - last[row] + column - 1
 
 
 def _named_logits(output: Any) -> Tensor | None:

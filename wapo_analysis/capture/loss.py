@@ -47,6 +47,8 @@ class LossWatch(Guarded):
         Gives the statistics that a loss is not given.
     first_step : int
         Number of the next step.
+    texts : callable, optional
+        Token ids to their texts.
 
     Attributes
     ----------
@@ -60,11 +62,12 @@ class LossWatch(Guarded):
         open_recorder: Callable[[], Recorder | None],
         head: HeadReader | None = None,
         first_step: int = 1,
+        texts: Callable[..., Any] | None = None,
     ) -> None:
         self.recorder: Recorder | None = None
         self._open, self._head = open_recorder, head
         self._opened, self._said = False, set[str]()
-        self._step, self._calls = first_step, 0
+        self._step, self._calls, self._texts = first_step, 0, texts
         self._columns: dict[str, Any] = {}
 
     def fail(self, error: Exception) -> None:
@@ -151,7 +154,7 @@ class LossWatch(Guarded):
         if self.recorder is None or not self.recorder.watching:
             return
         told, self._columns, self._calls = self._columns, {}, 0
-        self.recorder.finish_step(self._step, **{**columns, **told})
+        self.recorder.finish_step(self._step, **{"texts": self._texts, **columns, **told})
         self._step += 1
 
     def close(self, status: str) -> None:
@@ -262,21 +265,17 @@ class WatchedLoss(Closing):
         return getattr(self.__wrapped__, name)
 
     def __reduce__(self) -> Any:
-        return _again, (self.__wrapped__, self._given, self._settings)
+        return WatchedLoss, (self.__wrapped__, self._given, self._settings)
 
 
 def _refuse(error: UserError) -> None:
     raise error
 
 
-def _again(loss: Callable[..., Any], names: Any, settings: dict[str, Any]) -> WatchedLoss:
-    return WatchedLoss(loss, names, settings)
-
-
 def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
     given = dict(settings)
     path, optimizer, head = given.pop("run"), given.pop("optimizer"), given.pop("head")
-    rank, entries = given.pop("rank"), given.pop("manifest")
+    rank, entries, texts = given.pop("rank"), given.pop("manifest"), given.pop("texts")
     like = names.get("like") if isinstance(names, Mapping) else names
     source = like if isinstance(like, str) else "loop"
     reader = None
@@ -292,7 +291,7 @@ def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
         described = Manifest.begun(source, (source, "torch"), name=name, label=name)
         return Recorder(path, described.changed(entries or {}), rank=number, **given)
 
-    watch = LossWatch(open_recorder, reader, (given.get("resume_after") or 0) + 1)
+    watch = LossWatch(open_recorder, reader, (given.get("resume_after") or 0) + 1, texts)
 
     def stepped(stepping: Optimizer, args: Any, kwargs: Any) -> None:
         watch.guard(lambda: watch.end_step(updates=1, lr=float(stepping.param_groups[0]["lr"])))
@@ -330,7 +329,9 @@ def watched_loss(
     optimizer: Optimizer | None = None,
     head: bool | nn.Module = True,
     rank: Callable[[], int | None] | None = None,
+    texts: Callable[..., Any] | None = None,
     manifest: Mapping[str, Any] | None = None,
+    token_every: int = 10,
     **settings: Any,
 ) -> WatchedLoss:
     """Watch every training step through its policy loss.
@@ -354,11 +355,15 @@ def watched_loss(
     rank : callable, optional
         Number of this process among those whose tokens differ, None if another one records them;
         by default that of ``torch.distributed``, under Megatron the data-parallel one.
+    texts : callable, optional
+        Token ids to their texts, e.g. ``tokenizer.batch_decode``.
     manifest : mapping, optional
         Entries of the manifest: ``label``, ``objective``, ``seed``, ...
+    token_every : int
+        Write token rows of every n-th step; class totals are kept of every step.
     **settings
-        ``temperature``, ``token_every``, ``token_fraction``, ``resume_after``,
-        ``sequence_level``, ... of `wapo_analysis.Recorder`.
+        ``temperature``, ``token_fraction``, ``resume_after``, ``sequence_level``, ... of
+        `wapo_analysis.Recorder`.
 
     Returns
     -------
@@ -383,9 +388,10 @@ def watched_loss(
     ...         watched(weights - 1, torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3)).backward()
     ...         optimizer.step()
     """
-    own = ("path", "manifest", "rank")
+    own = ("path", "manifest", "rank", "token_every")
     known = [name for name in inspect.signature(Recorder).parameters if name not in own]
     if unknown := settings.keys() - known:
         raise unknown_name("setting", min(unknown), known)
-    given = {"run": str(run), "optimizer": optimizer, "head": head, "rank": rank}
-    return WatchedLoss(loss, names, {**given, "manifest": manifest, **settings})
+    given = {"run": str(run), "optimizer": optimizer, "head": head, "rank": rank, "texts": texts}
+    more = {"manifest": manifest, "token_every": token_every}
+    return WatchedLoss(loss, names, {**given, **more, **settings})

@@ -8,6 +8,7 @@ log-probabilities.
 import dataclasses
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wapo_analysis import open_run, watched_loss
+import wapo_analysis
+from wapo_analysis import open_run
 from wapo_analysis.capture import loss as loss_module
 from wapo_analysis.capture.seams import SEAMS
 from wapo_analysis.errors import UserError
 
+watched_loss = partial(wapo_analysis.watched_loss, token_every=1)
 VOCAB, PROMPT, WIDTH = 11, 3, 5
 LENGTHS = torch.tensor([5, 3, 4, 5])
 IDS = torch.randint(VOCAB, (4, PROMPT + WIDTH), generator=torch.Generator().manual_seed(1))
@@ -213,25 +216,49 @@ class NemoLoss:
         return (loss * mask).sum() / global_valid_toks, {"loss": 0.0}
 
 
-def call_nemo(policy: Policy, loss: Callable[..., Any]) -> tuple[Tensor, Shown]:
+def nemo_data() -> dict[str, Tensor]:
     def whole(values: Tensor) -> Tensor:
         return torch.cat([torch.zeros(4, PROMPT, dtype=values.dtype), values], 1)
 
-    sample_mask = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    data = {
+    return {
         "input_ids": IDS,
         "token_mask": whole(MASK.float()),
-        "sample_mask": sample_mask,
+        "sample_mask": torch.tensor([1.0, 1.0, 0.0, 1.0]),
         "advantages": whole(ADVANTAGES),
         "prev_logprobs": whole(OLD),
         "generation_logprobs": whole(SAMPLER),
     }
-    logp = next_logp(policy(input_ids=IDS).logits, IDS)
+
+
+def nemo_mask(data: dict[str, Tensor]) -> Tensor:
+    return (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool()
+
+
+def call_nemo(policy: Policy, loss: Callable[..., Any]) -> tuple[Tensor, Shown]:
+    data, logp = nemo_data(), next_logp(policy(input_ids=IDS).logits, IDS)
     value, _ = loss(
         data=data, global_valid_seqs=torch.tensor(3), global_valid_toks=MASK.sum(),
         next_token_logprobs=logp,
     )  # fmt: skip
-    return value, [(logp, (data["token_mask"][:, 1:] * sample_mask[:, None]).bool())]
+    return value, [(logp, nemo_mask(data))]
+
+
+def call_nemo_packed(policy: Policy, loss: Callable[..., Any]) -> tuple[Tensor, Shown]:
+    """Its sequence packing: one row for the model, one sequence for each call of the loss."""
+    positions = torch.arange(PROMPT + WIDTH).expand(4, -1)[SOLID]
+    logits = policy(input_ids=PACKED[None], position_ids=positions[None]).logits
+    total, shown = torch.zeros(()), []
+    for row, (begin, end) in enumerate(zip(BOUNDS[:-1].tolist(), BOUNDS[1:].tolist(), strict=True)):
+        data = {n: v[row : row + 1] for n, v in nemo_data().items()}
+        data = {n: v[:, : end - begin] if v.dim() > 1 else v for n, v in data.items()}
+        logp = next_logp(logits[:, begin:end], data["input_ids"])
+        value, _ = loss(
+            data=data, global_valid_seqs=torch.tensor(3), global_valid_toks=MASK.sum(),
+            next_token_logprobs=logp,
+        )  # fmt: skip
+        total = total + value
+        shown.append((logp, nemo_mask(data)))
+    return total, shown
 
 
 def areal_loss(
@@ -363,6 +390,7 @@ TRAINERS = {
     "prime-rl": Trainer(prime_loss, call_prime, "prime-rl"),
     "slime": Trainer(slime_loss, call_slime, "slime", sampler=True),
     "nemo-rl": Trainer(NemoLoss(), call_nemo, "nemo-rl", sampler=True),
+    "nemo-rl packed": Trainer(NemoLoss(), call_nemo_packed, "nemo-rl", sampler=True),
     "areal": Trainer(areal_loss, call_areal, "areal", sampler=True),
     "openrlhf": Trainer(OpenRlhfLoss(), call_openrlhf, "openrlhf", 4.0),
     "ms-swift": Trainer(SwiftTrainer._compute_loss_and_metrics, call_swift, "ms-swift"),
@@ -406,7 +434,7 @@ def test_a_watched_loss_trains_the_same_and_every_token_has_its_row(
     rows = run.tokens()
     np.testing.assert_allclose(rows.coef, coef, rtol=4e-5, atol=1e-8)
     chosen = MASK.clone()
-    if name == "nemo-rl":
+    if trainer.names == "nemo-rl":
         chosen[2] = False  # its sample mask
     assert len(rows) == 2 * int(chosen.sum())
     first = rows[rows.step == 1]
@@ -420,7 +448,7 @@ def test_a_watched_loss_trains_the_same_and_every_token_has_its_row(
     np.testing.assert_allclose(first.ratio, (own - OLD[chosen]).exp(), rtol=2e-4)
     given = SAMPLER if trainer.sampler else OLD
     np.testing.assert_allclose(first.logp_old, given[chosen], rtol=4e-5)
-    assert first.rollout.tolist() == chosen.nonzero()[:, 0].tolist() or name == "nemo-rl"
+    assert first.rollout.tolist() == chosen.nonzero()[:, 0].tolist()
     assert set(rows.cls) <= {"pos_peak", "pos_valley", "neg_peak", "neg_valley"}
     totals = run.classes.groupby(["step", "cls"], observed=True)[["tokens", "grad_mass"]].sum()
     sums = rows.assign(tokens=1, grad_mass=rows.grad_norm).groupby(["step", "cls"], observed=True)
@@ -502,10 +530,14 @@ def test_any_optimizer_ends_a_step_in_which_a_loss_was_watched(tmp_path: Path) -
     policy = Policy()
     critic = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     own = torch.optim.SGD(policy.parameters(), lr=0.1)
-    with watched_loss(plain_loss, run=tmp_path / "r", names=PLAIN) as watched:
+    given = {"names": PLAIN, "token_every": 2, "texts": lambda ids: [f"<{i}>" for i in ids]}
+    with watched_loss(plain_loss, run=tmp_path / "r", **given) as watched:
         for _ in range(3):
             step(policy, watched, own, critic)
-    assert open_run(tmp_path / "r").steps.lr.tolist() == [0.1] * 3
+    run = open_run(tmp_path / "r")
+    assert run.steps.lr.tolist() == [0.1] * 3
+    assert run.token_steps() == [1, 3]
+    assert run.vocab[int(IDS[0, PROMPT])] == f"<{IDS[0, PROMPT]}>"
 
 
 def test_an_optimizer_that_is_not_torchs_is_told(
@@ -612,7 +644,7 @@ def test_a_twin_process_records_nothing(tmp_path: Path) -> None:
         ({"names": "slim"}, "did you mean 'slime'"),
         ({"names": {"logp": "p"}}, "names must say where logp and advantages are"),
         ({"names": PLAIN | {"advantage": "a"}}, "did you mean 'advantages'"),
-        ({"names": PLAIN, "token_evry": 2}, "did you mean 'token_every'"),
+        ({"names": PLAIN, "token_fractoin": 2}, "did you mean 'token_fraction'"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_closest(
