@@ -33,6 +33,10 @@ CHANCE = 1e-6
 """Chance of so long a silence, by what came before it, that is no accident."""
 
 
+LARGEST = 1e100
+"""Values are held within this, both ways."""
+
+
 @dataclass(frozen=True)
 class Series:
     """The finite values of one step column, smoothed, with the level and noise of its baseline.
@@ -47,6 +51,10 @@ class Series:
 
     steps: Array
     values: Array
+
+    def __post_init__(self) -> None:
+        # A square of what is larger is no number any more.
+        object.__setattr__(self, "values", np.clip(self.values, -LARGEST, LARGEST))
 
     def __len__(self) -> int:
         return len(self.values)

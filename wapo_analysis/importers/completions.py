@@ -139,7 +139,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with open_regular(file) as stream:
             rows = pq.read_table(stream).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = printable(str(error).splitlines()[0])
         raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
     yield from enumerate(rows, start=1)

@@ -350,7 +350,7 @@ def _parquet_kind(file: Path) -> str:
     try:
         with open_regular(file) as stream:
             names = set(pq.ParquetFile(stream).schema_arrow.names)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         return "completions" if re.fullmatch(r"completions_\d+\.parquet", file.name) else "table"
     logged = {"step", "prompt", "completion"} <= names and not names & {
         "reward",

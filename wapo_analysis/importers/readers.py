@@ -232,7 +232,7 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
                 report.lines += batch.num_rows
                 yield row, batch.rename_columns(names).to_pandas()
                 row += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = printable(str(error).splitlines()[0])
         raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
     report.files += 1

@@ -21,6 +21,7 @@ from tests.support.import_sources import (
     write_verl,
 )
 from wapo_analysis.cli import run
+from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
 from wapo_analysis.store import open_run
@@ -320,3 +321,18 @@ def test_importers_open_regular_files_only() -> None:
     for module in Path(readers.__file__).parent.glob("*.py"):
         text = module.read_text()
         assert not re.findall(r'\.open\("rb"\)|\.read_bytes\(', text), module.name
+
+
+def test_parquet_whose_names_are_no_text_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "l.parquet"
+    pq.write_table(pa.table({"reward_mean": [0.1, 0.2]}), file)
+    file.write_bytes(file.read_bytes().replace(b"reward_mean", b"\xe5eward_mean"))
+    with pytest.raises(UserError, match="broken or no Parquet"):
+        import_run(file, tmp_path / "out")
+
+
+def test_numbers_whose_squares_overflow_are_judged_all_the_same(tmp_path: Path) -> None:
+    rows = [{"step": n, "reward": (-1) ** n * 1e200, "loss": 1e300} for n in range(1, 30)]
+    write_lines(tmp_path / "m.jsonl", rows)
+    import_run(tmp_path / "m.jsonl", tmp_path / "out")
+    assert diagnose(open_run(tmp_path / "out")).sentence
