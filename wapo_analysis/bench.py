@@ -317,6 +317,6 @@ def _described(policy: Policy, name: str, batch: Batch) -> str:
     return (
         f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary "
         f"{config.vocab_size} ({million:.1f} M parameters, {name}); {len(batch.rewards)} rollouts, "
-        f"{int(batch.lengths().sum())} completion tokens; "
+        f"{int(batch.lengths.sum())} completion tokens; "
         f"{torch.cuda.get_device_name() if policy.device.type == 'cuda' else where}"
     )

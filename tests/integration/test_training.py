@@ -83,7 +83,7 @@ class Spy(Recorder):
         super().__init__(None)
         self.seen: list[tuple[TokenPass, torch.Tensor]] = []
 
-    def watch(self, tokens: TokenPass, logp: torch.Tensor, read: object = None) -> None:  # type: ignore[override]
+    def watch_pass(self, tokens: TokenPass, logp: torch.Tensor, read: object = None) -> None:  # type: ignore[override]
         logp.retain_grad()
         self.seen.append((tokens, logp))
 

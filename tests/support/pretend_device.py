@@ -231,6 +231,9 @@ class DeviceTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.host.data_ptr()
 
+    def untyped_storage(self) -> Any:
+        return self.host.untyped_storage()
+
     def tolist(self) -> Any:
         STREAM.wait("tolist")
         return self.host.detach().tolist()
@@ -239,6 +242,14 @@ class DeviceTensor(torch.Tensor):
         refuse("a tensor of the device cannot become a numpy array")
 
     __array__ = numpy
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Make modules that move keep their parameters, tied ones tied."""
+        return ["host"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *rest: Any) -> "DeviceTensor":
+        return DeviceTensor(inner["host"])
 
     def __repr__(self, **options: Any) -> str:
         return f"DeviceTensor({self.host!r})"
@@ -587,29 +598,18 @@ def _set_libraries() -> None:
     import safetensors.torch as safe
     from torch.optim import optimizer
     from torch.utils import _foreach_utils
-    from transformers import modeling_utils, pytorch_utils
+    from transformers import modeling_utils  # noqa: F401
 
     for module in (_foreach_utils, optimizer):
         known = getattr(module, "_foreach_supported_types", None)
         if known is not None and DeviceTensor not in known:
             known.append(DeviceTensor)
-    for name in ("storage_ptr", "storage_size"):
-        plain = getattr(safe, name)
-        setattr(safe, name, lambda tensor, plain=plain: plain(to_host(tensor)))
     flatten = safe._flatten_as_ptr
 
     def flattened(tensors: dict[str, Any], *more: Any) -> Any:
         return flatten({name: tensor.cpu() for name, tensor in tensors.items()}, *more)
 
     safe._flatten_as_ptr = flattened  # type: ignore[assignment]
-    storage = pytorch_utils.id_tensor_storage
-
-    def identity(tensor: Any) -> Any:
-        return (tensor.device, *storage(to_host(tensor))[1:])
-
-    for module in (pytorch_utils, modeling_utils):
-        if hasattr(module, "id_tensor_storage"):
-            module.id_tensor_storage = identity  # type: ignore[attr-defined]
 
 
 def _set_threads() -> None:

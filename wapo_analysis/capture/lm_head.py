@@ -48,9 +48,14 @@ class LmHead:
         return cls(head.weight, getattr(head, "bias", None), *logit_transform(model.config))
 
     def stats(
-        self, hidden: Tensor, targets: Tensor, temperature: float, mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        temperature: float,
+        mask: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> TokenStats:
-        """Statistics of the tokens under the mask, see `wapo_analysis.stats.fused_head_stats`."""
+        """Statistics of some tokens, see `wapo_analysis.stats.fused_head_stats`."""
         return fused_head_stats(
             hidden,
             self.weight,
@@ -58,6 +63,7 @@ class LmHead:
             self.bias,
             temperature,
             mask,
+            kept=kept,
             scale=self.scale,
             softcap=self.softcap,
         )

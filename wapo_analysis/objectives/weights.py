@@ -53,6 +53,14 @@ class BatchWeights:
         """The factor for gradients that are summed over ranks instead of averaged."""
         return self.multiplier / self.world_size
 
+    def on(self, device: torch.device) -> BatchWeights:
+        """The same with its tensors on a device."""
+        return replace(
+            self,
+            sequence_weight=self.sequence_weight.to(device),
+            contributing=self.contributing.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class _Batch:

@@ -115,7 +115,8 @@ def class_gradients(
         One gradient per class and parameter; zeros for a class without gradient.
     """
     weights = [torch.where(cls == code, -coef, 0.0).to(logp.dtype) for code in range(classes)]
-    filled = [code for code, weight in enumerate(weights) if bool(weight.any())]
+    present = torch.stack([weight.any() for weight in weights]).tolist()
+    filled = [code for code, some in enumerate(present) if some]
     gradients = [[torch.zeros_like(p) for p in parameters] for _ in range(classes)]
     for code in filled:
         found = torch.autograd.grad(
@@ -201,7 +202,8 @@ def with_sums(parts: dict[int, Tensors], before: Before, after: Tensors) -> dict
 def dot(a: Tensors, b: Tensors) -> float:
     """Inner product over all parameters, summed in float64."""
     pairs = zip(a, b, strict=True)
-    return float(sum(float(x.double().flatten() @ y.double().flatten()) for x, y in pairs))
+    products = [x.double().flatten() @ y.double().flatten() for x, y in pairs]
+    return float(sum(torch.stack(products).tolist())) if products else 0.0
 
 
 def norm(a: Tensors) -> float:

@@ -59,6 +59,7 @@ class TokenPass:
         clipped: Tensor,
         kept: Tensor,
         minibatch: int = 0,
+        at: Tensor | None = None,
     ) -> "TokenPass":
         """Pick the tokens of B rollouts of T positions that a mask wants.
 
@@ -68,21 +69,25 @@ class TokenPass:
         stats : TokenStats, flat over the mask
         group, rollout, advantage : Tensor, shape (B,)
         token_id, logp_old, clipped, kept : Tensor, shape (B, T)
+        at : Tensor of int64, shape (N,), optional
+            Numbers of the tokens in (B T), ascending, if they are known: a GPU must be waited for
+            to find them.
         """
-        row, position = mask.nonzero(as_tuple=True)
+        at = mask.reshape(-1).nonzero().squeeze(1) if at is None else at
+        row, position = at // mask.shape[1], at % mask.shape[1]
         return cls(
             group=group[row],
             rollout=rollout[row],
             position=position,
-            token_id=token_id[mask],
+            token_id=token_id.reshape(-1)[at],
             advantage=advantage[row],
             logp=stats.logp.detach(),
-            logp_old=logp_old[mask],
+            logp_old=logp_old.reshape(-1)[at],
             entropy=stats.entropy,
             collision_rest=stats.collision_rest,
             collision_logp_rest=stats.collision_logp_rest,
-            clipped=clipped[mask],
-            kept=kept[mask],
+            clipped=clipped.reshape(-1)[at],
+            kept=kept.reshape(-1)[at],
             top1=stats.top1,
             minibatch=minibatch,
         )

@@ -17,7 +17,7 @@ from wapo_analysis.stats.backends import reducer
 from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows
 from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed, wide
 from wapo_analysis.stats.result import TokenStats
-from wapo_analysis.stats.rows import Rows, check
+from wapo_analysis.stats.rows import Rows, check, chosen_rows
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory.
 _CPU_ROWS, _GPU_ROWS = 256, 1024
@@ -28,7 +28,8 @@ _CPU_BLOCK, _GPU_BLOCK = (1 << 20, 1 << 18), (1 << 27, 1 << 25)
 _LOWEST = {torch.float32: -90.0, torch.float64: -900.0}
 _NARROWEST = 1024
 _ONCE = "fused_head_stats has a first derivative only"
-_HALF_IN_FLOAT_OUT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)
+# A product of half precision that CUDA gives in float32; torch has it with an addend since 2.10.
+_HALF_IN_FLOAT_OUT = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def fused_head_stats(
@@ -39,6 +40,7 @@ def fused_head_stats(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     *,
+    kept: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int | None = None,
@@ -69,6 +71,8 @@ def fused_head_stats(
         Softmax temperature, > 0.
     mask : Tensor of bool, shape (...), optional
         Tokens wanted; the others are dropped before anything is computed.
+    kept : Tensor of int64, shape (N,), optional
+        Numbers of the tokens wanted instead of a mask, see `token_stats`.
     scale : float
         Factor on the logits, before the soft cap.
     softcap : float, optional
@@ -96,10 +100,9 @@ def fused_head_stats(
     `torch.func.vmap` work; a second derivative is refused.
     """
     _check(hidden, weight, targets, bias, temperature, mask, scale, softcap)
-    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if mask is not None:
-        kept = mask.reshape(-1).nonzero().squeeze(1)
-        hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets, kept = chosen_rows(targets, len(weight), mask, kept)
+    hidden = hidden if kept is None else hidden.index_select(0, kept)
     device, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -11,7 +11,7 @@ from wapo_analysis.stats.backends import BACKENDS, reducer
 from wapo_analysis.stats.eager import block_rows
 from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed
 from wapo_analysis.stats.result import TokenStats
-from wapo_analysis.stats.rows import Rows, check
+from wapo_analysis.stats.rows import Rows, check, chosen_rows
 
 
 def token_stats(
@@ -21,6 +21,7 @@ def token_stats(
     mask: Tensor | None = None,
     topk: int = 0,
     *,
+    kept: Tensor | None = None,
     backend: str = "auto",
     chunk_rows: int | None = None,
 ) -> TokenStats:
@@ -50,6 +51,9 @@ def token_stats(
         Rows wanted; the others are never read, nor their targets.
     topk : int
         Return this many of the most probable tokens of every row, equal ones by ascending id.
+    kept : Tensor of int64, shape (N,), optional
+        Numbers of the rows wanted, counted over the leading dimensions, ascending; instead of a
+        mask, whose numbers a GPU would have to be waited for.
     backend : {"auto", "eager", "compile", "triton"}
         How rows are reduced. "auto" takes the Triton kernel for CUDA tensors where Triton is
         installed, else plain operations in blocks. "compile" builds a kernel with `torch.compile`:
@@ -67,17 +71,15 @@ def token_stats(
     Raises
     ------
     UserError
-        On shapes that do not fit, a temperature that is not positive, a ``topk`` that is not in
-        0..V, or a backend that does not exist or cannot run here.
+        On shapes that do not fit, a target that is no column, a temperature that is not positive,
+        a ``topk`` that is not in 0..V, or a backend that does not exist or cannot run here.
     """
     check(logits, targets, temperature, mask)
     if backend not in BACKENDS:
         raise unknown_name("backend", backend, BACKENDS)
     if not 0 <= topk <= logits.shape[-1]:
         raise UserError(f"topk must be in 0..{logits.shape[-1]}, got {topk}")
-    kept = None if mask is None else mask.reshape(-1).nonzero().squeeze(1)
-    flat = targets.reshape(-1).long()
-    chosen = flat if kept is None else flat[kept]
+    chosen, kept = chosen_rows(targets, logits.shape[-1], mask, kept)
     columns = _FromLogits.apply(logits, chosen, kept, float(temperature), topk, backend, chunk_rows)
     return TokenStats(*columns[:7])
 

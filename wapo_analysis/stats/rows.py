@@ -36,6 +36,29 @@ def check(rows: Tensor, targets: Tensor, temperature: float, mask: Tensor | None
         raise UserError(f"temperature must be positive, got {temperature}")
 
 
+def chosen_rows(
+    targets: Tensor, vocabulary: int, mask: Tensor | None, kept: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Targets of the rows wanted, shape (N,), and their numbers; None if all are.
+
+    Raises
+    ------
+    UserError
+        If a target is no column; on a GPU the device itself ends the program, nobody waits.
+    """
+    flat = targets.reshape(-1).long()
+    if kept is None and mask is not None:
+        kept = mask.reshape(-1).nonzero().squeeze(1)
+    chosen = flat if kept is None else flat[kept]
+    inside = ((chosen >= 0) & (chosen < vocabulary)).all()
+    if inside.device.type != "cpu":
+        torch._assert_async(inside, f"targets must be in 0..{vocabulary - 1}")
+    elif not inside:
+        worst = chosen[(chosen < 0) | (chosen >= vocabulary)][0]
+        raise UserError(f"targets must be in 0..{vocabulary - 1}, got {int(worst)}")
+    return chosen, kept
+
+
 class Rows:
     """The N rows of (..., V) logits that a mask keeps, in order, read block by block.
 
@@ -57,6 +80,7 @@ class Rows:
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self._count = logits[..., 0].numel() if kept is None else len(kept)
         self._lead = logits.shape[:-1]
+        self._index: tuple[Tensor, ...] | None = None
         try:
             self._flat: Tensor | None = logits.view(-1, logits.shape[-1])
         except RuntimeError:  # the strides of the leading dimensions do not merge
@@ -81,10 +105,9 @@ class Rows:
         """Values of some columns of rows start to stop - 1; ids and values (stop - start, m)."""
         if self.kept is None and self._flat is not None:
             return self._flat[start:stop].gather(1, ids)
-        numbers = self._numbers(start, stop).unsqueeze(1)
         if self._flat is not None:
-            return self._flat[numbers, ids]
-        return self.logits[(*torch.unravel_index(numbers, self._lead), ids)]
+            return self._flat[self._numbers(start, stop).unsqueeze(1), ids]
+        return self.logits[(*(part.unsqueeze(1) for part in self._places(start, stop)), ids)]
 
     def put(self, out: Tensor, start: int, values: Tensor) -> None:
         """Write the block that begins at row ``start`` into contiguous ``out`` of logits' shape."""
@@ -97,10 +120,9 @@ class Rows:
 
     def offsets(self) -> Tensor:
         """Distance of every row from the first element of ``logits``, in elements, shape (N,)."""
-        numbers = self._numbers(0, len(self))
-        index = torch.unravel_index(numbers, self._lead)
+        index = self._places(0, len(self))
         strides = self.logits.stride()[:-1]
-        total = torch.zeros_like(numbers)
+        total = torch.zeros_like(index[0])
         for one, stride in zip(index, strides, strict=True):
             total += one * stride
         return total
@@ -114,10 +136,19 @@ class Rows:
             within = slice(run.start - panel * self._lead[-1], run.stop - panel * self._lead[-1])
             index: tuple[int | slice, ...] = (*_unravel(panel, self._lead[:-1]), within)
             return self.logits[index]
-        numbers = self._numbers(start, stop)
         if self._flat is not None:
-            return torch.index_select(self._flat, 0, numbers, out=out)
-        return self.logits[torch.unravel_index(numbers, self._lead)]
+            return torch.index_select(self._flat, 0, self._numbers(start, stop), out=out)
+        return self.logits[self._places(start, stop)]
+
+    def _places(self, start: int, stop: int) -> tuple[Tensor, ...]:
+        """Numbers of rows start to stop - 1 in each leading dimension."""
+        if self._index is None:  # once: every block reads some of it
+            rest, index = self._numbers(0, len(self)), list[Tensor]()
+            for size in reversed(self._lead):
+                index.insert(0, rest % size)
+                rest = rest // size
+            self._index = tuple(index)
+        return tuple(part[start:stop] for part in self._index)
 
     def _numbers(self, start: int, stop: int) -> Tensor:
         if self.kept is not None:

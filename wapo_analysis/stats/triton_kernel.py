@@ -10,6 +10,7 @@ overflow or lose the sums, the row is read once more from the right origin.
 # A kernel's parameters are pointers and numbers of another language.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -59,18 +60,20 @@ def reduce_triton(
     scale = torch.tensor(LOG2_E / temperature, dtype=torch.float32).item()
     if count:
         aligned = all(stride % _ALIGNED == 0 for stride in logits.stride()[:-1])
-        reduce_kernel[(count,)](
-            logits,
-            rows.offsets(),
-            targets,
-            found,
-            logits.stride(-1),
-            scale,
-            VOCABULARY=logits.shape[-1],
-            ALIGNED=_ALIGNED if aligned else 1,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-        )
+        # Triton launches on the current device, which need not be that of the logits.
+        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+            reduce_kernel[(count,)](
+                logits,
+                rows.offsets(),
+                targets,
+                found,
+                logits.stride(-1),
+                scale,
+                VOCABULARY=logits.shape[-1],
+                ALIGNED=_ALIGNED if aligned else 1,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )
     numbers = found.double()
     numbers[:, 2] /= scale  # the origin as a logit; exact, unlike in float32
     return Reduced(numbers, *(_top(rows, topk, chunk_rows) if topk else ()))

@@ -7,6 +7,7 @@ process holds b rollouts, T completion positions, N completion tokens.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Batch:
     group: np.ndarray[Any, np.dtype[np.int64]]
     mine: np.ndarray[Any, np.dtype[np.int64]]
 
+    @cached_property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Completion tokens of each rollout, shape (B,)."""
         return np.asarray(self.rollouts.mask.sum(dim=1).cpu().numpy())
@@ -191,7 +193,7 @@ def rollout_columns(batch: Batch) -> dict[str, Any]:
         "answer": [batch.problems[row].answer for row in rows],
         "reward": batch.rewards[rows],
         "advantage": batch.advantages[rows],
-        "length": batch.lengths()[rows],
+        "length": batch.lengths[rows],
         "finish_reason": np.where(batch.rollouts.stopped.cpu().numpy(), "stop", "length")[rows],
     }
 
@@ -204,7 +206,7 @@ def batch_columns(batch: Batch) -> dict[str, float]:
 
 def batch_sums(batch: Batch) -> dict[str, float]:
     """Sums over the completions, for the columns of the steps table that they decide."""
-    ids, lengths = batch.rollouts.completion_ids.tolist(), batch.lengths()
+    ids, lengths = batch.rollouts.completion_ids.tolist(), batch.lengths
     return rollout_sums(
         {
             "length": lengths,
@@ -254,7 +256,8 @@ class MiniBatch:
 
     def top_tokens(self, recorder: Recorder, step: int) -> TopTokens | None:
         """Rows whose most probable tokens are to be recorded; None if there are none."""
-        row, position = self.rollouts.mask.nonzero(as_tuple=True)
+        length, kept = self.rollouts.mask.shape[1], self.rollouts.kept
+        row, position = kept // length, kept % length
         return recorder.tops.choose(step, (row, position), self.rows[row], position, self.index)
 
     def token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
@@ -277,6 +280,7 @@ class MiniBatch:
             clipped=clipped,
             kept=kept,
             minibatch=self.index,
+            at=rollouts.kept,
         )
 
 

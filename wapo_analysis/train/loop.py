@@ -301,13 +301,13 @@ class Trainer:
         weights = batch_weights(
             self.objective,
             batch.advantages,
-            batch.lengths(),
+            batch.lengths,
             batch.group,
             self.config.rollouts_per_prompt,
             self.config.minibatches,
             self.world.size,
             summed=True,
-        )
+        ).on(self.policy.device)
         tally = StepTally()
         for update in mini_batches(batch, self.config, self.policy.device):
             self._update(step, update, weights, tally, recorder)
@@ -342,14 +342,14 @@ class Trainer:
         with self.world.together():
             watched = [self._backward(step, *piece, tally, recorder) for piece in pieces]
         self.world.sum_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters, self.config.max_grad_norm or math.inf
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         )
-        if bool(torch.isfinite(norm)):
+        if math.isfinite(norm):
             probe = self.prober.start(step, update.index, recorder)
             self.optimizer.step()
-            probe.finish(watched, float(norm))
-        tally.add_update(float(norm))
+            probe.finish(watched, norm)
+        tally.add_update(norm)
         if recorder.wants_rescore(step):
             for tokens, rollouts in watched:
                 after = self._score(rollouts, False, reading(recorder, tokens.top))
@@ -371,7 +371,7 @@ class Trainer:
         mask = update.rollouts.mask
         prob, complement = stats.logp.detach().exp(), -torch.expm1(stats.logp.detach())
         peak = torch.zeros_like(mask)
-        peak[mask] = tax.is_peak(prob, complement, stats.collision_rest)
+        peak.view(-1)[update.rollouts.kept] = tax.is_peak(prob, complement, stats.collision_rest)
         return keep_tokens(self.objective, update.advantage, mask, peak)
 
     def _backward(
@@ -384,8 +384,8 @@ class Trainer:
         stats = self._score(rollouts, True, reading(recorder, top))
         keep = self._keep(update, stats)
         # Whatever the mask hides is 0, so the loss sees a plain (B, T) tensor.
-        logp = torch.zeros_like(rollouts.logp_old, dtype=stats.logp.dtype)
-        logp = logp.masked_scatter(mask, stats.logp)
+        logp = torch.zeros(mask.numel(), dtype=stats.logp.dtype, device=mask.device)
+        logp = logp.index_copy(0, rollouts.kept, stats.logp).view(mask.shape)
         out = policy_loss(
             self.objective, logp, rollouts.logp_old, update.advantage, mask, keep,
             weights.sequence_weight,
@@ -394,7 +394,7 @@ class Trainer:
         tokens.top = top
         recorder.watch_pass(tokens, stats.logp)
         loss = out.loss * weights.summed_multiplier
-        tally.add_tokens(tokens, out.ratio[mask], loss)
+        tally.add_tokens(tokens, out.ratio.reshape(-1)[rollouts.kept], loss)
         if loss.requires_grad:
             loss.backward()
         return tokens, rollouts

@@ -58,6 +58,11 @@ class Policy:
         assert isinstance(self.model, nn.Module)
         return self.model
 
+    @contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The model that samples."""
+        yield self.model
+
     @property
     def context(self) -> int | None:
         """Tokens of prompt and completion the model can take; None if it does not say."""

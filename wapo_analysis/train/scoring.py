@@ -75,13 +75,13 @@ def score(
     look : callable, optional
         Called with a function that gives the logits (m, V) at m places (row, position).
     """
-    ids, mask = rollouts.completion_ids, rollouts.mask
+    ids, kept = rollouts.completion_ids, rollouts.kept
     if mode != REPLACE:
         logits = completion_logits(policy, rollouts)
         if look is not None:
             look(logits.__getitem__)
-        return token_stats(logits, ids, temperature, mask)
+        return token_stats(logits, ids, temperature, kept=kept)
     head, hidden = LmHead.of(inner_model(policy.model)), completion_hidden(policy, rollouts)
     if look is not None:
         look(lambda place: head.logits(hidden[place]))
-    return head.stats(hidden, ids, temperature, mask)
+    return head.stats(hidden, ids, temperature, kept=kept)

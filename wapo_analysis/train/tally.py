@@ -15,14 +15,14 @@ class StepTally:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._loss = 0.0
+        self._loss: Tensor | float = 0.0
         self._norms: list[float] = []
 
     def add_tokens(self, tokens: TokenPass, ratio: Tensor, loss: Tensor) -> None:
         """Add the tokens of one micro-batch, their ratio in the loss, shape (N,), and its loss."""
         sums = token_sums({**tokens.given(), "ratio": ratio})
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
-        self._loss += float(loss.detach())
+        self._loss = self._loss + loss.detach().double()  # nobody waits for it
 
     def add_update(self, grad_norm: float) -> None:
         """Add one optimizer update with its gradient norm before clipping."""
@@ -40,8 +40,8 @@ class StepTally:
         rollouts : mapping of str to float
             Sums over the rollouts of all processes, of `wapo_analysis.derive.rollout_sums`.
         """
-        own = torch.stack([value.double() for value in self._sums.values()])
-        loss, *summed = total(torch.cat([own.new_tensor([self._loss]), own])).tolist()
+        own = [torch.as_tensor(self._loss), *self._sums.values()]
+        loss, *summed = total(torch.stack([value.double() for value in own])).tolist()
         sums = dict(zip(self._sums, summed, strict=True))
         finite = [norm for norm in self._norms if math.isfinite(norm)]
         return {

@@ -8,9 +8,11 @@ import torch
 
 from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
 from wapo_analysis.stats import token_stats
+from wapo_analysis.train import sampler
 from wapo_analysis.train.chat import PromptStyle
 from wapo_analysis.train.models import Policy, load_policy
-from wapo_analysis.train.rollout import Rollouts, _Noise, completion_logits, sample
+from wapo_analysis.train.rollout import Rollouts, completion_logits, pad_left, sample
+from wapo_analysis.train.sampler import Exponentials, Sampler, Uniforms, inverse_cdf
 
 CPU = torch.device("cpu")
 PROMPTS = ["1+2+3=", "7+8=", "a=b;b=c;a?"]
@@ -81,14 +83,93 @@ def test_chunks_do_not_change_the_samples(policy: Policy, at_once: int) -> None:
     torch.testing.assert_close(whole.logp_old, split.logp_old, rtol=0, atol=2e-5)
 
 
+def plainly(policy: Policy, prompts: list[str], tokens: int, temperature: float) -> list[list[int]]:
+    """Every token by a whole forward pass and `torch.multinomial`: no cache, no row leaves."""
+    ids, mask = pad_left([policy.encode(prompt) for prompt in prompts], policy.pad_id)
+    generator, alive = torch.Generator().manual_seed(3), torch.ones(len(ids), dtype=torch.bool)
+    completions: list[list[int]] = [[] for _ in prompts]
+    for _ in range(tokens):
+        places = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            out = policy.model(input_ids=ids, attention_mask=mask, position_ids=places)
+        probabilities = (out.logits[:, -1] / temperature).softmax(-1)
+        token = torch.multinomial(probabilities, 1, generator=generator)
+        for row in alive.nonzero().flatten().tolist():
+            completions[row].append(int(token[row]))
+        alive &= ~torch.isin(token[:, 0], torch.tensor(policy.eos_ids))
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+    return completions
+
+
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("prompts", [PROMPTS * 4, PROMPTS[:1] * 12])
+def test_samples_are_those_of_the_plain_program(
+    policy: Policy, prompts: list[str], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sampler.BLOCK, "cpu", block)
+    rollouts = draw(policy, prompts, 0.9)
+    found = [ids[m].tolist() for ids, m in zip(rollouts.completion_ids, rollouts.mask, strict=True)]
+    assert found == plainly(policy, prompts, 24, 0.9)
+    ended = [ids[-1] in policy.eos_ids for ids in found]
+    assert rollouts.stopped.tolist() == ended
+    assert bool((rollouts.completion_ids[~rollouts.mask] == policy.pad_id).all())
+
+
 def test_tokens_are_those_of_torch_multinomial() -> None:
     probabilities = torch.rand(6, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
     expected = torch.multinomial(probabilities, 1, generator=torch.Generator().manual_seed(7))
-    noise = _Noise(torch.Generator().manual_seed(7), 6, torch.arange(6))
-    assert torch.equal(noise.pick(probabilities), expected)
+    noise, every = Exponentials(torch.Generator().manual_seed(7), 6), torch.arange(6)
+    assert torch.equal(noise.pick(probabilities, every, 0), expected[:, 0])
     some = torch.tensor([4, 1])
-    noise = _Noise(torch.Generator().manual_seed(7), 6, some)
-    assert torch.equal(noise.pick(probabilities[some]), expected[some])
+    noise = Exponentials(torch.Generator().manual_seed(7), 6)
+    assert torch.equal(noise.pick(probabilities[some], some, 0), expected[some, 0])
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 100, 1000])
+def test_the_inverse_of_the_cumulative_distribution(vocabulary: int) -> None:
+    draws = torch.Generator().manual_seed(vocabulary)
+    probabilities = torch.rand(400, vocabulary, generator=draws) ** 8
+    probabilities[:, ::2] *= torch.rand(400, 1, generator=draws) < 0.5
+    probabilities[:, -1] = 0
+    uniform = torch.rand(400, generator=draws, dtype=torch.float64)
+    uniform[:4] = torch.tensor([0.0, 0.0, 1 - 2**-53, 1 - 2**-53])
+    probabilities[0, 0] = 0
+    probabilities[:, vocabulary // 2] += 1e-9
+    found = inverse_cdf(probabilities, uniform)
+    sums = probabilities.double().cumsum(1)
+    wanted = torch.searchsorted(sums, uniform.unsqueeze(1) * sums[:, -1:], right=True)[:, 0]
+    assert bool((probabilities.gather(1, found.unsqueeze(1)) > 0).all())
+    assert (found[4:] == wanted[4:]).double().mean() > 0.99, "but for ties in the last digit"
+    assert found[2:4].tolist() == [int(p.nonzero().max()) for p in probabilities[2:4]]
+
+
+def test_uniform_noise_samples_the_distribution_and_knows_its_row() -> None:
+    probabilities = torch.tensor([0.5, 0.25, 0.2, 0.05]).expand(20_000, -1)
+    rows = torch.arange(20_000)
+    noise = Uniforms(torch.Generator().manual_seed(1), 20_000, 3)
+    found = noise.pick(probabilities, rows, 1)
+    share = found.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(share, probabilities[0], atol=0.015, rtol=0)
+    some = torch.tensor([7, 19_999, 3])
+    assert torch.equal(noise.pick(probabilities[some], some, 1), found[some])
+    assert not torch.equal(noise.pick(probabilities, rows, 2), found)
+
+
+def test_rows_that_ended_leave_without_a_trace_in_the_others(tiny_llama: Path) -> None:
+    policy = load_policy(str(tiny_llama), CPU)
+    policy = replace(policy, eos_ids=tuple(range(20, 60)))  # most rows end early
+    sampled = {}
+    for leave in (8, 10**9):
+        ids, mask = pad_left([policy.encode(p) for p in PROMPTS * 8], policy.pad_id)
+        noise = Uniforms(torch.Generator().manual_seed(0), 24, 32)
+        draw = Sampler(policy, policy.model, 32, 1.0, noise, block=4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "_LEAVE", 0 if leave > 8 else leave)
+            sampled[leave] = draw(ids, mask, torch.arange(24), padded=True)
+    (one, other), lengths = sampled.values(), sampled[8].mask.sum(1)
+    assert lengths.max() >= 3 * lengths.min()
+    assert torch.equal(one.ids, other.ids)
+    torch.testing.assert_close(one.logp, other.logp, rtol=0, atol=2e-5)
 
 
 def test_entropy_is_that_of_the_sampling_distribution(policy: Policy) -> None:

@@ -1,0 +1,79 @@
+"""The built-in trainer on a GPU: every way to train, and how often the host waits for it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.pretend_device import LEDGER, installed
+from tests.support.tiny_models import save_tiny_llama
+from wapo_analysis.store import open_run
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.loop import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+]
+needs_ledger = pytest.mark.skipif(not installed(), reason="only the pretended device counts waits")
+
+WAYS: dict[str, dict[str, Any]] = {
+    "grpo": {"epochs": 2, "eval_every": 2, "eval_prompts": 2, "eval_samples": 2},
+    "wapo": {"objective": "wapo", "microbatch_size": 3},
+    "probe": {"probe_every": 1},
+    "replace": {"capture_mode": "replace", "temperature": 0.8},
+}
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainConfig:
+    shape = {"prompts_per_step": 2, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 2}
+    return TrainConfig.from_dict({**shape, "rescore_every": 1, "device": "cuda"})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_trains_and_goes_on(way: str, config: TrainConfig, tmp_path: Path) -> None:
+    given = replace(config, **WAYS[way])
+    train(given, tmp_path / "run")
+    train(replace(given, steps=3), tmp_path / "run", resume=True)
+    run = open_run(tmp_path / "run")
+    assert run.manifest["status"] == "finished"
+    assert run.steps["step"].tolist() == [1, 2, 3]
+    assert run.steps["grad_norm"].max() > 0
+    assert len(run.tokens()) == run.steps["tokens"].sum() * given.epochs
+    assert len(run.probes) > 0 if way == "probe" else True
+
+
+def test_adapters_train(config: TrainConfig, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    train(replace(config, lora_rank=2), tmp_path / "run")
+    assert open_run(tmp_path / "run").steps["grad_norm"].max() > 0
+
+
+@needs_ledger
+@pytest.mark.parametrize("way", ["grpo", "wapo", "replace"])
+def test_the_host_seldom_waits(way: str, config: TrainConfig, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    given = replace(config, model=str(model), max_new_tokens=64, **WAYS[way])
+    given = replace(given, eval_every=0, steps=1, rescore_every=0)
+    with LEDGER.counting() as waits:
+        train(given, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    longest = int(run.rollouts["length"].max())
+    assert longest > 32
+    sampling = sum(n for (_, line), n in waits.items() if "train/sampler.py" in line)
+    assert sampling <= -(-longest // 16) + 1
+    assert sampling <= run.steps["tokens"].iloc[0] / 16
+    updates = int(run.steps["updates"].iloc[0])
+    pieces = updates * (2 if way == "wapo" else 1)
+    elsewhere = ("train/models.py", "train/checkpoint.py", "capture/lm_head.py", "train/sampler.py")
+    learning = {
+        at: n
+        for at, n in waits.items()
+        if at[0] != "event" and not any(name in at[1] for name in elsewhere)  # events: the writer
+    }
+    once = 14  # a step: texts, lengths and sums to the host, rewards and weights to the device
+    assert sum(learning.values()) <= 4 * pieces + once, learning

@@ -1,0 +1,393 @@
+"""Decoding with a key-value cache, in blocks between which the host looks at what was sampled.
+
+Shapes: n rows in hand, k tokens of a block, V vocabulary. On a GPU nothing waits within a block: a
+row that has ended decodes on to the block's end, and what it then writes is dropped. Rows that have
+ended leave between blocks, with their part of the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
+
+from wapo_analysis.train.models import Policy
+
+BLOCK = {"cpu": 1, "cuda": 16}
+"""Tokens between two looks; on a CPU looking is free, and decoding on is not."""
+_LEAVE = 8  # rows leave once one in so many has ended: moving the others' cache costs a step or two
+_STOP_MARGIN = 8  # tokens of context before a stop text, so that it is decoded as in the whole
+
+
+class NonFiniteLogits(ArithmeticError):
+    """The policy's logits are NaN or infinite, so nothing can be sampled from it."""
+
+
+class Noise(Protocol):
+    """Randomness of a batch; a row's does not depend on which rows are sampled beside it."""
+
+    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
+        """One token per row, shape (n,), from its probabilities (n, V).
+
+        ``rows`` are their numbers in the batch; positions come in order, each once.
+        """
+
+
+@dataclass
+class Exponentials:
+    """As torch.multinomial: argmax p / q with q ~ Exp(1) has distribution p.
+
+    On a CPU the numbers are one stream, so those of all rows are drawn.
+    """
+
+    generator: torch.Generator
+    total: int
+    _space: Tensor | None = None
+
+    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
+        """See `Noise`."""
+        if self._space is None:
+            self._space = probabilities.new_empty((self.total, probabilities.shape[1]))
+        noise = self._space.exponential_(generator=self.generator)
+        chosen = noise if len(rows) == self.total else noise[rows]
+        return torch.div(probabilities, chosen, out=chosen).argmax(dim=-1)
+
+
+class Uniforms:
+    """One number per row and position, through the inverse of the cumulative distribution.
+
+    On a GPU: no noise of the size of the vocabulary, none for rows that are not in hand.
+
+    Parameters
+    ----------
+    generator : torch.Generator
+    total, positions : int
+        Rows of the batch, and the most tokens of a completion.
+    """
+
+    def __init__(self, generator: torch.Generator, total: int, positions: int) -> None:
+        self._numbers = torch.rand(
+            (positions, total), generator=generator, dtype=torch.float64, device=generator.device
+        )
+
+    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
+        """See `Noise`."""
+        return inverse_cdf(probabilities, self._numbers[position].index_select(0, rows))
+
+
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens at given places of the cumulative distributions, shape (n,).
+
+    Equals ``torch.searchsorted(probabilities.cumsum(1), uniform * sum, right=True)``, in float64
+    and by sums of a fixed order: of blocks of tokens first, then inside the block.
+
+    Parameters
+    ----------
+    probabilities : Tensor, shape (n, V)
+        Not necessarily of sum 1. A token of probability 0 is never picked.
+    uniform : Tensor of float64, shape (n,)
+        In [0, 1).
+    """
+    count, vocabulary = probabilities.shape
+    width = max(1, round(vocabulary**0.5))
+    blocks = -(-vocabulary // width)
+    panels = pad(probabilities, (0, blocks * width - vocabulary)).view(count, blocks, width)
+    sums = _cumulative(panels.sum(2, dtype=torch.float64))
+    wanted = uniform.unsqueeze(1) * sums[:, -1:]
+    block = _first_above(sums, wanted)
+    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = panels.gather(1, block.unsqueeze(2).expand(-1, 1, width)).squeeze(1).double()
+    return (block * width + _first_above(_cumulative(inside), wanted - before)).squeeze(1)
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    """Cumulative sums along rows; torch's own have no order that repeats on a GPU."""
+    size = values.shape[1]
+    steps = torch.ones(size, size, dtype=values.dtype, device=values.device).triu()
+    sums: Tensor = torch.mm(values, steps)
+    return sums
+
+
+def _first_above(sums: Tensor, wanted: Tensor) -> Tensor:
+    """First column above a value, (n, 1); rounding never leads past the last that adds anything."""
+    past = (sums <= wanted).sum(1, keepdim=True)
+    return torch.minimum(past, (sums < sums[:, -1:]).sum(1, keepdim=True))
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """A cache layer with room for the whole text: a token is written where it goes, not appended.
+
+    ``keys`` and ``values`` are views of the part that is filled.
+    """
+
+    @classmethod
+    def of(cls, layer: DynamicLayer, room: int) -> "_RoomyLayer":
+        made: Any = cls.__new__(cls)
+        made.__dict__.update(layer.__dict__)
+        made.room = room
+        made.select(None)
+        found: _RoomyLayer = made
+        return found
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        start, stop = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+        for name, new in (("keys", keys), ("values", values)):
+            space = getattr(self, f"_{name}")
+            space[..., start:stop, :] = new
+            setattr(self, name, space[..., :stop, :])
+        return self.keys, self.values
+
+    def select(self, rows: Tensor | None) -> None:
+        """Keep some rows."""
+        for name in ("keys", "values"):
+            held = getattr(self, name)
+            held = held if rows is None else held.index_select(0, rows)
+            space = held.new_empty((*held.shape[:-2], self.room, held.shape[-1]))
+            filled = space[..., : held.shape[-2], :]
+            filled.copy_(held)
+            setattr(self, f"_{name}", space)
+            setattr(self, name, filled)
+
+
+@dataclass
+class _Context:
+    """What the model has read: its cache, and which positions count.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    ids, mask : Tensor, shape (n, L)
+        Left-padded prompts; the mask is 1 on real tokens.
+    padded : bool
+        Some prompt is padded.
+    room : int
+        Positions of prompt and longest completion.
+
+    Attributes
+    ----------
+    token : Tensor, shape (n,), or None
+        Sampled, but not yet read.
+    """
+
+    model: Any
+    ids: Tensor
+    mask: Tensor
+    padded: bool
+    room: int
+    token: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._read = length = self.mask.shape[1]
+        self._attention = self.mask.new_ones((len(self.mask), self.room))
+        self._attention[:, :length] = self.mask
+        self._texts = self.mask.sum(1, keepdim=True) - length
+        self._cache: Any = None
+        self._roomy = False
+
+    def logits(self) -> Tensor:
+        """Read what has not been read; logits of the next token, shape (n, V)."""
+        ids, places = self.ids, positions(self.mask)
+        mask: Tensor | None = self.mask
+        if self.token is not None:
+            ids, places = self.token.unsqueeze(1), self._texts + self._read
+            self._read += 1
+            mask = self._mask()
+        out = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if self._cache is None:
+            self._hold(out.past_key_values)
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+    def _hold(self, cache: Any) -> None:
+        self._cache, layers = cache, getattr(cache, "layers", [])
+        self._roomy = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+        if self._roomy:
+            cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
+
+    def _mask(self) -> Tensor | None:
+        """Mask of one more token; whole where the model would look at its values to make one."""
+        seen = self._attention[:, : self._read]
+        config = self.model.config.get_text_config()
+        plain = (
+            self._roomy
+            and config._attn_implementation == "sdpa"
+            and (hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"))
+            and not getattr(config, "alibi", False)
+        )
+        if not plain:
+            return seen
+        return seen.bool()[:, None, None] if self.padded else None
+
+    def keep(self, rows: Tensor) -> bool:
+        """Keep some rows only; False if this cache cannot."""
+        select = getattr(self._cache, "batch_select_indices", None)
+        if not self._roomy and select is None:
+            return False
+        if self._roomy:
+            for layer in self._cache.layers:
+                layer.select(rows)
+        elif select is not None:
+            select(rows)
+        self._texts, self._attention = self._texts[rows], self._attention[rows]
+        self.token = None if self.token is None else self.token[rows]
+        return True
+
+
+@dataclass
+class _Row:
+    """What the host knows of one completion."""
+
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Completions of n rows: ids and log-probabilities (n, T), what counts, which have ended."""
+
+    ids: Tensor
+    mask: Tensor
+    logp: Tensor
+    ended: Tensor
+    entropy: Tensor | None
+
+
+@dataclass
+class Sampler:
+    """Samples completions of rows that are in memory together.
+
+    Parameters
+    ----------
+    policy : Policy
+    model : transformers.PreTrainedModel or peft.PeftModel
+        What samples: the policy's, or its copy in another precision.
+    max_new_tokens : int
+    temperature : float
+    noise : Noise
+    entropy : bool
+        Measure it at every position.
+    block : int, optional
+        Tokens between two looks of the host; None takes `BLOCK`.
+    """
+
+    policy: Policy
+    model: Any
+    max_new_tokens: int
+    temperature: float
+    noise: Noise
+    entropy: bool = False
+    block: int | None = None
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor, rows: Tensor, padded: bool) -> Sampled:
+        """Sample; prompts left-padded, ids and mask (n, L), ``rows`` their numbers in the batch.
+
+        Raises
+        ------
+        NonFiniteLogits
+            If the policy gives NaN or infinite logits.
+        """
+        policy, device = self.policy, ids.device
+        told = [_Row() for _ in range(len(ids))]
+        hand, at = list(range(len(ids))), torch.arange(len(ids), device=device)
+        shape = len(ids), self.max_new_tokens
+        out = [torch.full(shape, policy.pad_id, device=device)]
+        out += [torch.zeros(shape, device=device) for _ in range(1 + self.entropy)]
+        context = _Context(self.model, ids, mask, padded, ids.shape[1] + self.max_new_tokens)
+        start = 0
+        while True:
+            stop = min(start + (self.block or BLOCK[device.type]), self.max_new_tokens)
+            parts = self._decode(context, rows, start, stop)
+            for whole, part in zip(out, parts, strict=True):
+                whole[at, start:stop] = part
+            self._look(parts, [told[row] for row in hand])
+            left = [place for place, row in enumerate(hand) if not told[row].ended]
+            if not left or stop == self.max_new_tokens:
+                return self._whole(out, told)
+            if (len(hand) - len(left)) * _LEAVE >= len(hand):
+                keep = sent(torch.tensor(left), device)
+                if context.keep(keep):
+                    hand, at, rows = [hand[place] for place in left], at[keep], rows[keep]
+            start = stop
+
+    def _decode(self, context: _Context, rows: Tensor, start: int, stop: int) -> list[Tensor]:
+        """Ids, log-probabilities and entropies of a block, shape (n, k) each."""
+        columns: list[list[Tensor]] = [[] for _ in range(2 + self.entropy)]
+        for position in range(start, stop):
+            logp = torch.log_softmax(context.logits().float() / self.temperature, dim=-1)
+            probabilities = logp.exp()
+            if self.entropy:
+                columns[2].append(torch.special.entr(probabilities).sum(dim=-1))
+            context.token = self.noise.pick(probabilities, rows, position)
+            columns[0].append(context.token)
+            columns[1].append(logp.gather(1, context.token.unsqueeze(1)).squeeze(1))
+        return [torch.stack(column, dim=1) for column in columns]
+
+    def _look(self, parts: list[Tensor], rows: Sequence[_Row]) -> None:
+        """Let the host see a block, in one copy, and tell which rows have ended in it."""
+        fine = parts[1].isfinite().all().long().expand(len(rows), 1)
+        seen = torch.cat([parts[0], fine], dim=1).tolist()
+        if not seen[0][-1]:
+            raise NonFiniteLogits("the policy gives logits that are NaN or infinite")
+        for row, (*ids, _) in zip(rows, seen, strict=True):
+            if not row.ended:
+                self._extend(row, ids)
+
+    def _extend(self, row: _Row, ids: list[int]) -> None:
+        """Add a block to a row, up to the token that ends it."""
+        begun, ends = len(row.ids), self.policy.eos_ids
+        last = next((place for place, token in enumerate(ids) if token in ends), None)
+        row.ids += ids if last is None else ids[: last + 1]
+        row.ended = last is not None
+        texts = self.policy.format.style.stop
+        if not texts:
+            return
+        # A token spells at least a byte, so this many hold any stop text and some before it.
+        window = max(len(text.encode()) for text in texts) + _STOP_MARGIN
+        if not self._says(row.ids[-(window + len(ids)) :], texts):
+            return
+        for length in range(begun + 1, len(row.ids) + 1):
+            if self._says(row.ids[max(0, length - window) : length], texts):
+                del row.ids[length:]
+                row.ended = True
+                return
+
+    def _says(self, ids: list[int], texts: Sequence[str]) -> bool:
+        text = self.policy.decode(ids)
+        return any(stop in text for stop in texts)
+
+    def _whole(self, out: list[Tensor], told: Sequence[_Row]) -> Sampled:
+        """All rows, cut where they ended and padded to the longest."""
+        device, lengths = out[0].device, [len(row.ids) for row in told]
+        facts = sent(torch.tensor([lengths, [row.ended for row in told]]), device)
+        ids, logp, *entropy = (part[:, : max(lengths)] for part in out)
+        mask = torch.arange(max(lengths), device=device) < facts[0].unsqueeze(1)
+        return Sampled(
+            torch.where(mask, ids, self.policy.pad_id),
+            mask,
+            torch.where(mask, logp, 0.0),
+            facts[1].bool(),
+            torch.where(mask, entropy[0], 0.0) if entropy else None,
+        )
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on a device, which nobody waits for."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def positions(attention: Tensor) -> Tensor:
+    """Position of each token in its own text, left padding left out."""
+    return (attention.cumsum(dim=1) - 1).clamp(min=0)
