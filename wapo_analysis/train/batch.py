@@ -28,6 +28,7 @@ from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.rollout import Rollouts, sample
+from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
 
 _PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
@@ -289,9 +290,8 @@ def mini_batches(batch: Batch, config: TrainConfig, device: torch.device) -> Ite
 
     Of several processes each sees its own rollouts of every run.
     """
-    advantage = torch.from_numpy(batch.advantages).to(device)
-    group = torch.from_numpy(batch.group).to(device)
-    rows = torch.from_numpy(batch.mine).to(device)
+    given = (batch.advantages, batch.group, batch.mine)
+    advantage, group, rows = (sent(torch.from_numpy(part), device) for part in given)
     chunks = rows.split(len(rows) // config.minibatches)
     for index in range(config.epochs * len(chunks)):
         mine = chunks[index % len(chunks)]
