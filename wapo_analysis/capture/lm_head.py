@@ -3,6 +3,8 @@
 Shapes: B texts, L positions, V vocabulary, D hidden width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +39,18 @@ class LmHead:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "LmHead":
+    def of(cls, model: Any, tensors: tuple[Tensor, Tensor | None] | None = None) -> "LmHead":
         """Head of a model as it is now; wrappers may replace its tensors later.
 
         Parameters
         ----------
         model : transformers.PreTrainedModel
+        tensors : pair of Tensor, optional
+            Weight and bias, where the model holds but parts of them; see `whole`.
         """
         head = model.get_output_embeddings()
-        return cls(head.weight, getattr(head, "bias", None), *logit_transform(model.config))
+        weight, bias = tensors or (head.weight, getattr(head, "bias", None))
+        return cls(weight, bias, *logit_transform(model.config))
 
     def stats(
         self,
@@ -73,6 +78,39 @@ class LmHead:
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
         return wide if self.softcap is None else self.softcap * torch.tanh(wide / self.softcap)
+
+
+def is_shard(weight: Tensor) -> bool:
+    """Whether a process holds but a part of a weight: FSDP2's DTensor, or ZeRO-3."""
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+
+
+def rows_of(weight: Tensor) -> int:
+    """Rows of a head as a whole; ZeRO-3 leaves a shape of (0,) between its forward passes."""
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+@contextmanager
+def whole(head: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Within: weight and bias of a head, gathered; every process must come here at the same time.
+
+    Parameters
+    ----------
+    head : torch.nn.Module
+        Output embeddings of a model.
+    """
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not is_shard(weight):
+        yield weight, bias
+    elif hasattr(weight, "full_tensor"):
+        with torch.no_grad():
+            tensors = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        yield tensors
+    else:
+        from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+        with maybe_gather_lm_head_ctx(weight, bias):
+            yield weight, bias
 
 
 def logit_transform(config: Any) -> tuple[float, float | None]:

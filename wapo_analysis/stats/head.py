@@ -62,7 +62,9 @@ def fused_head_stats(
     hidden : Tensor, shape (..., D)
         Last hidden states.
     weight : Tensor, shape (V, D)
-        The head; may be tied to the embedding.
+        The head; may be tied to the embedding. Under FSDP2 call this inside the model's forward,
+        where its weights are whole; elsewhere, under ``torch.no_grad``, a shard (DTensor) is
+        gathered, which is a step of all processes.
     targets : Tensor of int64, shape (...)
         Sampled tokens.
     bias : Tensor, shape (V,), optional
@@ -90,7 +92,8 @@ def fused_head_stats(
     Raises
     ------
     UserError
-        On shapes that do not fit, a temperature or soft cap that is not positive.
+        On shapes that do not fit, a temperature or soft cap that is not positive, or a head that
+        is a shard and asks for a gradient.
 
     Notes
     -----
@@ -99,6 +102,7 @@ def fused_head_stats(
     Inside autocast its dtype is taken. Forward-mode derivatives (`torch.func.jvp`) of logp and
     `torch.func.vmap` work; a second derivative is refused.
     """
+    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
     _check(hidden, weight, targets, bias, temperature, mask, scale, softcap)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets, kept = chosen_rows(targets, len(weight), mask, kept)
@@ -112,6 +116,20 @@ def fused_head_stats(
     with torch.autocast(device, enabled=False):
         *columns, _ = _Head.apply(hidden, weight, bias, targets, how)
     return TokenStats(*columns)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """Return a weight as it is, or gathered if it is FSDP2's shard of one."""
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            "the head is a shard of FSDP2 (a DTensor): call fused_head_stats inside the model's "
+            "forward, where it is whole, or under torch.no_grad()"
+        )
+    found: Tensor = gather()
+    return found
 
 
 def _check(

@@ -5,13 +5,14 @@ tokens of the loss mask. Four sources, told apart by what the model returns:
 
 * logits (TRL 0.21 to 1.14): reduced inside the forward, before the trainer divides them in place;
 * our own head in place of TRL's (replace mode): statistics come with the log-probabilities;
-* hidden states and head: the backbone's output goes through the head once more, in blocks;
+* hidden states and head: the backbone's output goes through the head once more, in blocks, inside
+  the model's own forward, where a head that is split over processes is whole or can be gathered;
 * the fused head (TRL 1.15 on): log sum p^2 comes with the log-probabilities, nearly for free.
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.lm_head import LmHead
+from wapo_analysis.capture.lm_head import LmHead, rows_of, whole
 from wapo_analysis.capture.trl.replace import TrlHead
 from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.stats import TokenStats, token_stats
@@ -42,9 +43,15 @@ class _Call:
     exact: bool
     from_logits: list[TokenStats] = field(default_factory=list)
     from_own: list[TokenStats] = field(default_factory=list)
-    hidden_BLD: list[Tensor] = field(default_factory=list)
+    from_head: list[TokenStats] = field(default_factory=list)
     fused: list[Any] = field(default_factory=list)
     rows: int = 0
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        """Mask and ids of the rollouts of the next forward pass."""
+        rows = slice(self.rows, self.rows + count)
+        self.rows = rows.stop
+        return self.mask_BT[rows], self.ids_BT[rows]
 
 
 class StatsReader:
@@ -61,6 +68,14 @@ class StatsReader:
         Let the fused head tell whether a token was the most probable one; costs another pass.
     head : TrlHead
         Who makes the log-probabilities of a fused head; gets installed.
+
+    Attributes
+    ----------
+    scheduled : bool
+        The head is to be read in this scoring, by the schedule alone: the same on all processes,
+        whether or not one of them still records.
+    source : str
+        What gave the last statistics.
     """
 
     def __init__(
@@ -75,7 +90,9 @@ class StatsReader:
         self._model = trainer.model
         self._richer = richer_head(trainer, top1)
         self._call: _Call | None = None
+        self._hidden: Tensor | None = None
         self._trusted = True
+        self.scheduled = False
         self.source = "none"
         patches.wrap(self._model, "forward", self._forward)
         head.install(self._model, patches)
@@ -83,8 +100,8 @@ class StatsReader:
         if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
             patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
 
-    def open(self, mask_BT: Tensor, ids_BT: Tensor, exact: bool) -> None:
-        """Look at the forward passes that follow.
+    def open(self, mask_BT: Tensor, ids_BT: Tensor) -> None:
+        """Look at the forward passes that follow; if ``scheduled``, at their head too.
 
         Parameters
         ----------
@@ -92,14 +109,12 @@ class StatsReader:
             Loss mask.
         ids_BT : Tensor of int64, shape (B, T)
             Completion ids.
-        exact : bool
-            Use hidden states and head where there are no logits.
         """
-        self._call = _Call(mask_BT, ids_BT, exact)
+        self._call = _Call(mask_BT, ids_BT, self.scheduled)
 
     def cancel(self) -> None:
         """Stop looking; nothing is kept."""
-        self._call = None
+        self._call, self._hidden, self.scheduled = None, None, False
 
     def close(self, logps_BT: Tensor, entropies_BT: Tensor | None) -> Columns:
         """Statistics of the pass since `open`.
@@ -135,62 +150,63 @@ class StatsReader:
         return columns
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._call is None:
+        if self._call is None and not self.scheduled:
             return original(*args, **kwargs)
         # Its extra outputs cost a pass over the logits; where the head is read anyway they idle.
-        read = self._head.working or (self._call.exact and self._trusted)
-        wanted = kwargs.get("fused_lm_head") and not read
+        call = self._call
+        read = self._head.working or (call is not None and call.exact and self._trusted)
+        wanted = call is not None and kwargs.get("fused_lm_head") and not read
+        self._hidden = None
         out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
-        self._guard(self._take, out)
+        if not (self.scheduled and getattr(out, "log_probs", None) is not None):
+            self._guard(self._take, out, None)
+        else:
+            # Gathering a head is a step of all processes: none leaves it out, failed or not.
+            with whole(self._model.get_output_embeddings()) as tensors:
+                self._guard(self._take, out, tensors)
+        self._hidden = None
         return out
 
-    def _take(self, out: Any) -> None:
+    def _take(self, out: Any, tensors: tuple[Tensor, Tensor | None] | None) -> None:
         call = self._call
-        assert call is not None
+        if call is None:
+            return
         own = self._head.take()
         if own is not None:
             call.from_own.append(own)
         elif getattr(out, "log_probs", None) is not None:
             call.fused.append(out)
+            if tensors is not None and self._trusted and self._hidden is not None:
+                head = LmHead.of(self._model, tensors)
+                call.from_head.append(self._project(head, self._hidden, call))
         elif getattr(out, "logits", None) is not None:
             call.from_logits.append(self._reduce(out.logits, call))
 
     @torch.no_grad()
     def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
         """Statistics of the next rollouts of the pass; prompts and padding are never read."""
-        rows = slice(call.rows, call.rows + len(logits_BLV))
-        call.rows = rows.stop
-        width = call.mask_BT.shape[1]
-        logits_BTV = logits_BLV.detach()[:, -width - 1 : -1]
-        mask_BT = call.mask_BT[rows]
-        return token_stats(logits_BTV, call.ids_BT[rows], self._trainer.temperature, mask_BT)
+        mask_BT, ids_BT = call.next(len(logits_BLV))
+        logits_BTV = logits_BLV.detach()[:, -mask_BT.shape[1] - 1 : -1]
+        return token_stats(logits_BTV, ids_BT, self._trainer.temperature, mask_BT)
 
     def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
         if self._call is not None and self._call.exact and not self._head.working:
             hidden = getattr(out, "last_hidden_state", None)
-            if hidden is not None:
-                self._call.hidden_BLD.append(hidden.detach())
+            self._hidden = None if hidden is None else hidden.detach()
 
     def _exact(self, call: _Call) -> TokenStats | None:
-        if call.from_logits:
-            return TokenStats.concat(call.from_logits)
-        if not (call.exact and self._trusted and call.hidden_BLD):
-            return None
-        width = call.mask_BT.shape[1]
-        hidden_BTD = torch.cat([h[:, -width - 1 : -1] for h in call.hidden_BLD])
-        return self._project(hidden_BTD[call.mask_BT], call.ids_BT[call.mask_BT])
+        parts = call.from_logits or call.from_head
+        return TokenStats.concat(parts) if parts else None
 
     @torch.no_grad()
-    def _project(self, hidden_ND: Tensor, ids_N: Tensor) -> TokenStats:
+    def _project(self, head: LmHead, hidden_BLD: Tensor, call: _Call) -> TokenStats:
         """Statistics from hidden states and head, with the precision of the trainer's own head."""
+        mask_BT, ids_BT = call.next(len(hidden_BLD))
+        hidden_ND = hidden_BLD[:, -mask_BT.shape[1] - 1 : -1][mask_BT]
         cast = self._trainer.casts_head
-        head = LmHead.of(self._model)
-        with (
-            nullcontext() if cast else self._trainer.raw.accelerator.autocast(),
-            _whole(head.weight, head.bias),
-        ):
+        with nullcontext() if cast else self._trainer.raw.accelerator.autocast():
             hidden = hidden_ND.float() if cast else hidden_ND
-            return head.stats(hidden, ids_N, self._trainer.temperature)
+            return head.stats(hidden, ids_BT[mask_BT], self._trainer.temperature)
 
     def _agrees(self, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> bool:
         """Trust statistics only as long as their log-probabilities are the trainer's own."""
@@ -227,7 +243,7 @@ class StatsReader:
         if log_collision is not None:
             wide = logp.double()
             complement = -torch.expm1(wide)
-            others = max(self._model.get_output_embeddings().weight.shape[0] - 1, 1)
+            others = max(rows_of(self._model.get_output_embeddings().weight) - 1, 1)
             rest = log_collision.double().exp() - (2 * wide).exp()
             highest = complement.square()
             columns["collision_rest"] = rest.clamp(min=highest / others, max=highest).float()
@@ -237,16 +253,6 @@ class StatsReader:
 def _completion(values_BL: Tensor, call: _Call) -> Tensor:
     """Values of the loss tokens, shape (N,), among those of all predicted positions."""
     return values_BL[:, -call.mask_BT.shape[1] :][call.mask_BT]
-
-
-def _whole(weight: Tensor, bias: Tensor | None) -> AbstractContextManager[Any]:
-    """TRL's own context that gathers a head which DeepSpeed has split over processes."""
-    try:
-        from trl.trainer.utils import maybe_gather_lm_head_ctx
-    except ImportError:  # before TRL 1.15
-        return nullcontext()
-    gathering: AbstractContextManager[Any] = maybe_gather_lm_head_ctx(weight, bias)
-    return gathering
 
 
 def richer_head(trainer: TrlTrainer, top1: bool) -> Callable[..., Any] | None:

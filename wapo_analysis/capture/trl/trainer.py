@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.lm_head import inner_model
+from wapo_analysis.capture.lm_head import inner_model, rows_of
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import Manifest
 
@@ -305,7 +305,7 @@ class TrlTrainer:
             objective=settings,
             model=getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
             tokenizer=type(self.raw.processing_class).__name__,
-            vocabulary=int(self.model.get_output_embeddings().weight.shape[0]),
+            vocabulary=rows_of(self.model.get_output_embeddings().weight),
             parameters=sum(p.numel() for p in parameters),
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
             seed=args.seed,

@@ -194,6 +194,10 @@ class TrlWatcher:
             self._guard(self._take_second, self._inputs, self._current, scored, ids)
             return scored
         seen = self._current = SeenPass(score)
+        step = self._trainer.step
+        self._stats.scheduled = on_schedule(step, self._exact_every) or (
+            not self._several and self._recorder.wants_probe(step)
+        )
         self._guard(self._open, self._inputs)
         try:
             scored = score()
@@ -223,9 +227,7 @@ class TrlWatcher:
             self._rollouts.take_scores(logps_BT)
 
     def _open(self, inputs: dict[str, Any]) -> None:
-        step = self._trainer.step
-        exact = on_schedule(step, self._exact_every) or self._recorder.wants_probe(step)
-        self._stats.open(loss_mask(inputs), inputs["completion_ids"], exact)
+        self._stats.open(loss_mask(inputs), inputs["completion_ids"])
 
     def _take_pass(self, inputs: dict[str, Any], scored: Any, seen: SeenPass) -> None:
         logps_BT, entropies_BT = logps_and_entropies(scored)
