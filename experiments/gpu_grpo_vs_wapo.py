@@ -15,12 +15,12 @@ setting, the report and the steps as CSV.
 
 ``--pretrain`` trains a Llama of 14 million weights on demonstrations of the word problems first,
 wrong at a stated rate, so that it starts near half right and with entropy. bfloat16 weights would
-round away most updates as small as ours, so weights are float32; ``--dtype bfloat16`` trains
-float32 LoRA adapters beside bfloat16 weights. TF32 stays off.
+round away most updates as small as ours, so weights are float32, and so are products; ``--lora``
+trains float32 LoRA adapters beside bfloat16 weights. TF32 stays off.
 
 A machine without network needs the wheel of this project (``make wheel``; taxonomy is in it) and,
 for a .gguf file, that of gguf, beside torch, transformers, accelerate, numpy, pandas, pyarrow,
-scipy, matplotlib, seaborn, typer, rich, jinja2 and safetensors; peft for bfloat16; math-verify with
+scipy, matplotlib, seaborn, typer, rich, jinja2 and safetensors; peft for --lora; math-verify with
 latex2sympy2-extended and antlr4-python3-runtime for ``--task gsm8k``. Start it in the repository
 root with PYTHONPATH=. there. A model larger than a transfer goes in parts, in several folders:
 
@@ -135,8 +135,9 @@ def base_config(options: argparse.Namespace) -> TrainConfig:
     elif model == "base":
         kind = "base"
     found = replace(RECIPES["tiny" if options.tiny else kind], model=model, device=options.device)
-    if options.dtype == "bfloat16":
-        found = replace(found, dtype="bfloat16", lora_rank=32, lr=20 * found.lr)
+    found = replace(found, precision="float32")
+    if options.lora:
+        found = replace(found, precision="bf16-mixed", lora_rank=32, lr=20 * found.lr)
     if options.steps is not None:
         found = replace(found, steps=options.steps)
     if options.task is not None:
@@ -357,7 +358,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of a run")
     parser.add_argument("--task", help="another task of docs/tasks.md")
     parser.add_argument("--data", help="data of --task")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--lora", action="store_true", help="adapters beside bfloat16 weights")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--workers", type=int, help="runs at a time  [4 on a GPU, else 1]")
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))

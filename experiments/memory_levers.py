@@ -27,9 +27,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "capture_mode replace": {"capture_mode": "replace"},
     "lora_rank 16": {"lora_rank": 16},
-    "dtype bfloat16": {"dtype": "bfloat16"},
     "token_fraction 0.1": {"token_fraction": 0.1},
-    "all but bfloat16": {
+    "all of these": {
         "microbatch_size": 2,
         "gradient_checkpointing": True,
         "capture_mode": "replace",

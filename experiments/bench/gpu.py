@@ -298,7 +298,7 @@ def main() -> None:
         print(f"{name} ...", flush=True)
         try:
             found = PARTS[name](bench)
-        except (AssertionError, RuntimeError) as error:  # a gate, or no memory: the rest goes on
+        except Exception as error:  # a gate, no memory, another version of trl: the rest goes on
             results["failures"][name] = f"{type(error).__name__}: {error}"
             print(f"  failed: {results['failures'][name]}", flush=True)
             continue

@@ -30,7 +30,7 @@ def test_runs_share_the_gpu_and_a_second_command_reports_them(tmp_path: Path) ->
 
 def test_bfloat16_adapters_train(tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    arguments = ["--tiny", "--dtype", "bfloat16", "--device", "cuda", "--settings", "stress"]
+    arguments = ["--tiny", "--lora", "--device", "cuda", "--settings", "stress"]
     arguments += ["--seeds", "1", "--workers", "1", "--out", str(tmp_path)]
     assert recipe.main(arguments) == 0
     rows = json.loads((tmp_path / "ship" / "results.json").read_text())["runs"]

@@ -241,5 +241,5 @@ def test_parts_make_up_the_model_or_are_refused(tmp_path: Path) -> None:
 
 
 def test_bfloat16_trains_adapters_beside_the_weights(tmp_path: Path) -> None:
-    found = recipe.base_config(options(tmp_path, "--dtype", "bfloat16"))
-    assert (found.dtype, found.lora_rank) == ("bfloat16", 32)
+    found = recipe.base_config(options(tmp_path, "--lora"))
+    assert (found.precision, found.lora_rank) == ("bf16-mixed", 32)

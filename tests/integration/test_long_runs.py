@@ -29,7 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "sgd, linear": {"optimizer": "sgd", "lr": 0.1, "lr_schedule": "linear"},
     "lora, checkpointing": {"lora_rank": 4, "lr": 1e-3, "gradient_checkpointing": True},
-    "bfloat16": {"dtype": "bfloat16", "lr": 1e-2},
+    "bf16-mixed": {"precision": "bf16-mixed"},
 }
 
 
@@ -54,7 +54,7 @@ def interrupted_at(stop: int, config: TrainConfig, out: Path, number: int = sign
             train(config, out)
 
 
-SLOW = {"sgd, linear", "bfloat16", "lora, checkpointing"}
+SLOW = {"sgd, linear", "bf16-mixed", "lora, checkpointing"}
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_other_optimizers_are_refused(optimizer) -> None:
         ({"optimizer": "adam"}, "optimizer must be adamw or sgd, got 'adam'"),
         ({"probe_every": -1}, "probe_every must be at least 0"),
         ({"probe_rows": 0}, "probe_rows must be at least 1"),
-        ({"probe_every": 5, "dtype": "bfloat16"}, "probe_every needs dtype float32"),
+        ({"probe_every": 5, "precision": "bf16-mixed"}, "probe_every needs precision float32"),
     ],
 )
 def test_bad_settings_are_refused(setting: dict[str, object], told: str) -> None:

@@ -30,12 +30,15 @@ class CaptureMode:
         One line: who decided, with the numbers.
     logits_bytes, free_bytes : int or None
         Size of the logits of one micro-batch, and the memory that was free when it was decided.
+    microbatch_tokens : int or None
+        Most tokens of a micro-batch, where the memory decides and not a setting.
     """
 
     mode: str
     rule: str
     logits_bytes: int | None = None
     free_bytes: int | None = None
+    microbatch_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Entries of the manifest, under ``capture``."""

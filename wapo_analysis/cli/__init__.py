@@ -67,7 +67,6 @@ _MODULES = (
     "import_",
     "bench",
     "check",
-    "audit",
     "compact",
     "tasks",
 )

@@ -107,7 +107,7 @@ def train(
         wapo train --include-bins neg_peak --epochs 2 --minibatches 2 --out runs/explode
         wapo train --probe-every 5 --out runs/mine
         wapo train --task gsm8k --data train.jsonl --model smollm2 --out runs/words
-        wapo train --model smollm2 --set dtype=bfloat16 --set lora_rank=16 --out runs/lora
+        wapo train --model smollm2 --precision bf16-mixed --set lora_rank=16 --out runs/lora
         wapo train --out runs/wapo --steps 200 --resume
 
     Several processes: torchrun --nproc-per-node 2 -m wapo_analysis train ...

@@ -167,7 +167,7 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         "open-instruct": "loss_denominator = a constant",
     }),
     "float32": Setting("float32 weights", {
-        BUILT_IN: "dtype = float32", "trl": "fp16 = bf16 = False",
+        BUILT_IN: "precision = float32", "trl": "fp16 = bf16 = False",
     }),
 }  # fmt: skip
 """Setting to what each trainer calls it."""

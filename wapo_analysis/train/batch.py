@@ -232,6 +232,8 @@ class MiniBatch:
         Of each rollout; rows are their numbers in the step.
     groups : Tensor, shape (B,)
         Group of every rollout of the step.
+    lengths : ndarray of int64, shape (b, 2)
+        Tokens of prompt and completion of each rollout, known to the host.
     """
 
     index: int
@@ -240,20 +242,36 @@ class MiniBatch:
     group: Tensor
     rows: Tensor
     groups: Tensor
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
 
-    def split(self, size: int | None) -> "list[MiniBatch]":
-        """Micro-batches of ``size`` rollouts, the last one shorter; None takes all as one."""
-        parts = torch.arange(len(self.rows), device=self.rows.device).split(size or len(self.rows))
-        return [
-            replace(
-                self,
-                rollouts=self.rollouts.rows(part),
-                advantage=self.advantage[part],
-                group=self.group[part],
-                rows=self.rows[part],
-            )
-            for part in parts
-        ]
+    def split(self, size: int | None, tokens: int | None = None) -> "list[MiniBatch]":
+        """Micro-batches: rollouts in order, or by length.
+
+        Parameters
+        ----------
+        size : int, optional
+            Rollouts of each, in order, the last one shorter; None takes all as one.
+        tokens : int, optional
+            Most tokens of each, padding included. Rollouts of like length come together, and what
+            none of them needs is cut off.
+        """
+        if tokens is None:
+            places = np.arange(len(self.rows))
+            step = size or len(self.rows)
+            return [self._some(places[at : at + step]) for at in range(0, len(places), step)]
+        parts = map(self._some, by_length(self.lengths, tokens))
+        return [replace(p, rollouts=p.rollouts.cut(*p.lengths.max(axis=0).tolist())) for p in parts]
+
+    def _some(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> "MiniBatch":
+        part = sent(torch.from_numpy(places), self.rows.device)
+        return replace(
+            self,
+            rollouts=self.rollouts.rows(part),
+            advantage=self.advantage[part],
+            group=self.group[part],
+            rows=self.rows[part],
+            lengths=self.lengths[places],
+        )
 
     def top_tokens(self, recorder: Recorder, step: int) -> TopTokens | None:
         """Rows whose most probable tokens are to be recorded; None if there are none."""
@@ -285,29 +303,66 @@ class MiniBatch:
         )
 
 
-def mini_batches(batch: Batch, config: TrainConfig, device: torch.device) -> Iterator[MiniBatch]:
+def by_length(
+    lengths: np.ndarray[Any, np.dtype[np.int64]], tokens: int
+) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    """Rollouts in parts of like length whose padded tokens stay within a number, longest first.
+
+    Parameters
+    ----------
+    lengths : ndarray of int64, shape (b, 2)
+        Tokens of prompt and completion.
+    tokens : int
+        Most tokens of a part; one that is longer is a part of its own.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> lengths = np.array([[2, 1], [2, 9], [2, 2], [2, 8]])
+    >>> [part.tolist() for part in by_length(lengths, 22)]
+    [[1, 3], [2, 0]]
+    """
+    parts: list[list[int]] = []
+    widest = np.zeros(2, np.int64)
+    for place in np.argsort(-lengths.sum(axis=1), kind="stable").tolist():
+        wider = np.maximum(widest, lengths[place])
+        if parts and (len(parts[-1]) + 1) * int(wider.sum()) <= tokens:
+            parts[-1].append(place)
+            widest = wider
+        else:
+            parts.append([place])
+            widest = lengths[place]
+    return [np.array(part) for part in parts]
+
+
+def mini_batches(
+    batch: Batch, config: TrainConfig, device: torch.device, epochs: int | None = None
+) -> Iterator[MiniBatch]:
     """Mini-batches in order, epoch after epoch: consecutive runs of rollouts.
 
     Of several processes each sees its own rollouts of every run.
     """
-    given = (batch.advantages, batch.group, batch.mine)
-    advantage, group, rows = (sent(torch.from_numpy(part), device) for part in given)
+    held = (batch.advantages, batch.group, batch.mine)
+    advantage, group, rows = (sent(torch.from_numpy(part), device) for part in held)
+    prompts = np.array([len(prompt.ids) for prompt in batch.prompts])
+    lengths = np.stack([prompts, batch.lengths], axis=1)
     chunks = rows.split(len(rows) // config.minibatches)
-    for index in range(config.epochs * len(chunks)):
-        mine = chunks[index % len(chunks)]
+    on_host = np.split(batch.mine, config.minibatches)
+    for index in range((epochs or config.epochs) * len(chunks)):
+        mine, own = chunks[index % len(chunks)], lengths[on_host[index % len(chunks)]]
         rollouts = batch.rollouts.rows(mine)
-        yield MiniBatch(index, rollouts, advantage[mine], group[mine], mine, group)
+        yield MiniBatch(index, rollouts, advantage[mine], group[mine], mine, group, own)
 
 
 def micro_batches(
     update: MiniBatch,
-    size: int | None,
+    pieces: list[MiniBatch],
     weights: BatchWeights,
     objective: ObjectiveConfig,
     world: World,
     kept: Callable[[MiniBatch], Tensor],
 ) -> list[tuple[MiniBatch, BatchWeights]]:
-    """Micro-batches of a mini-batch with their weights.
+    """Micro-batches of a mini-batch, with their weights.
 
     With kept-token normalisation the weights depend on which tokens of the whole mini-batch are
     kept, so a split mini-batch is first scored without gradient.
@@ -315,8 +370,8 @@ def micro_batches(
     Parameters
     ----------
     update : MiniBatch
-    size : int, optional
-        Rollouts of a micro-batch; None takes all as one.
+    pieces : list of MiniBatch
+        Its micro-batches.
     weights : BatchWeights
         Of the whole batch.
     objective : ObjectiveConfig
@@ -324,12 +379,13 @@ def micro_batches(
     kept : callable
         Mini-batch to the tokens that would enter the loss, (b, T).
     """
-    pieces = update.split(size)
     if objective.needs_whole_minibatch:
+        longest = update.rollouts.mask.shape[1]
         with world.together():
-            own = torch.cat([kept(piece) for piece in pieces])
+            own = [pad(keep, (0, longest - keep.shape[1])) for keep in map(kept, pieces)]
+        rows = torch.cat([piece.rows for piece in pieces])
         # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
-        keep = world.collect(own, update.rows, len(update.groups))
+        keep = world.collect(torch.cat(own), rows, len(update.groups))
         whole = kept_token_weights(objective, keep, update.groups, weights)
         return [
             (piece, replace(whole, sequence_weight=whole.sequence_weight[piece.rows]))

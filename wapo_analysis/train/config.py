@@ -22,6 +22,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, ObjectiveSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -80,9 +81,14 @@ class TrainConfig(ObjectiveSettings, _Objective):
     model: str = setting(
         "base", "Policy to start from: base (shipped), a folder, a hub name, a .gguf file, or "
         "smollm2.", forkable=False, cli=True)
-    dtype: str = setting(
-        "float32", "Weights; LoRA adapters are float32 always.", one_of("float32", "bfloat16"),
-        forkable=False)
+    precision: str = setting(
+        "auto", "bf16-mixed: float32 weights and optimizer, bfloat16 products in scoring, backward "
+        "and sampling, frozen weights beside LoRA in bfloat16. auto: bf16-mixed on a GPU, float32 "
+        "on a CPU and with probes.", one_of("auto", "float32", "bf16-mixed"), forkable=False,
+        cli=True)
+    deterministic: bool = setting(
+        False, "On a GPU too: the same settings give the same weights bit by bit; slower.",
+        resumable=True)
     gradient_checkpointing: bool = setting(
         False, "Compute layers again in the backward pass: less memory, same update, a third more "
         "time.", resumable=True)
@@ -125,7 +131,8 @@ class TrainConfig(ObjectiveSettings, _Objective):
     minibatches: int = setting(4, "Optimizer updates per pass.", _ROWS, cli=True)
     microbatch_size: int | None = setting(
         None, "Rollouts per forward pass: smaller takes less memory and does not change the "
-        "update.", _ROWS, unset="the whole mini-batch", resumable=True, cli=True)
+        "update.", _ROWS, unset="the whole mini-batch; on a GPU as many tokens as its memory has "
+        "room for", resumable=True, cli=True)
 
     lr: float = setting(5e-5, "Peak learning rate.", above_zero(1000), cli=True)
     lr_schedule: str = setting(
@@ -179,9 +186,10 @@ class TrainConfig(ObjectiveSettings, _Objective):
     store_bits: int = setting(
         15, "Mantissa bits that float32 columns keep on disk; 23 keeps all.", between(7, 23),
         resumable=True)
-    capture_mode: str = setting(
-        "passive", "Read statistics off the logits (passive), or make no logits at all (replace).",
-        one_of("passive", "replace", "auto"), resumable=True)
+    capture_mode: str | None = setting(
+        None, "Read statistics off the logits (passive), or make no logits at all (replace); auto "
+        "decides by the memory that is free.", one_of("passive", "replace", "auto"),
+        unset="passive; replace on a GPU from 32,769 tokens of vocabulary", resumable=True)
     rescore_every: int = setting(
         10, "Score tokens again after the update on every n-th step; 0 never.", _EVERY,
         resumable=True)
@@ -195,10 +203,10 @@ class TrainConfig(ObjectiveSettings, _Objective):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.probe_every and self.dtype != "float32":
+        if self.probe_every and self.precision == "bf16-mixed":
             raise UserError(
-                "probe_every needs dtype float32: bfloat16 weights do not resolve the share of "
-                "one class in a step"
+                "probe_every needs precision float32: bfloat16 products do not resolve the share "
+                "of one class in a step"
             )
         rollouts = self._product("prompts_per_step", "rollouts_per_prompt", MAX_ROLLOUTS)
         self._product("eval_prompts", "eval_samples", MAX_EVALUATED)
@@ -238,6 +246,12 @@ class TrainConfig(ObjectiveSettings, _Objective):
             eval_fraction=self.eval_fraction,
             context_words=self.context_words,
         )
+
+    def mixed(self, device: "torch.device") -> bool:
+        """Whether products are bfloat16 on a device."""
+        if self.precision == "auto":
+            return device.type != "cpu" and not self.probe_every
+        return self.precision == "bf16-mixed"
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of a step, from 1.
@@ -302,8 +316,12 @@ class TrainConfig(ObjectiveSettings, _Objective):
         ------
         UserError
             On an unknown name or a value of the wrong type.
+
+        Notes
+        -----
+        ``dtype`` of runs and files of before 0.2 is read as the precision that took its place.
         """
-        clean = typed_values(cls, values)
+        clean = typed_values(cls, _renamed(values))
         return replace(base, **clean) if base is not None else cls(**clean)
 
     @classmethod
@@ -341,6 +359,19 @@ class TrainConfig(ObjectiveSettings, _Objective):
             else:
                 words += ["--set", f"{name}={_as_toml(value)}"]
         return words
+
+
+def _renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings with ``dtype``, as it was called, told as ``precision``."""
+    if "dtype" not in values:
+        return values
+    kinds = {"float32": "float32", "bfloat16": "bf16-mixed"}
+    if values["dtype"] not in kinds:
+        raise UserError(
+            f"dtype is now precision; allowed: auto, float32, bf16-mixed, got {values['dtype']!r}"
+        )
+    others = {name: value for name, value in values.items() if name != "dtype"}
+    return {"precision": kinds[values["dtype"]], **others}
 
 
 def _as_option(value: Any) -> str:

@@ -4,15 +4,19 @@ import logging
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from wapo_analysis.errors import UserError
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.lock import written_by_another
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.rollout import NonFiniteLogits
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +64,51 @@ def stop_between_steps(announce: bool = True) -> Iterator[StopRequest]:
     finally:
         for number, plain in held.items():
             signal.signal(number, plain)
+
+
+@dataclass
+class Ended:
+    """How a run ended."""
+
+    status: str = "failed"
+
+
+@contextmanager
+def closed_as_it_ended(
+    closes: Sequence[Callable[[str], None]], config: TrainConfig
+) -> Iterator[Ended]:
+    """A block that trains; after it each of ``closes`` is told the status of the run.
+
+    Raises
+    ------
+    UserError
+        If the GPU has no memory for a step, naming what to change.
+    """
+    ended = Ended()
+    try:
+        yield ended
+    except KeyboardInterrupt:
+        ended.status = "interrupted"
+        raise
+    except NonFiniteLogits:
+        ended.status = "diverged"
+        raise
+    except torch.OutOfMemoryError as error:
+        ended.status = "out_of_memory"
+        raise _out_of_memory(config) from error
+    finally:
+        for close in closes:
+            close(ended.status)
+
+
+def _out_of_memory(config: TrainConfig) -> UserError:
+    size = config.microbatch_size or "as many as fit by estimate"
+    at_once = config.sample_batch_size or "all"
+    return UserError(
+        f"the GPU has no memory for a step: set microbatch_size (now {size}) or sample_batch_size "
+        f"(now {at_once}) lower, or gradient_checkpointing to true (now "
+        f"{str(config.gradient_checkpointing).lower()})"
+    )
 
 
 @dataclass

@@ -11,11 +11,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import wapo_taxonomy as tax
 from torch import Tensor
 
 from wapo_analysis.objectives.config import ObjectiveConfig
-from wapo_analysis.objectives.loss import keep_tokens, policy_loss
+from wapo_analysis.objectives.loss import policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights
 from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
 from wapo_analysis.record.topk import ReadRows, reading
@@ -35,16 +34,19 @@ from wapo_analysis.train.batch import (
 from wapo_analysis.train.checkpoint import keep_checkpoint, load_optimizer, naming, resume_point
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
-from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps
+from wapo_analysis.train.ending import (
+    closed_as_it_ended,
+    nothing_left_if_refused,
+    stop_between_steps,
+)
 from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.launched import check_processes
 from wapo_analysis.train.loggers import check_loggers, open_loggers
 from wapo_analysis.train.manifest import check_resumed, open_recorder
-from wapo_analysis.train.models import Policy, configured_policy
+from wapo_analysis.train.models import Policy, configured_policy, recomputing, repeatable
 from wapo_analysis.train.probe import Prober
-from wapo_analysis.train.recompute import recomputing
-from wapo_analysis.train.rollout import NonFiniteLogits, Rollouts
-from wapo_analysis.train.scoring import capture_mode, score
+from wapo_analysis.train.rollout import Rollouts
+from wapo_analysis.train.scoring import kept_tokens, planned, rescored, score
 from wapo_analysis.train.tally import StepTally
 
 Progress = Callable[[dict[str, float]], None]
@@ -93,7 +95,8 @@ def train(
     Raises
     ------
     UserError
-        On a bad setting, an unusable folder, or nothing to resume.
+        On a bad setting, an unusable folder, nothing to resume, or a GPU without memory for a
+        step; the run is then closed as ``out_of_memory``.
     NonFiniteLogits
         If the policy can no longer be sampled from; the run is closed as ``diverged``.
     ProcessFailed
@@ -112,7 +115,8 @@ def train(
         check_loggers(config.log_to)
     trainer.start_alike()
     trainer.last = config.steps if until is None else min(until, config.steps)
-    with nothing_left_if_refused(run if world.first else None) as begun:
+    exact = repeatable(config.deterministic and trainer.policy.device.type != "cpu")
+    with nothing_left_if_refused(run if world.first else None) as begun, exact:
 
         def shown(row: dict[str, float]) -> None:
             begun.yes = True
@@ -168,8 +172,7 @@ def _record(
     made = partial(open_recorder, run, config, trainer.policy, trainer.capture, world)
     recorder = world.in_turn(partial(made, resume_after, take_over))
     loggers = open_loggers(config.log_to, run if world.first else None, config, resume_after)
-    status = "failed"
-    try:
+    with closed_as_it_ended((recorder.close, loggers.close), config) as ended:
         if run is not None and resume_after is None and config.eval_every:
             before = evaluate(trainer.policy, trainer.task, config, world)
             recorder.note(eval_before=before.columns())
@@ -178,17 +181,8 @@ def _record(
         for row in _steps(trainer, resume_after or 0, run, recorder):
             loggers.log(row)
             shown(row)
-        status = "finished" if trainer.saved else "checkpoint_failed"
-        status = status if trainer.recorded else "recording_failed"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except NonFiniteLogits:
-        status = "diverged"
-        raise
-    finally:
-        recorder.close(status)
-        loggers.close(status)
+        ended.status = "finished" if trainer.saved else "checkpoint_failed"
+        ended.status = ended.status if trainer.recorded else "recording_failed"
 
 
 def _steps(
@@ -249,7 +243,7 @@ class Trainer:
         self.recorded, self.saved, self.last = True, True, config.steps
         self.task = config.load_task()
         longest = config.max_new_tokens or self.task.max_new_tokens
-        self.capture = capture_mode(policy, config, longest, manifest)
+        self.capture = planned(policy, config, longest, manifest)
         self.objective: ObjectiveConfig = config.objective_config(longest)
         self.parameters: list[Tensor] = list(policy.trainable().values())
         self.optimizer = config.make_optimizer(self.parameters)
@@ -283,7 +277,17 @@ class Trainer:
 
     def draw(self, step: int) -> Batch:
         """Sample and grade the batch of a step."""
-        return draw_batch(self.policy, self.task, self.config, step, self.world)
+        batch = draw_batch(self.policy, self.task, self.config, step, self.world)
+        if not self.policy.mixed:
+            return batch
+        updates = mini_batches(batch, self.config, self.policy.device, epochs=1)
+        with self.world.together():
+            pieces = [piece for update in updates for piece in self._split(update)]
+            return rescored(batch, pieces, partial(self._score, grad=False))
+
+    def _split(self, update: MiniBatch) -> list[MiniBatch]:
+        """Micro-batches of a mini-batch."""
+        return update.split(self.config.microbatch_size, self.capture.microbatch_tokens)
 
     def step(self, step: int, recorder: Recorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
@@ -337,8 +341,8 @@ class Trainer:
     ) -> None:
         """One optimizer update on one mini-batch, accumulated over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        size = self.config.microbatch_size
-        pieces = micro_batches(update, size, weights, self.objective, self.world, self._kept)
+        split = self._split(update)
+        pieces = micro_batches(update, split, weights, self.objective, self.world, self._kept)
         with self.world.together():
             watched = [self._backward(step, *piece, tally, recorder) for piece in pieces]
         self.world.sum_gradients(self.parameters)
@@ -364,15 +368,7 @@ class Trainer:
 
     def _kept(self, update: MiniBatch) -> Tensor:
         """Tokens of the mini-batch that would enter the loss now, shape (B, T); no gradient."""
-        return self._keep(update, self._score(update.rollouts, grad=False))
-
-    def _keep(self, update: MiniBatch, stats: TokenStats) -> Tensor:
-        """Tokens of the mini-batch that enter the loss, shape (B, T)."""
-        mask = update.rollouts.mask
-        prob, complement = stats.logp.detach().exp(), -torch.expm1(stats.logp.detach())
-        peak = torch.zeros_like(mask)
-        peak.view(-1)[update.rollouts.kept] = tax.is_peak(prob, complement, stats.collision_rest)
-        return keep_tokens(self.objective, update.advantage, mask, peak)
+        return kept_tokens(self.objective, update, self._score(update.rollouts, grad=False))
 
     def _backward(
         self, step: int, update: MiniBatch, weights: BatchWeights, tally: StepTally,
@@ -382,7 +378,7 @@ class Trainer:
         rollouts, mask = update.rollouts, update.rollouts.mask
         top = recorder.guard(update.top_tokens, recorder, step)
         stats = self._score(rollouts, True, reading(recorder, top))
-        keep = self._keep(update, stats)
+        keep = kept_tokens(self.objective, update, stats)
         # Whatever the mask hides is 0, so the loss sees a plain (B, T) tensor.
         logp = torch.zeros(mask.numel(), dtype=stats.logp.dtype, device=mask.device)
         logp = logp.index_copy(0, rollouts.kept, stats.logp).view(mask.shape)

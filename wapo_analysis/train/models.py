@@ -1,5 +1,7 @@
 """Loading a policy: the shipped base, any Hugging Face causal language model, a GGUF file."""
 
+import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from wapo_analysis.train.adapters import (
 )
 from wapo_analysis.train.chat import PromptFormat, PromptStyle
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.recompute import enable_recompute
 from wapo_analysis.train.trust import check_model
 
 BASE, SMOLLM2 = "base", "smollm2"
@@ -43,6 +44,10 @@ class Policy:
         Token that fills rows; never attended to.
     format : PromptFormat
         From a problem's text to what the model sees.
+    mixed : bool
+        Products are bfloat16, weights that are trained float32.
+    rounded : transformers.PreTrainedModel, optional
+        The model in bfloat16, which samples; it is brought up to date before it does.
     """
 
     model: Any
@@ -51,6 +56,8 @@ class Policy:
     eos_ids: tuple[int, ...]
     pad_id: int
     format: PromptFormat
+    mixed: bool = False
+    rounded: Any = None
 
     @property
     def module(self) -> nn.Module:
@@ -60,8 +67,18 @@ class Policy:
 
     @contextmanager
     def sampling(self) -> Iterator[Any]:
-        """The model that samples."""
-        yield self.model
+        """The model that samples, as it is now: in bfloat16 where products are."""
+        if self.rounded is None:
+            with self.autocast():
+                yield self.model
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.rounded.parameters()), list(self.module.parameters()))
+        yield self.rounded
+
+    def autocast(self) -> torch.autocast:
+        """A block in which the model's products are made as training makes them."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
 
     @property
     def context(self) -> int | None:
@@ -104,6 +121,21 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def repeatable(on: bool) -> Iterator[None]:
+    """A block in which a GPU gives the same bits every time, if ``on``; slower."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for one of two
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def pick_device(name: str) -> torch.device:
     """Device for ``auto``, ``cpu`` or ``cuda``.
 
@@ -127,10 +159,11 @@ def configured_policy(config: TrainConfig, weights: Path | None = None) -> Polic
     UserError
         If it cannot be loaded as the settings want it.
     """
+    device = pick_device(config.device)
     return load_policy(
         config.model,
-        pick_device(config.device),
-        config.dtype,
+        device,
+        config.mixed(device),
         weights,
         style=PromptStyle(config.chat, config.system_prompt, config.stop),
         adapter=_adapter(config),
@@ -141,7 +174,7 @@ def configured_policy(config: TrainConfig, weights: Path | None = None) -> Polic
 def load_policy(
     name: str,
     device: torch.device,
-    dtype: str = "float32",
+    mixed: bool = False,
     weights: Path | None = None,
     *,
     style: PromptStyle | None = None,
@@ -155,8 +188,9 @@ def load_policy(
     name : str
         ``"base"``, a folder, a hub name, a ``.gguf`` file, or ``"smollm2"``.
     device : torch.device
-    dtype : {"float32", "bfloat16"}
-        Of the weights; adapters are float32 always.
+    mixed : bool
+        Products in bfloat16; frozen weights beside adapters are bfloat16 too, all that is trained
+        is float32.
     weights : Path, optional
         Checkpoint folder whose weights replace the named ones.
     style : PromptStyle, optional
@@ -174,7 +208,8 @@ def load_policy(
     if weights is not None and is_adapter_checkpoint(weights) != (adapter is not None):
         raise UserError(f"{weights} was written {'with' if adapter is None else 'without'} LoRA")
     whole = weights if adapter is None else None  # a checkpoint of adapters holds no model
-    plain, tokenizer = _load(name, dtype, whole)
+    frozen = mixed and adapter is not None
+    plain, tokenizer = _load(name, torch.bfloat16 if frozen else torch.float32, whole)
     model = plain
     if adapter is not None:
         model = load_adapter(plain, weights) if weights else add_adapter(plain, adapter)
@@ -184,10 +219,19 @@ def load_policy(
     prompts = PromptFormat(tokenizer, style or PromptStyle())
     eos = _eos_ids(model, tokenizer, prompts.end_ids())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    return Policy(model, tokenizer, device, eos, int(pad), prompts)
+    rounded = _rounded(model) if mixed and not frozen else None
+    return Policy(model, tokenizer, device, eos, int(pad), prompts, mixed, rounded)
 
 
-def _load(name: str, dtype: str, checkpoint: Path | None) -> tuple[Any, Any]:
+def _rounded(model: Any) -> Any:
+    """A copy with parameters in bfloat16; buffers, such as rotary frequencies, stay as they are."""
+    made = copy.deepcopy(model).bfloat16().requires_grad_(False)
+    for own, theirs in zip(made.modules(), model.modules(), strict=True):
+        own._buffers.update(theirs._buffers)
+    return made
+
+
+def _load(name: str, dtype: torch.dtype, checkpoint: Path | None) -> tuple[Any, Any]:
     """Model and tokenizer, from the checkpoint if there is one: it holds both."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,9 +243,7 @@ def _load(name: str, dtype: str, checkpoint: Path | None) -> tuple[Any, Any]:
     try:
         with no_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=getattr(torch, dtype), **options, **weights
-            )
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **weights)
     except (OSError, ValueError, ImportError) as error:
         if checkpoint is not None:
             raise  # `checkpoint.naming` says which
@@ -285,3 +327,48 @@ def _eos_ids(model: Any, tokenizer: Any, chat_ends: tuple[int, ...]) -> tuple[in
     if not ids:
         raise UserError("the model's tokenizer has no end-of-text token; completions cannot end")
     return tuple(ids)
+
+
+def enable_recompute(model: Any) -> None:
+    """Prepare a model's layers for gradient checkpointing.
+
+    transformers does it in training mode alone, where dropout would be on. The policy that is
+    trained is the one that sampled, so the layers' own dropout is set to 0, and they alone are
+    switched to training mode, around the forward pass (`recomputing`).
+
+    Raises
+    ------
+    UserError
+        If the architecture does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
+        )
+    # The method has a new name since transformers 5.20; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in _layers(model):
+        for name, value in vars(layer).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
+
+
+@contextmanager
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Checkpoint the layers in forward passes within, if ``on`` and if prepared.
+
+    Sampling stays outside: a layer that is checkpointed keeps no key-value cache.
+    """
+    layers = _layers(model) if on else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

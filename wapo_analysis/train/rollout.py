@@ -4,7 +4,7 @@ Shapes: B rollouts, L prompt length after left padding, T completion length, V v
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +14,16 @@ from torch.nn.functional import pad
 
 from wapo_analysis.capture.lm_head import inner_model, last_hidden
 from wapo_analysis.train.models import Policy
+from wapo_analysis.train.noise import Exponentials, Noise, Uniforms
+from wapo_analysis.train.sampler import NonFiniteLogits as NonFiniteLogits
 from wapo_analysis.train.sampler import (
-    Exponentials,
-    Noise,
     Sampled,
     Sampler,
-    Uniforms,
     positions,
     sent,
+    takes_whole_masks,
+    whole_mask,
 )
-from wapo_analysis.train.sampler import NonFiniteLogits as NonFiniteLogits
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,18 @@ class Rollouts:
     def kept(self) -> Tensor:
         """Numbers of the completion tokens in (B T), ascending, shape (N,); one wait for a GPU."""
         return self.mask.reshape(-1).nonzero().squeeze(1)
+
+    def cut(self, prompt: int, completion: int) -> "Rollouts":
+        """The same without padding that none of them needs: longest prompt and completion."""
+        long = self.prompt_ids.shape[1] - prompt
+        held = {
+            name: getattr(self, name)[:, :completion]
+            for name in ("completion_ids", "mask", "logp_old")
+        }
+        if self.entropy is not None:
+            held["entropy"] = self.entropy[:, :completion]
+        prompts = self.prompt_ids[:, long:], self.prompt_mask[:, long:]
+        return replace(self, prompt_ids=prompts[0], prompt_mask=prompts[1], **held)
 
     def rows(self, index: Tensor) -> "Rollouts":
         """Some of the rollouts."""
@@ -111,13 +123,13 @@ def sample(
     ids, mask = pad_left(prompts, policy.pad_id)
     wanted = torch.arange(len(prompts)) if rows is None else rows.cpu()
     start, device, parts = generator.get_state(), policy.device, []
-    for some in wanted.split(at_once or len(prompts)):
-        generator.set_state(start)
-        first = int(mask[some].argmax(dim=1).min())  # no row's prompt begins before
-        noise: Noise = Exponentials(generator, len(prompts))
-        if device.type != "cpu":
-            noise = Uniforms(generator, len(prompts), max_new_tokens)
-        with policy.sampling() as model:
+    with policy.sampling() as model:
+        for some in wanted.split(at_once or len(prompts)):
+            generator.set_state(start)
+            first = int(mask[some].argmax(dim=1).min())  # no row's prompt begins before
+            noise: Noise = Exponentials(generator, len(prompts))
+            if device.type != "cpu":
+                noise = Uniforms(generator, len(prompts), max_new_tokens)
             draw = Sampler(policy, model, max_new_tokens, temperature, noise, entropy)
             shown = mask[some, first:]
             text, there, numbers = (sent(t, device) for t in (ids[some, first:], shown, some))
@@ -152,26 +164,29 @@ def _joined(
 def completion_logits(policy: Policy, rollouts: Rollouts) -> Tensor:
     """Logits that predict each completion token, shape (B, T, V), on the autograd graph."""
     length = rollouts.completion_ids.shape[1]
-    logits: Tensor = policy.model(**_inputs(rollouts), logits_to_keep=length + 1).logits
+    with policy.autocast():
+        logits: Tensor = policy.model(**_inputs(policy, rollouts), logits_to_keep=length + 1).logits
     return logits[:, -length - 1 : -1]
 
 
 def completion_hidden(policy: Policy, rollouts: Rollouts) -> Tensor:
     """Hidden states that predict each completion token, shape (B, T, D), on the autograd graph."""
     length = rollouts.completion_ids.shape[1]
-    hidden = last_hidden(inner_model(policy.model), **_inputs(rollouts))
+    with policy.autocast():
+        hidden = last_hidden(inner_model(policy.model), **_inputs(policy, rollouts))
     return hidden[:, -length - 1 : -1]
 
 
-def _inputs(rollouts: Rollouts) -> dict[str, Any]:
+def _inputs(policy: Policy, rollouts: Rollouts) -> dict[str, Any]:
     """Prompts and completions as one forward pass takes them."""
     ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
     attention = torch.cat(
         [rollouts.prompt_mask, rollouts.mask.to(rollouts.prompt_mask.dtype)], dim=1
     )
+    whole = ids.device.type != "cpu" and takes_whole_masks(policy.model)
     return {
         "input_ids": ids,
-        "attention_mask": attention,
+        "attention_mask": whole_mask(attention) if whole else attention,
         "position_ids": positions(attention),
         "use_cache": False,
     }

@@ -7,14 +7,14 @@ ended leave between blocks, with their part of the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 from wapo_analysis.train.models import Policy
+from wapo_analysis.train.noise import Noise
 
 BLOCK = {"cpu": 1, "cuda": 16}
 """Tokens between two looks; on a CPU looking is free, and decoding on is not."""
@@ -24,97 +24,6 @@ _STOP_MARGIN = 8  # tokens of context before a stop text, so that it is decoded 
 
 class NonFiniteLogits(ArithmeticError):
     """The policy's logits are NaN or infinite, so nothing can be sampled from it."""
-
-
-class Noise(Protocol):
-    """Randomness of a batch; a row's does not depend on which rows are sampled beside it."""
-
-    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
-        """One token per row, shape (n,), from its probabilities (n, V).
-
-        ``rows`` are their numbers in the batch; positions come in order, each once.
-        """
-
-
-@dataclass
-class Exponentials:
-    """As torch.multinomial: argmax p / q with q ~ Exp(1) has distribution p.
-
-    On a CPU the numbers are one stream, so those of all rows are drawn.
-    """
-
-    generator: torch.Generator
-    total: int
-    _space: Tensor | None = None
-
-    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
-        """See `Noise`."""
-        if self._space is None:
-            self._space = probabilities.new_empty((self.total, probabilities.shape[1]))
-        noise = self._space.exponential_(generator=self.generator)
-        chosen = noise if len(rows) == self.total else noise[rows]
-        return torch.div(probabilities, chosen, out=chosen).argmax(dim=-1)
-
-
-class Uniforms:
-    """One number per row and position, through the inverse of the cumulative distribution.
-
-    On a GPU: no noise of the size of the vocabulary, none for rows that are not in hand.
-
-    Parameters
-    ----------
-    generator : torch.Generator
-    total, positions : int
-        Rows of the batch, and the most tokens of a completion.
-    """
-
-    def __init__(self, generator: torch.Generator, total: int, positions: int) -> None:
-        self._numbers = torch.rand(
-            (positions, total), generator=generator, dtype=torch.float64, device=generator.device
-        )
-
-    def pick(self, probabilities: Tensor, rows: Tensor, position: int) -> Tensor:
-        """See `Noise`."""
-        return inverse_cdf(probabilities, self._numbers[position].index_select(0, rows))
-
-
-def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens at given places of the cumulative distributions, shape (n,).
-
-    Equals ``torch.searchsorted(probabilities.cumsum(1), uniform * sum, right=True)``, in float64
-    and by sums of a fixed order: of blocks of tokens first, then inside the block.
-
-    Parameters
-    ----------
-    probabilities : Tensor, shape (n, V)
-        Not necessarily of sum 1. A token of probability 0 is never picked.
-    uniform : Tensor of float64, shape (n,)
-        In [0, 1).
-    """
-    count, vocabulary = probabilities.shape
-    width = max(1, round(vocabulary**0.5))
-    blocks = -(-vocabulary // width)
-    panels = pad(probabilities, (0, blocks * width - vocabulary)).view(count, blocks, width)
-    sums = _cumulative(panels.sum(2, dtype=torch.float64))
-    wanted = uniform.unsqueeze(1) * sums[:, -1:]
-    block = _first_above(sums, wanted)
-    before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = panels.gather(1, block.unsqueeze(2).expand(-1, 1, width)).squeeze(1).double()
-    return (block * width + _first_above(_cumulative(inside), wanted - before)).squeeze(1)
-
-
-def _cumulative(values: Tensor) -> Tensor:
-    """Cumulative sums along rows; torch's own have no order that repeats on a GPU."""
-    size = values.shape[1]
-    steps = torch.ones(size, size, dtype=values.dtype, device=values.device).triu()
-    sums: Tensor = torch.mm(values, steps)
-    return sums
-
-
-def _first_above(sums: Tensor, wanted: Tensor) -> Tensor:
-    """First column above a value, (n, 1); rounding never leads past the last that adds anything."""
-    past = (sums <= wanted).sum(1, keepdim=True)
-    return torch.minimum(past, (sums < sums[:, -1:]).sum(1, keepdim=True))
 
 
 class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
@@ -215,16 +124,9 @@ class _Context:
             cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
 
     def _mask(self) -> Tensor | None:
-        """Mask of one more token; whole where the model would look at its values to make one."""
+        """Mask of one more token."""
         seen = self._attention[:, : self._read]
-        config = self.model.config.get_text_config()
-        plain = (
-            self._roomy
-            and config._attn_implementation == "sdpa"
-            and (hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"))
-            and not getattr(config, "alibi", False)
-        )
-        if not plain:
+        if not (self._roomy and takes_whole_masks(self.model)):
             return seen
         return seen.bool()[:, None, None] if self.padded else None
 
@@ -386,6 +288,32 @@ def sent(values: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def takes_whole_masks(model: Any) -> bool:
+    """Whether a model's attention is told by a boolean mask alone.
+
+    Of a mask of texts (n, L) a model looks at the values, which a GPU is waited for, to make its
+    own. Layers with a window make several, and older models put positions into theirs.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return (
+        config._attn_implementation == "sdpa"
+        and (hasattr(config, "rope_parameters") or hasattr(config, "rope_theta"))
+        and not getattr(config, "alibi", False)
+        and kinds == {"full_attention"}
+        and not getattr(config, "attention_chunk_size", None)
+        and (hasattr(config, "layer_types") or not getattr(config, "sliding_window", None))
+    )
+
+
+def whole_mask(attention: Tensor) -> Tensor:
+    """Which position sees which, (n, 1, L, L): real tokens up to its own, and itself at least."""
+    length = attention.shape[1]
+    earlier = torch.ones(length, length, dtype=torch.bool, device=attention.device).tril()
+    own = torch.eye(length, dtype=torch.bool, device=attention.device)
+    return (earlier & attention.bool()[:, None, None]) | own
 
 
 def positions(attention: Tensor) -> Tensor:

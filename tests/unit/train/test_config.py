@@ -16,7 +16,8 @@ SETTINGS = declared_settings(TrainConfig)
 REFUSED = {
     "steps": 0, "rollouts_per_prompt": 1, "seed": -1, "microbatch_size": 0, "lr": 0.0,
     "temperature": float("inf"), "beta2": 1.0, "weight_decay": -0.1, "token_fraction": 0.0,
-    "store_bits": 24, "dtype": "float16", "lr_schedule": "step", "chat": "yes", "log_to": "stdout",
+    "store_bits": 24, "precision": "float16", "lr_schedule": "step", "chat": "yes",
+    "log_to": "stdout",
     "lora_rank": 0, "lora_alpha": -1.0, "lora_targets": (), "stop": ("",), "eval_samples": 0,
     "keep_checkpoints": 0, "device": "tpu", "max_prompt_tokens": 0, "optimizer": "lion",
 }  # fmt: skip

@@ -11,8 +11,7 @@ from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
 from wapo_analysis.errors import UserError
 from wapo_analysis.train import models
 from wapo_analysis.train.adapters import Adapter
-from wapo_analysis.train.models import Policy, load_policy
-from wapo_analysis.train.recompute import recomputing
+from wapo_analysis.train.models import Policy, load_policy, recomputing
 from wapo_analysis.train.rollout import Rollouts, completion_logits, sample
 
 CPU = torch.device("cpu")
@@ -107,7 +106,7 @@ def test_adapters_go_to_the_layers_that_are_named(dropping: str) -> None:
 
 
 def test_bfloat16_weights_with_float32_adapters(dropping: str) -> None:
-    policy = load_policy(dropping, CPU, "bfloat16", adapter=Adapter(4, 8.0))
+    policy = load_policy(dropping, CPU, mixed=True, adapter=Adapter(4, 8.0))
     kinds = {p.requires_grad: p.dtype for p in policy.module.parameters()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
     assert rollouts_of(policy).logp_old.dtype == torch.float32

@@ -11,8 +11,9 @@ from wapo_analysis.stats import token_stats
 from wapo_analysis.train import sampler
 from wapo_analysis.train.chat import PromptStyle
 from wapo_analysis.train.models import Policy, load_policy
+from wapo_analysis.train.noise import Exponentials, Uniforms, inverse_cdf
 from wapo_analysis.train.rollout import Rollouts, completion_logits, pad_left, sample
-from wapo_analysis.train.sampler import Exponentials, Sampler, Uniforms, inverse_cdf
+from wapo_analysis.train.sampler import Sampler
 
 CPU = torch.device("cpu")
 PROMPTS = ["1+2+3=", "7+8=", "a=b;b=c;a?"]
@@ -206,3 +207,21 @@ def test_a_turn_ends_with_the_token_of_the_chat_template(tiny_llama: Path) -> No
     ended = rollouts.completion_ids == 2
     assert bool(ended.any()), "the model must have ended a turn"
     assert not bool((rollouts.mask & (ended.cumsum(1) - ended.long() > 0)).any())
+
+
+@pytest.mark.parametrize("name", ["base", "tiny_llama"])
+def test_a_whole_mask_says_what_the_mask_of_texts_says(
+    name: str, request: pytest.FixtureRequest, tiny_gpt2: Path
+) -> None:
+    policy = load_policy(name if name == "base" else str(request.getfixturevalue(name)), CPU)
+    rollouts = draw(policy, PROMPTS)
+    assert sampler.takes_whole_masks(policy.model)
+    assert not sampler.takes_whole_masks(load_policy(str(tiny_gpt2), CPU).model)
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], 1)
+    texts = torch.cat([rollouts.prompt_mask, rollouts.mask.long()], 1)
+    given = {"input_ids": ids, "position_ids": sampler.positions(texts)}
+    with torch.no_grad():
+        one = policy.model(attention_mask=texts, **given).logits[texts.bool()]
+        other = policy.model(attention_mask=sampler.whole_mask(texts), **given).logits
+    assert bool(other.isfinite().all())
+    torch.testing.assert_close(one, other[texts.bool()], rtol=1e-4, atol=2e-5)
