@@ -256,3 +256,30 @@ def test_conversational_prompts_are_recorded_as_the_model_saw_them(tmp_path: Pat
 
 def test_attach_is_reached_from_the_package() -> None:
     assert wapo_analysis.attach is attach
+
+
+def test_what_the_trainer_logs_itself_is_in_the_step_table(tmp_path: Path) -> None:
+    class Drifted(GRPOTrainer):
+        """Reports what an inference engine would have: other log-probabilities by a tenth."""
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            batch = super()._generate_and_score_completions(inputs)
+            self._metrics["train"]["sampling/sampling_logp_difference/mean"].append(0.1)
+            return batch
+
+    trainer = toy_trainer(
+        tmp_path / "out", Drifted, lora=LoraConfig(**{**LORA, "lora_dropout": 0.0}), beta=0.1,
+        max_steps=3, logging_steps=2,
+    )  # fmt: skip
+    with attach(trainer, tmp_path / "run"):
+        run(trainer)
+    found = open_run(tmp_path / "run")
+    assert found.manifest["config"]["output_dir"] == str(tmp_path / "out")
+    steps = found.steps
+    lines = [line for line in trainer.state.log_history if "kl" in line]
+    # A line of the trainer's log is the mean of its steps.
+    assert steps["kl_ref"][:2].mean() == pytest.approx(lines[0]["kl"], rel=1e-6)
+    assert steps["kl_ref"][1] > 0
+    assert steps["groups_flat"][:2].mean() == pytest.approx(lines[0]["frac_reward_zero_std"])
+    assert steps["rewards/digits/mean"][:2].mean() == pytest.approx(lines[0]["reward"])
+    assert steps["sampling/sampling_logp_difference/mean"].tolist() == [0.1] * 3

@@ -5,6 +5,7 @@ A `TrlTrainer` is built once per attach; everything else in this folder asks it.
 Shapes: B rollouts of a gradient pass, T completion positions.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,7 +32,12 @@ _CONFIG = (
     "mask_truncated_completions", "entropy_coef", "off_policy_mask_threshold", "use_vllm",
     "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "max_grad_norm",
     "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "optim", "bf16", "fp16",
+    "output_dir",
 )  # fmt: skip
+_LOGGED_AS = {"kl": "kl_ref", "frac_reward_zero_std": "groups_flat"}
+"""Entries of the trainer's own log that are columns of ours."""
+_LOGGED_TOO = ("sampling/", "rewards/")
+"""Beginnings of entries that are kept under the trainer's own name."""
 
 
 def kind_of(trainer: Any) -> str:
@@ -194,6 +200,7 @@ class TrlTrainer:
         self.rank = int(trainer.accelerator.process_index)
         self.processes = int(trainer.accelerator.num_processes)
         self.done = 0
+        self._logged: dict[str, int] = {}
         wapo = getattr(trainer, "_wapo_objective", None)
         own = {"RLOOTrainer": "rloo", "GMPOTrainer": "gmpo"}.get(self.kind)
         loss = own or str(getattr(trainer, "loss_type", "grpo"))
@@ -286,6 +293,23 @@ class TrlTrainer:
         """Add entries to the trainer's own log."""
         for name, value in entries.items():
             self.raw._metrics["train"][name].append(value)
+
+    def logged(self) -> dict[str, float]:
+        """Means of what the trainer put into its own log since the last call, as step columns."""
+        found = {}
+        for name, values in getattr(self.raw, "_metrics", {}).get("train", {}).items():
+            column = _LOGGED_AS.get(name, name if name.startswith(_LOGGED_TOO) else None)
+            new = [float(value) for value in values[self._logged.get(name, 0) :]]
+            self._logged[name] = len(values)
+            known = [value for value in new if math.isfinite(value)]
+            if column is not None and known:
+                found[column] = sum(known) / len(known)
+        return found
+
+    def forget_logged(self) -> None:
+        """Take note that the trainer writes a log line, after which its lists are empty."""
+        if self.training:
+            self._logged.clear()
 
     def manifest(self, name: str | None, label: str | None) -> Manifest:
         """Manifest of a watched run: objective, model, settings that matter, versions."""

@@ -8,6 +8,7 @@ One step, in the order of TRL's calls: ``_generate_and_score_completions`` (roll
 import logging
 from collections.abc import Callable
 from functools import partial
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -292,6 +293,10 @@ class TrlWatcher:
             self._guard(self._finish_step, step, {}, self._sums_beside_tokens())
         self._start_step()
 
+    def after_log(self) -> None:
+        """Take note that the trainer has written a line of its log."""
+        self._trainer.forget_logged()
+
     def flush(self) -> None:
         """Wait for the disk before the trainer writes a checkpoint, so that it can be resumed."""
         self._recorder.flush()
@@ -334,7 +339,8 @@ class TrlWatcher:
         """Write the step; ``sums`` leaves those over tokens to the writer thread."""
         row: dict[str, Any] = {"updates": 1, **(step_columns(sums) if sums else {}), **columns}
         row |= {name: float(value) for name, value in self._row.items()}
-        row |= self._rollouts.statistics() | {"seconds_rollout": self._generating}
+        known = {n: v for n, v in self._rollouts.statistics().items() if isfinite(v)}
+        row |= self._trainer.logged() | known | {"seconds_rollout": self._generating}
         self._recorder.finish_step(
             step, rollouts=self._rollouts.columns(), texts=self._rollouts.texts, sums=sums, **row
         )
@@ -355,6 +361,9 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             guard(watcher.after_update)
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            guard(watcher.after_log)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step()
