@@ -17,7 +17,7 @@ LEVELS: dict[str, int] = {
     "objectives": 3, "store": 3,
     "record": 4, "settings": 4,
     "probes": 5,
-    "capture": 6, "diagnose": 6, "compare": 6, "plots": 6, "attribute": 6,
+    "capture": 6, "diagnose": 6, "audit": 6, "compare": 6, "plots": 6, "attribute": 6,
     "train": 7, "report": 7, "watch": 7, "importers": 7,
     "verify": 8, "bench": 8, "run": 8,
     "cli": 9,

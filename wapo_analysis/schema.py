@@ -251,6 +251,12 @@ STEPS = Table(
         _measured("prompts_cut", "1", "share of prompts whose beginning was cut to fit", "float64"),
         _measured("kept_tokens", "tokens", "tokens that took part in the loss", "int64"),
         _measured(
+            "grad_outside",
+            "tokens",
+            "positions outside the loss mask that got a gradient all the same, of one process",
+            "int64",
+        ),
+        _measured(
             "nonfinite",
             "tokens",
             "tokens whose logp, logp_old or entropy was given but not finite; left out of means",

@@ -67,6 +67,7 @@ _MODULES = (
     "import_",
     "bench",
     "check",
+    "audit",
     "compact",
     "tasks",
 )

@@ -62,7 +62,9 @@ class BatchPass:
         where those are unknown, if its ratio has already moved the way its advantage pushes, the
         one side on which a clip acts.
         """
-        coef = -gradient.detach()[self.place] / loss_scale
+        gradient = gradient.detach()
+        coef = -gradient[self.place] / loss_scale
+        self.tokens.outside = ((gradient != 0).sum() - (coef != 0).sum(),)
         idle = (coef == 0) & (self.tokens.advantage != 0)
         if not self.choose_kept:
             assert self.tokens.kept is not None

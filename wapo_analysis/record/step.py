@@ -67,6 +67,7 @@ class OpenStep:
         **settings: Any,
     ) -> "StepJob":
         """Everything of the step for the writer; what the caller may write again is copied."""
+        outside = [count for tokens in self.passes for count in tokens.outside]
         passes = self._taken()
         given = frozenset.intersection(*self._given) if self._given else frozenset()
         others = [Records.concat(self.probes)] if self.probes else []
@@ -76,7 +77,7 @@ class OpenStep:
             own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
             others.insert(0, Records.build(ROLLOUTS, {**keys, **own}))
         read = [on_host(top) for top in tops if top.ids is not None]
-        return StepJob(row, passes, self.settled, given, others, read, **settings)
+        return StepJob(row, passes, self.settled, given, others, read, outside, **settings)
 
     def _taken(self) -> list[HostPass]:
         taken, self.passes = self.passes, []
@@ -102,6 +103,8 @@ class StepJob:
         Rollouts and probes.
     tops : list of HostPass
         The most probable tokens of a few rollouts.
+    outside : list of Tensor
+        Positions of each pass that got a gradient outside the loss mask.
     rank : int
     temperature : float
         Softmax temperature of the statistics.
@@ -120,6 +123,7 @@ class StepJob:
     given: frozenset[str]
     others: list[Records]
     tops: list[HostPass] = field(default_factory=list)
+    outside: list[Tensor] = field(default_factory=list)
     rank: int = 0
     temperature: float = 1.0
     share: float = 1.0
@@ -143,6 +147,9 @@ class StepJob:
         """Sum up tokens and classes, pick the rows to be written, let go of all others."""
         built = token_records(self.passes, self.step, self.rank, self.temperature)
         derived = [*self.tokens, *built]
+        if self.outside:
+            self.row["grad_outside"] = sum(int(count) for count in self.outside)
+            self.outside = []
         self.passes, self.tokens = [], []
         if not derived:
             return

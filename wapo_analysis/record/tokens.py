@@ -17,7 +17,8 @@ class TokenPass:
     """Tokens of one gradient pass, flat over the loss mask; every tensor has shape (N,).
 
     ``coef`` is filled by the backward pass, ``*_after`` by re-scoring; ``top`` holds the most
-    probable tokens of a few rollouts, if any of the pass are looked at. Leave a statistic None if
+    probable tokens of a few rollouts, if any of the pass are looked at; ``outside`` counts the
+    positions that got a gradient though the loss mask hides them. Leave a statistic None if
     the source cannot give it: it is stored as missing.
 
     The tensors are read when the step has ended, on a CPU without a copy, possibly by another
@@ -44,6 +45,7 @@ class TokenPass:
     entropy_after: Tensor | None = None
     minibatch: int = field(default=0, kw_only=True)
     top: TopTokens | None = field(default=None, kw_only=True)
+    outside: tuple[Tensor, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of_rollouts(

@@ -76,6 +76,7 @@ class SeenPass:
         assert rule is not None
         self._grad_BT = self._grad_BT + grad_BT.detach()
         tokens.coef = -self._grad_BT[mask_BT].float() / scale
+        tokens.outside = ((self._grad_BT != 0).sum() - (tokens.coef != 0).sum(),)
         idle = tokens.coef == 0
         tokens.clipped = rule if has_kl else rule & idle
         kept = ~idle | (tokens.advantage == 0) | tokens.clipped

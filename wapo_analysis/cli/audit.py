@@ -1,0 +1,38 @@
+"""``wapo audit``: what a trainer really computes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from wapo_analysis.cli.common import Format, open_runs, show
+
+Option = typer.Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(audit)
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="Run folder with token rows.", metavar="RUN")],
+    steps: Annotated[int, Option(help="Steps with token rows to look at.", min=1)] = 10,
+    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+) -> None:
+    """Tell from the recorded tokens what a trainer really computes.
+
+    Which tokens carry gradient, how it depends on advantage, ratio and length, how advantages were
+    made, whether the sampler agrees and whether weights change. Exit code 1 if anything deviates
+    from what the run declares. Examples:
+
+        wapo audit runs/mine
+        wapo audit runs/mine --steps 3 --format json
+    """
+    from wapo_analysis.audit import audit as audit_run
+
+    (opened,) = open_runs([run])
+    found = audit_run(opened, steps)
+    show(found, format)
+    if found.deviations:
+        raise typer.Exit(1)
