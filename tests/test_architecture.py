@@ -18,7 +18,7 @@ LEVELS: dict[str, int] = {
     "record": 4, "settings": 4,
     "probes": 5,
     "capture": 6, "diagnose": 6, "audit": 6, "compare": 6, "plots": 6, "attribute": 6,
-    "train": 7, "report": 7, "watch": 7, "importers": 7,
+    "train": 7, "beside": 7, "report": 7, "watch": 7, "importers": 7,
     "verify": 8, "bench": 8, "run": 8,
     "cli": 9,
     "__main__": 10,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.batches import BatchPass, batch_pass
+from wapo_analysis.record.beside import Action, Beside, check_actions, made_beside
 from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
@@ -74,6 +75,10 @@ class Recorder(Guarded, Closing):
     topk : int
         Keep this many of the most probable tokens, ids and log-probabilities, at the positions of
         four rollouts of every step with token rows (table ``topk``); 0 keeps none.
+    audit : bool
+        Print what the trainer really computes after the third step (docs/audit.md).
+    on_warning, on_critical : {"checkpoint", "stop"} or callable, optional
+        A guard: what a new finding leads to; ask `asked` for it (docs/guard.md).
 
     Raises
     ------
@@ -97,49 +102,42 @@ class Recorder(Guarded, Closing):
     lost = False  # to another process: nothing may be written to the folder any more
 
     def __init__(
-        self,
-        path: str | Path | None,
-        manifest: Mapping[str, Any] | None = None,
-        *,
-        token_every: int = 1,
-        token_fraction: float = 1.0,
-        rescore_every: int = 0,
-        probe_every: int = 0,
-        temperature: float = 1.0,
-        rank: int = 0,
-        resume_after: int | None = None,
-        store_bits: int = MANTISSA_BITS,
-        queue_rows: int = QUEUE_ROWS,
-        synchronous: bool = False,
-        sequence_level: bool = False,
-        take_over: bool = False,
-        topk: int = TOPK,
-    ) -> None:
+        self, path: str | Path | None, manifest: Mapping[str, Any] | None = None, *,
+        token_every: int = 1, token_fraction: float = 1.0, rescore_every: int = 0,
+        probe_every: int = 0, temperature: float = 1.0, rank: int = 0,
+        resume_after: int | None = None, store_bits: int = MANTISSA_BITS,
+        queue_rows: int = QUEUE_ROWS, synchronous: bool = False, sequence_level: bool = False,
+        take_over: bool = False, topk: int = TOPK, audit: bool = False,
+        on_warning: Action = None, on_critical: Action = None,
+    ) -> None:  # fmt: skip
         if min(token_every, rescore_every, probe_every) < 0:
-            raise UserError(
-                "token_every, rescore_every and probe_every must be 0 (never) or positive"
-            )
+            every = "token_every, rescore_every and probe_every"
+            raise UserError(f"{every} must be 0 (never) or positive")
         if not 0 < token_fraction <= 1:
             raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
+        check_actions(on_warning, on_critical)
         self.path = None if path is None else Path(path)
+        self._beside: Beside | None = None
         self.token_every, self.token_fraction = token_every, token_fraction
         self.rescore_every, self.probe_every = rescore_every, probe_every
         self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
         names = ("temperature", "token_every", "token_fraction", "rescore_every", "probe_every")
-        settings = {name: getattr(self, name) for name in names} | {"store_bits": store_bits}
-        settings["topk"] = topk
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"store_bits": store_bits, "topk": topk}
         self.tops = TopReader(topk, token_every, token_fraction, temperature)
         self._step = OpenStep()
         self._last = resume_after or 0
-        self._warned = False
-        self._since, self._captured = perf_counter(), 0.0
+        self._warned, self._since, self._captured = False, perf_counter(), 0.0
         if self.path is None:
             return
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         kind = RunWriter if rank == 0 else PartWriter
         entries = {**described(self.path, manifest or {}), **settings}
         self._writer = kind(self.path, entries, resume_after, store_bits, take_over)
-        self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous)
+        if rank == 0:
+            note, asked = self._writer.update_manifest, (audit, on_warning, on_critical)
+            self._beside = made_beside(self.path, note, *asked)
+        self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous, self._beside)
 
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an action, unless recording has failed or nothing is recorded; else None."""
@@ -161,6 +159,10 @@ class Recorder(Guarded, Closing):
         """Whether an update of this step is to be decomposed."""
         # Not step 1: AdamW then divides by the gradient itself, which inflates classes that cancel.
         return self.failure is None and self.probe_every > 0 and step % self.probe_every == 0
+
+    def asked(self, action: str) -> bool:
+        """Whether the guard asked for "checkpoint" or "stop" since the last call of this."""
+        return self._beside is not None and self._beside.asked(action)
 
     @property
     def watching(self) -> bool:

@@ -43,6 +43,8 @@ class StepWriter:
         Token rows that may wait.
     synchronous : bool
         Write in the caller's thread; the files are the same.
+    beside : callable, optional
+        Called with the number of every step that is in the log, in the writer's thread.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class StepWriter:
         on_error: Callable[[Exception], None],
         queue_rows: int = QUEUE_ROWS,
         synchronous: bool = False,
+        beside: Callable[[int], None] | None = None,
     ) -> None:
-        self._writer, self._queue_rows = writer, queue_rows
+        self._writer, self._queue_rows, self._beside = writer, queue_rows, beside
         self._thread = WriterThread(partial(_tell, weakref.WeakMethod(on_error)), synchronous)
         self._vocabulary = Vocabulary(writer.named())
         self._texts: Texts | None = None
@@ -135,6 +138,8 @@ class StepWriter:
         spent = time.thread_time() - started
         # The step line comes last: a step that is in the log has all its parts.
         self._writer.append_step({**job.row, "seconds_writer": self._carried + spent})
+        if self._beside is not None:
+            self._beside(job.step)
         self._writer.merge(job.rank)
         self._carried = time.thread_time() - started - spent
 

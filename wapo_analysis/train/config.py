@@ -183,6 +183,15 @@ class TrainConfig(ObjectiveSettings, _Objective):
     topk: int = setting(
         8, "Most probable tokens that are recorded at the positions of four rollouts of a step "
         "with token rows; 0 records none.", between(0, 127), resumable=True)
+    on_warning: str = setting(
+        "none", "Guard: what a new warning of the diagnosis leads to, see docs/guard.md.",
+        one_of("none", "checkpoint"), resumable=True, cli=True)
+    on_critical: str = setting(
+        "none", "Guard: what a new critical finding leads to; stop ends the run after a "
+        "checkpoint.", one_of("none", "checkpoint", "stop"), resumable=True, cli=True)
+    audit: bool = setting(
+        False, "Print what the trainer really computes after the third step, see docs/audit.md.",
+        resumable=True)
     store_bits: int = setting(
         15, "Mantissa bits that float32 columns keep on disk; 23 keeps all.", between(7, 23),
         resumable=True)

@@ -199,10 +199,10 @@ def _steps(
     with stop_between_steps(trainer.world.first) as stop:
         for step in range(done + 1, trainer.last + 1):
             row = trainer.step(step, recorder)
-            stopping = trainer.world.longest(int(stop.asked)) > 0
-            if run is not None and (
-                config.checkpoint_due(step) or step == trainer.last or stopping
-            ):
+            guarded = recorder.asked("stop")
+            stopping = trainer.world.longest(int(stop.asked or guarded)) > 0
+            due = config.checkpoint_due(step) or recorder.asked("checkpoint")
+            if run is not None and (due or step == trainer.last or stopping):
                 trainer.checkpoint(run, step, recorder)
             yield row
             if stopping and step < trainer.last:

@@ -118,6 +118,9 @@ def open_recorder(
         store_bits=config.store_bits,
         rescore_every=config.rescore_every,
         topk=config.topk,
+        audit=config.audit,
+        on_warning=_action(config.on_warning, world),
+        on_critical=_action(config.on_critical, world),
         probe_every=config.probe_every,
         temperature=config.temperature,
         rank=world.rank,
@@ -127,3 +130,8 @@ def open_recorder(
     if resume_after is not None and world.first:
         drop_later(run, resume_after)  # of a process the run was just taken from
     return recorder
+
+
+def _action(word: str, world: World) -> str | None:
+    """What the guard is to do; one process cannot stop the others, so several have none."""
+    return None if word == "none" or world.size > 1 else word

@@ -13,8 +13,10 @@ from wapo_analysis.capture.trl.stats import richer_head
 from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.record.beside import Action
 from wapo_analysis.record.guard import Closing
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import read_manifest
 from wapo_analysis.store.files import MANIFEST
 
@@ -75,6 +77,10 @@ def attach(
     manifest: Mapping[str, Any] | None = None,
     resume_after: int | None = None,
     take_over: bool = False,
+    topk: int = TOPK,
+    audit: bool = False,
+    on_warning: Action = None,
+    on_critical: Action = None,
 ) -> Attachment:
     """Watch a TRL trainer: every gradient pass is recorded, training stays bitwise the same.
 
@@ -120,6 +126,14 @@ def attach(
         ``trainer.train(resume_from_checkpoint=...)``. What was recorded later is replaced.
     take_over : bool
         Also if another process still seems to write it; that one stops recording if it lives.
+    topk : int
+        Keep this many of the most probable tokens at the positions of four rollouts of every step
+        with token rows; 0 keeps none. Where the trainer makes no logits, on steps of `exact_every`.
+    audit : bool
+        Print what the trainer really computes after its third step (docs/audit.md).
+    on_warning, on_critical : {"checkpoint", "stop"} or callable, optional
+        A guard, off by default: a new warning leaves a checkpoint, a critical finding stops the
+        training after one, or a function of yours gets it (docs/guard.md). One process.
 
     Returns
     -------
@@ -153,6 +167,8 @@ def attach(
     given["exact_every"] = token_every if exact_every is None else exact_every
     every = DETAILS[detail] | {key: n for key, n in given.items() if n is not None}
     check_probing(watched, probe_every, probe_rows)
+    if watched.processes > 1 and not on_warning is on_critical is None:
+        raise UserError("on_warning and on_critical work with one process; leave them None")
     _check_mode(watched, mode)
     folder = Path(path)
     _check_folder(folder, resume_after)
@@ -172,6 +188,10 @@ def attach(
         resume_after=resume_after,
         sequence_level=watched.clip.level != "token",
         take_over=take_over,
+        topk=topk,
+        audit=audit,
+        on_warning=on_warning,
+        on_critical=on_critical,
     )
     patches = Patches()
     attachment = Attachment(recorder, patches, folder)

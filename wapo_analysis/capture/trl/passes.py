@@ -11,7 +11,7 @@ Shapes: B rollouts of the pass, T completion positions, N tokens of the loss mas
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -151,14 +151,20 @@ def token_pass(
 
 
 @torch.no_grad()
-def score_again(model: Any, passes: Sequence[SeenPass]) -> None:
+def score_again(
+    model: Any,
+    passes: Sequence[SeenPass],
+    looking: Callable[[SeenPass], AbstractContextManager[None]],
+) -> None:
     """Fill ``logp_after`` and ``entropy_after`` under the present weights, without dropout.
 
+    Each scoring runs in a context ``looking(pass)``, in which others may read its logits.
     A pass without rows is scored all the same: the forward may be a collective of all processes.
     """
     with evaluating(model):
         for seen in passes:
-            logps_BT, entropies_BT = logps_and_entropies(seen.score())
+            with looking(seen):
+                logps_BT, entropies_BT = logps_and_entropies(seen.score())
             if seen.tokens is None or seen.mask_BT is None:
                 continue
             if logps_BT is not None:

@@ -12,7 +12,7 @@ tokens of the loss mask. Four sources, told apart by what the model returns:
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from wapo_analysis.capture.hooks import Patches
 from wapo_analysis.capture.lm_head import LmHead, rows_of, whole
 from wapo_analysis.capture.trl.replace import TrlHead
 from wapo_analysis.capture.trl.trainer import TrlTrainer
+from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats, token_stats
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,8 @@ class _Call:
     mask_BT: Tensor
     ids_BT: Tensor
     exact: bool
+    top: TopTokens | None = None
+    again: bool = False
     from_logits: list[TokenStats] = field(default_factory=list)
     from_own: list[TokenStats] = field(default_factory=list)
     from_head: list[TokenStats] = field(default_factory=list)
@@ -100,7 +103,7 @@ class StatsReader:
         if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
             patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
 
-    def open(self, mask_BT: Tensor, ids_BT: Tensor) -> None:
+    def open(self, mask_BT: Tensor, ids_BT: Tensor, top: TopTokens | None = None) -> None:
         """Look at the forward passes that follow; if ``scheduled``, at their head too.
 
         Parameters
@@ -109,8 +112,15 @@ class StatsReader:
             Loss mask.
         ids_BT : Tensor of int64, shape (B, T)
             Completion ids.
+        top : TopTokens, optional
+            Rows whose most probable tokens are read, where there are logits or the head is read.
         """
-        self._call = _Call(mask_BT, ids_BT, self.scheduled)
+        self._call = _Call(mask_BT, ids_BT, self.scheduled, top)
+
+    def open_again(self, mask_BT: Tensor | None, top: TopTokens | None) -> None:
+        """Look at the same tokens once more after the update, and at nothing else."""
+        if mask_BT is not None and top is not None and top.ids is not None:
+            self._call = _Call(mask_BT, mask_BT, self.scheduled, top, again=True)
 
     def cancel(self) -> None:
         """Stop looking; nothing is kept."""
@@ -178,9 +188,34 @@ class StatsReader:
             call.fused.append(out)
             if tensors is not None and self._trusted and self._hidden is not None:
                 head = LmHead.of(self._model, tensors)
-                call.from_head.append(self._project(head, self._hidden, call))
+                self._read_top(call, self._hidden, head)
+                if not call.again:
+                    call.from_head.append(self._project(head, self._hidden, call))
         elif getattr(out, "logits", None) is not None:
-            call.from_logits.append(self._reduce(out.logits, call))
+            self._read_top(call, out.logits, None)
+            if not call.again:
+                call.from_logits.append(self._reduce(out.logits, call))
+
+    @torch.no_grad()
+    def _read_top(self, call: _Call, rows_BLX: Tensor, head: LmHead | None) -> None:
+        """Most probable tokens from logits, or from hidden states and head, of a whole pass."""
+        if call.top is None or len(rows_BLX) != len(call.mask_BT):
+            return
+        rows_BTX = rows_BLX.detach()[:, -call.mask_BT.shape[1] - 1 : -1]
+        if head is None:
+            call.top.read(rows_BTX.__getitem__)
+            return
+        with self._precision():
+            cast = self._trainer.casts_head
+            call.top.read(lambda at: head.logits(rows_BTX[at].float() if cast else rows_BTX[at]))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """That of the trainer's own head."""
+        cast = self._trainer.casts_head
+        context: AbstractContextManager[Any] = (
+            nullcontext() if cast else self._trainer.raw.accelerator.autocast()
+        )
+        return context
 
     @torch.no_grad()
     def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
@@ -204,7 +239,7 @@ class StatsReader:
         mask_BT, ids_BT = call.next(len(hidden_BLD))
         hidden_ND = hidden_BLD[:, -mask_BT.shape[1] - 1 : -1][mask_BT]
         cast = self._trainer.casts_head
-        with nullcontext() if cast else self._trainer.raw.accelerator.autocast():
+        with self._precision():
             hidden = hidden_ND.float() if cast else hidden_ND
             return head.stats(hidden, ids_BT[mask_BT], self._trainer.temperature)
 

@@ -6,7 +6,8 @@ One step, in the order of TRL's calls: ``_generate_and_score_completions`` (roll
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import isfinite
 from time import perf_counter
@@ -25,6 +26,7 @@ from wapo_analysis.capture.trl.trainer import SCORER, TrlTrainer, logps_and_entr
 from wapo_analysis.derive import step_columns
 from wapo_analysis.record.recorder import Recorder, on_schedule
 from wapo_analysis.record.tokens import given_in_all
+from wapo_analysis.record.topk import TopTokens
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,7 @@ class TrlWatcher:
         replace: bool = False,
         resume_after: int | None = None,
     ) -> None:
-        self._trainer, self._recorder = trainer, recorder
-        self._guard = recorder.guard
+        self._trainer, self._recorder, self._guard = trainer, recorder, recorder.guard
         self._exact_every, self._log_metrics = exact_every, log_metrics
         self._rollouts = RolloutReader(trainer)
         self._prober = TrlProber(trainer, recorder, probe_rows)
@@ -75,6 +76,7 @@ class TrlWatcher:
         self._training = self._generating_now = self._named = False
         self._saw_tokens: bool | None = None
         self._scores_others = False
+        self._top: TopTokens | None = None
         self._resume_after, self._last = resume_after, resume_after or 0
         self._start_step()
         raw = trainer.raw
@@ -228,7 +230,12 @@ class TrlWatcher:
             self._rollouts.take_scores(logps_BT)
 
     def _open(self, inputs: dict[str, Any]) -> None:
-        self._stats.open(loss_mask(inputs), inputs["completion_ids"])
+        mask_BT, ids_BT = loss_mask(inputs), inputs["completion_ids"]
+        row, position = place = mask_BT.nonzero(as_tuple=True)
+        rollout, step = self._rollouts.numbers(inputs)[0][row], self._trainer.step
+        choose = self._recorder.tops.choose
+        self._top = choose(step, place, rollout, position, len(self._passes))
+        self._stats.open(mask_BT, ids_BT, self._top)
 
     def _take_pass(self, inputs: dict[str, Any], scored: Any, seen: SeenPass) -> None:
         logps_BT, entropies_BT = logps_and_entropies(scored)
@@ -243,6 +250,7 @@ class TrlWatcher:
         seen.tokens, seen.clipped = token_pass(
             self._trainer, inputs, logps_BT.detach(), columns, numbers, index
         )
+        seen.tokens.top = self._top
         weight = self._trainer.weight(inputs)
         seen.masks += [] if weight is None else [weight.detach()]
         self._recorder.watch_pass(seen.tokens, logps_BT, partial(self._gradient, seen))
@@ -294,8 +302,14 @@ class TrlWatcher:
         self._start_step()
 
     def after_log(self) -> None:
-        """Take note that the trainer has written a line of its log."""
+        """The trainer has written a line of its log."""
         self._trainer.forget_logged()
+
+    def obey(self, control: Any) -> None:
+        """Do what the guard asked for: a checkpoint, or one and the end of the training."""
+        stop, save = self._recorder.asked("stop"), self._recorder.asked("checkpoint")
+        control.should_save = control.should_save or stop or save
+        control.should_training_stop = control.should_training_stop or stop
 
     def flush(self) -> None:
         """Wait for the disk before the trainer writes a checkpoint, so that it can be resumed."""
@@ -305,10 +319,21 @@ class TrlWatcher:
         started = perf_counter()
         try:
             with self._trainer.precision():
-                score_again(self._trainer.raw.model, self._passes)
+                score_again(self._trainer.raw.model, self._passes, self._look_again)
         except Exception as error:
             self._recorder.fail(error)
         self._recorder.seconds += perf_counter() - started
+
+    @contextmanager
+    def _look_again(self, seen: SeenPass) -> Iterator[None]:
+        """Read the most probable tokens once more from the scoring in this block."""
+        self._stats.scheduled = on_schedule(self._last, self._exact_every)
+        if seen.tokens is not None:
+            self._stats.open_again(seen.mask_BT, seen.tokens.top)
+        try:
+            yield
+        finally:
+            self._stats.cancel()
 
     def _sums(self, step: int) -> dict[str, float]:
         recorder, texts = self._recorder, self._rollouts.texts
@@ -353,23 +378,23 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
     guard = watcher._guard
 
     class Steps(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             guard(watcher.begin_training, int(state.global_step))
 
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             guard(watcher.before_update)
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             guard(watcher.after_update)
 
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def on_log(self, *_: Any, **kwargs: Any) -> None:
             guard(watcher.after_log)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step()
+            watcher.obey(control)
             if control.should_save:
                 guard(watcher.flush)
 
-    callback = Steps()
-    trainer.add_callback(callback)
+    trainer.add_callback(callback := Steps())
     patches.on_close(lambda: trainer.remove_callback(callback))

@@ -1,0 +1,157 @@
+"""What runs beside a training: top tokens and audit in TRL, the guard everywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.bug_bench import PROMPT, Policy, advantages, logps, sample
+from wapo_analysis import Recorder, TrainConfig
+from wapo_analysis.beside import BesideTraining
+from wapo_analysis.errors import UserError
+from wapo_analysis.store import open_run
+from wapo_analysis.train.loop import train
+
+KEYS = ["step", "minibatch", "rank", "rollout", "position"]
+SHORT = TrainConfig(
+    steps=30, prompts_per_step=3, rollouts_per_prompt=4, minibatches=1, max_new_tokens=24,
+    rescore_every=0, checkpoint_every=0, keep_checkpoints=20, token_every=0, device="cpu",
+)  # fmt: skip
+EXPLODES = {"lr": 3e-3, "include_bins": ("neg_peak",), "epochs": 3}
+
+
+def config(**settings: Any) -> TrainConfig:
+    from dataclasses import replace
+
+    return replace(SHORT, **settings)
+
+
+def test_wrong_actions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="on_warning must be 'checkpoint' or a function"):
+        Recorder(tmp_path / "r", on_warning="stop")
+    assert not (tmp_path / "r").exists(), "a refused run leaves no folder"
+
+
+def test_a_guard_with_nothing_to_do_changes_no_weight(tmp_path: Path) -> None:
+    weights = [
+        train(config(steps=3, **given), tmp_path / str(n)).module.state_dict()
+        for n, given in enumerate([{}, {"on_warning": "checkpoint", "on_critical": "stop"}])
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "guard" not in json.loads((tmp_path / "1" / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_that_explodes_is_stopped_after_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wapo_analysis.beside.REST", 0.0)
+    run = tmp_path / "r"
+    with pytest.raises(KeyboardInterrupt):
+        train(config(on_warning="checkpoint", on_critical="stop", steps=60, **EXPLODES), run)
+    found = open_run(run)
+    did = found.manifest["guard"]
+    assert found.status == "interrupted"
+    assert {entry["did"] for entry in did} == {"checkpoint", "stop"}
+    saved = sorted(int(f.name.split("-")[1]) for f in (run / "checkpoints").glob("step-*"))
+    assert saved
+    assert saved[-1] < 60
+    resumed = config(steps=saved[-1] + 1, **EXPLODES)
+    assert train(resumed, run, resume=True) is not None
+
+
+def test_a_loop_of_one_s_own_asks_what_the_guard_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wapo_analysis.beside.REST", 0.0)
+    told: list[dict[str, Any]] = []
+    with Recorder(tmp_path / "r", synchronous=True, on_critical=told.append) as recorder:
+        for step in range(1, 41):
+            late = step > 20
+            recorder.finish_step(
+                step, reward=0.0 if late else 0.8, entropy=3.0 if late else 0.5 + 0.01 * (step % 3)
+            )
+    assert told, "a critical finding reaches the function"
+    assert {"name", "severity", "message", "at"} <= set(told[0])
+    assert open_run(tmp_path / "r").manifest["guard"][0]["finding"] == told[0]["name"]
+
+
+def test_a_failing_function_never_stops_the_training(tmp_path: Path) -> None:
+    def fails(finding: dict[str, Any]) -> None:
+        raise RuntimeError("no")
+
+    with Recorder(tmp_path / "r", synchronous=True, on_warning=fails) as recorder:
+        for step in range(1, 41):
+            recorder.finish_step(step, reward=0.5, entropy=0.5 if step < 20 else 4.0)
+    assert recorder.failure is None
+    assert len(open_run(tmp_path / "r").steps) == 40
+
+
+def test_the_guard_rests_between_two_looks(tmp_path: Path) -> None:
+    looks: list[int] = []
+    beside = BesideTraining(tmp_path, lambda **_: None, False, "checkpoint", None)
+    beside._look = looks.append  # type: ignore[method-assign]
+    beside._next = float("inf")
+    beside(1)
+    assert looks == []
+
+
+def test_audit_is_printed_once_while_a_loop_goes_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    policy = Policy()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03)
+    with Recorder(tmp_path / "r", audit=True, synchronous=True) as recorder:
+        for step in range(1, 6):
+            batch = sample(policy, "", step)
+            mask = torch.cat([torch.zeros(32, PROMPT - 1), batch.mask.float()], 1)
+            old = torch.cat([torch.zeros(32, PROMPT - 1), batch.old], 1)
+            logits, logp = logps(policy, batch)
+            A = advantages(batch, "")
+            recorder.watch(
+                logp, batch.ids[:, 1:], mask, A, batch.group, logits=logits, logp_old=old
+            )
+            optimizer.zero_grad()
+            (-(logp - old).exp() * A[:, None] * mask).sum().div(mask.sum()).backward()
+            optimizer.step()
+            recorder.finish_step(step, reward=batch.rewards)
+    said = capfd.readouterr().err
+    assert said.count("no deviation found") == 1
+    assert "mean over tokens" in said
+
+
+trl = pytest.importorskip("trl")
+
+
+def test_trl_records_the_most_probable_tokens(tmp_path: Path) -> None:
+    from tests.support.trl_toy import run, toy_trainer
+    from wapo_analysis import attach
+
+    plain = run(toy_trainer(tmp_path / "a"))
+    trainer = toy_trainer(tmp_path / "b")
+    with attach(trainer, tmp_path / "run", detail="full", audit=True):
+        watched = run(trainer)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    opened = open_run(tmp_path / "run")
+    both = opened.topk().merge(opened.tokens(), on=KEYS, suffixes=("", "_own"))
+    assert len(both) >= 8 * 4
+    own = both[both.token_id == both.token_id_own]
+    np.testing.assert_allclose(own.logp, own.logp_own, rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(own.logp_after, own.logp_after_own, rtol=2e-3, atol=2e-4)
+
+
+def test_trl_stops_where_the_guard_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.support.trl_toy import run, toy_trainer
+    from wapo_analysis import attach
+
+    monkeypatch.setattr(BesideTraining, "_look", lambda self, step: self._asked.add("stop"))
+    trainer = toy_trainer(tmp_path / "b", max_steps=5, save_strategy="no")
+    with attach(trainer, tmp_path / "run", on_critical="stop") as attachment:
+        monkeypatch.setattr(attachment.recorder._steps._thread, "_synchronous", True)
+        run(trainer)
+    assert trainer.state.global_step < 5
+    assert list((tmp_path / "b").glob("checkpoint-*"))

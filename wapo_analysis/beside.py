@@ -1,0 +1,106 @@
+"""What runs beside a training: an audit after its first steps, a guard that may act on findings.
+
+Both work in the thread that writes the run, on the run folder alone, and keep every failure of
+theirs to themselves.
+"""
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from wapo_analysis.audit import audit
+from wapo_analysis.diagnose import Finding, diagnose
+from wapo_analysis.record.beside import Action
+from wapo_analysis.store import open_run
+
+log = logging.getLogger(__name__)
+
+AUDIT_AFTER = 3
+"""Steps after which the audit is printed, once."""
+REST = 20.0
+"""A diagnosis waits this many times as long as the last one took: at most 5% of the time."""
+
+
+class BesideTraining:
+    """Judges the run at a path as its steps are written.
+
+    Parameters
+    ----------
+    path : Path
+    note : callable
+        Changes entries of the manifest: ``note(guard=[...])``.
+    audit : bool
+        Print an audit after the third step.
+    on_warning, on_critical : str, callable or None
+        What a new finding of that severity leads to; a critical one is a warning as well.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        note: Callable[..., None],
+        audit: bool,
+        on_warning: Action,
+        on_critical: Action,
+    ) -> None:
+        self._path, self._note, self._audit = path, note, audit
+        self._actions = {"warning": on_warning, "critical": on_critical}
+        self._guards = on_warning is not None or on_critical is not None
+        self._met: set[tuple[str, str]] = set()
+        self._asked: set[str] = set()
+        self._did: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def __call__(self, step: int) -> None:
+        """Judge, if it is time; called in the writer's thread, never raises."""
+        try:
+            if self._audit and step >= AUDIT_AFTER:
+                self._audit = False
+                sys.stderr.write(audit(open_run(self._path)).to_text() + "\n")
+            if self._guards and perf_counter() >= self._next:
+                started = perf_counter()
+                self._look(step)
+                self._next = perf_counter() + REST * (perf_counter() - started)
+        except Exception as error:
+            self._audit = self._guards = False
+            log.warning(
+                "judging %s beside its training stopped (%s: %s); training goes on",
+                self._path, type(error).__name__, error,
+            )  # fmt: skip
+
+    def asked(self, action: str) -> bool:
+        """Whether an action was asked for since the last call; called by the training thread."""
+        with self._lock:
+            found = action in self._asked
+            self._asked.discard(action)
+            return found
+
+    def _look(self, step: int) -> None:
+        found = diagnose(open_run(self._path))
+        if found.verdict == "insufficient_data":
+            return
+        for finding in found.findings:
+            for severity in ("warning", "critical"):
+                reached = finding.severity == severity or finding.severity == "critical"
+                action = self._actions[severity]
+                if not reached or action is None or (finding.name, severity) in self._met:
+                    continue
+                self._met.add((finding.name, severity))
+                self._act(step, finding, severity, action)
+
+    def _act(self, step: int, finding: Finding, severity: str, action: Action) -> None:
+        word = action if isinstance(action, str) else getattr(action, "__name__", "a function")
+        entry = {"step": step, "finding": finding.name, "severity": severity, "did": word}
+        self._did.append(entry)
+        log.warning("step %d: %s (%s); %s", step, finding.name, finding.message, word)
+        self._note(guard=self._did)
+        if callable(action):
+            action({**finding.to_dict(), "message": finding.message, "at": step})
+            return
+        with self._lock:
+            self._asked.add(str(action))
