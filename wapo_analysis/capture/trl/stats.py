@@ -94,6 +94,7 @@ class StatsReader:
         self._richer = richer_head(trainer, top1)
         self._call: _Call | None = None
         self._hidden: Tensor | None = None
+        self._inside = False
         self._trusted = True
         self.scheduled = False
         self.source = "none"
@@ -166,8 +167,11 @@ class StatsReader:
         call = self._call
         read = self._head.working or (call is not None and call.exact and self._trusted)
         wanted = call is not None and kwargs.get("fused_lm_head") and not read
-        self._hidden = None
-        out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
+        self._hidden, self._inside = None, True
+        try:
+            out = (self._richer if wanted and self._richer else original)(*args, **kwargs)
+        finally:
+            self._inside = False
         if not (self.scheduled and getattr(out, "log_probs", None) is not None):
             self._guard(self._take, out, None)
         else:
@@ -186,11 +190,8 @@ class StatsReader:
             call.from_own.append(own)
         elif getattr(out, "log_probs", None) is not None:
             call.fused.append(out)
-            if tensors is not None and self._trusted and self._hidden is not None:
-                head = LmHead.of(self._model, tensors)
-                self._read_top(call, self._hidden, head)
-                if not call.again:
-                    call.from_head.append(self._project(head, self._hidden, call))
+            if tensors is not None:
+                self._read_head(tensors, self._hidden)
         elif getattr(out, "logits", None) is not None:
             self._read_top(call, out.logits, None)
             if not call.again:
@@ -217,6 +218,22 @@ class StatsReader:
         )
         return context
 
+    def _read_head(self, tensors: tuple[Tensor, Tensor | None], hidden: Tensor | None) -> None:
+        call = self._call
+        if call is None or not self._trusted:
+            return
+        if hidden is not None:
+            head = LmHead.of(self._model, tensors)
+            self._read_top(call, hidden, head)
+            if not call.again:
+                call.from_head.append(self._project(head, hidden, call))
+            return
+        self._trusted = False
+        log.warning(
+            "the model's hidden states are not seen (was it compiled before attach?); sums of p^2 "
+            "come from TRL's own head from the next pass on"
+        )
+
     @torch.no_grad()
     def _reduce(self, logits_BLV: Tensor, call: _Call) -> TokenStats:
         """Statistics of the next rollouts of the pass; prompts and padding are never read."""
@@ -225,9 +242,15 @@ class StatsReader:
         return token_stats(logits_BTV, ids_BT, self._trainer.temperature, mask_BT)
 
     def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
-        if self._call is not None and self._call.exact and not self._head.working:
-            hidden = getattr(out, "last_hidden_state", None)
-            self._hidden = None if hidden is None else hidden.detach()
+        hidden = getattr(out, "last_hidden_state", None)
+        if not self.scheduled or hidden is None:
+            return
+        if self._inside:
+            self._hidden = hidden.detach()
+            return
+        # Liger's path of TRL 1.14 asks the backbone alone; it too runs inside the model's forward.
+        with whole(self._model.get_output_embeddings()) as tensors:
+            self._guard(self._read_head, tensors, hidden.detach())
 
     def _exact(self, call: _Call) -> TokenStats | None:
         parts = call.from_logits or call.from_head
