@@ -12,7 +12,7 @@ from wapo_analysis.version import __version__
 if TYPE_CHECKING:
     from wapo_analysis.capture.loss import watched_loss
     from wapo_analysis.capture.trl.attachment import attach
-    from wapo_analysis.capture.trl.objective import use_wapo
+    from wapo_analysis.capture.trl.objective import use_objective, use_wapo
     from wapo_analysis.record.recorder import Recorder
     from wapo_analysis.run import Run, open_run
     from wapo_analysis.train.config import TrainConfig
@@ -23,6 +23,7 @@ _LAZY = {
     "TrainConfig": "wapo_analysis.train.config",
     "attach": "wapo_analysis.capture.trl.attachment",
     "open_run": "wapo_analysis.run",
+    "use_objective": "wapo_analysis.capture.trl.objective",
     "use_wapo": "wapo_analysis.capture.trl.objective",
     "watched_loss": "wapo_analysis.capture.loss",
 }
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "attach",
     "open_run",
+    "use_objective",
     "use_wapo",
     "watched_loss",
 ]

@@ -1,4 +1,4 @@
-"""WAPO inside TRL equals our own objective on the same tensors, and the paper's formula."""
+"""The nine objectives inside TRL equal our own on the same tensors; WAPO the paper's formula."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,16 @@ import torch
 
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
-from tests.support.trl_toy import WatchedLoss, collect_tokens, mask_of, run, toy_trainer
-from wapo_analysis import UserError, attach, open_run, use_wapo
-from wapo_analysis.objectives.config import ObjectiveConfig
+from tests.support.trl_toy import (
+    WatchedLoss,
+    collect_tokens,
+    full_softmax,
+    mask_of,
+    run,
+    toy_trainer,
+)
+from wapo_analysis import UserError, attach, open_run, use_objective, use_wapo
+from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
 from wapo_analysis.objectives.loss import keep_tokens, policy_loss
 from wapo_analysis.objectives.weights import batch_weights, minibatch_weights
 
@@ -35,21 +42,39 @@ class Keeps(WatchedLoss):
             self.leaf = scored[0]
         return scored
 
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+        self.rewards = super()._calculate_rewards(*args, **kwargs)
+        return self.rewards
+
+    def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
+        batch = super()._generate_and_score_completions(*args, **kwargs)
+        return {**batch, "reward": self.rewards.sum(dim=1)}
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.loss_of_pass = super().training_step(*args, **kwargs)
         self.losses = [*getattr(self, "losses", []), float(self.loss_of_pass)]
         return self.loss_of_pass
 
 
-def wapo_run(tmp_path: Path, **settings: Any) -> tuple[Any, list[Any]]:
-    """Train with WAPO; returns the trainer and (inputs, logps, loss) of every pass."""
+def wapo_run(
+    tmp_path: Path, config: ObjectiveConfig | None = None, **settings: Any
+) -> tuple[Any, list[Any]]:
+    """Train with an objective, WAPO if none is given; returns the trainer and what passes saw.
+
+    Of every pass: inputs, log-probabilities, loss, and which tokens were peaks.
+    """
     trainer = toy_trainer(tmp_path / "out", Keeps, **settings)
-    patches = use_wapo(trainer)
+    patches = use_wapo(trainer) if config is None else use_objective(trainer, config)
     inner, passes = trainer._compute_loss, []
 
     def watch(model: Any, inputs: Any) -> Any:
+        peak = torch.zeros_like(mask_of(inputs))
+        if config is not None and (config.include_bins or config.exclude_bins):
+            whole = full_softmax(trainer.model, inputs)
+            p = whole["logp"].exp()
+            peak[mask_of(inputs)] = p >= p**2 + whole["collision_rest"]
         loss = inner(model, inputs)
-        passes.append((dict(inputs), trainer.leaf.detach().clone(), loss.detach().clone()))
+        passes.append((dict(inputs), trainer.leaf.detach().clone(), loss.detach().clone(), peak))
         return loss
 
     trainer._compute_loss = watch
@@ -74,13 +99,37 @@ def wapo_run(tmp_path: Path, **settings: Any) -> tuple[Any, list[Any]]:
 def test_loss_and_gradient_equal_our_own_objective(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    trainer, passes = wapo_run(tmp_path, **settings)
     config = ObjectiveConfig(name="wapo", clip_eps=9.0, max_seq_len=LENGTH)
+    check_equal(config, *wapo_run(tmp_path, **settings))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"name": name, "max_seq_len": LENGTH} for name in OBJECTIVES),
+        {"name": "grpo", "include_bins": ("neg_peak",)},
+        {"name": "dapo", "exclude_bins": ("pos_valley",)},
+        {"name": "gspo", "loss_mean_level": "global", "include_bins": ("peak",)},
+        {"name": "dr_grpo", "mask_positive_advantages": True},
+    ],
+    ids=lambda c: "-".join(str(v) for v in c.values()),
+)
+def test_every_objective_in_trl_equals_our_own(tmp_path: Path, config: dict[str, Any]) -> None:
+    own = ObjectiveConfig(**config)
+    settings = {"num_iterations": 2, "max_steps": 2, "learning_rate": 0.05}
+    check_equal(own, *wapo_run(tmp_path, own, **settings))
+    told = open_run(tmp_path / "run").manifest["objective"]
+    assert told["name"] == own.name
+    assert tuple(told["include_bins"]) == own.include_bins
+
+
+def check_equal(config: ObjectiveConfig, trainer: Any, passes: list[Any]) -> None:
+    """Losses, gradients and advantages of all passes against the built-in trainer's functions."""
     per_generation = trainer.args.steps_per_generation
     reused = per_generation * trainer.num_iterations
     coefs = []
     for first in range(0, len(passes), reused):
-        batch = [inputs for inputs, _, _ in passes[first : first + per_generation]]
+        batch = [inputs for inputs, *_ in passes[first : first + per_generation]]
         rollout = torch.cat([inputs["wapo_rollout"] for inputs in batch])
         advantage = torch.cat([inputs["advantages"] for inputs in batch])
         counts = torch.cat([mask_of(inputs).sum(1) for inputs in batch])
@@ -88,12 +137,15 @@ def test_loss_and_gradient_equal_our_own_objective(
         weights = batch_weights(
             config, advantage.numpy(), counts.numpy(), (rollout // GROUP).numpy(), GROUP
         )
-        for index, (inputs, logps, loss) in enumerate(passes[first : first + reused]):
+        group = (rollout // GROUP).numpy()
+        ours = config.advantages(torch.cat([b["reward"] for b in batch]).numpy(), group)
+        np.testing.assert_allclose(advantage, ours, rtol=1e-4, atol=1e-6)
+        for index, (inputs, logps, loss, peak) in enumerate(passes[first : first + reused]):
             rows = torch.arange(4) + 4 * (index % per_generation)
             leaf = logps.clone().requires_grad_()
             old = inputs.get("old_per_token_logps", logps)
             mask = mask_of(inputs)
-            keep = keep_tokens(config, inputs["advantages"], mask, torch.zeros_like(mask))
+            keep = keep_tokens(config, inputs["advantages"], mask, peak)
             scaled = minibatch_weights(config, weights, rows, keep, inputs["wapo_rollout"] // GROUP)
             out = policy_loss(
                 config, leaf, old, inputs["advantages"], mask, keep, scaled.sequence_weight

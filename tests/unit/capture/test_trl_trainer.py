@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.trl.objective import _WapoLoss
+from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.trl.objective import _ObjectiveLoss
 from wapo_analysis.capture.trl.passes import SeenPass
 from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer, clip_rule, loss_mask
 from wapo_analysis.objectives.config import ObjectiveConfig
@@ -191,7 +192,7 @@ def test_wapo_undoes_the_division_that_comes_after_it(
         model=SimpleNamespace(training=True), accelerator=accelerator,
         loss_is_scaled_for_ga=scaled, current_gradient_accumulation_steps=3,
     )  # fmt: skip
-    loss = _WapoLoss(own, ObjectiveConfig(name="wapo", clip_eps=9.0, max_seq_len=8))
+    loss = _ObjectiveLoss(own, ObjectiveConfig(name="wapo", clip_eps=9.0, max_seq_len=8), Patches())
     assert loss._divisor() == divisor
     own.model.training = False
     assert loss._divisor() == 1.0

@@ -8,7 +8,7 @@ Shapes: B rollouts of a gradient pass, T completion positions.
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wapo_analysis.capture.lm_head import inner_model, rows_of
 from wapo_analysis.errors import UserError
+from wapo_analysis.objectives.token_losses import rollout_surrogate
 from wapo_analysis.store import Manifest
 
 SCORER = "_get_per_token_logps_and_entropies"
@@ -144,11 +145,14 @@ class ClipRule:
 
 
 def clip_rule(trainer: Any, kind: str) -> ClipRule:
-    """Clip rule in force: of the WAPO objective if `use_wapo` is on, else of trainer and loss."""
+    """Clip rule in force: of our objective if `use_objective` is on, else of trainer and loss."""
     low, high = (float(getattr(trainer, f"epsilon_{side}", 0.2)) for side in ("low", "high"))
-    wapo = getattr(trainer, "_wapo_objective", None)
-    if wapo is not None:
-        return ClipRule(wapo.bounds.low, wapo.bounds.high)
+    own = getattr(trainer, "_wapo_objective", None)
+    if own is not None:
+        for_all = own.token_loss is rollout_surrogate
+        high = own.bounds.high if own.uses_ratio else torch.inf
+        low = own.bounds.low if own.uses_ratio else -torch.inf
+        return ClipRule(low, high, level="mean" if for_all else "token")
     if kind == "RLOOTrainer":  # one ratio for the whole completion
         return ClipRule(1 - low, 1 + high, level="sum")
     if kind == "GMPOTrainer":  # the bounds are those of the log-ratio of each token
@@ -315,7 +319,9 @@ class TrlTrainer:
         """Manifest of a watched run: objective, model, settings that matter, versions."""
         args, rule = self.raw.args, self.clip
         config = {key: getattr(args, key) for key in _CONFIG if hasattr(args, key)}
-        settings = {"name": self.objective, "bounds": [rule.low, rule.high], "delta": rule.delta}
+        own = getattr(self.raw, "_wapo_objective", None)
+        settings = {} if own is None else asdict(own)
+        settings |= {"name": self.objective, "bounds": [rule.low, rule.high], "delta": rule.delta}
         if rule.level != "token":
             settings["ratio"] = f"{rule.level} of the rollout's log-ratios"
         planned = int(getattr(args, "max_steps", 0))
