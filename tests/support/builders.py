@@ -20,14 +20,7 @@ import wapo_taxonomy as tax
 
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
-from wapo_analysis.schema import (
-    GRADIENT,
-    MOMENTUM,
-    ROLLOUTS,
-    TOKENS,
-    UPDATE,
-    WEIGHT_DECAY,
-)
+from wapo_analysis.schema import GRADIENT, MOMENTUM, ROLLOUTS, TOKENS, TOPK, UPDATE, WEIGHT_DECAY
 from wapo_analysis.store import MANIFEST, RunWriter
 from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.table import Array, Records
@@ -225,9 +218,27 @@ def _write_step(
     writer.write_part(class_totals(tokens), step)
     if keep_rows:
         writer.write_part(tokens, step)
+        if rescore and "collision_rest" not in fake.missing:
+            writer.write_part(_top_rows(tokens), step)
     writer.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
     row = _step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
     writer.append_step({name: value for name, value in row.items() if name not in fake.missing})
+
+
+def _top_rows(tokens: Records) -> Records:
+    """The sampled token and half of what it leaves, at the positions of the first two rollouts."""
+    own = tokens.select(np.isin(tokens["rollout"], (0, 1)))
+    keys = {name: np.repeat(own[name], 2) for name in ("step", "minibatch", "rank", "rollout",
+                                                       "position")}  # fmt: skip
+    prob, after = np.exp(own["logp"].astype(float)), np.exp(own["logp_after"].astype(float))
+    rest, rest_after = (np.maximum(1 - p, 1e-12) / 2 for p in (prob, after))
+    ids = np.stack([own["token_id"], (own["token_id"] + 1) % 10], 1).ravel()
+    place = np.stack([(prob < rest), (prob >= rest)], 1).ravel().astype(np.int8)
+    return Records.build(TOPK, {
+        **keys, "place": place, "token_id": ids,
+        "logp": np.log(np.stack([prob, rest], 1)).ravel(),
+        "logp_after": np.log(np.stack([after, rest_after], 1)).ravel(),
+    })  # fmt: skip
 
 
 def probe(step: int, seed: int = 0, tokens: int = 60) -> Records:
