@@ -216,8 +216,22 @@ def rollouts() -> Any:
     return tu.get_tensordict(tensors, plain)
 
 
-def toy_worker(loss_mode: str) -> Any:
-    """A real TrainingWorker around a bigram policy, without Ray, processes or a GPU."""
+class Bigram(torch.nn.Module):
+    """A causal language model of a table; it is given packed rows, as verl's engine gives them."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+def toy_worker(loss_mode: str, own_sums: bool = True) -> Any:
+    """A real TrainingWorker around a bigram policy, without Ray, processes or a GPU.
+
+    ``own_sums``: the engine gives entropy and sum p^2; else there are but the model's logits.
+    """
     from verl.utils import tensordict_utils as tu
     from verl.workers.config import FSDPActorConfig
     from verl.workers.config.actor import PolicyLossConfig
@@ -226,6 +240,7 @@ def toy_worker(loss_mode: str) -> Any:
 
     torch.manual_seed(0)
     table = torch.nn.Parameter(0.5 * torch.randn(VOCAB, VOCAB))
+    model = Bigram(table)
     optimizer = torch.optim.SGD([table], lr=5.0)
     config = FSDPActorConfig(
         strategy="fsdp",
@@ -237,8 +252,13 @@ def toy_worker(loss_mode: str) -> Any:
     def forward(micro: Any) -> dict[str, Tensor]:
         ids = torch.cat([micro["prompts"], micro["responses"]], 1)
         keep = micro["attention_mask"].bool()
-        full = table[ids].log_softmax(-1)
         following = ids.roll(-1, dims=1)
+        if not own_sums:
+            places = torch.arange(ids.shape[1]).expand_as(ids)[keep]
+            packed = model(input_ids=ids[keep][None], position_ids=places[None]).logits[0]
+            logp = packed.log_softmax(-1).gather(-1, following[keep][:, None])[:, 0]
+            return {"log_probs": logp}
+        full = table[ids].log_softmax(-1)
         flat = full.gather(-1, following[..., None])[..., 0][keep]
         return {
             "log_probs": flat,
@@ -302,6 +322,28 @@ def test_real_verl_trains_bitwise_the_same_and_tokens_keep_their_identity(
     assert (groups[::2] == groups[1::2]).all()
     assert len(set(groups)) == 4
     assert run.rollouts[run.rollouts.step == 1].length.tolist() == lengths
+
+
+def test_real_verl_without_padding_has_classes_from_the_models_logits(
+    watch: Any, tmp_path: Path
+) -> None:
+    toy_worker("wapo_vanilla", own_sums=False).train_mini_batch(rollouts())
+    watch.close()
+    run = open_run(tmp_path / "run")
+    assert run.manifest["statistics_from"] == "logits"
+    tokens, table = run.tokens(), toy_worker("vanilla").table.detach()
+    assert "unknown" not in set(tokens.cls)
+    step = rollouts()
+    ids = torch.cat([step["prompts"], step["responses"]], 1)
+    first = tokens[tokens.minibatch == 0]
+    before = ids[first.rollout.to_numpy(), PROMPT + first.position.to_numpy() - 1]
+    p = table[before].softmax(-1)
+    np.testing.assert_allclose(first.entropy, -(p * p.log()).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(first.collision, p.square().sum(-1), rtol=1e-4)
+    assert (
+        first.token_id.tolist()
+        == step["responses"][first.rollout.to_numpy(), first.position.to_numpy()].tolist()
+    )
 
 
 def test_real_vanilla_coefficients_are_the_hand_computed_ones(watch: Any, tmp_path: Path) -> None:
