@@ -46,11 +46,11 @@ OURS = "wapo diagnose"
 VERDICTS = {
     "explosion": {"entropy_explosion"},
     "collapse": {"entropy_collapse"},
-    "reward_collapse": {"reward_collapse"},
+    "reward_collapse": {"reward_collapse", "reward_without_answer"},
     "stalled": {"stalled"},
     "diverged": {"diverged"},
 }
-"""Label to the verdicts that name it."""
+"""Label to the verdicts that name it; a loss of the true reward alone shows in the answers."""
 GAMED = {
     "degenerate_completions", "length_drift", "reward_pays_for_length", "reward_without_answer",
 }  # fmt: skip

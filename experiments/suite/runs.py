@@ -36,7 +36,7 @@ EDGE = 5
 BAD = ("explosion", "collapse", "reward_collapse", "reward_hacking", "stalled", "diverged")
 
 
-TEST_SEEDS = 100
+TEST_SEEDS = 300
 """First seed of the test part; seeds below it are there to choose thresholds on."""
 
 

@@ -28,6 +28,7 @@ MOST_SEVERE_FIRST: tuple[Verdict, ...] = (
     "entropy_explosion",
     "entropy_collapse",
     "reward_collapse",
+    "reward_without_answer",
     "stalled",
 )
 SAID_BY = {
@@ -50,7 +51,7 @@ AGAINST = (
     "or the size of the steps outweigh it (probes tell which: probe_every)."
 )
 LARGE_STEPS = {
-    "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "learning_rate_high",
+    "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "clip_saturation",
     "gradient_grows", "diverged",
 }  # fmt: skip
 """Findings that say that the updates are too large for a first-order law to hold."""
@@ -79,8 +80,8 @@ def diagnose(run: Run) -> Diagnosis:
     Notes
     -----
     The verdict is the most severe critical finding, in the order diverged, entropy_explosion,
-    entropy_collapse, reward_collapse, stalled. With fewer than ``MIN_STEPS`` steps of entropy and
-    of reward, and nothing critical, it is insufficient_data.
+    entropy_collapse, reward_collapse, reward_without_answer, stalled. With fewer than ``MIN_STEPS``
+    steps of entropy and of reward, and nothing critical, it is insufficient_data.
     """
     context = Context(run)
     found, skipped = run_detectors(context)

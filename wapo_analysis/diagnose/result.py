@@ -25,6 +25,7 @@ Verdict = Literal[
     "entropy_explosion",
     "entropy_collapse",
     "reward_collapse",
+    "reward_without_answer",
     "stalled",
     "diverged",
     "insufficient_data",
@@ -36,6 +37,7 @@ VERDICT_WORDS: Mapping[str, str] = {
     "entropy_explosion": "entropy explosion",
     "entropy_collapse": "entropy collapse",
     "reward_collapse": "reward collapse",
+    "reward_without_answer": "reward without the answer",
     "stalled": "stalled",
     "diverged": "diverged",
     "insufficient_data": "insufficient data",
@@ -223,8 +225,8 @@ class Diagnosis(Result):
     run : str
         Name of the run.
     verdict : str
-        One of healthy, entropy_explosion, entropy_collapse, reward_collapse, stalled, diverged,
-        insufficient_data.
+        One of healthy, entropy_explosion, entropy_collapse, reward_collapse, reward_without_answer,
+        stalled, diverged, insufficient_data.
     onset_step : int or None
         First step of the departure that led to the verdict; None if healthy.
     first_warning_step : int or None

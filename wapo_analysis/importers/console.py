@@ -47,15 +47,27 @@ def tells(lines: Iterator[str]) -> bool:
 def console_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; a carriage return, as progress bars write it, ends one too."""
     log = JsonLines(file)
+    last = ""
     for number, _, data in log.lines():
         for part in data.split(b"\r"):
             if b"{" in part or b":" in part or b"[" in part or b"'" in part or b'"' in part:
-                yield number, _COLOUR.sub("", part.decode("utf-8", "replace"))
+                text = _COLOUR.sub("", part.decode("utf-8", "replace"))
+                last = text if "step:" in text else last
+                yield number, text
     with open_regular(file) as stream:
         stream.seek(log.offset)
         rest = stream.read(1 << 20).rstrip()
-    if rest.endswith(b"}"):  # whole but for its line feed; nothing else shows that it is
-        yield log.line + 1, _COLOUR.sub("", rest.decode("utf-8", "replace"))
+    text = _COLOUR.sub("", rest.decode("utf-8", "replace"))
+    if text.endswith("}") or _is_whole(text, last):  # whole but for its line feed
+        yield log.line + 1, text
+
+
+def _is_whole(text: str, last: str) -> bool:
+    """Whether a verl line without line feed ends with the name and the digits of the one before."""
+    (name, _, value), (other, _, digits) = (
+        part.rpartition(" - ")[2].rpartition(":") for part in (text, last.rstrip())
+    )
+    return bool(name) and name == other and len(value) >= len(digits)
 
 
 def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:

@@ -1,14 +1,14 @@
 """What a source is, told by what its files hold; two tools in one source are an error."""
 
+import codecs
 import hashlib
 import re
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
-from wapo_analysis.importers.jsonl import JsonLines
+from wapo_analysis.importers.jsonl import JsonLines, unpacked_into, widened
 from wapo_analysis.importers.readers import csv_header
 from wapo_analysis.importers.report import shown
 from wapo_analysis.store import MANIFEST
@@ -25,7 +25,6 @@ from wapo_analysis.store.files import open_regular
 Format = Literal["official", "prime-rl", "verl", "trl", "table", "tensorboard", "wandb", "console"]
 FORMATS: tuple[str, ...] = get_args(Format)
 MAX_FILES = 200_000
-MAX_UNPACKED = 4 << 30
 LOOKED_FOR = (
     "trainer states (log_history), metrics as JSON or JSON lines, CSV, Parquet, TensorBoard event "
     "files, .wandb files, printed dicts, and lines step:N - name:value"
@@ -188,8 +187,10 @@ def _head(file: Path, size: int = _HEAD) -> bytes:
 
 
 def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
-    """A file, or what a gzip-compressed one holds, at the same place below another folder."""
-    if not file.name.endswith(".gz") and _head(file, 2) != b"\x1f\x8b":
+    """A file, or what a gzip-compressed or UTF-16 one holds, at the same place elsewhere."""
+    start = _head(file, 2)
+    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if not wide and not file.name.endswith(".gz") and start != b"\x1f\x8b":
         return file
     if unpacked is None:
         return None
@@ -197,33 +198,13 @@ def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> 
     target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
-        whole = _unpack(file, out)
+        whole = widened(file, out) if wide else unpacked_into(file, out)
     if not whole:
         told.append(f"{shown(file.name)} is cut or damaged: what could be unpacked is read")
         if not _size(target):
             raise UserError(f"{printable(shown(file))} cannot be unpacked")
     shutil.copystat(file, target)
     return target
-
-
-def _unpack(file: Path, out: BinaryIO) -> bool:
-    """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
-    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        with open_regular(file) as packed:
-            while data := packed.read(1 << 20):
-                while data:
-                    out.write(reader.decompress(data, 1 << 20))
-                    if out.tell() > MAX_UNPACKED:
-                        raise UserError(f"{shown(file)} is larger than 4 GiB unpacked")
-                    data = reader.unused_data if reader.eof else reader.unconsumed_tail
-                    if reader.eof and data:
-                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    except zlib.error:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot unpack {printable(shown(file))}: {error.strerror}") from error
-    return reader.eof
 
 
 def _kinds(files: list[Path]) -> dict[Path, str]:

@@ -5,18 +5,21 @@ the writer is faster than the reader. Only whole lines come out; what follows th
 waits for the next pass, so no line is lost and none is read twice.
 """
 
+import codecs
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.values import parse_json
 from wapo_analysis.store.files import open_regular
 
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 256 << 20
 MAX_NAMED = 20
+MAX_UNPACKED = 4 << 30
 
 
 class Line(NamedTuple):
@@ -173,10 +176,45 @@ class JsonLines:
     def _bad(self, number: int, reason: str) -> None:
         self.broken += 1
         if len(self.named) < MAX_NAMED:
-            name = str(self.path.name).encode("utf-8", "replace").decode()
-            self.named.append(f"{name}:{number}: {reason}")
+            self.named.append(f"{_shown(Path(self.path.name))}:{number}: {reason}")
 
 
 def reason_of(error: ValueError) -> str:
     """Why a text is no JSON, in a few words."""
     return "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).split(":")[0]
+
+
+def _shown(path: Path) -> str:
+    return printable(str(path).encode("utf-8", "replace").decode())
+
+
+def widened(file: Path, out: BinaryIO) -> bool:
+    """UTF-16, as PowerShell writes what a command printed, as UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-16")("replace")
+    try:
+        with open_regular(file) as wide:
+            while data := wide.read(1 << 20):
+                out.write(decoder.decode(data).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot read {_shown(file)}: {error.strerror}") from error
+    return True
+
+
+def unpacked_into(file: Path, out: BinaryIO) -> bool:
+    """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
+    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        with open_regular(file) as packed:
+            while data := packed.read(1 << 20):
+                while data:
+                    out.write(reader.decompress(data, 1 << 20))
+                    if out.tell() > MAX_UNPACKED:
+                        raise UserError(f"{_shown(file)} is larger than 4 GiB unpacked")
+                    data = reader.unused_data if reader.eof else reader.unconsumed_tail
+                    if reader.eof and data:
+                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    except zlib.error:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot unpack {_shown(file)}: {error.strerror}") from error
+    return reader.eof

@@ -9,6 +9,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +76,17 @@ def json_value(file: Path, report: ImportReport) -> Any:
 
 
 class _WholeLines(io.RawIOBase):
-    """A file up to its last line feed, as UTF-8: the line after it may still be being written.
+    """A table up to its last whole line, as UTF-8: the line after it may still be being written.
 
     Bytes that are no UTF-8 become U+FFFD and are counted by line.
     """
 
-    def __init__(self, file: Path, report: ImportReport) -> None:
+    def __init__(self, file: Path, report: ImportReport, fields: int, delimiter: str) -> None:
         self._stream = open_regular(file)
         size = self._stream.seek(0, 2)
         self._left = self._last_feed(size)
+        if self._left and self._whole(fields, delimiter):
+            self._left = size
         self.cut = size - self._left
         self._stream.seek(0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -100,6 +103,18 @@ class _WholeLines(io.RawIOBase):
                 return start + found + 1
             end = start
         return 0
+
+    def _whole(self, fields: int, delimiter: str) -> bool:
+        """Whether what follows the last line feed has all fields, the last one no shorter."""
+        start = max(0, self._left - 65536)
+        self._stream.seek(start)
+        *before, last = self._stream.read(self._left - start + 65536).decode("latin-1").split("\n")
+        cells = [line.rstrip("\r").split(delimiter) for line in before[1 if start else 0 :]]
+        ends = [len(row[-1]) for row in cells[-200:] if len(row) == fields]
+        mine = last.split(delimiter)
+        if len(mine) != fields or len(ends) < 2:
+            return False
+        return mine[-1].endswith('"') or bool(len(mine[-1]) >= np.median(ends[1:]))
 
     def readable(self) -> bool:
         return True
@@ -133,9 +148,9 @@ class _WholeLines(io.RawIOBase):
 def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataFrame]]:
     """Blocks of a CSV or TSV file as text columns, each with the row number it begins at.
 
-    Rows with a wrong number of fields are counted, and a last line without line feed is left out:
-    nobody can tell whether its last number is whole. Spaces around names are left out; a name that
-    occurs twice is told, and the second column is called ``name.2``.
+    Rows with a wrong number of fields are counted. A last line without line feed is left out if its
+    last number is shorter than those before it: it may be half a number. Spaces around names are
+    left out; a name that occurs twice is told, and the second column is called ``name.2``.
 
     Raises
     ------
@@ -151,9 +166,10 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
 
     names, delimiter = csv_header(file)
     columns = unique_names(names, file, report)
-    source = _WholeLines(file, report)
+    source = _WholeLines(file, report, len(columns), delimiter)
     if source.cut:
         report.half_lines.append(shown(file.name))
+    spelling = _Spelling(file, report, delimiter)
     parse = pacsv.ParseOptions(
         delimiter=delimiter, invalid_row_handler=skip, newlines_in_values=True
     )
@@ -169,7 +185,7 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
         row = 2
         for batch in pacsv.open_csv(stream, read, parse, convert):
             report.lines += batch.num_rows
-            yield row, batch.to_pandas()
+            yield row, spelling.read(batch.to_pandas())
             row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         if "Empty CSV file" not in str(error):
@@ -178,6 +194,58 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
     finally:
         source.close()
     report.files += 1
+
+
+_GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_COMMA = re.compile(r"[-+]?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+(?:[eE][-+]?\d+)?")
+_PERCENT = re.compile(r"[-+]?\d+(?:[.,]\d+)?\s*%")
+_SAMPLE = 200
+
+
+@dataclass
+class _Spelling:
+    """How a table spells its numbers: with decimal commas, grouped thousands, or in percent."""
+
+    file: Path
+    report: ImportReport
+    delimiter: str
+    _decimal: bool | None = None
+
+    def read(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The frame with such numbers as Python spells them; what was changed is told."""
+        samples = {name: _sample(frame[name]) for name in frame.columns}
+        odd = {n: cells for n, cells in samples.items() if any(re.search("[,%]", c) for c in cells)}
+        if self._decimal is None:
+            cells = [cell for sample in odd.values() for cell in sample]
+            self._decimal = self.delimiter != "," and any(
+                _COMMA.fullmatch(cell) and not _GROUPED.fullmatch(cell) for cell in cells
+            )
+        for name, sample in odd.items():
+            for pattern, what in self._ways():
+                if any(map(pattern.fullmatch, sample)):
+                    frame[name] = [self._number(cell, pattern) for cell in frame[name]]
+                    self.report.told(f"{shown(self.file.name)}: {what}")
+        return frame
+
+    def _ways(self) -> tuple[tuple[re.Pattern[str], str], ...]:
+        comma = (_COMMA, "commas are read as decimal points")
+        return (
+            (_PERCENT, "numbers in percent are read as shares"),
+            comma if self._decimal else (_GROUPED, "commas are read as separators of thousands"),
+        )
+
+    def _number(self, cell: Any, pattern: re.Pattern[str]) -> Any:
+        if not isinstance(cell, str) or not pattern.fullmatch(cell.strip()):
+            return cell
+        bare = cell.strip().removesuffix("%").strip()
+        if self._decimal and "," in bare:
+            bare = bare.replace(".", "").replace(",", ".")
+        number = float(bare.replace(",", ""))
+        return repr(number / 100) if pattern is _PERCENT else f"{number:.17g}"
+
+
+def _sample(values: pd.Series) -> list[str]:
+    return [cell.strip() for cell in values.head(_SAMPLE) if isinstance(cell, str)]
 
 
 def csv_header(file: Path) -> tuple[list[str], str]:

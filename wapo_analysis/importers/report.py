@@ -190,8 +190,9 @@ class ImportReport:
         if self.unknown_keys:
             lines.append(f"not in the run: {_names(self.unknown_keys)}")
         lines += [f"note: {text}" for text in self.notes]
-        for name, reason in self.cannot_feed.items():
-            lines.append(f"cannot draw {name}: {reason}")
+        if self.cannot_feed:
+            names = _names(Counter(dict.fromkeys(self.cannot_feed, 1)))
+            lines.append(f"{len(self.cannot_feed)} figures need what is not here: {names}")
         return "\n".join(printable(line) for line in lines)
 
 

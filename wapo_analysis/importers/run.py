@@ -181,7 +181,7 @@ def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> No
         official.read_official(found.files, sink, report)
     elif found.format == "prime-rl":
         prime_rl.read_prime_rl(found.files, sink, report)
-    read_tables(found.of("table"), sink, report)
+    read_tables(found.of("table"), sink, report, run)
     read_console(found.of("console"), sink, report)
     for file in found.of("verl-metrics"):
         logs.read_verl_metrics(file, sink, report)

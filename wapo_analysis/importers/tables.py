@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.boards import pick
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
@@ -27,20 +28,25 @@ from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import MAX_STEP, as_step, message_text
 
+RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name")
+"""Columns that name the run of a row; of text, as numbers count records as well."""
 _BATCH = 8192
 _HELD = 512
 
 
-def read_tables(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
-    """Read plain tables into a run.
+def read_tables(
+    files: tuple[Path, ...], sink: Sink, report: ImportReport, chosen: str | None = None
+) -> None:
+    """Read plain tables into a run, of several runs the chosen one.
 
     Raises
     ------
     UserError
-        If a file is broken as a whole, or no row has a step and columns of ours.
+        If a file is broken as a whole, or no row has a step and columns of ours, or a column names
+        several runs and none was chosen.
     """
     for file in files:
-        feed = TableFeed(sink, report, file)
+        feed = TableFeed(sink, report, file, chosen)
         if file.suffix in (".jsonl", ".ndjson"):
             for number, values in json_records(file, report):
                 feed.record(values, number)
@@ -66,6 +72,8 @@ class TableFeed:
     sink: Sink
     report: ImportReport
     file: Path
+    chosen: str | None = None
+    _runs: dict[str, None] = field(default_factory=dict)
     _codes: "Codes" = field(default_factory=lambda: Codes())
     _held: list[dict[str, Any]] = field(default_factory=list)
     _lists: dict[str, list[Any]] = field(default_factory=dict)
@@ -74,6 +82,8 @@ class TableFeed:
     def record(self, values: Mapping[str, Any], number: int) -> None:
         """Take one row; its number is named if it cannot be used."""
         with self.report.record(self.file, number):
+            if not self._mine(values):
+                return
             keys = tuple(values)
             kind, taken = self._kind(keys)
             if kind == "tokens":
@@ -87,6 +97,8 @@ class TableFeed:
         """Take rows of a data frame, the first of them with this number."""
         keys = tuple(str(name) for name in frame.columns)
         kind, taken = self._kind(keys)
+        if kind == "tokens" and any(name in frame for name in RUN_KEYS):
+            frame = frame[[self._mine(values) for values in frame.to_dict("records")]]
         if kind == "tokens" and not any(_has_lists(frame[name]) for name in taken.values()):
             self._tokens(frame, keys, taken, first)
             return
@@ -94,8 +106,24 @@ class TableFeed:
             self.record({str(k): plain(v) for k, v in values.items()}, number)
 
     def close(self) -> None:
-        """Hand over what is held."""
+        """Hand over what is held.
+
+        Raises
+        ------
+        UserError
+            If there are rows of several runs and none was chosen, or the chosen one is not there.
+        """
+        if self._runs:
+            pick(list(self._runs), self.chosen, self.file)
         self._flush()
+
+    def _mine(self, values: Mapping[Any, Any]) -> bool:
+        """Whether a row belongs to the run that is read; notes the runs there are."""
+        name = next((str(values[k]) for k in RUN_KEYS if _named(values.get(k))), None)
+        if name is None:
+            return True
+        self._runs.setdefault(name)
+        return self.chosen is None or name == self.chosen or self.chosen in name
 
     def _kind(self, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
         tokens, _ = self.sink.names.plan("tokens", keys)
@@ -192,6 +220,10 @@ class TableFeed:
         for name in ("prompt", "completion", "answer"):
             named[name] = message_text(named.get(name))
         self.sink.add_rollout(named)
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 _NO_STEP = "token rows without a step left out"

@@ -34,7 +34,7 @@ STEPS = 60
         (ramp(20, 60, STEPS, 20, 20), np.full(STEPS, 0.3), "warning", "length bias"),
         (ramp(20, 60, STEPS, 20, 20), ramp(0.3, 0.7, STEPS, 20, 20), "info", "reward rises"),
         (ramp(20, 8, STEPS, 20, 20), np.full(STEPS, 0.3), "warning", "end-of-text"),
-        (ramp(20, 8, STEPS, 20, 20), ramp(0.3, 0.9, STEPS, 20, 20), "warning", "verifier"),
+        (ramp(20, 8, STEPS, 20, 20), ramp(0.3, 0.9, STEPS, 20, 20), "info", "verifier"),
     ],
 )
 def test_length_drifts_both_ways(
@@ -196,8 +196,15 @@ def answered(tmp_path: Path, right: np.ndarray, reward: np.ndarray) -> Run:
 def test_a_reward_that_no_longer_asks_for_the_answer_is_told(tmp_path: Path) -> None:
     d = diagnose(answered(tmp_path, np.r_[np.full(10, 6), np.full(20, 1)], np.full(30, 0.6)))
     found = finding(d, "reward_without_answer")
-    assert (found.step, found.severity) == (11, "warning")
+    assert (found.step, found.severity) == (11, "critical")
     assert found.evidence["end"] == pytest.approx(0.1)
+    assert (d.verdict, d.onset_step) == ("reward_without_answer", 11)
+
+
+def test_a_reward_that_asks_for_the_answer_less_is_a_warning(tmp_path: Path) -> None:
+    d = diagnose(answered(tmp_path, np.r_[np.full(10, 6), np.full(20, 4)], np.full(30, 0.6)))
+    assert finding(d, "reward_without_answer").severity == "warning"
+    assert d.verdict == "healthy"
 
 
 @pytest.mark.parametrize(

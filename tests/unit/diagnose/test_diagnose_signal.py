@@ -17,6 +17,8 @@ from tests.support.step_logs import judge, names, noisy, ramp
         ("repetition", ramp(0.02, 0.4, 60, 20, 20), "repetition_drift"),
         ("clip_low", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation_low"),
         ("clip_high", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation_high"),
+        ("actor/pg_clipfrac", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation"),
+        ("clip_ratio/region_mean", ramp(0.02, 0.3, 60, 20, 20), "clip_saturation"),
     ],
 )
 def test_shares_that_stay_high_warn(

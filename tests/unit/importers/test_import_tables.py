@@ -279,3 +279,53 @@ def test_a_file_that_gives_nothing_is_one_line(
     with pytest.raises(UserError, match=expected):
         mapped(tmp_path / name, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("text", "entropy"),
+    [
+        ("step;reward;entropy\n1;0,25;1.234,5\n2;0,5;0,125\n", [1234.5, 0.125]),
+        ('step,reward,entropy\n"1",0.25,"1,234.5"\n"2",0.5,0.125\n', [1234.5, 0.125]),
+        ("step\treward\tentropy\n1\t25 %\t1.5\n2\t50%\t0.125\n", [1.5, 0.125]),
+    ],
+)
+def test_numbers_as_other_countries_and_spreadsheets_write_them(
+    tmp_path: Path, text: str, entropy: list[float]
+) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("\ufeff" + text)
+    report = mapped(file, tmp_path / "out")
+    steps = open_run(tmp_path / "out").steps
+    assert steps["reward"].tolist() == [0.25, 0.5]
+    assert steps["entropy"].tolist() == entropy
+    assert any("read as" in event for event in report.events)
+
+
+def test_a_table_that_names_several_runs_asks_for_one(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    rows = [f"{run},{step},{reward}" for run, reward in (("a", 0.2), ("b", 0.8)) for step in (1, 2)]
+    file.write_text("\n".join(["run,step,reward", *rows]) + "\n")
+    with pytest.raises(UserError, match="holds 2 runs; choose one with --run NAME: a, b"):
+        mapped(file, tmp_path / "out")
+    import_run(file, tmp_path / "b", ImportSettings(run="b"))
+    assert open_run(tmp_path / "b").steps["reward"].tolist() == [0.8, 0.8]
+
+
+@pytest.mark.parametrize(("end", "read"), [("0.875", 4), ("0.8", 3), ("0.875\n", 4)])
+def test_a_last_line_without_line_feed_counts_if_its_number_is_whole(
+    tmp_path: Path, end: str, read: int
+) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("step,reward\n1,0.125\n2,0.250\n3,0.375\n4," + end)
+    report = mapped(file, tmp_path / "out")
+    assert len(open_run(tmp_path / "out").steps) == read
+    assert bool(report.half_lines) == (read == 3)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf_16_as_powershell_writes_it(tmp_path: Path, encoding: str) -> None:
+    text = "\r\n".join(f"step:{n} - critic/score/mean:0.{n} - actor/lr:1e-6" for n in range(1, 9))
+    file = tmp_path / "train.log"
+    file.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
+    mapped(file, tmp_path / "out")
+    assert open_run(tmp_path / "out").steps["reward"].tolist()[-1] == 0.8

@@ -72,9 +72,8 @@ def find_repetition(context: Context) -> list[Finding]:
 def find_length_drift(context: Context) -> list[Finding]:
     """Completions end 1.5 times longer or shorter than they began.
 
-    Growth that the reward pays for is an info: long reasoning is what it may be learning; where a
-    held-out score shows nothing of it, it is a warning. So are shorter answers with more reward, as
-    a verifier that can be fooled is fooled that way.
+    What the reward pays for is an info: it may be learning to reason at length, or to come to the
+    point. Where a held-out score shows nothing of it, it is a warning.
     """
     series = context.series("length")
     if series.level <= 0:
@@ -97,7 +96,7 @@ def find_length_drift(context: Context) -> list[Finding]:
         series,
         begin,
         name="length_drift",
-        severity="info" if longer is not None and paid and not alone else "warning",
+        severity="info" if paid and not alone else "warning",
         what=what,
         advice=_length_advice(longer is not None, paid and not alone),
         reference=LENGTH_BIAS,
@@ -116,8 +115,8 @@ def _length_advice(longer: bool, paid: bool) -> Advice:
         )
     if paid:
         return Advice(
-            "Read completions: if the reward rises while the work disappears, the verifier is "
-            "being gamed; let it check the form too."
+            "Fine if they are as good as before; read some: a verifier that can be gamed is often "
+            "gamed by leaving the work out."
         )
     return Advice(
         "Read completions: an early end-of-text is often the first sign of collapse.",

@@ -20,6 +20,8 @@ ANSWER_FALL = 0.25
 """Part of that share whose loss counts."""
 UNEARNED = 0.3
 """Share of rewarded completions without the answer that counts."""
+GONE, MOSTLY = 0.5, 0.6
+"""Part of the answers lost, and share of rewarded completions without one, that leave no doubt."""
 FALL_SIGMAS = 4.0
 FALL_SHARE = 0.15
 """Part of its best that the held-out score must lose."""
@@ -107,8 +109,9 @@ def find_held_out_stands(context: Context) -> list[Finding]:
 def find_reward_without_answer(context: Context) -> list[Finding]:
     """Completions hold the reference answer ever less often, and the reward does not fall.
 
-    Reads the completions of at most ``SAMPLED_STEPS`` steps. Silent where answers are seldom
-    written as the reference is.
+    Critical if half of the answers are gone and most of what earns the reward has none. Reads the
+    completions of at most ``SAMPLED_STEPS`` steps. Silent where answers are seldom written as the
+    reference is.
     """
     held, missed = context.answers
     reward = context.reward
@@ -123,10 +126,12 @@ def find_reward_without_answer(context: Context) -> list[Finding]:
     step, top = held.step(begin), float(best[-1])
     if reward.gain_since(step) < -reward.margin:
         return []
+    gone = lasting(held, (fallen >= np.maximum(GONE * best, enough)) & (best >= 2 * SEEN))
+    certain = gone is not None and lasting(missed, missed.smooth >= MOSTLY) is not None
     return [
         Finding(
             name="reward_without_answer",
-            severity="warning",
+            severity="critical" if certain else "warning",
             step=step,
             message=f"Completions that hold the reference answer fell from {top:.0%} to "
             f"{held.end:.0%} from step {step} on, yet the reward does not fall; {missed.end:.0%} "

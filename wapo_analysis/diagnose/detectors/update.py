@@ -4,7 +4,7 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.detectors.registry import MIN_STEPS, detector
 from wapo_analysis.diagnose.levels import lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
@@ -17,6 +17,8 @@ FAR = 1.0
 """KL to the reference in nats per token at which a policy has left it."""
 FAR_UNPAID = 0.5
 """The same where the reward did not gain while it went from half of this to here."""
+BOTH_CLIPS = ("clip_ratio/region_mean", "actor/pg_clipfrac")
+"""Step columns with the share of tokens that either clip stops: TRL's and verl's."""
 KL_GROWTH = 5.0
 """Ratio to the baseline without which the distance is how the run was started."""
 LR_HIGH = 1e-3
@@ -30,40 +32,39 @@ REFERENCE = "arXiv:2402.03300 (GRPO, KL penalty); arXiv:2503.14476 (DAPO, traini
 RATES = "arXiv:2402.03300 (GRPO: 1e-6); docs/training.md"
 
 
-@detector("clip_saturation_low", Need("steps", "clip_low"))
-def find_clip_low(context: Context) -> list[Finding]:
-    """The lower clip stops a fifth of the tokens or more."""
-    series = context.series("clip_low")
-    return level_finding(
-        series,
-        lasting(series, series.smooth >= CLIPPED),
-        name="clip_saturation_low",
-        severity="warning",
-        what="The lower clip takes the gradient from a fifth of the tokens or more",
-        advice=Advice(
-            "The policy moves far within one batch.",
-            steps=(LOWER_LR, Advice("Widen {clip_low}.")),
-        ),
-        reference=CLIP_SIDES,
-    )
+_CLIPS = {
+    "clip_saturation_low": ("The lower clip", ("clip_low",), "Widen {clip_low}."),
+    "clip_saturation_high": ("The upper clip", ("clip_high",), "Widen {clip_high}."),
+    "clip_saturation": ("The clip", BOTH_CLIPS, "Widen {clip_low} or {clip_high}."),
+}
+"""Finding to what stops the tokens, the step columns that tell, and what else would help."""
 
 
-@detector("clip_saturation_high", Need("steps", "clip_high"))
-def find_clip_high(context: Context) -> list[Finding]:
-    """The upper clip stops a fifth of the tokens or more."""
-    series = context.series("clip_high")
-    return level_finding(
-        series,
-        lasting(series, series.smooth >= CLIPPED),
-        name="clip_saturation_high",
-        severity="warning",
-        what="The upper clip takes the gradient from a fifth of the tokens or more",
-        advice=Advice(
-            "The policy moves far within one batch.",
-            steps=(LOWER_LR, Advice("Widen {clip_high}.")),
-        ),
-        reference=CLIP_SIDES,
-    )
+@detector(
+    "clip_saturation",
+    Need("steps", "clip_low") | Need("steps", "clip_high")
+    | Need("steps", BOTH_CLIPS[0]) | Need("steps", BOTH_CLIPS[1]),
+)  # fmt: skip
+def find_clip(context: Context) -> list[Finding]:
+    """A clip stops a fifth of the tokens or more; both together where the log has no sides."""
+    sides = len(context.series("clip_low")) or len(context.series("clip_high"))
+    found: list[Finding] = []
+    for name, (clip, columns, widen) in _CLIPS.items():
+        series = next((s for c in columns if len(s := context.series(c)) >= MIN_STEPS), None)
+        if series is None or (sides and columns == BOTH_CLIPS):
+            continue
+        found += level_finding(
+            series,
+            lasting(series, series.smooth >= CLIPPED),
+            name=name,
+            severity="warning",
+            what=f"{clip} takes the gradient from a fifth of the tokens or more",
+            advice=Advice(
+                "The policy moves far within one batch.", steps=(LOWER_LR, Advice(widen))
+            ),
+            reference=CLIP_SIDES,
+        )
+    return found
 
 
 @detector("kl_drift", Need("steps", "kl_ref"))
