@@ -1,5 +1,6 @@
 """The GPU tier on a device that is not there: device faults and waits of the host show on a CPU."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from experiments import gpu_five_minutes as five_minutes
 
 ROOT = Path(__file__).parents[2]
 # Reports and several processes: minutes, for lines the others have been through.
@@ -52,6 +55,17 @@ def test_the_gpu_tier_runs_on_the_pretended_device(tmp_path: Path) -> None:
         "triton is not installed",
         "could not import 'triton': No module named 'triton'",
     }
+
+
+@pytest.mark.slow
+@needs_backend
+def test_the_first_script_of_a_gpu_runs_on_the_pretended_device(tmp_path: Path) -> None:
+    arguments = ["--pretend", "--tiny", "--limit", "300", "--out", str(tmp_path)]
+    assert five_minutes.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == list(five_minutes.LIMITS)
+    assert results["grpo"]["device"].startswith("cuda")
+    assert results["wapo"]["first_pass_off_one"] < 1e-6
 
 
 @pytest.mark.slow
