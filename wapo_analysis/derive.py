@@ -62,10 +62,9 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
     logp = columns["logp"].astype(np.float64)
     entropy = columns["entropy"].astype(np.float64)
     rest = columns["collision_rest"].astype(np.float64)
-    logp_rest = columns["collision_logp_rest"].astype(np.float64)
-    coef = columns["coef"].astype(np.float64)
-    prob, complement = np.exp(logp), -np.expm1(logp)
-    step = tax.logit_step(coef, temperature)
+    step = tax.logit_step(columns["coef"].astype(np.float64), temperature)
+    update = update_columns(columns, temperature)
+    prob, complement = update["prob"], update["complement"]
     after, entropy_after = columns["logp_after"], columns["entropy_after"]
     return {
         "prob": prob,
@@ -73,15 +72,55 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
         "collision": tax.collision(prob, rest),
         "sign": np.asarray(tax.sign_code(columns["advantage"]), np.int8),
         "regime": np.asarray(tax.regime_code(prob, complement, rest), np.int8),
-        "cls": np.asarray(tax.class_code(columns["advantage"], prob, complement, rest), np.int8),
+        "cls": update["cls"],
         "prob_bin": probability_bin(prob),
-        "grad_norm": tax.grad_norm(coef, complement, rest, temperature),
+        "grad_norm": update["grad_norm"],
         "pred_dprob": tax.dprob_sampled(step, prob, complement, rest),
-        "pred_dentropy": tax.dentropy(step, prob, complement, logp, entropy, rest, logp_rest),
+        "pred_dentropy": update["pred_dentropy"],
         # A difference of logs keeps its digits where a difference of probabilities loses them.
         "dprob": prob * np.expm1(after.astype(np.float64) - logp),
         "dentropy": entropy_after.astype(np.float64) - entropy,
         "ratio": np.exp(logp - _loss_old(columns)),
+    }
+
+
+UPDATE_STATISTICS = (
+    "advantage",
+    "logp",
+    "entropy",
+    "collision_rest",
+    "collision_logp_rest",
+    "coef",
+)
+"""Measured columns that `update_columns` reads."""
+
+
+@np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
+def update_columns(columns: Mapping[str, Array], temperature: float) -> dict[str, Array]:
+    """The derived columns that say what a token's update does.
+
+    Parameters
+    ----------
+    columns : mapping of str to ndarray, shape (rows,)
+        ``UPDATE_STATISTICS``; missing ones are NaN.
+    temperature : float
+
+    Returns
+    -------
+    dict of str to ndarray
+        ``prob``, ``complement``, ``cls`` (code), ``grad_norm`` and ``pred_dentropy``.
+    """
+    logp, entropy, rest, logp_rest, coef = (
+        columns[name].astype(np.float64) for name in UPDATE_STATISTICS[1:]
+    )
+    prob, complement = np.exp(logp), -np.expm1(logp)
+    step = tax.logit_step(coef, temperature)
+    return {
+        "prob": prob,
+        "complement": complement,
+        "cls": np.asarray(tax.class_code(columns["advantage"], prob, complement, rest), np.int8),
+        "grad_norm": tax.grad_norm(coef, complement, rest, temperature),
+        "pred_dentropy": tax.dentropy(step, prob, complement, logp, entropy, rest, logp_rest),
     }
 
 
@@ -126,7 +165,7 @@ def class_totals(tokens: Records) -> Records:
     order, starts = _cells(tokens)
     first = order[starts]
     keys = {name: tokens[name][first] for name in _CELL_KEYS}
-    sums = {name: _sums(values[order], starts) for name, values in _cell_terms(tokens).items()}
+    sums = {name: run_sums(values[order], starts) for name, values in _cell_terms(tokens).items()}
     return Records.build(CLASSES, {**keys, **sums})
 
 
@@ -151,7 +190,7 @@ def _cells(tokens: Records) -> tuple[Array, Array]:
     return order, np.flatnonzero(change)
 
 
-def _sums(values: Array, starts: Array) -> Array:
+def run_sums(values: Array, starts: Array) -> Array:
     """Sum of each run of values; NaN is left out, of nothing else it is the sum."""
     if not len(starts):
         return values[:0]

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.completions import distinguishing
+from wapo_analysis.derive import UPDATE_STATISTICS, class_names, run_sums, update_columns
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.probes import MEANINGS, set_name, three_numbers
 from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
@@ -17,7 +18,6 @@ from wapo_analysis.table import Array
 
 CONTEXT = 12
 _TOKEN_KEYS = ["group", "rollout", "position"]
-_SUMS = {"grad_norm": "sum", "pred_dentropy": "sum"}
 _MISSING_TEXT = "?"
 _SHOWN_TEXT = 60
 """Characters of a prompt or completion in a table."""
@@ -129,26 +129,23 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
     """
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
-    rows = _rows(run, step)
-    keys = [*_TOKEN_KEYS, "token_id", "cls"]
-    tokens = rows.groupby(keys, as_index=False, sort=False).agg({"prob": "first", **_SUMS})
-    tokens = _with_shares(tokens, rows)
-    known = run.rollouts[run.rollouts["step"] == step].set_index("rollout")
-    rollouts = _grouped(tokens, ["group", "rollout"]).head(top)
-    prompts = _grouped(tokens, ["group"]).head(top)
+    tokens = _tokens(run, step)
+    known = run.table("rollouts", [step]).set_index("rollout")
+    rollouts = _held(tokens, ["group", "rollout"])
+    prompts = _summed(rollouts, ["group"]).head(top)
+    rollouts = rollouts.head(top)
     texts = known.drop_duplicates("group").set_index("group")["prompt"].dropna().astype(str)
     apart = pd.Series(distinguishing(texts.to_list()), index=texts.index, dtype=object)
-    largest = tokens.sort_values("mass_share", ascending=False, kind="stable").head(top)
-    pushing = tokens.loc[tokens["flow"].abs().sort_values(ascending=False).index].head(top)
-    pushing = pushing[pushing["flow"].notna()]
-    probes = run.probes[run.probes["step"] == step]
+    mass, flow = tokens["mass"], tokens["flow"]
+    pushing = _largest(np.abs(flow), top)
+    probes = run.table("probes", [step])
     return StepAttribution(
         run=run.name,
         step=step,
-        grad_mass=float(tokens["mass"].sum()),
-        flow=float(tokens["flow"].sum(min_count=1)),
-        tokens=_with_text(largest, rows, run.vocab),
-        by_flow=_with_text(pushing, rows, run.vocab),
+        grad_mass=float(mass.sum()),
+        flow=float(np.nansum(flow)) if np.isfinite(flow).any() else float("nan"),
+        tokens=_with_text(tokens, _largest(mass, top), run.vocab),
+        by_flow=_with_text(tokens, pushing, run.vocab),
         rollouts=rollouts.assign(
             reward=rollouts["rollout"].map(known["reward"]),
             completion=rollouts["rollout"].map(known["completion"]),
@@ -161,58 +158,122 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
     )
 
 
-def _rows(run: Run, step: int) -> pd.DataFrame:
-    """Token rows of the step with finite gradient norms."""
-    rows = run.tokens([step]).astype({"cls": str})
-    known: pd.DataFrame = rows[np.isfinite(rows["grad_norm"].to_numpy(np.float64))]
-    if known.empty:
+def _tokens(run: Run, step: int) -> dict[str, Array]:
+    """Tokens of the step by group, rollout, position and class, shape (tokens,) each.
+
+    ``mass`` and ``flow`` are sums over the passes that saw the token, flow NaN where none gave it.
+    """
+
+    def keep(block: dict[str, Array]) -> dict[str, Array]:
+        update = update_columns(block, run.temperature)
+        known = np.isfinite(update["grad_norm"])
+        sums = {"mass": update["grad_norm"], "flow": update["pred_dentropy"]}
+        given = {name: block[name] for name in (*_TOKEN_KEYS, "token_id", "logp")}
+        return {n: values[known] for n, values in {**given, "cls": update["cls"], **sums}.items()}
+
+    rows = run.scan_tokens(step, [*_TOKEN_KEYS, "token_id", *UPDATE_STATISTICS], keep)
+    if not rows or not len(rows["mass"]):
         raise UserError(
             f"step {step} of {run.name} has no gradient per token: its source gives no coef or "
             "no collision_rest"
         )
-    return known
+    keys = ("group", "rollout", "position", "cls")
+    order = _order([rows[name] for name in keys])
+    if order is not None:
+        rows = {name: rows.pop(name)[order] for name in list(rows)}
+    starts = _starts([rows[name] for name in (*keys, "token_id")])
+    summed = ("mass", "flow")
+    if len(starts) < len(rows["mass"]):
+        sums = {name: run_sums(rows.pop(name), starts) for name in summed}
+        rows = {name: rows.pop(name)[starts] for name in list(rows)} | sums
+    return rows
 
 
-def _with_shares(tokens: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Columns mass, flow and their shares; flow is NaN where no pass gave it."""
-    known = rows.groupby(_TOKEN_KEYS)["pred_dentropy"].count() > 0
-    places = pd.MultiIndex.from_frame(tokens[_TOKEN_KEYS])
-    flow = tokens["pred_dentropy"].where(known.reindex(places).to_numpy())
-    named = tokens.rename(columns={"grad_norm": "mass"}).drop(columns="pred_dentropy")
-    return named.assign(
-        flow=flow,
-        mass_share=_share(named["mass"], float(named["mass"].sum())),
-        flow_share=_share(flow, float(flow.abs().sum())),
+def _order(keys: list[Array]) -> Array | None:
+    """Stable order of the rows by several keys, the first one leading; None if they are in it."""
+    code, span = np.zeros(len(keys[0]), np.int64), 1
+    for key in keys:
+        low, wide = int(key.min()), int(key.max()) - int(key.min()) + 1
+        if (span := span * wide) >= 1 << 62:
+            return np.lexsort(keys[::-1])
+        code *= wide
+        code += key
+        code -= low
+    return None if (code[1:] >= code[:-1]).all() else np.argsort(code, kind="stable")
+
+
+def _starts(keys: list[Array]) -> Array:
+    """Where one of the keys changes."""
+    change = np.zeros(len(keys[0]), bool)
+    change[0] = True
+    for key in keys:
+        change[1:] |= key[1:] != key[:-1]
+    return np.flatnonzero(change)
+
+
+def _largest(values: Array, top: int) -> Array:
+    """Places of the largest values, largest first, of equal ones the first; NaN is left out."""
+    least = -np.inf
+    if top < len(values):
+        sized = np.where(np.isnan(values), -np.inf, values)
+        sized.partition(len(sized) - top)
+        least = sized[len(sized) - top]
+        del sized
+    places = np.flatnonzero(values >= least)
+    return np.asarray(places[np.argsort(-values[places], kind="stable")][:top])
+
+
+def _held(tokens: dict[str, Array], keys: list[str]) -> pd.DataFrame:
+    """Sums of mass, flow and their shares over tokens that stand together, largest mass first."""
+    starts = _starts([tokens[name] for name in keys])
+    frame = pd.DataFrame({name: tokens[name][starts] for name in keys})
+    sums = {name: run_sums(tokens[name], starts) for name in ("mass", "flow")}
+    shares = {f"{name}_share": sums[name] / _whole(tokens[name]) for name in sums}
+    ends = np.append(starts[1:], len(tokens["mass"]))
+    return _by_mass(frame.assign(**sums, **shares, tokens=ends - starts))
+
+
+def _summed(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Sums of rollouts by prompt, the largest mass first."""
+    sums = frame.drop(columns="rollout").groupby(keys, as_index=False).sum(min_count=1)
+    return _by_mass(sums)
+
+
+def _by_mass(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.sort_values("mass", ascending=False, kind="stable", ignore_index=True)
+
+
+def _whole(values: Array) -> float:
+    """What shares are of: the sum of sizes; infinite where there is none, so that shares are 0."""
+    total = float(np.add.reduce(np.abs(values), where=~np.isnan(values)))
+    return total if total > 0 else float("inf")
+
+
+def _with_text(tokens: dict[str, Array], places: Array, vocab: dict[int, str]) -> pd.DataFrame:
+    """Rows of the tokens at some places: shares, text, context with the token in brackets."""
+    names = (*_TOKEN_KEYS, "token_id")
+    frame = pd.DataFrame({name: tokens[name][places] for name in names})
+    shares = {f"{n}_share": tokens[n][places] / _whole(tokens[n]) for n in ("mass", "flow")}
+    lines = {
+        rollout: _line(tokens, tokens["rollout"] == rollout)
+        for rollout in frame["rollout"].unique()
+    }
+    spelled = zip(frame["rollout"], frame["position"], strict=True)
+    return frame.assign(
+        cls=np.asarray(class_names(tokens["cls"][places]), object),
+        prob=np.exp(tokens["logp"][places].astype(np.float64)),
+        mass=tokens["mass"][places],
+        flow=tokens["flow"][places],
+        **shares,
+        token=[vocab.get(int(token), _MISSING_TEXT) for token in frame["token_id"]],
+        context=[_context(*lines[rollout], position, vocab) for rollout, position in spelled],
     )
 
 
-def _share(values: pd.Series, total: float) -> pd.Series:
-    return values / total if total > 0 else values * 0.0
-
-
-def _grouped(tokens: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Sums over tokens, the largest holder of gradient mass first."""
-    sums = tokens.groupby(keys)[["mass", "flow", "mass_share", "flow_share"]].sum(min_count=1)
-    sums = sums.assign(tokens=tokens.groupby(keys).size())
-    return sums.sort_values("mass", ascending=False, kind="stable").reset_index()
-
-
-def _with_text(tokens: pd.DataFrame, rows: pd.DataFrame, vocab: dict[int, str]) -> pd.DataFrame:
-    """Add the token's text, its context with the token in brackets, and its class name."""
-    first = rows.drop_duplicates(_TOKEN_KEYS).sort_values(_TOKEN_KEYS)
-    lines = {
-        key: (part["position"].to_numpy(), part["token_id"].to_numpy())
-        for key, part in first.groupby("rollout")
-        if key in set(tokens["rollout"])
-    }
-    texts = [
-        _context(*lines[rollout], position, vocab)
-        for rollout, position in zip(tokens["rollout"], tokens["position"], strict=True)
-    ]
-    return tokens.assign(
-        token=[vocab.get(int(token), _MISSING_TEXT) for token in tokens["token_id"]],
-        context=texts,
-    ).reset_index(drop=True)
+def _line(tokens: dict[str, Array], mine: Array) -> tuple[Array, Array]:
+    """Positions of a rollout's tokens in order, each once, and their token ids."""
+    positions, first = np.unique(tokens["position"][mine], return_index=True)
+    return positions, tokens["token_id"][mine][first]
 
 
 def _context(positions: Array, ids: Array, position: int, vocab: dict[int, str]) -> str:

@@ -255,7 +255,7 @@ def open_part(path: Path) -> pq.ParquetFile:
         else:
             check_seal(stream)
             source = pa.OSFile(str(path))
-        file = pq.ParquetFile(source, page_checksum_verification=True)
+        file = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
         meta = file.metadata
         groups = sum(meta.row_group(n).total_byte_size for n in range(meta.num_row_groups))
         _check_room(path, max(groups, 8 * meta.num_rows * meta.num_columns), size)
@@ -275,10 +275,12 @@ def read_part(
 ) -> pa.Table:
     """Read a Parquet file, or some of its row groups; raises as `open_part`."""
     with named(path), open_part(path) as file:
+        # Sharing a small file out to threads takes longer than reading it.
+        threads = path.stat().st_size > WHOLE_BYTES
         if groups is None:
-            table = file.read(columns=columns)
+            table = file.read(columns=columns, use_threads=threads)
         else:
-            table = file.read_row_groups(groups, columns=columns)
+            table = file.read_row_groups(groups, columns=columns, use_threads=threads)
         for place, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
                 _check_room(path, _text_bytes(column), path.stat().st_size)

@@ -9,7 +9,7 @@ both, with the same rows; so rows are known by (step, rank), and one file gives 
 import logging
 import os
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +22,14 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES, TOKENS, Column, Table
 from wapo_analysis.store.files import VOCAB, parse_json
 from wapo_analysis.store.parquet import fitted, named, open_part, read_part
+from wapo_analysis.table import Array
 
 log = logging.getLogger(__name__)
 
 STEPS_KEY = b"wapo_steps"
 _LISTINGS = 20
+_BLOCK = 1 << 16
+"""Rows of a step that are read at a time."""
 _NAME = re.compile(
     r"(?:part-(?P<first>[0-9]{8,10})|merged-(?P<begin>[0-9]{8,10})-(?P<last>[0-9]{8,10}))"
     r"-(?P<rank>[0-9]{1,5})\.parquet"
@@ -268,6 +271,78 @@ def read_steps(
             found[step] = table.slice(start, rows)
         start += rows
     return found
+
+
+def scan_step(
+    folder: Path,
+    step: int,
+    columns: Sequence[str],
+    keep: Callable[[dict[str, Array]], dict[str, Array]],
+) -> dict[str, Array]:
+    """What is kept of the rows of one step, read a block at a time.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the token table.
+    step : int
+    columns : sequence of str
+        Columns that are read; one of numbers that a file lacks is NaN, null is NaN.
+    keep : callable
+        From the columns of a block, shape (rows,) each, to those that are kept of it.
+
+    Raises
+    ------
+    UserError
+        On a broken file.
+    """
+
+    def joined(values: list[Array]) -> Array:
+        return values[0] if len(values) == 1 else np.concatenate(values)
+
+    def look() -> dict[str, Array]:
+        parts: list[dict[str, Array]] = []
+        known: set[int] = set()
+        for part in list_parts(folder):
+            groups = [n for n, group in enumerate(part.groups()) if step in group]
+            if groups and part.rank not in known:
+                known.add(part.rank)
+                parts.append(_kept(part, step, columns, groups, keep))
+        # Column by column, so that no more than one is there twice.
+        names = list(parts[0]) if parts else []
+        return {name: joined([part.pop(name) for part in parts]) for name in names}
+
+    return settled(look)
+
+
+def _kept(
+    part: PartFile,
+    step: int,
+    columns: Sequence[str],
+    groups: list[int],
+    keep: Callable[[dict[str, Array]], dict[str, Array]],
+) -> dict[str, Array]:
+    """What `scan_step` keeps of one file, in arrays made once: small ones would stay mapped."""
+    kept: dict[str, Array] = {}
+    size = 0
+    with named(part.path), open_part(part.path) as file:
+        held = groups if part.merged else list(range(file.num_row_groups))
+        rows = sum(file.metadata.row_group(n).num_rows for n in held)
+        asked = ["step", *columns]
+        for batch in file.iter_batches(_BLOCK, held, asked, use_threads=False):
+            table = fitted(pa.Table.from_batches([batch]), TABLES[part.path.parent.name], asked)
+            mine = table["step"].to_numpy() == step
+            if not part.merged and not mine.all():
+                raise ValueError("its rows are of other steps than it says")
+            table = table if mine.all() else table.filter(pa.array(mine))
+            given = {n: np.asarray(table[n].to_numpy()) for n in table.schema.names}
+            found = keep({n: given.get(n, np.full(len(table), np.nan)) for n in columns})
+            for name, values in found.items():
+                if name not in kept:
+                    kept[name] = np.empty(rows, values.dtype)
+                kept[name][size : size + len(values)] = values
+            size += len(next(iter(found.values())))
+    return {name: values[:size] for name, values in kept.items()}
 
 
 def read_vocab(path: Path) -> dict[int, str]:

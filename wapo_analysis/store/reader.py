@@ -1,7 +1,7 @@
 """Reading a run folder, finished or still being written."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,10 +19,10 @@ from wapo_analysis.store.lock import DEAD, probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parquet import named
-from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab
+from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab, scan_step
 from wapo_analysis.store.steplog import step_lines, steps_frame
 from wapo_analysis.store.summary import Engine, class_summary
-from wapo_analysis.table import Records
+from wapo_analysis.table import Array, Records
 
 _LOG = logging.getLogger(__name__)
 _NAMED_STEPS = 5
@@ -147,6 +147,22 @@ class Run:
         """
         frame = self.table("topk", steps)
         return frame.assign(prob=np.exp(frame["logp"]), prob_after=np.exp(frame["logp_after"]))
+
+    def scan_tokens(
+        self,
+        step: int,
+        columns: Sequence[str],
+        keep: Callable[[dict[str, Array]], dict[str, Array]],
+    ) -> dict[str, Array]:
+        """What is kept of a step's token rows, a block at a time; see `parts.scan_step`.
+
+        Raises
+        ------
+        UserError
+            If the step has no token rows, or a part is broken.
+        """
+        self._check_token_steps([step])
+        return scan_step(self.path / "tokens", step, columns, keep)
 
     def summary(self, by: Sequence[str] = ("step", "cls"), engine: Engine = "auto") -> pd.DataFrame:
         """Tokens, entropy, predicted entropy change and gradient mass of the token rows.

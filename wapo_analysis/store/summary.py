@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import wapo_taxonomy as tax
 
-from wapo_analysis.derive import class_names
+from wapo_analysis.derive import UPDATE_STATISTICS, class_names, update_columns
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.parquet import named, open_part, verify
@@ -27,7 +27,6 @@ from wapo_analysis.table import Array
 
 Engine = Literal["auto", "pyarrow", "duckdb"]
 _ENGINES = ("auto", "pyarrow", "duckdb")
-_STATISTICS = ("advantage", "logp", "entropy", "collision_rest", "collision_logp_rest", "coef")
 _CODES = 6
 """Class codes -1..4, shifted to 0..5."""
 # Rows at a time: a dozen float64 columns of it stay in the second-level cache, and each is below
@@ -154,7 +153,7 @@ def _group_sums(
     step = _only_step(file, number)
     if step is not None and steps is not None and step not in steps:
         return
-    columns = [*_STATISTICS, *(["step"] if step is None else [])]
+    columns = [*UPDATE_STATISTICS, *(["step"] if step is None else [])]
     table = file.read_row_group(number, columns=columns)
     given = {name: _numpy(table[name]) for name in columns}
     for start in range(0, len(table), _BLOCK):
@@ -187,22 +186,14 @@ def _numpy(column: pa.ChunkedArray) -> Array:
     return np.asarray(column.to_numpy())
 
 
-@np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
 def _block_sums(block: dict[str, Array], temperature: float) -> Array:
     """Sums by class code, shape (sums, codes); every column has shape (rows,)."""
-    logp, entropy, rest, logp_rest, coef = (
-        block[name].astype(np.float64) for name in _STATISTICS[1:]
-    )
-    prob, complement = np.exp(logp), -np.expm1(logp)
-    step = tax.logit_step(coef, temperature)
-    code = tax.class_code(block["advantage"], prob, complement, rest) + 1
+    update = update_columns(block, temperature)
+    code = update["cls"] + 1
     counts = np.bincount(code, minlength=_CODES)
     sums = [counts]
-    for values in (
-        entropy,
-        tax.dentropy(step, prob, complement, logp, entropy, rest, logp_rest),
-        tax.grad_norm(coef, complement, rest, temperature),
-    ):
+    entropy = block["entropy"].astype(np.float64)
+    for values in (entropy, update["pred_dentropy"], update["grad_norm"]):
         known, counted = values, counts
         missing = np.isnan(values)
         if missing.any():

@@ -144,13 +144,54 @@ def test_mistakes_are_one_line(
 
 
 def test_prompts_are_shown_by_what_sets_them_apart(tmp_path: Path) -> None:
-    run = open_run(write_fake_run(tmp_path / "run", steps=12))
+    from wapo_analysis.schema import ROLLOUTS
+    from wapo_analysis.store import RunWriter
+    from wapo_analysis.table import Records
+
+    run = open_run(write_fake_run(tmp_path / "run", steps=6))
     head = "<|im_start|>system You are a helpful assistant. <|im_end|> user "
-    asked = run.rollouts.assign(
-        prompt=[f"{head}What is {group} + 1? end" for group in run.rollouts["group"]]
-    )
-    object.__setattr__(run, "rollouts", asked)  # as if they had been recorded so
+    rows = run.table("rollouts", [6])
+    asked = rows.assign(prompt=[f"{head}What is {group} + 1? end" for group in rows["group"]])
+    writer = RunWriter(run.path, run.manifest, resume_after=10**6)
+    given = {name: values.to_numpy() for name, values in asked.items() if values.notna().all()}
+    writer.write_part(Records.build(ROLLOUTS, given), 6)
+    writer.close("finished")
+    run = open_run(run.path)
     found = attribute_step(run, 6)
     assert set(found.prompts["prompt"]) == set(asked["prompt"])
     assert found.prompts["question"].str.startswith("... ").all()
     assert "helpful" not in found.to_text()
+
+
+def test_a_large_step_equals_the_plain_groupby(tmp_path: Path) -> None:
+    """Blocks, shuffled passes and tokens whose class changes between passes: same sums."""
+    from wapo_analysis.schema import TOKENS
+    from wapo_analysis.store import RunWriter
+    from wapo_analysis.table import Records
+
+    once = open_run(write_fake_run(tmp_path / "run", steps=1, prompts=8, rollouts=8, length=40))
+    given = {n: v.to_numpy() for n, v in once.tokens([1], derived=False).items()}
+    many = {n: np.concatenate([v] * 30) for n, v in given.items()}
+    draw = np.random.default_rng(0)
+    size = len(many["logp"])
+    assert size > 1 << 16  # rows of a block
+    many["minibatch"] = np.repeat(np.arange(30), size // 30)
+    many["logp"] = (many["logp"] + draw.normal(0, 0.3, size)).clip(-9, -1e-3).astype(np.float32)
+    order = draw.permutation(size)
+    writer = RunWriter(once.path, once.manifest, resume_after=10**6)
+    writer.write_part(Records.build(TOKENS, {n: v[order] for n, v in many.items()}), 1)
+    writer.close("finished")
+    run = open_run(once.path)
+    found = attribute_step(run, 1, top=10**6)
+    keys = ["group", "rollout", "position", "token_id", "cls"]
+    rows = run.tokens([1]).astype({"cls": str})
+    plain = rows.groupby(keys)[["grad_norm", "pred_dentropy"]].sum()
+    assert len(plain) > len(rows.groupby(keys[:4]))
+    for table in (found.tokens, found.by_flow):
+        sums = table.set_index(keys)[["mass", "flow"]].sort_index()
+        assert sums.index.equals(plain.index)
+        np.testing.assert_allclose(sums, plain, rtol=1e-12)
+    by_rollout = rows.groupby(["group", "rollout"])["grad_norm"].sum()
+    shown = found.rollouts.set_index(["group", "rollout"])["mass"].sort_index()
+    np.testing.assert_allclose(shown, by_rollout, rtol=1e-12)
+    assert found.tokens["prob"].between(0, 1).all()

@@ -104,7 +104,7 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
     table = pa.table(
         {
             "step": np.zeros(40_000, np.int32),
-            **{name: np.full(40_000, -0.1, np.float32) for name in summary._STATISTICS},
+            **{name: np.full(40_000, -0.1, np.float32) for name in summary.UPDATE_STATISTICS},
         }
     )
     peaks = []
