@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 # torch first and by its pin: a bare range may pull gigabytes of CUDA packages.
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trl,fast,gguf,tensorboard,board]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,trl,fast,gguf,tensorboard,board,mcp]'
 	touch $(STAMP)
 
 demo: $(STAMP)

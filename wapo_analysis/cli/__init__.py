@@ -60,6 +60,7 @@ _MODULES = (
     "figures",
     "report",
     "board",
+    "mcp",
     "schema",
     "whatif",
     "watch",

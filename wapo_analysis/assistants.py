@@ -1,0 +1,187 @@
+"""A door for assistants: read-only tools over the runs below some folders (``wapo mcp``).
+
+Runs are named as `list_runs` names them, never by a path; what a link leads to outside the folders
+is not listed and not read. Answers are those of the commands' ``--format json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.store import MANIFEST, Run, open_run
+
+if TYPE_CHECKING:
+    from mcp.server import MCPServer
+
+MOST_RUNS = 500
+MOST_ROWS = 500
+"""Token rows of one answer; more are cut off, and that is said."""
+_TOKEN_COLUMNS = (
+    "minibatch", "rollout", "position", "token_id", "advantage", "prob", "entropy", "cls", "coef",
+    "grad_norm", "pred_dentropy", "dprob", "dentropy",
+)  # fmt: skip
+
+
+class Library:
+    """The runs below some folders.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Looked through at every call.
+
+    Raises
+    ------
+    UserError
+        If one of them is not there.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"{folder} is no folder")
+        self._folders = [folder.resolve() for folder in folders]
+
+    def paths(self) -> dict[str, Path]:
+        """Name of every run to its folder; a second one of a name carries a number."""
+        found: dict[str, Path] = {}
+        for folder in self._folders:
+            for manifest in sorted(folder.glob(f"**/{MANIFEST}"))[:MOST_RUNS]:
+                path = manifest.parent
+                if not manifest.resolve().is_relative_to(folder):
+                    continue  # a link that leads outside
+                name = str(path.relative_to(folder)) if path != folder else folder.name
+                while name in found and found[name] != path:
+                    name += "'"
+                found[name] = path
+        return found
+
+    def open(self, name: str) -> Run:
+        """Open a run by its name.
+
+        Raises
+        ------
+        UserError
+            If there is none of that name.
+        """
+        paths = self.paths()
+        if name not in paths:
+            known = ", ".join(list(paths)[:10]) or "none"
+            raise UserError(f"no run {printable(name)!r}; there are: {known}")
+        return open_run(paths[name])
+
+
+def list_runs(library: Library) -> list[dict[str, Any]]:
+    """Name, objective, label, status, steps and last reward and entropy of every run."""
+    rows = []
+    for name, path in library.paths().items():
+        try:
+            run = open_run(path)
+            steps = run.steps
+            last = steps.tail(1)[["step", "reward", "entropy"]].to_dict("records")
+            rows.append({"run": name, "objective": run.objective, "label": run.label,
+                         "seed": run.seed, "status": run.status, "steps": len(steps),
+                         "last": last[0] if last else {}})  # fmt: skip
+        except UserError as error:
+            rows.append({"run": name, "error": str(error)})
+    return rows
+
+
+def diagnose(library: Library, run: str) -> dict[str, Any]:
+    """What happened to a run, since when, which class of tokens drives it, what to do."""
+    from wapo_analysis.diagnose import diagnose as judge
+
+    return judge(library.open(run)).to_dict()
+
+
+def step(library: Library, run: str, step: int) -> dict[str, Any]:
+    """Tokens, rollouts and prompts behind one step of a run."""
+    from wapo_analysis.attribute import attribute_step
+
+    return attribute_step(library.open(run), step).to_dict()
+
+
+def tokens(
+    library: Library, run: str, step: int, rollout: int | None = None, limit: int = 200
+) -> dict[str, Any]:
+    """Token rows of a step, of one rollout if given; at most 500, largest gradient first."""
+    opened = library.open(run)
+    rows = opened.tokens([step])
+    if rollout is not None:
+        rows = rows[rows["rollout"] == rollout]
+    else:
+        rows = rows.sort_values("grad_norm", ascending=False)
+    kept = rows.head(max(1, min(limit, MOST_ROWS)))
+    columns = [name for name in _TOKEN_COLUMNS if name in kept]
+    texts = {int(i): opened.vocab.get(int(i), "") for i in kept["token_id"].unique()}
+    return {
+        "rows": json.loads(kept[columns].to_json(orient="records")),
+        "of": len(rows),
+        "cut": len(rows) > len(kept),
+        "texts": {str(i): printable(text) for i, text in texts.items()},
+    }
+
+
+def compare(library: Library, runs: list[str]) -> dict[str, Any]:
+    """Settings beside each other with intervals over seeds; like with like."""
+    from wapo_analysis.compare import compare as together
+
+    return together([library.open(name) for name in runs]).to_dict()
+
+
+def schema(library: Library) -> dict[str, Any]:
+    """Every table and column of a run with type, unit and meaning."""
+    from dataclasses import asdict
+
+    from wapo_analysis.schema import TABLES
+
+    return {name: asdict(table) for name, table in TABLES.items()}
+
+
+TOOLS: tuple[Callable[..., Any], ...] = (list_runs, diagnose, step, tokens, compare, schema)
+"""What an assistant may call; nothing here writes."""
+
+
+def make_server(folders: Sequence[Path]) -> MCPServer:
+    """The server over some folders.
+
+    Raises
+    ------
+    UserError
+        If a folder is not there, or the protocol's library is missing.
+    """
+    library = Library(folders)
+    try:
+        from mcp.server import MCPServer
+    except ImportError:
+        raise UserError("wapo mcp needs the extra mcp: pip install 'wapo-analysis[mcp]'") from None
+    server = MCPServer("wapo-analysis")
+    for tool in TOOLS:
+        server.add_tool(_bound(tool, library), name=tool.__name__, description=tool.__doc__)
+    return server
+
+
+def _bound(tool: Callable[..., Any], library: Library) -> Callable[..., str]:
+    """The tool without its first parameter; answers are JSON texts, errors one line."""
+    from inspect import signature
+
+    from mcp.server.mcpserver.exceptions import ToolError
+
+    @wraps(tool)
+    def call(**arguments: Any) -> str:
+        try:
+            return json.dumps(tool(library, **arguments), default=float)
+        except UserError as error:
+            raise ToolError(str(error)) from None
+
+    own = list(signature(tool).parameters.values())[1:]
+    call.__signature__ = signature(tool).replace(parameters=own, return_annotation=str)  # type: ignore[attr-defined]
+    hints = {name: hint for name, hint in tool.__annotations__.items() if name != "library"}
+    call.__annotations__ = {**hints, "return": str}
+    del call.__wrapped__
+    return call

@@ -1,0 +1,28 @@
+"""``wapo mcp``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(mcp)
+
+
+def mcp(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that hold runs.", metavar="FOLDER")
+    ] = None,
+) -> None:
+    """Let an assistant read the runs below some folders, over standard input and output.
+
+    Tools: list_runs, diagnose, step, tokens, compare, schema; nothing is written, and nothing
+    outside the folders is read. Needs the extra mcp. Example:
+
+        wapo mcp runs
+    """
+    from wapo_analysis.assistants import make_server
+
+    make_server(folders or [Path("runs")]).run()
