@@ -185,11 +185,12 @@ class HeadReader(Guarded):
 
 
 def _named_logits(output: Any) -> Tensor | None:
-    """Logits (B, L, V) of what a model returned, by that name."""
+    """Logits (B, L, V) of what a model returned, by that name; a value model has V = 1."""
     named = isinstance(output, Mapping)
     logits = output.get("logits") if named else getattr(output, "logits", None)
-    is_logits = isinstance(logits, Tensor) and logits.dim() == 3 and logits.requires_grad
-    return logits if is_logits else None
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] == 1:
+        return None
+    return logits if logits.requires_grad else None
 
 
 def _begins(positions: Any, ids: Tensor) -> Tensor | None:

@@ -10,8 +10,7 @@ import atexit
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -30,7 +29,7 @@ from wapo_analysis.store import Manifest
 
 log = logging.getLogger(__name__)
 
-MOST_CALLS = 4096
+MOST_CALLS = 1 << 16
 """Calls of a loss after which an optimizer must have stepped, for what they showed is in memory."""
 
 _NOWHERE = "nowhere"
@@ -66,13 +65,14 @@ class LossWatch(Guarded):
     ) -> None:
         self.recorder: Recorder | None = None
         self._open, self._head = open_recorder, head
-        self._opened, self._said = False, set[str]()
+        self._opened, self._closed, self._said = False, False, set[str]()
         self._step, self._calls, self._texts = first_step, 0, texts
         self._columns: dict[str, Any] = {}
 
     def fail(self, error: Exception) -> None:
         """Watch no more, with one warning."""
         super().fail(error)
+        self._stop_reading()
         log.warning("watching the loss stopped (%s); training goes on", self.failure)
 
     @guarded
@@ -84,7 +84,8 @@ class LossWatch(Guarded):
             return
         if not self._opened:
             self._opened, self.recorder = True, self._open()
-        if self.recorder is None:
+        if self.recorder is None or self.recorder.failure is not None or self._closed:
+            self._stop_reading()
             return
         for index in range(len(logp) if several else 1):
             one = {n: v[index] if isinstance(v, Sequence) else v for n, v in found.items()}
@@ -157,10 +158,14 @@ class LossWatch(Guarded):
         self.recorder.finish_step(self._step, **{"texts": self._texts, **columns, **told})
         self._step += 1
 
-    def close(self, status: str) -> None:
-        """End the run."""
+    def _stop_reading(self) -> None:
         if self._head is not None:
             self._head.close()
+
+    def close(self, status: str) -> None:
+        """End the run."""
+        self._closed = True
+        self._stop_reading()
         if self.recorder is not None:
             self.recorder.close(status)
 
@@ -189,11 +194,16 @@ class WatchedLoss(Closing):
         call = self._watch.guard(self._arguments, args, kwargs) if torch.is_grad_enabled() else None
         if call is None:
             return loss(*args, **kwargs)
-        if self._names.scorer is not None:
-            with self._scoring(self._names.scorer, call):
-                return loss(*args, **kwargs)
-        self._watch.guard(self._see, call)
-        return loss(*args, **kwargs)
+        if self._names.scorer is None:
+            self._watch.guard(self._see, call)
+            return loss(*args, **kwargs)
+        patches = Patches()
+        self._watch.guard(self._wait_for, call, patches)
+        try:
+            return loss(*args, **kwargs)
+        finally:
+            patches.close()
+            self._watch.guard(self._check_scored, call)
 
     def _arguments(self, args: Any, kwargs: Any) -> dict[str, Any]:
         arguments = self._signature.bind(*args, **kwargs).arguments
@@ -205,13 +215,11 @@ class WatchedLoss(Closing):
     def _see(self, call: Call) -> None:
         self._watch.see(self._names.find(call))
 
-    @contextmanager
-    def _scoring(self, scorer: str, call: dict[str, Any]) -> Iterator[None]:
-        """Within: the first result of the scorer that has a graph is looked at."""
-        owner, name = sys.modules[self.__wrapped__.__module__], scorer
-        if scorer.startswith("self."):
-            owner, name = call["self"], scorer.removeprefix("self.")
-        patches = Patches()
+    def _wait_for(self, call: dict[str, Any], patches: Patches) -> None:
+        """Look at the first result of the scorer that has a graph, while the loss runs."""
+        scorer = str(self._names.scorer)
+        own = scorer.startswith("self.")
+        owner = call["self"] if own else sys.modules[self.__wrapped__.__module__]
 
         def around(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             scored = original(*args, **kwargs)
@@ -220,14 +228,13 @@ class WatchedLoss(Closing):
                 self._watch.guard(self._see, call)
             return scored
 
-        self._watch.guard(patches.wrap, owner, name, around)
-        try:
-            yield
-        finally:
-            patches.close()
+        patches.wrap(owner, scorer.removeprefix("self."), around)
+
+    def _check_scored(self, call: Call) -> None:
         if "scored" not in call:
-            error = UserError(f"the loss did not call {scorer}, so its tokens are not seen")
-            self._watch.guard(_refuse, error)
+            raise UserError(
+                f"the loss did not call {self._names.scorer}, so its tokens are not seen"
+            )
 
     def end_step(self, **columns: Any) -> None:
         """Write the step; only for optimizers that are no ``torch.optim.Optimizer``."""
@@ -266,10 +273,6 @@ class WatchedLoss(Closing):
 
     def __reduce__(self) -> Any:
         return WatchedLoss, (self.__wrapped__, self._given, self._settings)
-
-
-def _refuse(error: UserError) -> None:
-    raise error
 
 
 def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:

@@ -516,6 +516,8 @@ def test_the_optimizer_ends_a_step_and_no_other_one(tmp_path: Path) -> None:
     step(policy, watched, own)
     watched.close()
     step(policy, watched, own)
+    assert watched.failure is None
+    assert not watched._watch.recorder.watching, "nothing is kept once closed"
     run = open_run(tmp_path / "r")
     assert run.steps.step.tolist() == [1, 2]
     assert run.steps.grad_norm.tolist()[0] == 2.0
@@ -577,6 +579,10 @@ FAULTS: dict[str, tuple[Callable[..., Any], Any, Callable[..., Any], str]] = {
         no_scorer, "slime", lambda p, f: f(None, {}, p(input_ids=IDS).logits, None)[0],
         "the loss did not call get_log_probs_and_entropy, so its tokens are not seen",
     ),
+    "a scorer that is nowhere": (
+        partial(no_scorer), "slime", lambda p, f: f(None, {}, p(input_ids=IDS).logits, None)[0],
+        "watching the loss stopped",
+    ),
     "a shape": (
         lambda logp, adv, mask: plain_loss(logp, adv, mask[:, :5]), PLAIN,
         lambda p, f: f(responses(p), ADVANTAGES, torch.ones(4, 7)),
@@ -599,7 +605,8 @@ def test_a_fault_of_watching_is_one_line_and_training_goes_on(
     assert torch.equal(grads[0], grads[1])
     assert torch.equal(grads[0], grads[2])
     assert sum(message in line for line in caplog.messages) == 1
-    assert message in str(watched.failure)
+    assert message.removeprefix("watching the loss stopped") in str(watched.failure)
+    assert watched.failure
 
 
 def test_a_folder_that_holds_a_run_is_told_once_and_training_goes_on(
