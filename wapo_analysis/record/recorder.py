@@ -64,8 +64,8 @@ class Recorder(Guarded, Closing):
     store_bits : int
         Mantissa bits that float32 columns keep on disk, 7..23; 23 keeps all.
     queue_rows : int
-        Token rows that may wait for the disk, about 100 bytes each. If more would, those of a
-        step are sampled down, by halves and in the end to none (column ``token_fraction``).
+        Token rows that may wait for the disk, about 100 bytes each. While more would, each step
+        writes half the share of the one before, in the end none (column ``token_fraction``).
     synchronous : bool
         Write in the training thread; the files are the same.
     sequence_level : bool

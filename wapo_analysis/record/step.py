@@ -24,8 +24,6 @@ from wapo_analysis.record.topk import TopTokens, chosen_rows
 from wapo_analysis.schema import ROLLOUTS, TOKENS, TOPK
 from wapo_analysis.table import Array, Records
 
-_LEAST_SHARE = 1 / 64
-
 
 @dataclass
 class OpenStep:
@@ -165,16 +163,6 @@ class StepJob:
             if self.share < 1:
                 chosen = chosen.select(chosen_rows(tokens["rollout"], self.step, self.share))
             self._chosen = [chosen]
-
-    def thin(self, room: int) -> None:
-        """Keep the rows of fewer rollouts, by halves, until they fit; only once condensed."""
-        while self._chosen and self.rows > room:
-            self.share = self.share / 2 if self.share > _LEAST_SHARE else 0.0
-            rows = self._chosen.pop()
-            if self.share > 0:
-                kept = chosen_rows(rows["rollout"], self.step, self.share)
-                self._chosen = [rows.select(kept)]
-            self.row["token_fraction"] = self.share
 
     def records(self) -> list[Records]:
         """Tables to be written, once condensed: class totals, token rows, rollouts, probes."""

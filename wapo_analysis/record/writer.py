@@ -23,15 +23,20 @@ Texts = Callable[[list[int]], list[str]]
 
 QUEUE_ROWS = 1 << 21
 """Token rows that may wait for the disk; a row takes up to 100 bytes."""
+_UNSUMMED = 4
+"""Rows that may wait to be summed up, in units of the rows that may wait for the disk."""
+_LEAST_SHARE = 1 / 64
 
 
 class StepWriter:
     """Writes steps in a thread of its own, in order; nothing here waits but `drain` and `close`.
 
-    A step that would make more than ``queue_rows`` rows wait is summed up by the caller
-    (milliseconds, no disk), and its token rows are sampled down by halves until they fit, in the
-    end to none. So at most ``queue_rows`` rows, or one step if that has more, are in memory, about
-    100 bytes each. Class totals, rollouts and the line of a step always wait their turn.
+    While more than ``queue_rows`` token rows would wait for the disk, each step writes half the
+    share of rollouts of the one before it, in the end none; once no more than half as many wait,
+    twice the share. Which rollouts those are is decided before anything is built, so a step costs
+    the caller microseconds. Class totals, rollouts and the line of a step always wait their turn
+    and are exact. Only a caller that is faster than class totals can be summed up, until four times
+    ``queue_rows`` are in memory, is held up: it sums up its step itself.
 
     Parameters
     ----------
@@ -62,7 +67,9 @@ class StepWriter:
         # Token ids of passes that came from a device: found by the thread, named by the caller.
         self._arrived: deque[Array] = deque()
         self._carried = 0.0
-        self._thinned = 0
+        self._share, self._thinned = 1.0, 0
+        self._counted = threading.Lock()
+        self._waiting = 0
         # A process that ends without close still writes the steps it has finished.
         weakref.finalize(self, self._thread.close)
 
@@ -77,14 +84,19 @@ class StepWriter:
             made by the caller: now for tokens on the host, with a later step or at the end for
             those on their way from a device.
         """
+        self._choose(job)
         if texts is not None and job.share > 0:
             self._texts = texts
             for tokens in (*job.passes, *job.tops):
                 if tokens.token_ids is not None:
                     self.name(tokens.token_ids, texts)
             self._name_arrived()
-        self._make_room(job)
-        self._thread.put(partial(self._write, job), job.rows)
+        held, wanted = self._thread.held, round(job.share * job.rows)
+        if held and held + job.rows > _UNSUMMED * self._queue_rows:
+            self._condense(job)
+        with self._counted:
+            self._waiting += wanted
+        self._thread.put(partial(self._write, job, wanted), job.rows)
 
     def name(self, ids: Array, texts: Texts) -> None:
         """Add token ids, those that are new, to the vocabulary of the run."""
@@ -113,14 +125,18 @@ class StepWriter:
             self.note(thinned_steps=self._thinned)
         self._thread.close()
 
-    def _make_room(self, job: StepJob) -> None:
-        """Sum a step up at once and sample its rows down if too many are waiting."""
-        held = self._thread.held
-        room = self._queue_rows - held
-        if held == 0 or job.rows <= room:
+    def _choose(self, job: StepJob) -> None:
+        """Halve the share of rollouts that is written while too many rows wait, else double it."""
+        if job.share <= 0:
             return
-        self._condense(job)
-        job.thin(room)
+        rows, waiting = job.share * job.rows, self._waiting
+        if waiting and waiting + self._share * rows > self._queue_rows:
+            self._share = self._share / 2 if self._share > _LEAST_SHARE else 0.0
+        elif waiting + 2 * self._share * rows <= self._queue_rows / 2 or not waiting:
+            self._share = min(1.0, max(2 * self._share, _LEAST_SHARE))
+        if self._share == 1:
+            return
+        job.share *= self._share
         self._thinned += 1
         if self._thinned == 1:
             log.warning(
@@ -129,12 +145,14 @@ class StepWriter:
                 self._writer.path,
             )
 
-    def _write(self, job: StepJob) -> None:
+    def _write(self, job: StepJob, wanted: int) -> None:
         """Write a step and merge parts if it is time; the merging counts for the next step."""
         started = time.thread_time()
         self._condense(job)
         for records in job.records():
             self._writer.write_part(records, job.step, job.rank)
+        with self._counted:
+            self._waiting -= wanted
         spent = time.thread_time() - started
         # The step line comes last: a step that is in the log has all its parts.
         self._writer.append_step({**job.row, "seconds_writer": self._carried + spent})

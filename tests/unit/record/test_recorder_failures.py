@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.support.recorder_passes import ROWS, record, stuck, tokens
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.writer import WriterThread
 from wapo_analysis.store import open_run
 
@@ -29,7 +31,8 @@ def test_a_slow_disk_thins_rows_and_nothing_else(
         started = time.perf_counter()
         record(recorder, range(1, 21), passes=1)
         assert time.perf_counter() - started < 10, "training does not wait"
-        assert recorder._steps._thread.held <= 5 * ROWS
+        assert recorder._steps._waiting <= 6 * ROWS  # the queue, and what one step's halves sum to
+        assert recorder._steps._thread.held <= 4 * 5 * ROWS
     record(recorder, range(21, 22), passes=1)
     recorder.close("finished")
     assert recorder.failure is None
@@ -39,7 +42,8 @@ def test_a_slow_disk_thins_rows_and_nothing_else(
     assert len(run.rollouts) == 42
     share = run.steps.token_fraction
     assert (share[:5] == 1).all()
-    assert share[5] < 1
+    falling = [*0.5 ** np.arange(1, 7)]
+    assert share[5:11].tolist() == falling
     assert set(np.log2(share[share > 0])) <= set(range(-6, 1))
     rows = run.tokens().groupby("step").size().reindex(run.steps.step, fill_value=0)
     assert (rows[:5] == ROWS).all()
@@ -51,6 +55,34 @@ def test_a_slow_disk_thins_rows_and_nothing_else(
     assert open_run(tmp_path / "exact").classes.equals(run.classes)
     assert run.manifest["thinned_steps"] == int((share < 1).sum())
     assert sum("sampled down" in r.message for r in caplog.records) == 1
+
+
+def test_shares_fall_and_rise_by_halves_and_the_training_thread_goes_on(tmp_path: Path) -> None:
+    many, per_rollout = 1 << 15, 64
+    at = torch.arange(many)
+    given = {"group": at // 1024, "rollout": at // per_rollout, "position": at % per_rollout}
+    measured = {n: torch.full((many,), -0.1) for n in ("advantage", "logp", "entropy", "coef")}
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=2 * many)
+
+    def finish(step: int) -> float:
+        recorder.watch_pass(TokenPass(token_id=at % 7, **given, **measured))
+        started = time.thread_time()
+        recorder.finish_step(step)
+        return time.thread_time() - started
+
+    with stuck(recorder):
+        spent = [finish(step) for step in range(1, 8)]
+    assert sorted(spent)[-2] < 0.01, "once a thread may be started"
+    for step in range(8, 14):
+        recorder.flush()
+        finish(step)
+    recorder.close("finished")
+    run = open_run(tmp_path / "r")
+    shares = [1, 1, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 1]
+    assert run.steps["token_fraction"].tolist() == shares
+    assert (run.classes.groupby("step")["tokens"].sum() == many).all()
+    written = run.tokens(derived=False).groupby("step").size() / many
+    np.testing.assert_allclose(written, shares, atol=0.06)
 
 
 def test_a_step_larger_than_the_queue_is_written_whole_if_nothing_waits(tmp_path: Path) -> None:
@@ -123,6 +155,7 @@ import os, signal, sys, time, random
 from pathlib import Path
 from tests.support.recorder_passes import record
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.store import writer
 import itertools
 
