@@ -7,6 +7,7 @@ a tuning part and a test part. About forty minutes on two idle CPU cores, fiftee
 
     python experiments/suite/collapse_suite.py --out runs/collapse_suite
     rivals/bin/python experiments/suite/rivals.py runs/collapse_suite
+    python experiments/suite/forks.py runs/collapse_suite
     python experiments/suite/collapse_suite.py --out runs/collapse_suite \
         --doc docs/collapse_suite.md
 
@@ -15,6 +16,7 @@ Prints the tables, and with ``--doc`` writes the page.
 
 import argparse
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +30,8 @@ from typing import Any
 import pandas as pd
 from scipy.stats import beta
 
+from experiments.suite import forks
+from experiments.suite.logs import KINDS, right, write_log
 from experiments.suite.runs import (
     BAD,
     STEPS,
@@ -43,6 +47,8 @@ from wapo_analysis.diagnose import diagnose
 from wapo_analysis.store import Run
 
 OURS = "wapo diagnose"
+KIND_SEEDS = 20
+"""Logs of each kind made by formula."""
 VERDICTS = {
     "explosion": {"entropy_explosion"},
     "collapse": {"entropy_collapse"},
@@ -330,7 +336,29 @@ def misses(judged: Sequence[Judged]) -> str:
     return markdown(["run", "outcome", "verdict", "what was said"], rows)
 
 
-def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
+def kinds_table(seeds: Sequence[int]) -> str:
+    """Kinds of logs made by formula: in how many the right thing is said, and in how many loudly.
+
+    Parameters
+    ----------
+    seeds : sequence of int
+        A log of each kind is made from every one.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="wapo-logs-") as folder:
+        for kind, wanted in KINDS.items():
+            found = [
+                diagnose(open_run(write_log(Path(folder) / f"{kind}-{seed}", kind, seed)))
+                for seed in seeds
+            ]
+            good = sum(right(kind, d) for d in found)
+            loud = sum(any(f.severity != "info" for f in d.findings) for d in found)
+            said = ", ".join(wanted.named) or "no warning" * wanted.silent or "no stall"
+            rows.append([kind, said, f"{good}/{len(found)}", f"{loud}/{len(found)}"])
+    return markdown(["kind", "what must be said", "said", "with a warning or worse"], rows)
+
+
+def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]], out: Path) -> str:
     """The documentation page."""
     test = [j for j in judged if j.run.test]
     tuning = [j for j in judged if not j.run.test]
@@ -346,7 +374,10 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]]) -> str:
         "drivers": drivers_line(test),
         "misses": misses(test),
         "bound": bound_line(test),
-        "tuning_tools": tools_table(tuning, others),
+        "tuning_tools": tools_table(tuning, others) if tuning else "No run of it was judged anew.",
+        "kinds": kinds_table(range(TEST_SEEDS, TEST_SEEDS + KIND_SEEDS)),
+        "kind_seeds": KIND_SEEDS,
+        "forks": forks.summary(rows) if (rows := forks.read(out)) else "Not run.",
     }
     for name, value in parts.items():
         text = text.replace(f"{{{name}}}", str(value))
@@ -360,8 +391,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("tuning", "test", "both"), default="both")
     parser.add_argument("--doc", type=Path, help="write the documentation page here")
     options = parser.parse_args()
-    if options.doc is not None and options.part != "both":
-        parser.error("--doc writes a page on both parts")
+    if options.doc is not None and options.part == "tuning":
+        parser.error("--doc writes a page on the test part")
     runs = suite(options.out)
     chosen = [run for run in runs if options.part in ("both", "test" if run.test else "tuning")]
     train_suite(chosen, options.workers)
@@ -377,7 +408,7 @@ def main() -> None:
             print(f"\n{part}\n\n{tools_table(mine, others)}\n\n{labels_table(mine)}\n")
             print(f"{drivers_line(mine)}\n\n{misses(mine)}")
     if options.doc is not None:
-        options.doc.write_text(page(judged, others))
+        options.doc.write_text(page(judged, others, options.out))
 
 
 if __name__ == "__main__":

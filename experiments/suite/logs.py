@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wapo_analysis.diagnose import Diagnosis
 from wapo_analysis.store import RunWriter
 
 Values = np.ndarray
@@ -347,6 +348,16 @@ def make_log(kind: str, seed: int) -> tuple[Values, dict[str, Values]]:
         if name not in KEPT.get(kind, ()) and rng.random() < 0.25:
             draw.columns.pop(name, None)
     return draw.every * np.arange(1, draw.records + 1), draw.columns
+
+
+def right(kind: str, diagnosis: Diagnosis) -> bool:
+    """Whether a diagnosis says what the kind is, and nothing against it."""
+    wanted = KINDS[kind]
+    loud = {f.name for f in diagnosis.findings if f.severity != "info"}
+    told = loud if wanted.loud else {f.name for f in diagnosis.findings}
+    named = not wanted.named or bool(told & set(wanted.named))
+    verdict = not wanted.verdicts or diagnosis.verdict in wanted.verdicts
+    return named and verdict and not (wanted.silent and loud)
 
 
 def write_log(path: Path, kind: str, seed: int) -> Path:

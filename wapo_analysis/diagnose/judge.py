@@ -240,6 +240,8 @@ def _calm_sentence(context: Context, verdict: Verdict, findings: list[Finding]) 
     """What happened where nothing critical did."""
     span = _span(context)
     if verdict == "insufficient_data":
+        if not len(context.series("entropy")) and context.reward is None:
+            return f"None of {span} has entropy or reward; a verdict needs at least {MIN_STEPS}."
         return f"Only {span}; a verdict needs at least {MIN_STEPS} with entropy or reward."
     entropy, reward = context.series("entropy"), context.reward
     parts = [

@@ -46,6 +46,8 @@ _ONCE = ("table", "completions", "panel")
 _SKIPPED = (".png", ".svg", ".pdf", ".html", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy",
             ".gguf", ".model", ".so", ".zip", ".tar", ".py", ".md", ".yaml", ".yml", ".zst", ".sh",
             ".lock", ".h5", ".pkl")  # fmt: skip
+# A bracket may as well open a time or a rank, as in [rank0]: or [2026-03-01 12:00:00].
+_JSON_BEGINS = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|-?[\d.]+(?:[eE][-+]?\d+)?\s*[,\]]|null|$)""")
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
 _OFFICIAL_FOLDERS = ("token_bins", "grad_mass", "token_count", "token_strength", "rewards")
 _OFFICIAL_KEYS = (b"groups/with_correct", b"prob_train_mean", b"masking/neg_adv_seq_fraction")
@@ -291,7 +293,7 @@ def _by_content(file: Path) -> str | None:
     text = head.decode("utf-8-sig", "replace").lstrip()
     if file.suffix in (".csv", ".tsv"):
         return _csv_kind(file)
-    if text.startswith(("{", "[")) and not text.startswith("{'"):
+    if _JSON_BEGINS.match(text):
         return _json_kind(file, text)
     if file.suffix == ".parquet":
         return "table"

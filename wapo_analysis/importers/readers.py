@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def json_records(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[s
     if last is not None:
         yield log.line, last
     report.close_lines(log, half)
+
+
+def table_kind(file: Path) -> str:
+    """What a table is: csv, parquet, lines of JSON, or one JSON value (json)."""
+    known = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json",
+             ".jsonl": "lines", ".ndjson": "lines"}  # fmt: skip
+    if file.suffix in known:
+        return known[file.suffix]
+    with open_regular(file) as stream:
+        start = stream.read(4).lstrip(codecs.BOM_UTF8)
+        if start == b"PAR1":
+            return "parquet"
+    if not start.lstrip().startswith((b"{", b"[")):
+        return "csv"
+    log = JsonLines(file)
+    return "lines" if len(list(islice(log.records(), 2))) == 2 else "json"
 
 
 def json_value(file: Path, report: ImportReport) -> Any:

@@ -149,6 +149,8 @@ class StepLog:
         used: set[str] = set()
         for ours, feed in feeds.items():
             self.report.mapped[ours] = ", ".join(feed.names)
+            if ours == "eval_reward" and len(feed.names) > 1:
+                self.report.note(f"eval_reward is the mean of {self.report.mapped[ours]}")
             used.update(feed.names)
             for step, value in _fed(feed, columns).items():
                 rows.setdefault(step, {})[ours] = value
@@ -196,7 +198,8 @@ class StepLog:
         found = {key: _arrays(held) for key, held in self._numbers.items()}
         found |= self._by_batch(found)
         repeats = {key: r for key, held in found.items() if (r := _Repeats.of(*held)) is not None}
-        differing = sorted({s for r in repeats.values() for s in r.differing.tolist()})
+        told = {key: r for key, r in repeats.items() if not _BOOKKEEPING.fullmatch(key)}
+        differing = sorted({s for r in told.values() for s in r.differing.tolist()})
         later = bool(repeats) and self._is_resume(list(repeats.values()))
         if differing:
             self._say(differing, later, repeats)
@@ -240,9 +243,9 @@ class StepLog:
                 "runs; name one of them"
             )
         if later:
-            self.report.told(
-                f"steps {where} were logged again after a resume: the later run is read"
-            )
+            first = min(int(r.steps.min()) for r in repeats.values())
+            why = "by a later start" if differing[0] == first else "after a resume"
+            self.report.told(f"steps {where} were logged again {why}: the later run is read")
             return
         summed = sorted(key for key in repeats if _way(key) == "sum")
         said = f"; summed instead: {', '.join(map(printable, summed[:6]))}" if summed else ""

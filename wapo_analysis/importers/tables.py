@@ -23,6 +23,7 @@ from wapo_analysis.importers.readers import (
     json_value,
     parquet_frames,
     plain,
+    table_kind,
 )
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
@@ -30,6 +31,10 @@ from wapo_analysis.importers.values import MAX_STEP, as_step, message_text
 
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name")
 """Columns that name the run of a row; of text, as numbers count records as well."""
+METRIC_KEYS = ("metric", "metric_name", "key", "tag")
+"""Columns that name the number in ``value``, one a row."""
+SPLIT_KEYS = ("split", "mode", "phase", "stage")
+HELD_OUT = ("eval", "evaluation", "val", "valid", "validation", "test")
 _BATCH = 8192
 _HELD = 512
 
@@ -47,11 +52,12 @@ def read_tables(
     """
     for file in files:
         feed = TableFeed(sink, report, file, chosen)
-        if file.suffix in (".jsonl", ".ndjson"):
+        kind = table_kind(file)
+        if kind == "lines":
             for number, values in json_records(file, report):
                 feed.record(values, number)
-        elif file.suffix in (".parquet", ".csv", ".tsv"):
-            frames = parquet_frames if file.suffix == ".parquet" else csv_frames
+        elif kind in ("parquet", "csv"):
+            frames = parquet_frames if kind == "parquet" else csv_frames
             for first, frame in frames(file, report):
                 feed.frame(frame, first)
         else:
@@ -84,6 +90,7 @@ class TableFeed:
         with self.report.record(self.file, number):
             if not self._mine(values):
                 return
+            values = _told_apart(values)
             keys = tuple(values)
             kind, taken = self._kind(keys)
             if kind == "tokens":
@@ -220,6 +227,30 @@ class TableFeed:
         for name in ("prompt", "completion", "answer"):
             named[name] = message_text(named.get(name))
         self.sink.add_rollout(named)
+
+
+def _told_apart(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row by the names it means: ``metric, value`` is one number, an evaluation's is eval/.
+
+    Examples
+    --------
+    >>> _told_apart({"step": 1, "metric": "reward", "value": 0.5})
+    {'step': 1, 'reward': 0.5}
+    >>> _told_apart({"step": 1, "split": "val", "reward": 0.5})
+    {'step': 1, 'eval/reward': 0.5}
+    """
+    names = [key for key in METRIC_KEYS if _named(values.get(key))]
+    if "value" in values and len(names) == 1:
+        rest = {key: value for key, value in values.items() if key not in (names[0], "value")}
+        return {**rest, str(values[names[0]]): values["value"]}
+    split = next((k for k in SPLIT_KEYS if str(values.get(k)).strip().lower() in HELD_OUT), None)
+    if split is None:
+        return values
+    return {
+        key if "step" in key.lower() else f"eval/{key}": value
+        for key, value in values.items()
+        if key != split and value is not None
+    }
 
 
 def _named(value: Any) -> bool:

@@ -5,20 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.suite.logs import KINDS, make_log, write_log
+from experiments.suite.logs import KINDS, make_log, right, write_log
 from tests.support.step_logs import finding, judge, names
 from wapo_analysis.diagnose import Diagnosis, diagnose
 from wapo_analysis.store import open_run
-
-
-def right(kind: str, d: Diagnosis) -> bool:
-    """Whether a diagnosis says what the kind is, and nothing against it."""
-    wanted = KINDS[kind]
-    loud = {f.name for f in d.findings if f.severity != "info"}
-    told = loud if wanted.loud else names(d)
-    named = not wanted.named or bool(told & set(wanted.named))
-    verdict = not wanted.verdicts or d.verdict in wanted.verdicts
-    return named and verdict and not (wanted.silent and loud)
 
 
 def read(tmp_path: Path, kind: str, seed: int) -> Diagnosis:

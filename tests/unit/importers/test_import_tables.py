@@ -329,3 +329,46 @@ def test_utf_16_as_powershell_writes_it(tmp_path: Path, encoding: str) -> None:
     file.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
     mapped(file, tmp_path / "out")
     assert open_run(tmp_path / "out").steps["reward"].tolist()[-1] == 0.8
+
+
+def test_rows_of_an_evaluation_are_not_averaged_into_the_training(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("step,split,reward\n1,train,0.25\n1,Val,0.75\n2,train,0.5\n2,val,1.0\n")
+    report = mapped(file, tmp_path / "out")
+    steps = open_run(tmp_path / "out").steps
+    assert steps["reward"].tolist() == [0.25, 0.5]
+    assert steps["eval_reward"].tolist() == [0.75, 1.0]
+    assert not report.events
+
+
+def test_one_number_a_row(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    rows = [f"{step},{name},0.{step}" for step in (1, 2) for name in ("reward", "actor/entropy")]
+    file.write_text("\n".join(["step,metric,value", *rows]) + "\n")
+    mapped(file, tmp_path / "out")
+    steps = open_run(tmp_path / "out").steps
+    assert steps["reward"].tolist() == steps["entropy"].tolist() == [0.1, 0.2]
+
+
+def test_numbers_that_complete_each_other_are_not_said_to_be_averaged(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("_step,_runtime,global_step,reward,eval/reward\n0,5,1,0.5,\n1,6,1,,0.25\n")
+    assert not mapped(file, tmp_path / "out").events
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Step\tTraining Loss\treward\n1\t0.1\t0.5\n2\t0.2\t0.75\n",
+        '{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.75}\n',
+        '[{"step": 1, "reward": 0.5},\n {"step": 2, "reward": 0.75}]\n',
+        "[rank0]: {'step': 1, 'reward': 0.5}\n[rank0]: {'step': 2, 'reward': 0.75}\n",
+        "[2026-03-01 12:00:00] step:1 - critic/score/mean:0.5 - actor/lr:1e-6\n"
+        "[2026-03-01 12:01:00] step:2 - critic/score/mean:0.75 - actor/lr:1e-6\n",
+    ],
+)
+def test_what_a_file_is_does_not_hang_on_its_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "train.log"
+    file.write_text(text)
+    mapped(file, tmp_path / "out")
+    assert open_run(tmp_path / "out").steps["reward"].tolist() == [0.5, 0.75]

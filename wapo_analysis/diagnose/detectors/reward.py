@@ -46,7 +46,9 @@ def find_reward_loss(context: Context) -> list[Finding]:
                 "Read completions of the last steps: gibberish, repetition, or a reward that is "
                 "being gamed?",
                 steps=(LOWER_LR,),
-            ),
+            )
+            if loss.ongoing
+            else Advice("See what changed at that step: the data, the verifier, a restart?"),
             reference=REWARD_REFERENCE,
             warned=series.step(loss.warned),
             until=None if loss.crossed is None else series.step(loss.crossed),
