@@ -76,7 +76,8 @@ class Worker:
             (corpus / str(number)).write_bytes(draw.randbytes(LENGTH))
         rest = max(1, int(self.until - time.time()))
         limits = [f"-max_total_time={rest}", f"-max_len={LENGTH}", "-rss_limit_mb=0", "-timeout=0"]
-        atheris.Setup(["fuzz", *limits, f"-seed={seed + 1}", str(corpus)], self.one)
+        limits += [f"-seed={seed + 1}", f"-artifact_prefix={corpus}/"]
+        atheris.Setup(["fuzz", *limits, str(corpus)], self.one)
         atheris.Fuzz()
 
     def one(self, data: bytes) -> None:
