@@ -1,18 +1,16 @@
-r"""Does ``wapo audit`` see the bugs that people write? A GRPO loop with switches for them.
+"""Which bugs of a trainer does an audit name? A hand-written GRPO loop and TRL, one bug at a time.
 
-A plain loop on a toy policy, right without a switch; each switch is one bug as people write it.
-Every variant is recorded for three steps and audited; of right variants nothing may be said.
+The loop is right unless it is given the name of a bug; `LOOP` and `TRL_BUGS` list them. Every
+bug is trained for three steps and audited after each of them.
 
-    python experiments/bug_bench.py --out runs/bug_bench
-    python experiments/bug_bench.py --out runs/bug_bench --doc docs/audit.md
-
-Prints a line a bug: seen or not, in which step, and what was said; ``--doc`` writes the table.
+    python experiments/bug_bench.py            # prints the table, half a minute
+    python experiments/bug_bench.py --docs docs/audit.md    # writes it into the page
 """
 
 import argparse
-import shutil
 import tempfile
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,285 +20,300 @@ from torch import Tensor, nn
 from wapo_analysis import Recorder, open_run
 from wapo_analysis.audit import Audit, audit
 
-PROMPTS, GROUP, LONGEST, VOCABULARY, PROMPT = 4, 8, 12, 24, 3
-END, PAD = 0, 1
-B = PROMPTS * GROUP
-STEPS, EPOCHS, ACCUMULATE = 3, 2, 4
-BUGS = {
-    "prompt tokens in the loss": "prompt",
-    "padding in the loss": "padding",
-    "tokens after the end in the loss": "after_end",
-    "end token left out": "no_end",
-    "first token left out": "no_first",
-    "temperature forgotten in training": "temperature",
-    "top-p in sampling alone": "top_p",
-    "dropout in the old log-probabilities": "dropout",
-    "sampler one update behind": "stale",
-    "groups interleaved wrongly": "interleaved",
-    "population instead of sample std": "population",
-    "batch std instead of the group's": "batch_std",
-    "no division by the std": "no_std",
-    "leave-one-out instead of the group mean": "leave_one_out",
-    "rewards shifted by one sample": "shifted",
-    "ratio inverted": "inverted",
-    "ratio left out": "no_ratio",
-    "one ratio for the rollout": "rollout_ratio",
-    "clip on the wrong side for A < 0": "clip_side",
-    "sign of the loss": "sign",
-    "mean over padded length": "padded_mean",
-    "mean over all tokens instead of each rollout": "token_mean",
-    "micro-batch means of unequal lengths": "micro_means",
-    "loss divided twice by accumulation": "divided_twice",
-    "KL term that is not declared": "kl",
-    "frozen weights": "frozen",
-    "learning rate 0": "lr0",
-    "zero_grad between backward and step": "zero_grad",
-    "duplicated rollouts": "duplicates",
-    "advantages of another rollout": "rolled",
+DIGITS, END, PAD, VOCAB = 10, 10, 11, 12
+PROMPTS, ROLLOUTS, LENGTH, EPOCHS, PIECES, STEPS = 8, 16, 12, 2, 2, 3
+
+LOOP = {
+    "prompt tokens in the loss": "gradient on prompt tokens",
+    "padding in the loss": "gradient on tokens after the end",
+    "tokens after the end in the mask": "tokens after the end",
+    "end token left out of the loss": "end token left out",
+    "temperature forgotten in training": "tokens are no samples of the policy",
+    "old log-probabilities at another temperature": "old log-probabilities at another temperature",
+    "top-k sampling with its own log-probabilities": "old log-probabilities of a cut distribution",
+    "log-probabilities shifted by one": "tokens are no samples of the policy",
+    "loss divided twice by accumulation": "loss divided twice by accumulation",
+    "micro-batch token means averaged": "another mean",
+    "mean over the padded length": "another mean",
+    "sum over tokens, no mean": "another mean",
+    "advantages over the wrong axis": "advantages of other rollouts",
+    "groups interleaved": "groups of several prompts",
+    "sample std": "another advantage",
+    "advantages over the batch": "another advantage",
+    "advantages with the wrong sign": "advantages with the wrong sign",
+    "advantages not detached": "constant push on every token",
+    "rewards of the neighbour": "advantages of other rollouts",
+    "rewards shifted by one rollout": "rewards shifted by one rollout",
+    "ratio inverted": "ratio inverted",
+    "ratio detached": "another ratio",
+    "one ratio per rollout": "another ratio",
+    "old log-probabilities taken anew": "ratio never leaves 1",
+    "clip on the wrong side": "clip on the wrong side for A < 0",
+    "clip missing": "clip does not act",
+    "clip without the minimum": "clip on the wrong side for A > 0",
+    "KL with the wrong sign": "KL with the wrong sign",
+    "entropy bonus with the wrong sign": "constant push on every token",
+    "old log-probabilities with dropout": "first pass is off",
+    "sampler one update behind": "stale sampler",
+    "duplicated rollouts": "rollouts are repeated",
+    "zero_grad before the step": "weights do not change",
+    "frozen weights": "weights do not change",
+    "learning rate 0": "weights do not change",
+    "fp16 underflow": "gradients underflow",
+    "first token left out of the loss": "first token left out",
+    "advantages of other rollouts in the loss": "advantages of other rollouts in the loss",
+    "leave-one-out baseline": "another advantage",
+    "no division by the std": "another advantage",
+    "sign of the loss": "pushed against the advantage",
 }
-RIGHT = ("", "right_token_mean", "right_sequence_ratio", "right_one_epoch")
-"""Variants without a bug, each declared as what it is."""
-NOT_SHOWN = (
-    "entropy bonus of the wrong sign, gradients kept over steps, advantages not detached: their "
-    "gradient does not pass through the recorded log-probabilities"
-)
+"""Bug of the loop -> name of the deviation that says so."""
 
 
 class Policy(nn.Module):
-    """A softmax over the last two tokens: small, and its rollouts differ in length."""
+    """Next-token logits, shape (B, L, V), of tokens of shape (B, L)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(VOCABULARY, 16)
-        self.head = nn.Linear(32, VOCABULARY)
+        self.embed, self.head = nn.Embedding(VOCAB, 32), nn.Linear(64, VOCAB)
+        self.cell, self.drop = nn.GRU(32, 64, batch_first=True), nn.Dropout(0.2)
+        with torch.no_grad():
+            self.head.weight.mul_(10)
 
-    def forward(self, ids: Tensor, drop: float = 0.0) -> Tensor:
-        """Logits (B, L, V) that predict the token after each position."""
-        before = torch.cat([ids[:, :1], ids[:, :-1]], 1)
-        hidden = torch.cat([self.table(before), self.table(ids)], -1)
-        return 2.0 * self.head(nn.functional.dropout(hidden, drop, drop > 0))
-
-
-@dataclass
-class Batch:
-    """Prompts and completions, padded: ``ids`` (B, L), ``mask`` (B, T) with the end token."""
-
-    ids: Tensor
-    mask: Tensor
-    old: Tensor
-    rewards: Tensor
-    group: Tensor
-
-    @property
-    def completion(self) -> Tensor:
-        """Sampled tokens, (B, T)."""
-        return self.ids[:, PROMPT:]
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return logits of the token after each position."""
+        return self.head(self.drop(self.cell(self.embed(ids))[0]))
 
 
-def sample(policy: Policy, bug: str, step: int) -> Batch:
-    """Sample every prompt ``GROUP`` times; the reward counts tokens of the upper half."""
-    g = torch.Generator().manual_seed(1000 + step)
-    group = torch.arange(PROMPTS).repeat_interleave(GROUP)
-    ids = torch.randint(2, VOCABULARY, (PROMPTS, PROMPT), generator=g).repeat_interleave(GROUP, 0)
-    done, temperature = torch.zeros(B, dtype=torch.bool), 0.6 if bug == "temperature" else 1.0
-    old, mask = [], []
-    for _ in range(LONGEST):
-        logp = (policy(ids)[:, -1].detach() / temperature).log_softmax(-1)
-        logp[:, PAD] = -torch.inf
-        logp = logp.log_softmax(-1) if bug != "temperature" else logp
-        if bug == "top_p":
-            kept = logp >= logp.topk(6, dim=-1).values[:, -1:]
-            logp = logp.masked_fill(~kept, -torch.inf).log_softmax(-1)
-        token = torch.multinomial(logp.exp(), 1, generator=g)[:, 0]
-        if bug == "duplicates":
-            token = token.view(PROMPTS, GROUP)[:, : GROUP // 2].repeat(1, 2).flatten()
+@torch.no_grad()
+def sample(policy: Policy, ids: Tensor, bug: str) -> tuple[Tensor, Tensor]:
+    """Completions behind prompts, and their log-probabilities as the sampler has them."""
+    cold = "temperature" in bug
+    done, logps = torch.zeros(len(ids), dtype=torch.bool), []
+    for _ in range(LENGTH):
+        logits = policy(ids)[:, -1].index_fill(1, torch.tensor([PAD]), -30.0)
+        if bug.startswith("top-k"):
+            logits = logits.masked_fill(logits < logits.topk(3).values[:, -1:], -torch.inf)
+        logits = logits * 2 if cold else logits
+        token = logits.softmax(-1).multinomial(1)[:, 0]
         token = torch.where(done, PAD, token)
-        mask.append(~done)
-        old.append(logp.gather(1, token[:, None])[:, 0])
-        done, ids = done | (token == END), torch.cat([ids, token[:, None]], 1)
-    masked = torch.stack(mask, 1)
-    reward = ((ids[:, PROMPT:] > VOCABULARY // 2) & masked).sum(1).float()
-    return Batch(ids, masked, torch.stack(old, 1).masked_fill(~masked, 0.0), reward, group)
+        logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        logps.append(torch.where(done, 0.0, logp))
+        ids = torch.cat([ids, token[:, None]], dim=1)
+        done |= token == END
+    return ids, torch.stack(logps, dim=1)
 
 
-def advantages(batch: Batch, bug: str) -> Tensor:
-    """Standardised within the group, sample std: (B,)."""
-    rewards = batch.rewards.roll(1) if bug == "shifted" else batch.rewards
-    shape = (GROUP, PROMPTS) if bug == "interleaved" else (PROMPTS, GROUP)
-    table = rewards.view(shape) if bug != "interleaved" else rewards.view(shape).t()
-    centred = table - table.mean(1, keepdim=True)
-    if bug == "leave_one_out":
-        centred = centred * GROUP / (GROUP - 1)
-    elif bug == "batch_std":
-        centred = centred / (table.std() + 1e-4)
-    elif bug != "no_std":
-        centred = centred / (table.std(1, keepdim=True, correction=int(bug != "population")) + 1e-4)
-    back = centred.t().reshape(-1) if bug == "interleaved" else centred.reshape(-1)
-    return back
+def score(policy: Policy, ids: Tensor, shift: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, tokens and log-probabilities of every position after the first."""
+    logits = policy(ids)
+    logits = torch.cat([logits[..., :PAD], logits[..., PAD:] * 0 - 30], dim=-1)
+    logits, tokens = (logits[:, 1:], ids[:, 1:]) if shift else (logits[:, :-1], ids[:, 1:])
+    return logits, tokens, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
-def logps(policy: Policy, batch: Batch, drop: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Logits and log-probabilities of the tokens at all positions after the first, (B, L - 1)."""
-    logits = policy(batch.ids, drop)[:, :-1].clone()
-    logits[..., PAD] = -30.0
-    return logits, logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+def made_advantages(reward: Tensor, bug: str) -> Tensor:
+    by_prompt = reward.view(PROMPTS, ROLLOUTS)
+    if bug == "advantages over the wrong axis":
+        by_prompt = reward.view(ROLLOUTS, PROMPTS).T
+    if bug == "rewards of the neighbour":
+        by_prompt = reward.roll(1).view(PROMPTS, ROLLOUTS)
+    centred = by_prompt - by_prompt.mean(dim=1, keepdim=True)
+    std = by_prompt.std(dim=1, keepdim=True, correction=1 if bug == "sample std" else 0)
+    if bug == "advantages over the batch":
+        centred, std = by_prompt - reward.mean(), reward.std(correction=0)
+    adv = centred / (std + 1e-6)
+    if bug == "no division by the std":
+        adv = centred
+    if bug == "leave-one-out baseline":
+        adv = centred * ROLLOUTS / (ROLLOUTS - 1)
+    adv = adv.T.reshape(-1) if bug == "advantages over the wrong axis" else adv.reshape(-1)
+    return -adv if bug == "advantages with the wrong sign" else adv
 
 
-def token_losses(logp: Tensor, old: Tensor, A: Tensor, mask: Tensor, bug: str) -> Tensor:
-    """The clipped surrogate, (b, T)."""
-    gap = old - logp if bug == "inverted" else logp - old
-    if bug in ("rollout_ratio", "right_sequence_ratio"):
-        gap = ((gap * mask).sum(1) / mask.sum(1)).unsqueeze(1).expand_as(gap)
-    ratio = gap.exp()
-    if bug == "no_ratio":
-        return -A * logp
-    held = ratio.clamp(0.9, 1.1)
-    if bug == "clip_side":
-        return -torch.where(
-            A > 0, torch.minimum(ratio * A, held * A), torch.maximum(ratio * A, held * A)
-        )
-    loss = -torch.minimum(ratio * A, held * A)
-    if bug == "kl":
-        loss = loss + 0.1 * ((old - 0.05 * old.abs() - logp).exp() + logp)
-    return -loss if bug == "sign" else loss
+def surrogate(logp: Tensor, old: Tensor, adv: Tensor, mask: Tensor, bug: str) -> Tensor:
+    """Loss of every token, shape (B, L)."""
+    x = old - logp if bug == "ratio inverted" else logp - old
+    if bug == "one ratio per rollout":
+        x = ((x * mask).sum(1) / mask.sum(1))[:, None].expand_as(x)
+    ratio, weight = x.exp(), adv[:, None]
+    if bug == "ratio detached":
+        return -weight * logp
+    if bug == "sign of the loss":
+        return ratio * weight
+    if bug == "clip missing":
+        return -ratio * weight
+    held = ratio.clamp(0.8, 1.2) * weight
+    if bug == "clip without the minimum":
+        return -held
+    if bug == "clip on the wrong side":
+        return -torch.where(weight < 0, torch.maximum(ratio * weight, held),
+                            torch.minimum(ratio * weight, held))  # fmt: skip
+    return -torch.minimum(ratio * weight, held)
 
 
-def averaged(loss: Tensor, mask: Tensor, whole: int, bug: str) -> Tensor:
-    """Mean over each rollout, then over the update's rollouts; one micro-batch's part of it."""
-    if bug in ("token_mean", "right_token_mean"):
-        return (loss * mask).sum() / whole
-    if bug == "micro_means":
-        return (loss * mask).sum() / mask.sum() / ACCUMULATE
-    if bug == "padded_mean":
-        longest = int(mask.sum(1).max())
-        return (loss * mask)[:, :longest].mean() / ACCUMULATE
-    mean = ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / B
-    return mean / ACCUMULATE if bug == "divided_twice" else mean
+def averaged(loss: Tensor, mask: Tensor, rows: int, total: float, bug: str, mean: str) -> Tensor:
+    """Loss of a micro-batch of some of ``rows`` rollouts with ``total`` tokens."""
+    parts = rows / len(loss)
+    if bug == "micro-batch token means averaged":
+        return (loss * mask).sum() / mask.sum() / parts
+    if bug == "mean over the padded length":
+        return (loss * mask).mean(dim=1).sum() / rows
+    if bug == "sum over tokens, no mean":
+        return (loss * mask).sum() / rows
+    if mean == "token":
+        result = (loss * mask).sum() / total
+    else:
+        result = ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).sum() / rows
+    return result / parts if bug == "loss divided twice by accumulation" else result
 
 
-def loss_mask(batch: Batch, bug: str) -> Tensor:
-    """Positions of (B, L - 1) that enter the loss."""
-    mask = batch.mask.clone()
-    last = mask.sum(1) - 1
-    if bug == "no_end":
-        mask[torch.arange(B), last] = False
-    if bug == "no_first":
-        mask[:, 0] = False
-    if bug == "after_end":
-        mask[torch.arange(B), (last + 1).clamp(max=LONGEST - 1)] = True
-    if bug == "padding":
-        mask[:] = True
-    before = torch.zeros(B, PROMPT - 1, dtype=torch.bool)
-    if bug == "prompt":
-        before[:] = True
-    return torch.cat([before, mask], 1).float()
-
-
-def train(bug: str, out: Path) -> None:
-    """The loop: sample, reward, two epochs of one update in four micro-batches; recorded."""
-    torch.manual_seed(0)
-    policy = Policy()
-    lr = 0.0 if bug == "lr0" else 0.03
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0)
-    if bug == "frozen":
-        optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=lr)
-    behind = Policy()
+def train(
+    out: Path, bug: str = "", steps: int = STEPS, mean: str = "rollout", epochs: int = EPOCHS,
+    pieces: int = PIECES, seed: int = 0, audit: bool = False,
+) -> Recorder:  # fmt: skip
+    """Train some steps with one bug, or none, and record them."""
+    torch.manual_seed(seed)
+    policy = Policy().eval()
+    behind, reference = Policy().eval(), Policy().eval()
     behind.load_state_dict(policy.state_dict())
-    with Recorder(out, {"objective": declared(bug)}, store_bits=23) as recorder:
-        for step in range(1, STEPS + 1):
-            batch = sample(behind if bug == "stale" else policy, bug, step)
-            behind.load_state_dict(policy.state_dict())
-            A = advantages(batch, bug)
-            A = A.roll(GROUP) if bug == "rolled" else A
-            old = torch.cat([torch.zeros(B, PROMPT - 1), batch.old], 1)
-            if bug in ("prompt", "padding", "after_end"):
-                old = torch.where(loss_mask(batch, bug) > 0, logps(policy, batch)[1].detach(), old)
-            if bug == "dropout":
-                old = logps(policy, batch, 0.1)[1].detach()
-            for epoch in range(1 if bug == "right_one_epoch" else EPOCHS):
-                optimizer.zero_grad()
-                for part in torch.arange(B).chunk(ACCUMULATE):
-                    micro(policy, recorder, batch, A, old, part, epoch, bug)
-                if bug == "zero_grad":
-                    optimizer.zero_grad(set_to_none=False)
-                optimizer.step()
-            texts = [
-                str(row[m].tolist()) for row, m in zip(batch.completion, batch.mask, strict=True)
-            ]
-            updates = 1 if bug == "right_one_epoch" else EPOCHS
-            recorder.finish_step(step, reward=batch.rewards, completions=texts, updates=updates)
-
-
-def micro(
-    policy: Policy, recorder: Recorder, batch: Batch, A: Tensor, old: Tensor, part: Tensor,
-    epoch: int, bug: str,
-) -> None:  # fmt: skip
-    """One micro-batch: forward, recorded, backward."""
-    mask = loss_mask(batch, bug)
-    cut = Batch(
-        batch.ids[part], batch.mask[part], batch.old[part], batch.rewards[part], batch.group[part]
-    )
-    logits, logp = logps(policy, cut)
-    true_mask = torch.cat([torch.zeros(len(part), PROMPT - 1), cut.mask.float()], 1)
-    told = A.roll(-GROUP) if bug == "rolled" else A
-    recorder.watch(
-        logp, cut.ids[:, 1:], true_mask, told[part], cut.group, logits=logits,
-        logp_old=old[part], rollouts=part, minibatch=epoch * ACCUMULATE + int(part[0]) // GROUP,
-    )  # fmt: skip
-    loss = token_losses(logp, old[part], A[part][:, None], mask[part], bug)
-    averaged(loss, mask[part], int(mask.sum()), bug).backward()
-
-
-def declared(bug: str) -> dict[str, Any]:
-    """What the loop says it does."""
-    ratio = "rollout ratio (mean)" if bug == "right_sequence_ratio" else "token ratio"
-    mean = "tokens" if bug == "right_token_mean" else "rollout"
-    return {"name": "grpo", "ratio": ratio, "mean": mean, "advantage": "group mean, sample std",
-            "across": "same", "total": 1, "kl": False}  # fmt: skip
-
-
-def judge(bug: str, folder: Path) -> tuple[int, Audit]:
-    """Train a variant; in which step the audit first deviates (0: never), and what it says then."""
-    shutil.rmtree(folder, ignore_errors=True)
-    train(bug, folder)
-    run = open_run(folder)
-    for steps in range(1, STEPS + 1):
-        found = audit(run, steps)
-        if found.deviations:
-            return steps, found
-    return 0, found
-
-
-def main() -> None:
-    """Judge every variant, print a line each, or write the page's table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--doc", type=Path, help="write the table between the marks of this page")
-    options = parser.parse_args()
-    out = options.out or Path(tempfile.mkdtemp(prefix="bug-bench-"))
-    rows, seen, false = [], 0, 0
-    for name, bug in {**{f"right: {b or 'plain'}": b for b in RIGHT}, **BUGS}.items():
-        if options.only and options.only != bug:
-            continue
-        steps, found = judge(bug, out / (bug or "right"))
-        first = found.deviations[0] if found.deviations else None
-        said = f"{first.check}: {first.says}" if first else found.sentence
-        seen, false = (
-            seen + (bool(first) and bug not in RIGHT),
-            false + (bool(first) and bug in RIGHT),
+    reference.load_state_dict(policy.state_dict())
+    rate = 0.0 if bug == "learning rate 0" else 2e-2
+    optimizer = torch.optim.Adam(policy.parameters(), lr=rate)
+    if bug == "frozen weights":
+        optimizer = torch.optim.Adam(
+            [nn.Parameter(p.detach().clone()) for p in policy.parameters()]
         )
-        rows.append(f"| {name} | {'step ' + str(steps) if first else 'no'} | {said} |")
-        print(rows[-1], flush=True)
-    total = f"{seen} of {len(BUGS)} bugs seen, {false} false statements on {len(RIGHT)} right loops"
-    print(total)
-    if options.doc:
-        before, _, rest = options.doc.read_text(encoding="utf-8").partition("<!-- bench -->")
-        table = "\n".join(["| bug | seen after | what is said |", "| --- | --- | --- |", *rows])
-        after = rest.partition("<!-- end of bench -->")[2]
-        body = f"{table}\n\n{total}. Not shown by what is recorded: {NOT_SHOWN}."
-        page = f"{before}<!-- bench -->\n{body}\n<!-- end of bench -->{after}"
-        options.doc.write_text(page, encoding="utf-8")
+    row = torch.arange(PROMPTS * ROLLOUTS)
+    group = row % PROMPTS if bug == "groups interleaved" else row // ROLLOUTS
+    declared: dict[str, Any] = {"name": "dapo" if mean == "token" else "grpo"}
+    declared |= {"bounds": [0.8, 1.2], "advantage": "group mean, population std"}
+    beta = 2.0 if bug == "KL with the wrong sign" else 0.0
+    run = Recorder(
+        out, {"objective": {**declared, "beta": beta}}, **({"audit": True} if audit else {})
+    )
+    prompts = torch.randint(DIGITS, (PROMPTS, 2))
+    for step in range(1, steps + 1):
+        ids, sampled = sample(behind if "behind" in bug else policy, prompts[row // ROLLOUTS], bug)
+        if bug == "duplicated rollouts":
+            ids, sampled = ids[row // 2 * 2], sampled[row // 2 * 2]
+        behind.load_state_dict(policy.state_dict())
+        out_ids = ids[:, 2:]
+        length = ((out_ids == END).long().cumsum(1) == 0).sum(1).add(1).clamp(max=LENGTH)
+        place = torch.arange(ids.shape[1] - 1)
+        mask = ((place >= 1) & (place < 1 + length[:, None])).float()
+        right = (out_ids == ids[:, :1]) | (out_ids == ids[:, 1:2])
+        reward = ((right * mask[:, 1:]).sum(1) - 0.25 * (length - 4).clamp(min=0)).clamp(min=-1)
+        reward = reward.roll(1) if bug == "rewards shifted by one rollout" else reward
+        adv = made_advantages(reward, bug)
+        loss_mask = mask
+        if bug == "prompt tokens in the loss":
+            loss_mask = (place < 1 + length[:, None]).float()
+        if bug == "padding in the loss":
+            loss_mask = (place >= 1).float().expand_as(mask)
+        if bug == "tokens after the end in the mask":
+            mask = loss_mask = (place >= 1).float().expand_as(mask).clone()
+        if bug == "first token left out of the loss":
+            loss_mask = mask * (place != 1)
+        if bug == "end token left out of the loss":
+            loss_mask = mask * (ids[:, 1:] != END)
+        shift = int(bug == "log-probabilities shifted by one")
+        with torch.no_grad():
+            policy.train(bug == "old log-probabilities with dropout")
+            old = score(policy, ids, shift)[2]
+            policy.eval()
+        if bug in ("old log-probabilities at another temperature", "sampler one update behind"):
+            old[:, 1:] = sampled
+        if bug.startswith("top-k"):
+            old[:, 1:] = sampled
+        minibatch = 0
+        for _ in range(epochs):
+            optimizer.zero_grad()
+            for part in row.chunk(pieces):
+                logits, tokens, logp = score(policy, ids[part], shift)
+                before = logp.detach() if bug == "old log-probabilities taken anew" else old[part]
+                weight = adv[part]
+                if bug == "advantages of other rollouts in the loss":
+                    weight = adv.roll(1)[part]
+                if bug == "advantages not detached":
+                    sure = (logp * mask[part]).sum(1) / mask[part].sum(1)
+                    weight = weight + 0.3 * (sure - sure.detach())
+                used = logp.half() if bug == "fp16 underflow" else logp
+                loss = surrogate(used, before.to(used.dtype), weight, loss_mask[part], bug)
+                if bug == "KL with the wrong sign":
+                    with torch.no_grad():
+                        ref = score(reference, ids[part], shift)[2]
+                    loss = loss - beta * ((ref - logp).exp() - (ref - logp) - 1)
+                if bug == "entropy bonus with the wrong sign":
+                    loss = loss - 0.05 * logp
+                loss = averaged(loss, loss_mask[part], len(row), float(loss_mask.sum()), bug, mean)
+                loss = loss * 2e-4 if bug == "fp16 underflow" else loss
+                run.watch(
+                    used, tokens, mask[part], adv[part], group[part], logits=logits,
+                    logp_old=before, rollouts=part, minibatch=minibatch,
+                )  # fmt: skip
+                minibatch += 1
+                loss.backward()
+            if bug == "zero_grad before the step":
+                optimizer.zero_grad()
+            optimizer.step()
+        run.finish_step(
+            step, reward=reward, updates=epochs, lr=rate,
+            prompts=[str(p) for p in prompts[row // ROLLOUTS].tolist()],
+        )  # fmt: skip
+    run.close()
+    return run
+
+
+def seen_after(path: Path, expected: str, steps: int = STEPS) -> tuple[int | None, Audit]:
+    """Step after which an audit names the deviation, None if it never does, and that audit."""
+    for step in range(1, steps + 1):
+        found = audit(open_run(path), step)
+        if any(d.name == expected for d in found.deviations):
+            return step, found
+    return None, found
+
+
+def loop_rows(only: str | None = None) -> Iterator[tuple[str, int | None, Audit]]:
+    """Of each bug of the loop: its name, the step after which it was named, and the audit."""
+    for bug, expected in LOOP.items():
+        if only not in (None, bug):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            mean = "token" if bug == "micro-batch token means averaged" else "rollout"
+            run = train(Path(folder) / "run", bug, mean=mean)
+            assert run.failure is None, (bug, run.failure)
+            yield bug, *seen_after(Path(folder) / "run", expected)
+
+
+MARKS = "<!-- bench: written by experiments/bug_bench.py -->", "<!-- bench ends -->"
+
+
+def table(rows: list[tuple[str, int | None, Audit]], expected: dict[str, str]) -> str:
+    """Rows as a Markdown table: bug, after how many steps it was named, what was said."""
+    lines = ["| bug | named after | what was said |", "| --- | ---: | --- |"]
+    for bug, step, found in rows:
+        said = [d.says for d in found.deviations if d.name == expected[bug]] or ["-"]
+        after = "not named" if step is None else f"{step} step{'s' * (step > 1)}"
+        lines.append(f"| {bug} | {after} | {said[0].replace('|', chr(92) + '|')} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="One bug of the loop.")
+    parser.add_argument("--docs", type=Path, help="Page whose table is written anew.")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = list(loop_rows(options.only))
+    shown = table(rows, LOOP)
+    print(shown)
+    print(f"{sum(step is not None for _, step, _ in rows)} of {len(rows)} bugs named")
+    if options.docs is not None:
+        text = options.docs.read_text()
+        head, rest = text.split(MARKS[0])
+        tail = rest.split(MARKS[1])[1]
+        options.docs.write_text(f"{head}{MARKS[0]}\n\n{shown}\n\n{MARKS[1]}{tail}")
 
 
 if __name__ == "__main__":

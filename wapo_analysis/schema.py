@@ -256,6 +256,8 @@ STEPS = Table(
             "positions outside the loss mask that got a gradient all the same, of one process",
             "int64",
         ),
+        _measured("grad_before", "tokens", "those before a rollout: its prompt", "int64"),
+        _measured("grad_after", "tokens", "those after its end: padding", "int64"),
         _measured(
             "nonfinite",
             "tokens",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bug_bench import PROMPT, Policy, advantages, logps, sample
+from experiments.bug_bench import train as train_loop
 from wapo_analysis import Recorder, TrainConfig
 from wapo_analysis.beside import BesideTraining
 from wapo_analysis.errors import UserError
@@ -102,26 +102,10 @@ def test_the_guard_rests_between_two_looks(tmp_path: Path) -> None:
 def test_audit_is_printed_once_while_a_loop_goes_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    torch.manual_seed(0)
-    policy = Policy()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.03)
-    with Recorder(tmp_path / "r", audit=True, synchronous=True) as recorder:
-        for step in range(1, 6):
-            batch = sample(policy, "", step)
-            mask = torch.cat([torch.zeros(32, PROMPT - 1), batch.mask.float()], 1)
-            old = torch.cat([torch.zeros(32, PROMPT - 1), batch.old], 1)
-            logits, logp = logps(policy, batch)
-            A = advantages(batch, "")
-            recorder.watch(
-                logp, batch.ids[:, 1:], mask, A, batch.group, logits=logits, logp_old=old
-            )
-            optimizer.zero_grad()
-            (-(logp - old).exp() * A[:, None] * mask).sum().div(mask.sum()).backward()
-            optimizer.step()
-            recorder.finish_step(step, reward=batch.rewards)
+    train_loop(tmp_path / "r", steps=5, audit=True)
     said = capfd.readouterr().err
-    assert said.count("no deviation found") == 1
-    assert "mean over tokens" in said
+    assert said.count("No deviation found") == 1
+    assert "behaves as grpo (mean over each rollout's tokens), as declared" in said
 
 
 trl = pytest.importorskip("trl")

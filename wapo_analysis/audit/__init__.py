@@ -1,6 +1,29 @@
-"""What a trainer really computes, told from the recorded tokens alone."""
+"""Does this trainer do what it says? Told from the recorded tokens alone.
 
-from wapo_analysis.audit.judge import audit
-from wapo_analysis.audit.result import Audit, Statement
+>>> from wapo_analysis.audit import audit
+>>> audit(run)  # doctest: +SKIP
+"""
 
-__all__ = ["Audit", "Statement", "audit"]
+from wapo_analysis.audit.evidence import Evidence
+from wapo_analysis.audit.judge import STEPS, judge
+from wapo_analysis.audit.result import Audit, Deviation
+from wapo_analysis.store import Run
+
+__all__ = ["Audit", "Deviation", "audit"]
+
+
+def audit(run: Run, steps: int = STEPS) -> Audit:
+    """Say what objective is in force and where the trainer deviates from what it declares.
+
+    Parameters
+    ----------
+    run : Run
+    steps : int
+        How many of the first steps with token rows are looked at.
+
+    Raises
+    ------
+    UserError
+        If a file of the run is broken; the message names it.
+    """
+    return judge(Evidence.of_run(run, steps), run.name)

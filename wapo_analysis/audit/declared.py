@@ -1,160 +1,235 @@
-"""What a run says its objective is, in the words of the audit, and the name it behaves as."""
+"""Which losses are known, and what a run says of its own."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
-from wapo_analysis.audit.core import Core, Level
-from wapo_analysis.store import Run
+from wapo_analysis.audit.coefficient import MEANS, Core
+from wapo_analysis.audit.evidence import OWN_SOURCES
+from wapo_analysis.objectives.table import OBJECTIVES, Objective
+from wapo_analysis.objectives.token_losses import rollout_surrogate
 
-_TOKEN, _NONE, _MEAN, _SUM = (
-    "token ratio", "no ratio", "rollout ratio (mean)", "rollout ratio (sum)",
-)  # fmt: skip
-_SAPO, _CAPPED = "sigmoid gate (SAPO)", "capped token ratio"
-
-# TRL's loss types (trl/trainer/grpo_trainer.py, 1.16): form, level, how passes of a step compare,
-# and what the weights of an update add up to where that is 1.
-_TRL: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], str, float | None]] = {
-    "grpo": ((_TOKEN,), ("rollout",), "", 1),
-    "bnpo": ((_TOKEN,), ("tokens",), "per pass", 1),
-    "dr_grpo": ((_TOKEN,), ("tokens",), "", None),
-    "dapo": ((_TOKEN,), ("tokens",), "same", 1),
-    "cispo": ((_CAPPED, _NONE), ("tokens",), "same", None),
-    "sapo": ((_SAPO,), ("rollout",), "", 1),
-    "luspo": ((_MEAN,), ("tokens",), "", None),
-    "vespo": ((_NONE,), (), "", None),
-    "rloo": ((_SUM,), (), "", None),
-}
-_STANDARD = ("group mean, population std", "group mean, sample std")
-_MADE = {"standardized": _STANDARD[:1], "centered": ("group mean",), "raw": ("the reward itself",)}
+STANDARD = frozenset({"group mean, population std", "group mean, sample std"})
+CENTRED = frozenset({"group mean"})
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What is expected of a run; empty where it says nothing.
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A loss as an audit can see it.
 
     Attributes
     ----------
-    name : str
-    cores, levels, advantages : tuple of str
-        Allowed forms, levels and ways of making advantages.
-    across : str
-        How the constant of a mean over tokens compares between the passes of a step.
-    total : float or None
-        What the weights of an update add up to.
-    positive_only, two_sided : bool
-        Trains on positive advantages alone; the clip acts on both sides for both signs.
-    kl : bool or None
-        A KL term is in the loss; None if nothing is said.
-    period : int
-        Steps from one batch of fresh rollouts to the next.
+    cores, means : frozenset
+        How it uses the ratio and over what it averages; several where it is as good as the other,
+        none where it is left open.
+    advantages : frozenset of str or None
+        How it forms advantages; None leaves it open.
+    positive_only : bool or None
+        Rollouts with A < 0 are left out; None leaves it open.
+    bounds : tuple of float
+        Clip range of the ratio; (0, inf) where nothing is clipped or the range is not known.
     """
 
-    name: str = ""
-    cores: tuple[str, ...] = ()
-    levels: tuple[str, ...] = ()
-    advantages: tuple[str, ...] = ()
-    across: str = ""
-    total: float | None = None
-    positive_only: bool = False
-    two_sided: bool = False
-    kl: bool | None = None
-    period: int = 1
+    name: str
+    cores: frozenset[Core] = frozenset()
+    means: frozenset[str] = frozenset()
+    advantages: frozenset[str] | None = None
+    positive_only: bool | None = False
+    bounds: tuple[float, float] = (0.0, inf)
 
-    def fresh(self, steps: Iterable[int]) -> list[int]:
-        """Steps whose first pass meets rollouts of the very weights that are trained."""
-        return [step for step in steps if (step - 1) % self.period == 0]
+    @property
+    def mean(self) -> str:
+        """Its mean in words."""
+        return " or ".join(MEANS[name] for name in MEANS if name in self.means)
 
 
-def declared(run: Run) -> Declared:
-    """What the manifest of a run says of its objective."""
-    objective = run.manifest.objective
-    name = str(objective.get("name", ""))
-    source = run.manifest.source
+_RULES = {"seq": "seq", "group": "group", "global": "batch", "fixed_length": "constant",
+          "longest": "constant"}  # fmt: skip
+_ADVANTAGES = {
+    "standardized": STANDARD,
+    "centered": CENTRED,
+    "raw": frozenset({"the reward itself"}),
+}
+
+
+def _row(name: str, row: Objective, rule: str, ratio: bool) -> Known:
+    core = Core("plain", "mean") if row.token_loss is rollout_surrogate else Core("plain")
+    if row.unit_advantage:
+        core = Core("unit")
+    elif not ratio:
+        core = Core("none")
+    means = {_RULES[rule]}
+    if rule == "longest":
+        means.add("padded")
+    return Known(
+        name=name,
+        cores=frozenset({core}),
+        means=frozenset(means),
+        advantages=_ADVANTAGES[row.advantage],
+        positive_only=row.positive_only,
+    )
+
+
+def _own() -> dict[str, Known]:
+    rows = {}
+    for name, row in OBJECTIVES.items():
+        rule = row.unset_rule or (row.group_rule if row.level == "group" else row.level)
+        rows[name] = _row(name, row, rule, row.clip != "none")
+    return rows
+
+
+def _loss(name: str, core: Core, *means: str) -> Known:
+    return Known(name=name, cores=frozenset({core}), means=frozenset(means))
+
+
+TOKEN, MEAN, SUM = Core("plain"), Core("plain", "mean"), Core("plain", "sum")
+OWN = _own()
+"""The objectives of `wapo_analysis.objectives`."""
+TRL = {
+    known.name: known
+    for known in (
+        _loss("grpo", TOKEN, "seq"),
+        _loss("dapo", TOKEN, "batch"),
+        _loss("bnpo", TOKEN, "pass"),
+        _loss("dr_grpo", TOKEN, "constant"),
+        _loss("cispo", Core("cispo"), "batch"),
+        _loss("sapo", Core("sapo"), "seq"),
+        _loss("luspo", MEAN, "sum"),
+        _loss("vespo", Core("vespo", "sum"), "batch"),
+        _loss("rloo", SUM, "sum"),
+        replace(_loss("gmpo", Core("gmpo", "mean"), "seq"),
+                cores=frozenset({Core("gmpo", "mean"), MEAN})),
+    )
+}  # fmt: skip
+"""The losses of trl."""
+
+
+def _both() -> dict[str, Known]:
+    """Names as the field uses them: a name that two sources use differently means either."""
+    rows = {**TRL, **OWN}
+    for name in TRL.keys() & OWN.keys():
+        means = TRL[name].means | OWN[name].means | ({"padded"} if name == "dr_grpo" else set())
+        rows[name] = replace(OWN[name], means=means)
+    rows["reinforce"] = _loss("reinforce", Core("none"), "seq", "batch", "pass", "sum", "constant")
+    return rows
+
+
+ANY = _both()
+
+
+def library(source: str) -> dict[str, Known]:
+    """Losses by the names that a source uses."""
+    return OWN if source == "built-in" else TRL if source == "trl" else ANY
+
+
+def settings_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of the losses: as the run declares them, else the usual ones."""
+    config, objective = manifest.get("config") or {}, manifest.get("objective") or {}
+
+    def number(name: str, usual: float) -> float:
+        value = config.get(name)
+        return float(value) if isinstance(value, int | float) else usual
+
+    low, high = objective.get("bounds") or (None, None)
+    high_epsilon = number("epsilon_high", 0.0)
+    return {
+        "bounds": (float(low or 0.0), inf if high is None else float(high)),
+        "cap": high_epsilon if high_epsilon > 0 else 5.0,
+        "sapo": (number("sapo_temperature_pos", 1.0), number("sapo_temperature_neg", 1.05)),
+        "vespo": (
+            number("vespo_k_pos", 2.0), number("vespo_lambda_pos", 3.0),
+            number("vespo_k_neg", 3.0), number("vespo_lambda_neg", 2.0),
+        ),
+    }  # fmt: skip
+
+
+def declared_of(manifest: Mapping[str, Any]) -> Known | None:
+    """The loss that a run says it uses, with its settings; None if it names none that is known."""
+    source = str(manifest.get("source") or "unknown")
+    objective, config = manifest.get("objective") or {}, manifest.get("config") or {}
+    known = library(source).get(str(objective.get("name", "")).lower())
+    if known is None and source == "trl":
+        known = OWN.get(str(objective.get("name", "")))  # use_wapo
+    if known is None and source not in OWN_SOURCES and objective.get("name"):
+        known = Known(name=str(objective["name"]), positive_only=None)
+    if known is None:
+        return None
+    low, high = settings_of(manifest)["bounds"]
+    known = replace(known, bounds=(low, high))
     if source == "built-in":
-        return _own(run)
-    if source == "trl" and name != "wapo":
-        return _trl(name, objective, run.manifest.config)
-    return Declared(
-        name=name,
-        cores=_given(objective, "ratio"),
-        levels=_given(objective, "mean"),
-        advantages=_given(objective, "advantage"),
-        across=str(objective.get("across", "")),
-        total=objective.get("total"),
-        positive_only=name == "wapo" or bool(objective.get("positive_only")),
-        kl=objective.get("kl"),
+        return _own_settings(known, objective)
+    if source == "trl" and "loss_mean_level" in objective:  # use_objective: one of our own
+        return _own_settings(replace(OWN[known.name], bounds=(low, high)), objective)
+    if source == "trl" and known.name in TRL:
+        return _trl_settings(known, config)
+    return known if source in OWN_SOURCES else _stated(known, objective)
+
+
+_CORES = {"token ratio": TOKEN, "no ratio": Core("none"), "rollout ratio (mean)": MEAN,
+          "rollout ratio (sum)": SUM}  # fmt: skip
+_MEANS = {"rollout": "seq", "tokens": "batch"}
+
+
+def _stated(known: Known, objective: Mapping[str, Any]) -> Known:
+    """What a loop says of itself beside a name: ratio, mean, advantage."""
+    ratio, mean, advantage = (_words(objective.get(n)) for n in ("ratio", "mean", "advantage"))
+    if ratio and all(name in _CORES for name in ratio):
+        known = replace(known, cores=frozenset(_CORES[name] for name in ratio))
+    named = frozenset(_MEANS.get(name, name) for name in mean)
+    if named and named <= MEANS.keys():
+        known = replace(known, means=named)
+    return replace(known, advantages=frozenset(advantage)) if advantage else known
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [str(v) for v in value or ()]
+
+
+def _own_settings(known: Known, objective: Mapping[str, Any]) -> Known:
+    row, level = OBJECTIVES[known.name], objective.get("loss_mean_level")
+    if level in _RULES:
+        rule = row.group_rule if level == "group" else str(level)
+        known = replace(known, means=frozenset({_RULES[rule]}))
+    if objective.get("use_importance_sampling") is False and row.without_ratio is not None:
+        known = replace(known, cores=frozenset({Core("none")}))
+    if objective.get("normalize_by_kept_tokens"):  # a mini-batch is the unit of account
+        kept = {"seq": {"seq"}, "group": {"group"}}.get(level or row.level, {"batch", "pass"})
+        known = replace(known, means=frozenset(kept))
+    gated: bool | None = known.positive_only or bool(objective.get("mask_negative_advantages"))
+    if objective.get("include_bins") or objective.get("exclude_bins"):
+        gated = None
+    exactly = (
+        frozenset({"group mean, population std"})
+        if known.advantages == STANDARD
+        else known.advantages
     )
+    return replace(known, positive_only=gated, advantages=exactly)
 
 
-def _given(objective: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = objective.get(key)
-    return (value,) if isinstance(value, str) else tuple(value or ())
+def _trl_settings(known: Known, config: Mapping[str, Any]) -> Known:
+    if config.get("importance_sampling_level") == "sequence":
+        known = replace(
+            known, cores=frozenset(
+                Core(core.kind, "mean") if core.level == "token" else core for core in known.cores
+            )
+        )  # fmt: skip
+    elif known.name == "luspo":
+        known = replace(known, cores=frozenset({TOKEN}))
+    if config.get("use_vllm"):  # importance weights may multiply every coefficient
+        known = replace(known, cores=frozenset(), means=frozenset())
+    scaled = str(config.get("scale_rewards", "group")).lower()
+    rules = {"group": "group mean, sample std", "true": "group mean, sample std",
+             "none": "group mean",
+             "false": "group mean", "batch": "group mean, sample std of the batch"}  # fmt: skip
+    if known.name in ("rloo", "gmpo") or scaled not in rules:
+        return known
+    return replace(known, advantages=frozenset({rules[scaled]}))
 
 
-def _own(run: Run) -> Declared:
-    from wapo_analysis.objectives.config import OBJECTIVES
-    from wapo_analysis.objectives.token_losses import likelihood, rollout_surrogate
-
-    objective = run.manifest.objective
-    name = str(objective.get("name", ""))
-    row = OBJECTIVES.get(name)
-    if row is None:
-        return Declared(name)
-    ratio = row.token_loss is not likelihood and objective.get("use_importance_sampling", True)
-    by_rollout = row.token_loss is rollout_surrogate
-    chosen = objective.get("loss_mean_level")
-    rule = chosen or row.unset_rule or (row.group_rule if row.level == "group" else row.level)
-    levels = {"seq": "rollout", "group": "group", "fixed_length": "tokens", "global": "tokens",
-              "longest": "tokens"}  # fmt: skip
-    if chosen == "group":
-        rule = row.group_rule
-    plain = not objective.get("normalize_by_kept_tokens") and not objective.get("official")
-    return Declared(
-        name=name,
-        cores=(_MEAN if by_rollout else _TOKEN if ratio else _NONE,),
-        levels=(levels[rule],) if plain and rule in levels else (),
-        advantages=_MADE[row.advantage],
-        positive_only=row.positive_only or bool(objective.get("mask_negative_advantages")),
-        kl=False,
-    )
+def exact(source: str) -> bool:
+    """Whether a source's declaration says exactly which loss is meant."""
+    return source in OWN_SOURCES
 
 
-def _trl(name: str, objective: Mapping[str, Any], config: Mapping[str, Any]) -> Declared:
-    cores, levels, across, total = _TRL.get(name, ((), (), "", None))
-    if config.get("importance_sampling_level") == "sequence" and cores == (_TOKEN,):
-        cores = (_MEAN,)
-    plain = not config.get("use_vllm")  # else importance weights multiply every coefficient
-    scale = str(config.get("scale_rewards", ""))
-    made = {"group": ("group mean, sample std",), "True": ("group mean, sample std",),
-            "none": ("group mean",), "False": ("group mean",),
-            "batch": ("group mean, sample std of the batch",)}  # fmt: skip
-    accumulate = int(config.get("gradient_accumulation_steps") or 1)
-    generation = int(config.get("steps_per_generation") or accumulate)
-    period = max(generation * int(config.get("num_iterations") or 1) // accumulate, 1)
-    return Declared(
-        name=name,
-        cores=cores if plain else (),
-        levels=levels if plain else (),
-        advantages=made.get(scale, ()) if name in _TRL and name != "rloo" else (),
-        across=across,
-        total=total if plain else None,
-        two_sided=objective.get("delta") not in (None, float("inf")),
-        kl=float(config.get("beta") or 0.0) != 0.0,
-        period=period,
-    )
-
-
-def known_as(found: Core, averaged: Level, said: Declared) -> str:
-    """Name of what a form and a mean add up to: the declared one where it fits, else in words."""
-    level = averaged.names
-    fits = (not said.cores or set(said.cores) & set(found.names)) and (
-        not said.levels or not level or set(said.levels) & set(level)
-    )
-    words = {"rollout": "mean per rollout", "group": "mean per group", "tokens": "mean over tokens"}
-    mean = " or ".join(words[name] for name in level)
-    form = " or ".join(found.names) if len(found.names) < 3 else "ratio not told"
-    told = ", ".join(part for part in (form, mean) if part)
-    if said.name and said.cores and fits:
-        return f"{said.name} ({told})"
-    return told
+__all__ = ["ANY", "OWN", "TRL", "Known", "declared_of", "exact", "library", "settings_of"]

@@ -1,111 +1,212 @@
-"""The recorded tokens of a few steps as an audit needs them, with the error of every number.
+"""What an audit looks at: token rows of a few steps, rewards, what was declared, and error bounds.
 
-N token rows. A *pass* is one gradient pass of one process, a *piece* the tokens of one rollout in
-one pass; within a piece every objective gives all tokens one advantage and one weight.
+Shapes: N token rows of the audited steps, U units (one rollout in one gradient pass).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.derive import derived_columns
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
-_ROUNDING = 2.0**-15
-"""Relative rounding of stored float32 columns (15 mantissa bits) and of what went before."""
-_FLOOR = 2e-4
-"""Relative error of a coefficient that float32 sums of a backward pass may leave."""
+_FLOATS = (
+    "advantage", "logp", "logp_old", "logp_prox", "entropy", "collision_rest",
+    "collision_logp_rest", "coef", "logp_after", "entropy_after",
+)  # fmt: skip
+OWN_SOURCES = ("built-in", "trl")
+"""Sources whose settings say what the loss should be; a loop's name of an objective says less."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Token rows with a gradient, sorted by pass and piece.
+    """Rows of the audited steps and what is known beside them.
 
-    Parameters
+    Attributes
     ----------
-    run : Run
-    steps : tuple of int
-    rows : DataFrame
-        Stored columns of the token table, with ``passes``, ``piece`` and ``log_ratio``.
-    whole : bool
-        All rollouts of these steps have their rows.
+    columns : dict of str to ndarray, shape (N,)
+        Token table; floats as float64, what is missing NaN.
+    rollouts : DataFrame
+        Rollouts of the same steps; empty if none were recorded.
+    steps : DataFrame
+        Step lines of the same steps.
+    manifest : mapping
     """
 
-    run: Run
-    steps: tuple[int, ...]
-    rows: pd.DataFrame
-    whole: bool
+    columns: Mapping[str, Array]
+    rollouts: pd.DataFrame
+    steps: pd.DataFrame
+    manifest: Mapping[str, Any]
+    rounding: float = field(default=2.0**-16)
 
     @classmethod
-    def of(cls, run: Run, steps: Sequence[int]) -> "Evidence":
-        """Read the token rows of some steps."""
-        rows = run.tokens(steps, derived=False)
-        old = rows["logp_prox"].fillna(rows["logp_old"])
-        rows = rows.assign(
-            passes=rows.groupby(["step", "rank", "minibatch"], sort=False).ngroup(),
-            piece=rows.groupby(["step", "rank", "minibatch", "rollout"], sort=False).ngroup(),
-            old=old,
-            log_ratio=rows["logp"].astype(float) - old.astype(float),
+    def of_run(cls, run: Run, most: int) -> "Evidence":
+        """Evidence of the first steps of a run that have token rows."""
+        chosen = run.token_steps()[:most]
+        table = run.table("tokens", chosen)
+        rollouts, steps = run.rollouts, run.steps
+        return cls.of(
+            {name: table[name].to_numpy() for name in table.columns},
+            rollouts[rollouts["step"].isin(chosen)] if len(rollouts) else rollouts,
+            steps[steps["step"].isin(chosen)] if len(chosen) else steps.iloc[:0],
+            run.manifest,
         )
-        shares = run.steps.set_index("step")["token_fraction"].reindex(list(steps))
-        return cls(run, tuple(steps), rows, bool((shares.fillna(1.0) >= 1.0).all()))
 
-    def column(self, name: str) -> Array:
-        """A column as float64, shape (N,)."""
-        return np.asarray(self.rows[name].to_numpy(np.float64, na_value=np.nan))
+    @classmethod
+    def of(
+        cls,
+        tokens: Mapping[str, Array],
+        rollouts: pd.DataFrame,
+        steps: pd.DataFrame,
+        manifest: Mapping[str, Any],
+        rounding: float | None = None,
+    ) -> "Evidence":
+        """Evidence of plain columns; ``rounding`` is the relative error of stored floats."""
+        rows = len(tokens["step"])
+        kept = {name: np.asarray(tokens[name]) for name in tokens}
+        for name in _FLOATS:
+            kept[name] = np.asarray(kept.get(name, np.full(rows, np.nan)), np.float64)
+        if rounding is None:
+            rounding = 2.0 ** -(float(manifest.get("store_bits") or 15) + 1)
+        return cls(
+            columns=kept, rollouts=rollouts, steps=steps, manifest=manifest, rounding=rounding
+        )
+
+    def __getitem__(self, name: str) -> Array:
+        return self.columns[name]
+
+    def __len__(self) -> int:
+        return len(self.columns["step"])
+
+    def where(self, rows: Array) -> "Evidence":
+        """The same with some of its token rows."""
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return Evidence(
+            columns=columns,
+            rollouts=self.rollouts,
+            steps=self.steps,
+            manifest=self.manifest,
+            rounding=self.rounding,
+        )
 
     @cached_property
-    def coef(self) -> Array:
-        """-dL/dlogp of every row, NaN where it was not recorded."""
-        return self.column("coef")
+    def source(self) -> str:
+        """What wrote the run: built-in, trl, loop, a trainer's name or import."""
+        return str(self.manifest.get("source") or "unknown")
 
     @cached_property
-    def advantage(self) -> Array:
-        """Advantage of every row."""
-        return self.column("advantage")
+    def log_ratio(self) -> Array:
+        """Ln of the loss's ratio, shape (N,), nats; NaN without old log-probabilities."""
+        old = np.where(np.isnan(self["logp_prox"]), self["logp_old"], self["logp_prox"])
+        return np.asarray(self["logp"] - old)
 
     @cached_property
     def ratio_error(self) -> Array:
-        """Largest error of the log-ratio that rounding explains, nats."""
-        size = np.abs(self.column("logp")) + np.abs(self.column("old"))
-        error: Array = 2 * _ROUNDING * size + _FLOOR
-        return error
+        """Bound on what rounding does to `log_ratio`, shape (N,), nats."""
+        size = np.abs(self["logp"]) + np.abs(np.nan_to_num(self["logp"] - self.log_ratio))
+        return np.asarray(1.1 * self.rounding * size + 3e-6)
 
     @cached_property
-    def kept(self) -> Array:
-        """Rows that are said to take part in the loss."""
-        return np.asarray(self.rows["kept"].fillna(True).to_numpy(bool))
+    def coef_error(self) -> float:
+        """Bound on the relative rounding of a coefficient: wide where gradients are half-precise.
+
+        Gradients of a half-precise tensor lie on its grid, which is how they are known; several
+        roundings may have come before.
+        """
+        coef = self["coef"][np.isfinite(self["coef"]) & (self["coef"] != 0)].astype(np.float32)
+        bits = coef.view(np.uint32)
+        if len(coef) >= 8 and not (bits & 0xFFFF).any():
+            return 0.025  # bfloat16
+        if len(coef) >= 8 and not (bits & 0x1FFF).any():
+            return 0.004  # float16
+        return 2.2 * self.rounding + 2e-6
 
     @cached_property
-    def clipped(self) -> Array:
-        """Rows whose gradient the clip is said to have taken."""
-        return np.asarray(self.rows["clipped"].fillna(False).to_numpy(bool))
+    def units(self) -> Array:
+        """Number of each row's unit, one rollout in one gradient pass; shape (N,)."""
+        return _numbered([self["step"], self["rank"], self["minibatch"], self["rollout"]])
 
     @cached_property
-    def active(self) -> Array:
-        """Rows with an advantage and a gradient."""
-        return np.asarray(np.isfinite(self.coef) & (self.coef != 0) & (self.advantage != 0))
+    def passes(self) -> Array:
+        """Number of each row's gradient pass of one process; shape (N,)."""
+        return _numbered([self["step"], self["rank"], self["minibatch"]])
 
     @cached_property
-    def pieces(self) -> pd.DataFrame:
-        """One row a piece: step, pass, rollout, group, advantage, tokens, mean log-ratio."""
-        return self.rows.groupby("piece").agg(
-            step=("step", "first"), passes=("passes", "first"), rank=("rank", "first"),
-            minibatch=("minibatch", "first"), rollout=("rollout", "first"),
-            group=("group", "first"), advantage=("advantage", "first"),
-            tokens=("position", "size"), mean_log_ratio=("log_ratio", "mean"),
-            length=("position", "max"),
-        )  # fmt: skip
+    def members(self) -> Array:
+        """Number of each row's rollout, whatever the pass; shape (N,)."""
+        return _numbered([self["step"], self["rank"], self["rollout"]])
 
-    def named(self, mask: Array, most: int = 3) -> tuple[tuple[int, int, int], ...]:
-        """Step, rollout and position of a few rows."""
-        found = self.rows.loc[mask, ["step", "rollout", "position"]].head(most)
-        return tuple((int(s), int(r), int(p)) for s, r, p in found.itertuples(index=False))
+    @cached_property
+    def groups(self) -> Array:
+        """Number of each row's group, -1 where it is unknown; shape (N,)."""
+        keys = [self["step"], self["group"]]
+        if self.source not in OWN_SOURCES:  # processes of a loop count groups on their own
+            keys.append(self["rank"])
+        return np.where(self["group"] >= 0, _numbered(keys), -1)
+
+    @cached_property
+    def derived(self) -> dict[str, Array]:
+        """Derived columns of the token table."""
+        return derived_columns(self.columns, float(self.manifest.get("temperature") or 1.0))
+
+    @cached_property
+    def sampled(self) -> bool:
+        """Whether only some of the rollouts have token rows."""
+        share = float(self.manifest.get("token_fraction") or 1.0)
+        told = self.steps.get("token_fraction", pd.Series(dtype=float))
+        return share < 1 or bool((told < 1).any())
+
+    def first_passes(self) -> Array:
+        """Rows of a rollout's first gradient pass after it was sampled, bool of shape (N,).
+
+        Only the very first pass of a step, for an update may follow it; of TRL only steps that
+        sampled anew.
+        """
+        fresh = np.isin(self["step"], list(self.fresh_steps()))
+        return np.asarray(fresh & (self["minibatch"] == 0))
+
+    def fresh_steps(self) -> list[int]:
+        """Steps that train on rollouts sampled just before."""
+        steps = sorted({int(s) for s in np.unique(self["step"])})
+        if self.source != "trl":
+            return steps
+        config = self.manifest.get("config") or {}
+        try:
+            updates = int(config.get("steps_per_generation") or 1) * int(
+                config.get("num_iterations") or 1
+            )
+            period = max(updates // int(config.get("gradient_accumulation_steps") or 1), 1)
+        except (TypeError, ValueError):
+            return steps[:1] if steps[:1] == [1] else []
+        return [step for step in steps if (step - 1) % period == 0]
 
 
-def steps_to_look_at(run: Run, most: int) -> list[int]:
-    """Steps with token rows, the first ones: before a run has gone astray they say most."""
-    return run.token_steps()[:most]
+def _numbered(keys: Sequence[Array]) -> Array:
+    """Number of each row's combination of keys, from 0, in the order of the keys."""
+    if not len(keys[0]):
+        return np.zeros(0, np.int64)
+    code = np.zeros(len(keys[0]), np.int64)
+    for key in keys:
+        values = np.asarray(key, np.int64)
+        values = values - values.min()
+        code = code * (int(values.max()) + 1) + values
+    present = np.unique(code)
+    return np.searchsorted(present, code)
+
+
+def first_of(index: Array) -> Array:
+    """Row at which each number of ``index`` (from 0, without gaps) comes first."""
+    return np.unique(index, return_index=True)[1]
+
+
+def by_unit(values: Array, index: Array, count: int) -> Array:
+    """Mean of values per number of ``index``; NaN where there is none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(
+            np.bincount(index, values, minlength=count) / np.bincount(index, minlength=count)
+        )

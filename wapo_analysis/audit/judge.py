@@ -1,180 +1,249 @@
-"""The audit: every check on the recorded tokens, and the objective they add up to."""
+"""The audit itself: all checks in their order, and what they mean beside what was declared."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from wapo_analysis.audit.core import Core, Level, core, level
-from wapo_analysis.audit.declared import declared, known_as
-from wapo_analysis.audit.evidence import Evidence, steps_to_look_at
-from wapo_analysis.audit.gradient import GradientChecks
-from wapo_analysis.audit.inputs import InputChecks
-from wapo_analysis.audit.result import Audit, Statement
-from wapo_analysis.store import Run
+from wapo_analysis.audit import checks, rollouts, sampling
+from wapo_analysis.audit.advantages import RULES, Advantages, read_advantages
+from wapo_analysis.audit.coefficient import MEANS, Coefficient, Core, read_coefficient
+from wapo_analysis.audit.declared import Known, declared_of, exact, library, settings_of
+from wapo_analysis.audit.evidence import Evidence
+from wapo_analysis.audit.result import Audit, Findings, look
 
 STEPS = 10
-"""Steps that are looked at by default."""
-_FEW = 0.002
-"""Share of the tokens that a few odd ones may have."""
+"""Steps with token rows that are looked at."""
 
 
-def audit(run: Run, steps: int = STEPS) -> Audit:
-    """Tell from the recorded tokens what objective a run trains on, and where it deviates.
-
-    Parameters
-    ----------
-    run : Run
-        With token rows that have a gradient (``coef``); what is missing is said.
-    steps : int
-        The first so many steps with token rows are looked at.
-    """
-    chosen = steps_to_look_at(run, steps)
-    said = declared(run)
-    if not chosen:
-        why = "no token rows were recorded (token_every, or detail='sampled')"
-        nothing = Statement(check="tokens", kind="unknown", says=why)
-        return Audit(
-            run=run.name, behaves_as="", declared=said.name, steps=(), statements=(nothing,)
-        )
-    evidence = Evidence.of(run, chosen)
-    checks = _AllChecks(evidence, said)
-    statements = tuple(checks.all())
-    return Audit(
-        run=run.name, behaves_as=checks.behaves_as, declared=said.name, steps=evidence.steps,
-        statements=statements,
+def judge(seen: Evidence, name: str) -> Audit:
+    """Audit of evidence; ``name`` is that of the run."""
+    found = Findings()
+    declared = declared_of(seen.manifest)
+    told = str((seen.manifest.get("objective") or {}).get("name") or "nothing")
+    if not len(seen):
+        why = "no token rows were recorded (token_every, attach, or an import of token tables)"
+        found.missing["everything"] = why
+        return _audit(seen, name, told, (), f"cannot be audited: {why}", found)
+    coefficient = read_coefficient(seen, settings_of(seen.manifest))
+    advantages = read_advantages(seen)
+    _check_coefficient(seen, coefficient, found)
+    _check_advantages(seen, advantages, found)
+    steps: tuple[Callable[[Evidence, Findings], None], ...] = (
+        checks.check_outside, checks.check_first_token, checks.check_end, sampling.check_tail,
+        checks.check_whose_advantage, sampling.check_first_pass,
+        sampling.check_sampling, sampling.check_weights_move, checks.check_precision,
+        rollouts.check_groups, rollouts.check_rewards, rollouts.check_duplicates,
     )  # fmt: skip
-
-
-class _AllChecks(GradientChecks, InputChecks):
-    """All checks of one run; the first ones decide what the later ones may say."""
-
-    behaves_as = ""
-
-    def all(self) -> Iterator[Statement]:
-        """Every statement, in the order a reader asks."""
-        if not np.isfinite(self.e.coef).any():
-            yield self.unknown("gradient", "no gradient per token was recorded (coef)")
+    for check in steps:
+        check(seen, found)
+    checks.check_clip(seen, coefficient, declared, found)
+    checks.check_extra_terms(seen, coefficient, declared, found)
+    checks.check_scale(seen, coefficient, found)
+    gated = _gated(seen)
+    fits = tuple(
+        known.name for known in library(seen.source).values()
+        if _agrees(known, coefficient, advantages, gated)
+    )  # fmt: skip
+    if declared is not None:
+        _compare(seen, declared, coefficient, advantages, found)
+        if _agrees(declared, coefficient, advantages, gated):
+            fits = (declared.name, *(n for n in fits if n != declared.name))
         else:
-            yield self.outside()
-            yield from self.left_out()
-            beside = self.beside()
-            yield beside
-            yield self.signs(beside)
-            yield from self.objective(beside)
-            yield self.clip()
-        yield self.advantages()
-        yield self.first_pass()
-        yield self.weights_change()
-        yield self.duplicates()
+            fits = tuple(n for n in fits if n != declared.name)
+    summary = _summary(told, declared, fits, coefficient, found)
+    return _audit(seen, name, told, fits, summary, found)
 
-    def objective(self, beside: Statement) -> Iterator[Statement]:
-        """The form of the coefficient, and over what the loss is averaged."""
-        if "lies on tokens" in beside.says:
-            yield self.unknown("ratio", "a term beside the policy loss hides it")
-            yield self.unknown("mean", "a term beside the policy loss hides it")
-            return
-        found = core(self.e)
-        if not found.names:
-            why = (
-                f"no form explains the coefficients (the best {found.share:.1%} of them)"
-                if found.tokens >= 8 else "too few tokens with an advantage and a gradient"
-            )  # fmt: skip
-            yield self.unknown("ratio", why)
-            return
-        found, averaged = self._with_level(found)
-        yield self._ratio(found)
-        yield self._mean(averaged)
-        self.form = found.names[0]
-        self.behaves_as = known_as(found, averaged, self.said)
 
-    def _with_level(self, found: Core) -> tuple[Core, Level]:
-        """Of forms that fit alike take the one whose weights follow a length, if it is one alone.
+def _audit(
+    seen: Evidence, name: str, told: str, fits: tuple[str, ...], summary: str, found: Findings
+) -> Audit:
+    return Audit(
+        run=name,
+        declared=told,
+        fits=fits,
+        summary=summary,
+        steps=tuple(int(s) for s in np.unique(seen["step"])) if len(seen) else (),
+        tokens=len(seen),
+        deviations=tuple(found.deviations),
+        facts=found.facts,
+        missing=found.missing,
+    )
 
-        Within a rollout one ratio for all its tokens is a part of its weight; only between
-        rollouts can it be told from none.
-        """
-        levels = {name: level(self.e, name) for name in found.names}
-        regular = [name for name, averaged in levels.items() if averaged.names]
-        if len(regular) == 1:
-            found = replace(found, names=(regular[0],))
-        return found, levels[found.names[0]]
 
-    def _ratio(self, found: Core) -> Statement:
-        words = " or ".join(found.names)
-        told = (
-            f"each coefficient is advantage times {words} ({found.share:.1%} of "
-            f"{found.tokens:,} tokens)"
+def _check_coefficient(seen: Evidence, coefficient: Coefficient, found: Findings) -> None:
+    if coefficient.why_not is not None:
+        found.missing["objective"] = coefficient.why_not
+    if coefficient.against >= 1 - 0.002:
+        found.deviates(
+            "pushed against the advantage",
+            "every token is pushed against its advantage: good ones down, bad ones up",
+            tokens=f"{int(coefficient.pushed.sum())} tokens",
+            cause="a sign is lost in the loss, or the ratio is inverted (old over new)",
+            look=look(seen.source, "ratio"),
         )
-        if len(found.names) > 1:
-            told = (
-                f"cannot be told apart here: {words}; within rollouts log-ratios differ by "
-                f"{found.spread:.1e} nats"
+    if coefficient.only_first is not None:
+        found.facts["objective"] = (
+            f"told from the first gradient pass alone: in later ones {coefficient.only_first}"
+        )
+    if coefficient.fits:
+        found.facts["ratio"] = _words([str(core) for core in coefficient.fits], coefficient)
+        found.facts["mean"] = _list(coefficient.means)
+        if all(core.kind == "inverse" for core in coefficient.fits):
+            found.deviates(
+                "ratio inverted",
+                "the gradient falls with the ratio as 1 / ratio does",
+                tokens=f"{int(coefficient.pushed.sum())} tokens",
+                cause="the ratio is p_old / p in the place of p / p_old",
+                look=look(seen.source, "ratio"),
             )
-        expected = self.said.cores
-        if expected and not set(expected) & set(found.names):
-            return Statement(
-                check="ratio", kind="deviates",
-                says=f"{told}, declared is {' or '.join(expected)}",
-                cause="another loss type or importance-sampling level than declared",
-                place="the policy loss", evidence={"share": found.share},
-            )  # fmt: skip
-        return self.holds("ratio", told) if len(found.names) == 1 else self.unknown("ratio", told)
 
-    def _mean(self, averaged: Level) -> Statement:
-        if not averaged.names:
-            why = (
-                "too few rollouts in a pass"
-                if averaged.pieces < 4
-                else ("the weights of rollouts follow neither their length nor that of their group")
+
+def _words(cores: list[str], coefficient: Coefficient) -> str:
+    if not coefficient.ratio_moves and len(cores) > 1:
+        return "ratios hardly leave 1, so which ratio the loss uses cannot be told"
+    return " or ".join(cores)
+
+
+def _check_advantages(seen: Evidence, advantages: Advantages, found: Findings) -> None:
+    if advantages.why_not is not None:
+        found.missing["advantages"] = advantages.why_not
+        return
+    found.facts["advantages"] = " or ".join(RULES[r] for r in RULES if r in advantages.rules)
+    if advantages.turned is not None:
+        found.facts["advantages"] += f", but {advantages.turned}"
+        found.deviates(
+            "advantages of other rollouts" if "sign" not in advantages.turned
+            else "advantages with the wrong sign",
+            advantages.turned,
+            tokens=f"all tokens of {advantages.rollouts} rollouts; with that, the advantages are "
+            f"exactly {' or '.join(RULES[r] for r in RULES if r in advantages.rules)}",
+            cause="view, repeat or gather in another order than rollouts have",
+            look=look(seen.source, "advantage"),
+        )  # fmt: skip
+
+
+def _gated(seen: Evidence) -> bool | None:
+    """Whether rollouts with A < 0 are left out; None if there are none or hardly any."""
+    negative = (seen["advantage"] < 0) & np.isfinite(seen["coef"])
+    if negative.sum() < 8:
+        return None
+    inside = negative & ~(np.abs(np.nan_to_num(seen.log_ratio)) > 0.1)
+    if inside.sum() < 8:
+        return None
+    share = float((seen["coef"][inside] != 0).mean())
+    return True if share == 0 else False if share > 0.05 else None
+
+
+def _cores_agree(known: Known, coefficient: Coefficient) -> set[str]:
+    """Means that fit with a core of a known loss; empty if no core of it fits."""
+    found = [m for core, m in coefficient.fits.items() if not known.cores or core in known.cores]
+    return set().union(*found) if found else set()
+
+
+def _agrees(
+    known: Known, coefficient: Coefficient, advantages: Advantages, gated: bool | None
+) -> bool:
+    """Whether nothing that was seen speaks against a loss."""
+    means = _cores_agree(known, coefficient)
+    if not means or (known.means and not means & known.means):
+        return False
+    if None not in (gated, known.positive_only) and gated != known.positive_only:
+        return False
+    if known.advantages is None or not advantages.rules:
+        return True
+    return bool(known.advantages & advantages.rules)
+
+
+def _compare(
+    seen: Evidence, declared: Known, coefficient: Coefficient, advantages: Advantages,
+    found: Findings,
+) -> None:  # fmt: skip
+    """Deviations from the declared loss, part by part."""
+    shown = f"{int(coefficient.pushed.sum())} tokens with gradient"
+    if declared.cores and coefficient.fits and not declared.cores & coefficient.fits.keys():
+        wanted = " or ".join(sorted(str(core) for core in declared.cores))
+        found.deviates(
+            "another ratio",
+            f"the loss uses {found.facts['ratio']}, declared {declared.name} uses {wanted}",
+            tokens=shown,
+            cause=_ratio_cause(coefficient.fits),
+            look=look(seen.source, "ratio"),
+        )
+    means = _cores_agree(declared, coefficient) or coefficient.means
+    if means and declared.means and not means & declared.means and not found_scale(found):
+        found.deviates(
+            "another mean",
+            f"{_list(means)}, declared {declared.name} ({declared.mean})",
+            tokens=shown,
+            cause="the token losses are averaged over something else than intended, such as means "
+            "of micro-batches or the padded length",
+            look=look(seen.source, "mean"),
+        )
+    gated = _gated(seen)
+    differs = None not in (gated, declared.positive_only) and gated != declared.positive_only
+    if differs and exact(seen.source):
+        found.deviates(
+            "rollouts with A < 0",
+            f"tokens with A < 0 carry {'no' if gated else 'a'} gradient, declared {declared.name} "
+            f"{'trains on' if gated else 'leaves out'} them",
+            tokens=f"{int((seen['advantage'] < 0).sum())} tokens with A < 0",
+            cause="a gate on the advantage",
+            look=look(seen.source, "advantage"),
+        )
+    stated = bool((seen.manifest.get("objective") or {}).get("advantage"))
+    firm = exact(seen.source) or stated
+    if advantages.rules and declared.advantages and advantages.turned is None:
+        if not declared.advantages & advantages.rules and (firm or _odd(advantages.rules)):
+            found.deviates(
+                "another advantage",
+                f"advantages are {found.facts['advantages']}, declared "
+                + " or ".join(RULES.get(a, a) for a in sorted(declared.advantages)),
+                tokens=f"{advantages.rollouts} rollouts",
+                cause="mean or std over another axis, another denominator (N or N - 1), no scaling",
+                look=look(seen.source, "advantage"),
             )
-            return self.unknown("mean", why)
-        words = {"rollout": "over each rollout", "group": "over the tokens of each group",
-                 "tokens": "over tokens, all alike"}  # fmt: skip
-        across = {
-            "": "",
-            "same": ", one constant for all passes of a step",
-            "per pass": ", each pass by itself",
-            "padded": ", by the padded length of a pass",
-        }
-        told = "mean " + " or ".join(words[n] for n in averaged.names) + across[averaged.across]
-        expected = self.said.levels
-        evidence = {} if np.isnan(averaged.total) else {"total": averaged.total}
-        if expected and not set(expected) & set(averaged.names):
-            return Statement(
-                check="mean", kind="deviates",
-                says=f"{told}, declared is a mean {' or '.join(words[n] for n in expected)}",
-                cause="another normaliser than declared", place="the division of the summed loss",
-                evidence=evidence,
-            )  # fmt: skip
-        if len(averaged.names) > 1:
-            return self.unknown("mean", f"cannot be told apart here: {told}")
-        if averaged.across == "padded" or (
-            averaged.across == "per pass" and self.said.across == "same"
-        ):
-            return Statement(
-                check="mean", kind="deviates", says=told,
-                cause="means of micro-batches are averaged though their lengths differ, or the "
-                "mean runs over padding", place="the division of the summed loss",
-                evidence=evidence,
-            )  # fmt: skip
-        count, updates = self._passes_of_update()
-        total = averaged.total / updates
-        if self.said.total == 1 and count > 1 and abs(total * count - 1) < 0.01:
-            return Statement(
-                check="mean", kind="deviates",
-                says=f"{told}; the weights of an update add up to 1/{count}, the number of its "
-                "gradient passes, instead of 1",
-                cause="the loss is divided by the accumulation steps twice",
-                place="gradient accumulation: the loss and the trainer both divide",
-                evidence=evidence,
-            )  # fmt: skip
-        return Statement(check="mean", kind="holds", says=told, evidence=evidence)
 
-    def _passes_of_update(self) -> tuple[int, float]:
-        """Gradient passes of an update, 0 if that differs, and updates of a step."""
-        counts = self.e.pieces.groupby("step")["passes"].nunique()
-        steps = self.e.run.steps.set_index("step").reindex(list(self.e.steps))
-        given = steps["updates"].dropna()
-        updates = float(given.iloc[0]) if given.nunique() == 1 else 1.0
-        return (int(counts.iloc[0] / updates) if counts.nunique() == 1 else 0), updates
+
+def _odd(rules: set[str]) -> bool:
+    """Whether rules are none of a group: a name of an objective alone never means these."""
+    return all(rule.startswith("batch") for rule in rules)
+
+
+def found_scale(found: Findings) -> bool:
+    """Whether the size of the weights is known to be off, so that they name no mean."""
+    return any(d.name == "loss divided twice by accumulation" for d in found.deviations)
+
+
+def _ratio_cause(fits: dict[Core, Any]) -> str:
+    if all(core.kind in ("none", "unit") for core in fits):
+        return "the ratio is detached, or the loss takes log p in its place"
+    if all(core.level != "token" for core in fits):
+        return "the ratio is averaged over the rollout"
+    return "another loss than intended"
+
+
+def _list(means: set[str]) -> str:
+    if {"batch", "constant", "sum"} <= means:
+        return "the same weight for every token"
+    return " or ".join(MEANS[name] for name in MEANS if name in means)
+
+
+def _summary(
+    told: str, declared: Known | None, fits: tuple[str, ...], coefficient: Coefficient,
+    found: Findings,
+) -> str:  # fmt: skip
+    if coefficient.why_not is not None and not found.deviations:
+        return f"the objective cannot be told, because {coefficient.why_not}"
+    mean = _list(coefficient.means) or "mean unknown"
+    if not fits:
+        if coefficient.fits:
+            how = f"behaves as no known objective ({found.facts['ratio']}; {mean})"
+            return f"{how}, declared {told}"
+        return f"declared {told}; the objective cannot be told"
+    first, *others = fits
+    tied = f"; {', '.join(others)} cannot be told apart from it here" if others else ""
+    if declared is not None and first == declared.name:
+        return f"behaves as {first} ({mean}), as declared{tied}"
+    known = f"{told} ({declared.mean})" if declared is not None else told
+    return f"behaves as {first} ({mean}), declared {known}{tied}"

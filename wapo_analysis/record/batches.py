@@ -64,7 +64,9 @@ class BatchPass:
         """
         gradient = gradient.detach()
         coef = -gradient[self.place] / loss_scale
-        self.tokens.outside = ((gradient != 0).sum() - (coef != 0).sum(),)
+        mask = torch.zeros_like(gradient, dtype=torch.bool)
+        mask[self.place] = True
+        self.tokens.outside = (outside_counts(gradient, mask),)
         idle = (coef == 0) & (self.tokens.advantage != 0)
         if not self.choose_kept:
             assert self.tokens.kept is not None
@@ -79,6 +81,26 @@ class BatchPass:
         self.tokens.coef, self.tokens.clipped = coef, stopped
         if self.choose_kept:
             self.tokens.kept = ~idle | stopped
+
+
+def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Positions outside the mask with a gradient: all, before a rollout's tokens, after them.
+
+    Parameters
+    ----------
+    gradient, mask : Tensor, shape (B, T) or, packed, (M,)
+
+    Returns
+    -------
+    Tensor of int64, shape (3,), or (1,) of packed tensors, whose places are not told apart
+    """
+    hit = (gradient != 0) & ~mask
+    if mask.dim() == 1:
+        return hit.sum().reshape(1)
+    seen = mask.cumsum(dim=1)
+    some = seen[:, -1:] > 0
+    before, after = hit & (seen == 0) & some, hit & (seen == seen[:, -1:]) & some
+    return torch.stack([hit.sum(), before.sum(), after.sum()])
 
 
 @dataclass(frozen=True)
@@ -241,6 +263,10 @@ def batch_pass(
     prox = _flat(logp_prox, place)
     stats = _stats(now, tokens, logits, mask, temperature) if stats is None else stats
     given_s = _flat(collision, place)
+    log_ratio = None if old is None else now - (old if prox is None else prox)
+    if stats is not None and now.dtype in (torch.bfloat16, torch.float16):
+        # The recorded logp is more exact than the loss's; the ratio must stay the loss's own.
+        old, prox = (None if v is None else stats.logp - (now - v).float() for v in (old, prox))
     rest = None if given_s is None else (given_s - now.exp().square()).clamp(min=0)
     return BatchPass(
         tokens=TokenPass(
@@ -264,7 +290,7 @@ def batch_pass(
         groups=groups,
         lengths=lengths,
         advantages=advantages,
-        log_ratio=None if old is None else now - (old if prox is None else prox),
+        log_ratio=log_ratio,
         clip=clip,
         choose_kept=kept is None,
         needs_grad=logp.requires_grad,

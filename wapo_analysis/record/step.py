@@ -24,6 +24,9 @@ from wapo_analysis.record.topk import TopTokens, chosen_rows
 from wapo_analysis.schema import ROLLOUTS, TOKENS, TOPK
 from wapo_analysis.table import Array, Records
 
+OUTSIDE = ("grad_outside", "grad_before", "grad_after")
+"""Step columns of `outside_counts`."""
+
 
 @dataclass
 class OpenStep:
@@ -102,7 +105,7 @@ class StepJob:
     tops : list of HostPass
         The most probable tokens of a few rollouts.
     outside : list of Tensor
-        Positions of each pass that got a gradient outside the loss mask.
+        Of each pass, positions that got a gradient outside the loss mask, see `outside_counts`.
     rank : int
     temperature : float
         Softmax temperature of the statistics.
@@ -146,7 +149,9 @@ class StepJob:
         built = token_records(self.passes, self.step, self.rank, self.temperature)
         derived = [*self.tokens, *built]
         if self.outside:
-            self.row["grad_outside"] = sum(int(count) for count in self.outside)
+            counts = [count.tolist() for count in self.outside]
+            places = OUTSIDE if all(len(count) == len(OUTSIDE) for count in counts) else OUTSIDE[:1]
+            self.row |= {name: sum(c[k] for c in counts) for k, name in enumerate(places)}
             self.outside = []
         self.passes, self.tokens = [], []
         if not derived:

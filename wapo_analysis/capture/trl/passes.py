@@ -24,6 +24,7 @@ from wapo_analysis.capture.trl.trainer import TrlTrainer, logps_and_entropies, l
 from wapo_analysis.errors import UserError
 from wapo_analysis.probes.measure import Scorable, Update, clip_factor, take_apart
 from wapo_analysis.probes.split import Before
+from wapo_analysis.record.batches import outside_counts
 from wapo_analysis.record.recorder import Recorder, TokenPass
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class SeenPass:
         assert rule is not None
         self._grad_BT = self._grad_BT + grad_BT.detach()
         tokens.coef = -self._grad_BT[mask_BT].float() / scale
-        tokens.outside = ((self._grad_BT != 0).sum() - (tokens.coef != 0).sum(),)
+        tokens.outside = (outside_counts(self._grad_BT, mask_BT),)
         idle = tokens.coef == 0
         tokens.clipped = rule if has_kl else rule & idle
         kept = ~idle | (tokens.advantage == 0) | tokens.clipped

@@ -1,0 +1,323 @@
+"""How the coefficient of a token depends on advantage, ratio and length: the objective in force.
+
+A policy-gradient loss puts ``coef = A f(ratio) w`` on a token: f is the loss's own function of the
+ratio (of the token, of the rollout, or none), w the weight of the mean. Each candidate f is divided
+out; it fits if what is left is constant within every rollout up to the rounding of the record. Each
+candidate mean then says how that constant depends on the lengths. What the data cannot tell apart
+stays a tie.
+
+Shapes: N rows that carry gradient, U units (one rollout in one gradient pass).
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from wapo_analysis.audit.evidence import Evidence, by_unit, first_of
+from wapo_analysis.audit.totals import ANY_SIZE, Totals
+from wapo_analysis.table import Array
+
+OUTLIERS = 0.002
+"""Share of tokens that may lie beyond the bound of rounding where a candidate fits."""
+LEAST = 8
+"""Fewer tokens with gradient tell nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Core:
+    """How the loss uses the ratio: the name of its function, and whose ratio."""
+
+    kind: str
+    level: str = "token"
+
+    def __str__(self) -> str:
+        whose = {"token": "token ratio", "mean": "rollout ratio (mean)"}
+        ratio = whose.get(self.level, "rollout ratio (sum)")
+        names = {"plain": ratio, "none": "no ratio", "inverse": f"inverted {ratio}"}
+        names["unit"] = "no ratio, size of A ignored"
+        return names.get(self.kind, f"{self.kind} of the {ratio}")
+
+
+CORES = (
+    Core("plain"), Core("plain", "mean"), Core("plain", "sum"), Core("none"), Core("unit"),
+    Core("inverse"), Core("cispo"), Core("sapo"), Core("vespo", "sum"), Core("cispo", "mean"),
+    Core("sapo", "mean"), Core("gmpo", "mean"),
+)  # fmt: skip
+
+MEANS = {
+    "seq": "mean over each rollout's tokens",
+    "batch": "token mean over the batch",
+    "pass": "token mean over each gradient pass",
+    "group": "token mean over each group",
+    "constant": "division by a constant length",
+    "padded": "division by the padded length",
+    "sum": "sum over a rollout's tokens",
+}
+
+
+@dataclass
+class Coefficient:
+    """What the coefficients say.
+
+    Attributes
+    ----------
+    fits : dict of Core to set of str
+        Cores that fit, each with the names of the means that fit with it.
+    why_not : str or None
+        Why nothing is known.
+    against : float
+        Share of tokens pushed against their advantage.
+    pushed : ndarray of bool, shape (N,)
+        Rows of the evidence that carry gradient and have an advantage.
+    form : tuple of str and float, or None
+        What the weights of the first fit divide by, and their scale, where it is one number.
+    only_first : str or None
+        Why all this is told from the very first gradient pass alone.
+    scale : dict of str to tuple
+        Where the weights are not those of a mean: their sum over a step, and its passes.
+    ratio_moves : bool
+        Whether ratios differ from 1 by more than rounding.
+    """
+
+    fits: dict[Core, set[str]] = field(default_factory=dict)
+    why_not: str | None = None
+    against: float = 0.0
+    pushed: Array = field(default_factory=lambda: np.zeros(0, bool))
+    form: tuple[str, float] | None = None
+    only_first: str | None = None
+    scale: dict[str, tuple[float, int]] = field(default_factory=dict)
+    ratio_moves: bool = False
+
+    @property
+    def means(self) -> set[str]:
+        """Means that fit with any core that fits."""
+        return set().union(*self.fits.values()) if self.fits else set()
+
+
+def read_coefficient(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
+    """Find the cores and means that fit the coefficients.
+
+    Parameters
+    ----------
+    seen : Evidence
+    settings : dict
+        Numbers of the losses: ``bounds``, ``cap`` (CISPO), ``sapo`` and ``vespo``.
+    """
+    found = _read(seen, settings)
+    if found.fits or not len(found.pushed) or found.why_not is None or not found.pushed.any():
+        return found
+    # Before the first update a KL term has no gradient, if the reference is where training began.
+    first = (seen["step"] == seen["step"].min()) & (seen["minibatch"] == 0)
+    if first.all():
+        return found
+    alone = _read(seen.where(first), settings)
+    if not alone.fits:
+        return found
+    pushed = np.zeros(len(seen), bool)
+    pushed[first] = alone.pushed
+    return replace(alone, pushed=pushed, only_first=found.why_not)
+
+
+def _read(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
+    found = Coefficient()
+    coef, advantage = seen["coef"], seen["advantage"]
+    if not np.isfinite(coef).any():
+        found.why_not = "no coefficients were recorded"
+        return found
+    found.pushed = np.isfinite(coef) & np.isfinite(advantage) & (coef != 0) & (advantage != 0)
+    if found.pushed.sum() < LEAST:
+        found.why_not = f"only {int(found.pushed.sum())} tokens with an advantage carry gradient"
+        return found
+    push = seen.where(found.pushed)
+    found.against = float((push["coef"] * push["advantage"] < 0).mean())
+    if OUTLIERS < found.against < 1 - OUTLIERS:
+        found.why_not = (
+            f"{found.against:.0%} of the tokens are pushed against their advantage, so the loss "
+            "has another term (KL, entropy) that cannot be split off"
+        )
+        return found
+    units = _Units(seen, push, found.pushed)
+    found.ratio_moves = units.ratio_moves
+    for core in CORES:
+        means = units.means_of(core, settings)
+        if means:
+            found.fits[core] = means
+    if not found.fits:
+        found.why_not = "no known loss gives these coefficients from advantage, ratio and lengths"
+    found.form, found.scale = units.form, units.scale
+    return found
+
+
+class _Units:
+    """Rows that carry gradient, by unit, and what the means need to know of the units."""
+
+    def __init__(self, seen: Evidence, push: Evidence, pushed: Array) -> None:
+        self._push, self._pushed = push, pushed
+        known = np.unique(seen.units[pushed])
+        self._unit = np.searchsorted(known, seen.units[pushed])
+        self._count = len(known)
+        first = first_of(seen.units)[known]
+        self._totals = Totals(seen)
+        self._step = np.searchsorted(self._totals.steps, seen["step"][first])
+        self._pass = np.unique(seen.passes[first], return_inverse=True)[1]
+        ratio = np.nan_to_num(seen.log_ratio, nan=0.0, posinf=0.0, neginf=0.0)
+        lengths = np.bincount(seen.units)
+        mean = np.bincount(seen.units, ratio) / lengths
+        self._log_ratio = {
+            "token": ratio[pushed],
+            "mean": mean[seen.units[pushed]],
+            "sum": (mean * lengths)[seen.units[pushed]],
+        }
+        self._clipped = _clipped_means(seen, ratio, lengths)
+        error = np.nan_to_num(seen.ratio_error[pushed], nan=0.0)
+        sums = by_unit(error, self._unit, self._count)[self._unit]
+        self._error = {"token": error, "mean": sums, "sum": sums * lengths[known][self._unit]}
+        self._noise = push.coef_error + 2.2 * seen.rounding
+        size = np.abs(self._log_ratio["token"])
+        self.ratio_moves = bool((size > 4 * error + 0.01).mean() > 0.02)
+        self.form: tuple[str, float] | None = None
+        self.scale: dict[str, tuple[float, int]] = {}
+        self._forms = _forms(seen, known, first, lengths, pushed)
+
+    def means_of(self, core: Core, settings: dict[str, Any]) -> set[str]:
+        """Means that fit with a core; none if the core itself does not fit."""
+        log_factor = self._factor(core, settings)
+        if log_factor is None:
+            return set()
+        noise = self._noise + self._rounding(core, settings)
+        size = np.log(np.abs(self._push["coef"]))
+        size = size if core.kind == "unit" else size - np.log(np.abs(self._push["advantage"]))
+        left = size - log_factor
+        if not np.isfinite(left).all():
+            return set()
+        constant = by_unit(left, self._unit, self._count)
+        bound = by_unit(noise, self._unit, self._count)
+        beyond = np.abs(left - constant[self._unit]) > 2 * (noise + bound[self._unit])
+        if beyond.mean() > OUTLIERS:
+            return set()
+        return self._named_means(constant, bound)
+
+    def _factor(self, core: Core, settings: dict[str, Any]) -> Array | None:
+        """Ln f(ratio) of each row, shape (N,)."""
+        x = self._log_ratio[core.level]
+        positive = self._push["advantage"] > 0
+        if core.kind in ("none", "unit"):
+            return np.zeros_like(x)
+        if core.kind == "plain":
+            return x
+        if core.kind == "inverse":
+            return -x
+        if core.kind == "cispo":
+            return np.asarray(np.minimum(x, np.log(settings["cap"])))
+        if core.kind == "gmpo":
+            low, high = settings["bounds"]
+            if not low or not np.isfinite(high):
+                return None
+            return np.asarray(self._clipped(np.log(low), np.log(high))[self._pushed])
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if core.kind == "sapo":  # 4 sigmoid(z) sigmoid(-z) ratio
+                z = self._sapo_argument(core, settings)
+                return np.asarray(np.log(4) - np.logaddexp(0, -z) - np.logaddexp(0, z) + x)
+            k_pos, l_pos, k_neg, l_neg = settings["vespo"]
+            k, rate = np.where(positive, k_pos, k_neg), np.where(positive, l_pos, l_neg)
+            held = np.clip(x, np.log(1e-8), 20)
+            return np.asarray(rate + k * held - rate * np.exp(held))
+
+    def _sapo_argument(self, core: Core, settings: dict[str, Any]) -> Array:
+        heat = np.where(self._push["advantage"] > 0, *settings["sapo"])
+        return np.asarray(heat * np.expm1(np.minimum(self._log_ratio[core.level], 30)))
+
+    def _rounding(self, core: Core, settings: dict[str, Any]) -> Array:
+        """Bound on what the rounding of the ratio does to ln f."""
+        error: Array = self._error[core.level]
+        x: Array = self._log_ratio[core.level]
+        if core.kind in ("none", "unit"):
+            return np.zeros_like(x)
+        if core.kind not in ("sapo", "vespo"):
+            return error
+        steep = max(*settings["sapo"], *settings["vespo"])
+        error = error * (1 + steep * (1 + np.exp(np.minimum(x, 20))))
+        if core.kind == "vespo":
+            return np.asarray(error)
+        # Autograd has sigmoid (1 - sigmoid), whose second factor loses its digits near 1.
+        return np.asarray(
+            error + 3e-7 * np.exp(np.minimum(self._sapo_argument(core, settings), 30))
+        )
+
+    def _named_means(self, constant: Array, bound: Array) -> set[str]:
+        """Names of the means whose weights the units' constants follow."""
+        even = [n for n, f in self._forms.items() if self._spread(constant + f, bound, self._step)]
+        if not even:  # weights that differ from pass to pass
+            even = [
+                n for n, f in self._forms.items() if self._spread(constant + f, bound, self._pass)
+            ]
+        if not even:
+            return set()
+        scales = {}
+        for form in even:
+            level = by_unit(constant + self._forms[form], self._step, len(self._totals.steps))
+            scales[form] = np.exp(level)
+        names = set().union(*(self._totals.names(f, scale) for f, scale in scales.items()))
+        if self.form is None:
+            self.form = even[0], float(np.nanmedian(scales[even[0]]))
+            if not names and self._totals.whole:
+                self.scale = {f: self._totals.total(f, scale) for f, scale in scales.items()}
+        return names or set().union(*(ANY_SIZE[form.split(" ")[0]] for form in even))
+
+    def _spread(self, values: Array, bound: Array, index: Array) -> bool:
+        """Whether values are constant within each number of the index, up to their bounds."""
+        count = int(index.max()) + 1
+        mean, slack = by_unit(values, index, count), by_unit(bound, index, count)
+        beyond = np.abs(values - mean[index]) > 2 * (bound + slack[index])
+        return bool(beyond.mean() <= OUTLIERS)
+
+
+def _clipped_means(seen: Evidence, ratio: Array, lengths: Array) -> Any:
+    def of(low: float, high: float) -> Array:
+        # min(x A, clip(x) A) in logs: the upper bound holds A > 0, the lower one A < 0.
+        positive = seen["advantage"] > 0
+        held = np.where(positive, np.minimum(ratio, high), np.maximum(ratio, low))
+        return np.asarray((np.bincount(seen.units, held) / lengths)[seen.units])
+
+    return of
+
+
+def _forms(
+    seen: Evidence, known: Array, first: Array, lengths: Array, pushed: Array
+) -> dict[str, Array]:
+    """Ln of what each mean divides by, shape (U,) for the units that carry gradient."""
+    unit = seen.units
+    kept = np.asarray(seen["kept"], bool)
+    kept_lengths = np.bincount(unit, kept)
+    first_all = first_of(unit)
+    passes = seen.passes[first_all]
+    per_pass = np.bincount(passes, lengths)
+    longest = np.zeros(len(per_pass))
+    np.maximum.at(longest, passes, lengths)
+    # A group's tokens: each rollout once, whatever the number of passes.
+    member, group = seen.members, seen.groups
+    member_first = first_of(member)
+    visits = np.bincount(member[first_all])
+    sizes = np.bincount(member) / np.maximum(visits, 1)
+    owner = group[member_first] + 1
+    active = np.bincount(member, pushed) > 0
+    per_group = np.bincount(owner, sizes)
+    active_group = np.bincount(owner, sizes * active)
+    # Which tokens are kept may change from update to update.
+    both = passes * (int(owner.max()) + 1) + owner[member[first_all]]
+    kept_group = np.bincount(both, kept_lengths)[both[known]]
+    mine = owner[member[first]]
+    forms = {
+        "seq": lengths[known],
+        "seq of kept tokens": kept_lengths[known],
+        "even": np.ones(len(known)),
+        "pass": per_pass[passes[known]],
+        "pass of kept tokens": np.bincount(passes, kept_lengths)[passes[known]],
+        "padded": longest[passes[known]],
+    }
+    if (group[pushed] >= 0).all():
+        forms["group"] = per_group[mine]
+        forms["group of active rollouts"] = active_group[mine]
+        forms["group of kept tokens"] = kept_group
+    return {name: np.log(np.maximum(values, 1e-9)) for name, values in forms.items()}
