@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu test-compat fuzz mutants lint wheel clean
+.PHONY: demo docs test test-slow test-gpu test-compat fuzz mutants lint wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +52,11 @@ SAMPLE ?= 100
 SEED ?= 0
 mutants: $(STAMP)
 	$(BIN)/python -m tests.mutants --sample $(SAMPLE) --seed $(SEED)
+
+# The documentation site, into build/docs/index.html; a warning is an error.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs -d build/doctrees
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

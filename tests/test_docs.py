@@ -1,6 +1,8 @@
 """Documentation that is generated stays generated; files and commands it names exist."""
 
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,27 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_contents_of_the_site_name_pages_that_exist_once() -> None:
+    docs = ROOT / "docs"
+    blocks = re.findall(r"```\{toctree\}\n(.*?)```", (docs / "index.md").read_text(), re.S)
+    placed = [line for block in blocks for line in block.split("\n\n", 1)[1].split()]
+    assert len(set(placed)) == len(placed) > 20
+    absent = [name for name in placed if not list(docs.glob(f"{name}.*"))]
+    assert not absent, "docs/index.md names pages that are not there"
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
+    built = subprocess.run(
+        [*command, "docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    assert "coef" in (tmp_path / "glossary.html").read_text()
+    assert (tmp_path / "search.html").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
