@@ -8,7 +8,7 @@ Step columns come of sums that add up over micro-batches, processes and parts of
 `_token_terms`, and its declaration in the schema.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -84,14 +84,11 @@ def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[st
     }
 
 
+# fmt: off
 UPDATE_STATISTICS = (
-    "advantage",
-    "logp",
-    "entropy",
-    "collision_rest",
-    "collision_logp_rest",
-    "coef",
+    "advantage", "logp", "entropy", "collision_rest", "collision_logp_rest", "coef"
 )
+# fmt: on
 """Measured columns that `update_columns` reads."""
 
 
@@ -162,10 +159,19 @@ def class_totals(tokens: Records) -> Records:
         of the sums they enter, so one missing value does not erase a total; a sum of nothing but
         NaN is NaN.
     """
-    order, starts = _cells(tokens)
-    first = order[starts]
-    keys = {name: tokens[name][first] for name in _CELL_KEYS}
-    sums = {name: run_sums(values[order], starts) for name, values in _cell_terms(tokens).items()}
+    return _added(tokens, _cell_terms(tokens))
+
+
+def merged_totals(parts: Iterable[Records]) -> Records:
+    """Class totals of parts of the same tokens, at least one, as one table."""
+    whole = Records.concat(parts)
+    return _added(whole, {n: v for n, v in whole.columns.items() if n not in _CELL_KEYS})
+
+
+def _added(rows: Records, terms: Mapping[str, Array]) -> Records:
+    order, starts = _cells(rows)
+    keys = {name: rows[name][order[starts]] for name in _CELL_KEYS}
+    sums = {name: run_sums(values[order], starts) for name, values in terms.items()}
     return Records.build(CLASSES, {**keys, **sums})
 
 

@@ -1,5 +1,6 @@
 """A step: what is collected while it trains, and what of it goes to the run folder."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from wapo_analysis.derive import (
     class_totals,
     derive,
+    merged_totals,
     reward_columns,
     rollout_sums,
     sequence_ratio,
@@ -26,6 +28,8 @@ from wapo_analysis.table import Array, Records
 
 OUTSIDE = ("grad_outside", "grad_before", "grad_after")
 """Step columns of `outside_counts`."""
+_BLOCK = 1 << 14
+"""Rows that are derived and summed up at a time: their columns stay in the cache."""
 
 
 @dataclass
@@ -146,28 +150,44 @@ class StepJob:
 
     def condense(self) -> None:
         """Sum up tokens and classes, pick the rows to be written, let go of all others."""
-        built = token_records(self.passes, self.step, self.rank, self.temperature)
-        derived = [*self.tokens, *built]
+        given = [
+            *[Records(TOKENS, {c.name: r[c.name] for c in TOKENS.stored}) for r in self.tokens],
+            *[Records.build(TOKENS, p.columns(self.step, self.rank)) for p in self.passes],
+        ]
         if self.outside:
             counts = [count.tolist() for count in self.outside]
             places = OUTSIDE if all(len(count) == len(OUTSIDE) for count in counts) else OUTSIDE[:1]
             self.row |= {name: sum(c[k] for c in counts) for k, name in enumerate(places)}
             self.outside = []
         self.passes, self.tokens = [], []
-        if not derived:
+        if not given:
             return
-        tokens = Records.concat(derived) if len(derived) > 1 else derived[0]
-        if self.sums is not None:
-            sums = pass_sums(tokens, self.given, self.sequence_level)
-            self.row = step_columns({**sums, **self.sums}) | self.row
-        self._totals = [class_totals(tokens)]
+        tokens = Records.concat(given) if len(given) > 1 else given[0]
+        del given
+        self._sum_up(tokens)
         self.row["token_fraction"] = self.share
         if self.share > 0:
-            stored = {column.name: tokens[column.name] for column in TOKENS.stored}
-            chosen = Records(TOKENS, stored)
             if self.share < 1:
-                chosen = chosen.select(chosen_rows(tokens["rollout"], self.step, self.share))
-            self._chosen = [chosen]
+                tokens = tokens.select(chosen_rows(tokens["rollout"], self.step, self.share))
+            self._chosen = [tokens]
+
+    def _sum_up(self, tokens: Records) -> None:
+        """Step columns and class totals, a block of rows at a time: derived columns stay small."""
+        columns = dict(tokens.columns)
+        if self.sums is not None and self.sequence_level:
+            columns["ratio"] = sequence_ratio(columns)
+        totals, sums = [], Counter[str]()
+        for start in range(0, max(1, len(tokens)), _BLOCK):
+            end = start + _BLOCK
+            block = Records(TOKENS, {name: values[start:end] for name, values in columns.items()})
+            derived = derive(block, self.temperature)
+            totals.append(class_totals(derived))
+            if self.sums is not None:
+                ratio = {"ratio": block["ratio"]} if "ratio" in columns else {}
+                sums.update(pass_sums(derived.with_columns(ratio), self.given))
+        self._totals = totals if len(totals) == 1 else [merged_totals(totals)]
+        if self.sums is not None:
+            self.row = step_columns({**sums, **self.sums}) | self.row
 
     def records(self) -> list[Records]:
         """Tables to be written, once condensed: class totals, token rows, rollouts, probes."""

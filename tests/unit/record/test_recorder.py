@@ -19,6 +19,7 @@ from tests.support.recorder_passes import (
 )
 from wapo_analysis.record import step as step_module
 from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import DevicePass, HostPass
 from wapo_analysis.store import open_run
 
@@ -208,3 +209,28 @@ def test_a_recorder_without_a_folder_takes_everything_and_keeps_nothing(tmp_path
     recorder.close()
     assert (recorder.path, recorder.failure, recorder.seconds) == (None, None, 0.0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sequence_level", [False, True])
+def test_blocks_of_rows_give_the_sums_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, sequence_level: bool
+) -> None:
+    given = tokens(3, rows=999)
+    given.entropy[::7] = float("nan")
+    given.logp_old[: len(given.logp_old) // 2] -= 0.4
+    whole, blocks = (
+        OpenStep([given]).job({"step": 4}, {}, sums={}, rank=0, sequence_level=sequence_level)
+        for _ in range(2)
+    )
+    whole.condense()
+    monkeypatch.setattr(step_module, "_BLOCK", 32)
+    blocks.condense()
+    assert set(whole.row) == set(blocks.row)
+    for name, value in whole.row.items():
+        assert blocks.row[name] == pytest.approx(value, rel=1e-12), name
+    (one,), (many,) = whole._totals, blocks._totals
+    assert one.columns.keys() == many.columns.keys()
+    for name, values in one.columns.items():
+        np.testing.assert_allclose(many[name], values, rtol=1e-12, err_msg=name)
+    for name, values in whole._chosen[0].columns.items():
+        np.testing.assert_array_equal(blocks._chosen[0][name], values, err_msg=name)
