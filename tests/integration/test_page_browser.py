@@ -161,6 +161,26 @@ def test_tokens_are_read_by_keyboard(browser: Any, report: Path) -> None:
     page.close()
 
 
+def test_a_token_shows_what_else_was_probable(browser: Any, report: Path, folder: Path) -> None:
+    top = open_run(folder).topk()
+    step = int(top["step"].max())
+    page, errors = opened(browser, f"{report.as_uri()}#step={step}")
+    until(page, "document.querySelectorAll('.token').length > 0")
+    page.evaluate("document.querySelector('button.rollout[data-rollout=\"0\"]').click()")
+    until(page, "document.querySelector('article .facts').textContent.includes('rollout 0,')")
+    page.hover(".token >> nth=0")
+    until(page, "document.querySelectorAll('table.top tbody tr').length > 0")
+    here = top[(top["step"] == step) & (top["rollout"] == 0) & (top["position"] == 0)]
+    rows = page.locator("table.top tbody tr")
+    assert rows.count() == len(here)
+    best = here.sort_values("place").iloc[0]
+    assert f"{best['prob']:.3g}" in rows.nth(0).inner_text()
+    assert f"{best['prob_after']:.3g}" in rows.nth(0).inner_text()
+    page.locator("#token-detail").screenshot(path=str(folder.parent / "top.png"))
+    assert not errors
+    page.close()
+
+
 def test_hostile_texts_run_nothing_and_hide_nothing(browser: Any, tmp_path: Path) -> None:
     texts = dict.fromkeys(("prompt", "completion", "answer", "vocab"), HOSTILE)
     path = write_fake_run(tmp_path / "run", drift="explosion", steps=20, label=HOSTILE, texts=texts)

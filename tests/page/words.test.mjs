@@ -6,7 +6,7 @@ import { flowColumns, smoothed } from "../../wapo_analysis/report/page/charts.mj
 import { Model, nearest } from "../../wapo_analysis/report/page/model.mjs";
 import { differences, overSeeds, settingGroups } from "../../wapo_analysis/report/page/runs.mjs";
 import { rolloutRows, topTokens } from "../../wapo_analysis/report/page/step.mjs";
-import { tokenRange } from "../../wapo_analysis/report/page/tokens.mjs";
+import { alternatives, tokenRange } from "../../wapo_analysis/report/page/tokens.mjs";
 import { joinPlanes, readBlock } from "../../wapo_analysis/report/page/unpack.mjs";
 import { escaped, number, percent, short, signed, visible } from "../../wapo_analysis/report/page/words.mjs";
 
@@ -93,4 +93,18 @@ test("the cursor goes to recorded steps and keeps its place when a run grows", (
   model.grown(run("a", "L", {}, [0, 1, 2, 3, 4]));
   assert.equal(model.step, 1);
   assert.equal(nearest([1, 5, 9], 6), 5);
+});
+
+test("alternatives of a token are those of its rollout and place", () => {
+  const block = {
+    vocab: { 4: "a", 9: "b" },
+    tokens: { start: [0, 3], rollout: [2, 7], count: 5, columns: { token_id: [4, 4, 4, 9, 4] } },
+    top: { 7: { 0: [[9, 0.8, 0.7], [5, 0.1, null]] } },
+  };
+  assert.deepEqual(alternatives(block, 3), [
+    { word: "b", before: 0.8, after: 0.7, sampled: true },
+    { word: "[5]", before: 0.1, after: null, sampled: false },
+  ]);
+  assert.deepEqual(alternatives(block, 0), []);
+  assert.deepEqual(alternatives(block, 4), []);
 });

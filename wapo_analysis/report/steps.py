@@ -45,24 +45,49 @@ def step_data(run: Run, step: int, rollouts: pd.DataFrame | None = None) -> Json
     Returns
     -------
     dict
-        ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows) and the texts
-        of the token ids that occur.
+        ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows), ``top``, the
+        most probable tokens of the rollouts that have them, and the texts of the ids that occur.
     """
     known = run.table("rollouts", [step]) if rollouts is None else rollouts
     known = known[known["step"] == step].drop_duplicates(["rank", "rollout"])
     tokens = merged_passes(run.tokens([step])) if step in run.token_steps() else None
     table, packed = rollout_columns(known, tokens), None
     vocab: dict[int, str] = {}
+    top: Json = {}
     if tokens is not None and len(tokens):
         packed = pack(tokens)
         ids = np.unique(tokens["token_id"].to_numpy())
+        top, others = alternatives(run, step)
+        ids = np.union1d(ids, others)
         vocab = {int(i): run.vocab[int(i)] for i in ids if int(i) in run.vocab}
     return {
         "step": step,
         "rollouts": table,
         "tokens": packed,
+        "top": top,
         "vocab": {str(number): word for number, word in vocab.items()},
     }
+
+
+def alternatives(run: Run, step: int) -> tuple[Json, Array]:
+    """Most probable tokens of a few rollouts: ``[id, p, p after]`` by rollout and position.
+
+    ``p after`` is None where the tokens were not scored again. Also returned: the ids.
+    """
+    rows = run.topk([step])
+    rows = rows.sort_values(["minibatch", "place"])
+    rows = rows.drop_duplicates(["rollout", "position", "place"])
+    found: Json = {}
+    for (rollout, position), part in rows.groupby(["rollout", "position"], sort=True):
+        cells = zip(part["token_id"], part["prob"], part["prob_after"], strict=True)
+        found.setdefault(str(rollout), {})[str(position)] = [
+            [int(i), _short(p), None if np.isnan(after) else _short(after)] for i, p, after in cells
+        ]
+    return found, rows["token_id"].unique()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def merged_passes(rows: pd.DataFrame) -> pd.DataFrame:

@@ -114,7 +114,7 @@ export class TokenView {
   detail(block, i, word) {
     for (const span of document.querySelectorAll(".token.here")) span.classList.remove("here");
     document.querySelector(`.token[data-token="${i}"]`)?.classList.add("here");
-    fill(byId("token-detail"), el("strong", {}, visible(word)), " ", tokenFacts(block.tokens, i));
+    fill(byId("token-detail"), el("strong", {}, visible(word)), " ", tokenFacts(block.tokens, i), topTable(block, i));
   }
 }
 
@@ -136,6 +136,26 @@ function tokenFacts(tokens, i) {
     ["measured dp", signed(c.dprob?.[i])], ["measured dH", signed(c.dentropy?.[i])]];
   return [cls ? classTag(cls) : "no class (advantage 0 or unknown)",
     el("dl", { class: "numbers" }, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))))];
+}
+
+// What else the policy could have said at a token's place, most probable first; [] if not recorded.
+export function alternatives(block, i) {
+  const at = block.tokens.start.findLastIndex((start) => start <= i);
+  const rows = block.top?.[block.tokens.rollout[at]]?.[i - block.tokens.start[at]] ?? [];
+  const sampled = block.tokens.columns.token_id[i];
+  return rows.map(([id, before, after]) => ({ word: block.vocab[id] ?? `[${id}]`, before, after, sampled: id === sampled }));
+}
+
+function topTable(block, i) {
+  const rows = alternatives(block, i);
+  if (!rows.length) return null;
+  const again = rows.some((row) => row.after !== null);
+  const cell = (value) => (value === null ? el("td", {}, "") : el("td", { class: "bar", style: `--share:${100 * value}%` }, number(value)));
+  return el("table", { class: "top" },
+    el("caption", {}, `the ${rows.length} most probable tokens here`),
+    el("thead", {}, el("tr", {}, ["token", "p before", ...(again ? ["p after"] : [])].map((name) => el("th", { scope: "col" }, name)))),
+    el("tbody", {}, rows.map((row) => el("tr", { class: row.sampled ? "sampled" : "" },
+      el("th", { scope: "row" }, visible(row.word), row.sampled ? " (sampled)" : ""), cell(row.before), again ? cell(row.after) : null))));
 }
 
 // A style for each token: opacity by size against the strongest few of the completion.
