@@ -1,8 +1,8 @@
-"""What trainers print: TRL's dicts and verl's ``step:N - name:value`` lines, anywhere in a log.
+"""What trainers print: TRL's dicts, verl's ``step:N - name:value`` and prime-rl's lines.
 
 Prefixes (Ray's, a launcher's, colours, progress bars) are skipped. A dict may be spread over lines.
-verl's lines and slime's dicts carry their step. TRL's do not: they are numbered by the progress bar
-where it moves with them, else counted from 1.
+verl's and prime-rl's lines and slime's dicts carry their step. TRL's do not: they are numbered by
+the progress bar where it moves with them, else counted from 1.
 """
 
 import ast
@@ -25,6 +25,14 @@ MAX_DICT_LINES = 400
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _VERL_STEP = re.compile(r"\bstep:(\d+) -(?: |$)")
+_PRIME_STEP = re.compile(r"\bStep\s+(\d+) \| (?=[A-Z])")
+_LEADING = re.compile(_NUMBER, re.IGNORECASE)
+# prime-rl prints with units what it logs under these names (src/prime_rl/trainer, orchestrator).
+_PRIME_NAMES = {
+    "Reward": "reward/all/mean", "Val. Reward": "val_reward", "Loss": "loss/mean",
+    "Entropy": "entropy/all/mean", "Mismatch KL": "mismatch_kl/all/mean",
+    "Grad. Norm": "optim/grad_norm", "LR": "optim/lr", "Time": "time/step",
+}  # fmt: skip
 _VERL_VALUE = re.compile(rf"(?:np\.\w+\()?({_NUMBER})(?![\w.])", re.IGNORECASE)
 _WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER})[^()]*\)", re.I)
 _BARE = re.compile(r"(?<=[:\s,\[(])(-?(?:nan|inf))(?=[\s,}\])])", re.IGNORECASE)
@@ -136,8 +144,8 @@ def _records(
             if record is not None:
                 yield open_at, bar, record, _step_before(before)
             continue
-        if (verl := _verl_line(line)) is not None:
-            yield number, bar, verl[1], verl[0]
+        if (told := _verl_line(line) or _prime_line(line)) is not None:
+            yield number, bar, told[1], told[0]
             continue
         start = _OPENS.search(line)
         while start is not None:
@@ -168,6 +176,16 @@ def _verl_line(line: str) -> tuple[int, dict[str, Any]] | None:
         if name and number is not None:
             record[name] = number[1]
     return int(found[1]), record
+
+
+def _prime_line(line: str) -> tuple[int, dict[str, Any]] | None:
+    found = _PRIME_STEP.search(line)
+    if found is None:
+        return None
+    items = (item.strip().partition(": ") for item in line[found.end() :].split("|"))
+    numbers = {name: _LEADING.match(value) for name, _, value in items}
+    record = {_PRIME_NAMES.get(name, name): n[0] for name, n in numbers.items() if n is not None}
+    return (int(found[1]), record) if record else None
 
 
 def _end_of(text: str) -> int | None:

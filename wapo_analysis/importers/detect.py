@@ -27,7 +27,7 @@ FORMATS: tuple[str, ...] = get_args(Format)
 MAX_FILES = 200_000
 LOOKED_FOR = (
     "trainer states (log_history), metrics as JSON or JSON lines, CSV, Parquet, TensorBoard event "
-    "files, .wandb files, printed dicts, and lines step:N - name:value"
+    "files, .wandb files, printed dicts, and lines step:N - name:value or Step N | name: value"
 )
 _HEAD = 1 << 16
 _SEARCHED = 16 << 20

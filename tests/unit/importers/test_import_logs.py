@@ -573,3 +573,18 @@ def test_the_page_lists_every_name(tmp_path: Path) -> None:
         known += ["rewards/NAME/mean", "rewards/NAME/std", "prob", "prob_old", "collision"]
         assert row.column in [*known, "loss_mask"], row
         assert row.source, row
+
+
+def test_prime_rl_lines_are_read_with_their_units(tmp_path: Path) -> None:
+    lines = [
+        f"12:00:{n:02d} \x1b[32mSUCCESS\x1b[0m Step {n} | Time: 12.31s | Loss: 0.0019 | "
+        f"Entropy: 0.2{n} | Mismatch KL: 0.0006 | Grad. Norm: 0.0680 | LR: 1.00e-06 | T: 9 t/s"
+        for n in range(3)
+    ]
+    file = tmp_path / "trainer.log"
+    file.write_text("\n".join(["12:00:00 INFO Starting step 0 | nothing", *lines]) + "\n")
+    steps, report = read(file, tmp_path / "out")
+    assert report.trainer == "prime-rl"
+    assert steps["entropy"].tolist() == [0.20, 0.21, 0.22]
+    known = ["loss", "grad_norm", "lr", "kl_old", "seconds"]
+    assert steps.loc[2, known].tolist() == [0.0019, 0.068, 1e-6, 0.0006, 12.31]
