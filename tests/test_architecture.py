@@ -19,13 +19,23 @@ LEVELS: dict[str, int] = {
     "probes": 5,
     "capture": 6, "diagnose": 6, "audit": 6, "compare": 6, "plots": 6, "attribute": 6,
     "train": 7, "beside": 7, "report": 7, "watch": 7, "importers": 7,
-    "verify": 8, "bench": 8, "run": 8, "assistants": 8,
+    "verify": 8, "bench": 8, "run": 8, "testing": 8, "assistants": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
 # Same level, yet one may use the other: comparisons and figures show what diagnose finds.
 ALLOWED_BESIDE = {("compare", "diagnose"), ("report", "train"), ("plots", "diagnose")}
-TORCH_ALLOWED = {"stats", "objectives", "record", "probes", "capture", "train", "verify", "bench"}
+TORCH_ALLOWED = {
+    "stats",
+    "objectives",
+    "record",
+    "probes",
+    "capture",
+    "train",
+    "verify",
+    "bench",
+    "testing",
+}
 SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
 
 

@@ -49,10 +49,10 @@ class Evidence:
         """Evidence of the first steps of a run that have token rows."""
         chosen = run.token_steps()[:most]
         table = run.table("tokens", chosen)
-        rollouts, steps = run.rollouts, run.steps
+        rollouts, steps = run.table("rollouts", chosen), run.steps
         return cls.of(
             {name: table[name].to_numpy() for name in table.columns},
-            rollouts[rollouts["step"].isin(chosen)] if len(rollouts) else rollouts,
+            rollouts,
             steps[steps["step"].isin(chosen)] if len(chosen) else steps.iloc[:0],
             run.manifest,
         )
