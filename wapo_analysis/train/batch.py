@@ -123,12 +123,13 @@ def encode_problems(
     """
     longest = config.max_new_tokens or task.max_new_tokens
     prompts = [policy.format.encode(p.prompt, config.max_prompt_tokens) for p in problems]
+    context = policy.context
     for prompt, problem in zip(prompts, problems, strict=True):
-        if policy.context and len(prompt.ids) + longest > policy.context:
+        if context and len(prompt.ids) + longest > context:
             where = f" ({problem.source})" if problem.source else ""
             raise UserError(
                 f"a prompt of {len(prompt.ids)} tokens{where} and {longest} new tokens do not fit "
-                f"the model's {policy.context}; set max_prompt_tokens or a lower max_new_tokens"
+                f"the model's {context}; set max_prompt_tokens or a lower max_new_tokens"
             )
     return prompts
 

@@ -94,13 +94,14 @@ class _Context:
         self._attention[:, :length] = self.mask
         self._texts = self.mask.sum(1, keepdim=True) - length
         self._cache: Any = None
-        self._roomy = False
+        self._roomy = self._plain = False
 
     def logits(self) -> Tensor:
         """Read what has not been read; logits of the next token, shape (n, V)."""
-        ids, places = self.ids, positions(self.mask)
         mask: Tensor | None = self.mask
-        if self.token is not None:
+        if self.token is None:
+            ids, places = self.ids, positions(self.mask)
+        else:
             ids, places = self.token.unsqueeze(1), self._texts + self._read
             self._read += 1
             mask = self._mask()
@@ -120,13 +121,14 @@ class _Context:
     def _hold(self, cache: Any) -> None:
         self._cache, layers = cache, getattr(cache, "layers", [])
         self._roomy = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+        self._plain = self._roomy and takes_whole_masks(self.model)
         if self._roomy:
             cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
 
     def _mask(self) -> Tensor | None:
         """Mask of one more token."""
         seen = self._attention[:, : self._read]
-        if not (self._roomy and takes_whole_masks(self.model)):
+        if not self._plain:
             return seen
         return seen.bool()[:, None, None] if self.padded else None
 
