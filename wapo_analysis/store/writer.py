@@ -87,10 +87,11 @@ class PartWriter:
     def check(self) -> None:
         """Raise `RunLost` if the first process has lost the run."""
         owner = Owner.of(self.path)
-        token = None if owner is None else owner.token
+        if owner is None or not owner.token:  # the first process has ended, or is just beginning
+            return
         if self._first is None:
-            self._first = token
-        elif token != self._first:
+            self._first = owner.token
+        elif owner.token != self._first:
             raise RunLost(f"another process has taken over {self.path}")
 
     def write_part(self, records: Records, step: int, rank: int = 0) -> None:

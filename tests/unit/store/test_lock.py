@@ -133,6 +133,14 @@ def test_later_ranks_notice_as_well(tmp_path: Path) -> None:
     taken.close("finished")
 
 
+def test_a_later_rank_may_end_after_the_first(tmp_path: Path) -> None:
+    first, second = RunWriter(tmp_path / "r", {}), PartWriter(tmp_path / "r", {})
+    second.write_part(classes(1), 1, rank=1)
+    first.close("finished")
+    second.write_part(classes(2), 2, rank=1)
+    assert sorted(set(open_run(tmp_path / "r").classes.step)) == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("silence", "changes", "free"),
     [
