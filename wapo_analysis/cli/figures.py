@@ -95,10 +95,14 @@ def _draw_all(names: list[str], runs: "list[Run]", out: Path, format: ImageForma
     try:
         paths = [run.path for run in runs]
         elsewhere = {}
-        if pool is not None:
-            for name in names[::-1]:
+        for name in names[::-1]:
+            if pool is None:
+                break
+            try:
                 job = pool.submit(_draw_elsewhere, name, paths, marks, out, format)
-                elsewhere[name] = job
+            except (BrokenProcessPool, OSError):  # no more processes by a limit
+                break
+            elsewhere[name] = job
         for name in names:
             if name not in elsewhere or elsewhere[name].cancel():
                 save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
