@@ -19,7 +19,7 @@ LEVELS: dict[str, int] = {
     "probes": 5,
     "capture": 6, "diagnose": 6, "audit": 6, "compare": 6, "plots": 6, "attribute": 6,
     "train": 7, "beside": 7, "report": 7, "watch": 7, "importers": 7,
-    "verify": 8, "bench": 8, "run": 8, "testing": 8, "assistants": 8,
+    "verify": 8, "bench": 8, "run": 8, "testing": 8, "assistants": 8, "engines": 8,
     "cli": 9,
     "__main__": 10,
 }  # fmt: skip
@@ -35,6 +35,7 @@ TORCH_ALLOWED = {
     "verify",
     "bench",
     "testing",
+    "engines",
 }
 SOURCES = sorted((ROOT / "wapo_analysis").rglob("*.py"))
 

@@ -149,6 +149,9 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
     from wapo_analysis.train.loop import train as run_training
     from wapo_analysis.train.rollout import NonFiniteLogits
 
+    if settings.engine == "trl":
+        _train_with_trl(settings, folder, **options)
+        return
     first = True
     try:
         with joined_processes(settings.device) as world:
@@ -171,6 +174,30 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
         _check_kept(folder)
         say(f"run: {folder}")
         say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+
+
+def _train_with_trl(settings: TrainConfig, folder: Path, **options: Any) -> None:
+    """Train on TRL's trainer and say how it ended."""
+    from wapo_analysis.engines.trl import train_with_trl
+    from wapo_analysis.engines.trl_settings import updates_per_batch
+    from wapo_analysis.train.launched import launched
+    from wapo_analysis.train.rollout import NonFiniteLogits
+
+    rank, processes = launched()
+    if rank:
+        train_with_trl(settings, folder, **options)
+        return
+    say(f"engine: TRL's GRPOTrainer, {processes} process{'es' * (processes > 1)}")
+    name = f"{settings.shown_label} seed {settings.seed}"
+    try:
+        with shown_progress(name, settings.steps * updates_per_batch(settings), folder) as shown:
+            train_with_trl(settings, folder, progress=shown, **options)
+    except NonFiniteLogits as error:
+        console_error(f"stopped: {error}; the run up to here is in {folder}")
+        raise typer.Exit(1) from error
+    _check_kept(folder)
+    say(f"run: {folder}")
+    say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
 
 
 def _check_kept(folder: Path) -> None:

@@ -86,12 +86,10 @@ def draw_batch(
     """
     prompts, repeats = config.prompts_per_step, config.rollouts_per_prompt
     longest = config.max_new_tokens or task.max_new_tokens
-    rng = np.random.default_rng([config.seed, step, _PROMPTS])
-    drawn = task.problems(rng, prompts)
+    drawn = step_problems(task, config, step)
     problems = drawn * repeats
     total, mine = len(problems), world.share(len(problems), config.minibatches)
-    stream = np.random.SeedSequence([config.seed, step, _SAMPLING]).generate_state(1, np.uint64)
-    generator = torch.Generator(policy.device).manual_seed(int(stream[0] >> 1))
+    generator = sampling_generator(config, step, policy.device)
     with world.together():
         encoded = encode_problems(policy, drawn, task, config) * repeats
         own = sample(
@@ -109,6 +107,18 @@ def draw_batch(
     group = np.tile(np.arange(prompts), repeats)
     advantages = config.objective_config(longest).advantages(rewards, group)
     return Batch(problems, encoded, rollouts, completions, rewards, advantages, group, mine.numpy())
+
+
+def step_problems(task: Task, config: TrainConfig, step: int) -> list[Problem]:
+    """Problems of a step, one for each of its prompts; they depend on (seed, step) alone."""
+    rng = np.random.default_rng([config.seed, step, _PROMPTS])
+    return task.problems(rng, config.prompts_per_step)
+
+
+def sampling_generator(config: TrainConfig, step: int, device: torch.device) -> torch.Generator:
+    """Source of the noise of a step's samples."""
+    stream = np.random.SeedSequence([config.seed, step, _SAMPLING]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(stream[0] >> 1))
 
 
 def encode_problems(

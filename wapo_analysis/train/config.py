@@ -48,8 +48,7 @@ class _Objective:
     objective: str = setting(
         "grpo", "What is optimised, see docs/objectives.md.", one_of(*OBJECTIVES), cli=True)
 
-_CONFIG_BYTES = 1 << 20
-"""Most bytes of a settings file."""
+_CONFIG_BYTES = 1 << 20  # most bytes of a settings file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +152,10 @@ class TrainConfig(ObjectiveSettings, _Objective):
     device: str = setting(
         "auto", "Where it runs; auto takes a GPU if there is one.", one_of("auto", "cpu", "cuda"),
         resumable=True, cli=True)
+    engine: str = setting("built-in", "Who trains: our own loop, or TRL (docs/scale.md).",
+        one_of("built-in", "trl"), forkable=False, cli=True)
+    trl_settings: tuple[str, ...] = setting(
+        (), "NAME=VALUE for TRL's GRPOConfig.", resumable=True, forkable=False, cli="--trl")
     checkpoint_every: int = setting(
         50, "Steps between checkpoints; 0 keeps only the last one.", _EVERY, resumable=True)
     keep_checkpoints: int = setting(
@@ -221,6 +224,8 @@ class TrainConfig(ObjectiveSettings, _Objective):
         self._product("eval_prompts", "eval_samples", MAX_EVALUATED)
         if rollouts % self.minibatches:
             raise UserError(f"minibatches must be a divisor of {rollouts}, got {self.minibatches}")
+        if self.trl_settings and self.engine != "trl":
+            raise UserError("trl_settings are for engine trl; set engine to trl")
         from wapo_analysis.train.tasks import check_task
 
         check_task(self.task, self.data, self.eval_data, self.eval_fraction)

@@ -13,6 +13,7 @@ from wapo_analysis.train.checkpoint import drop_later
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import World
 from wapo_analysis.train.models import Policy
+from wapo_analysis.train.trust import recorded_settings
 
 
 def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> Manifest:
@@ -78,7 +79,7 @@ def check_resumed(run: Path, config: TrainConfig) -> None:
     UserError
         If one of them has changed, naming it and both values.
     """
-    before = TrainConfig.from_dict(read_manifest(run).config)
+    before = recorded_settings(run)
     for name, declared in declared_settings(TrainConfig).items():
         old, new = getattr(before, name), getattr(config, name)
         if old != new and not declared.resumable:

@@ -64,6 +64,18 @@ def _code(entries: Any) -> Iterator[str]:
             yield from _code(value)
 
 
+def recorded_settings(run: Path) -> TrainConfig:
+    """Settings a run of ``wapo train`` was made with, on whichever engine.
+
+    Raises
+    ------
+    UserError
+        If the folder is no run, or its settings are not those of ``wapo train``.
+    """
+    manifest = read_manifest(run)
+    return TrainConfig.from_dict(manifest.extra.get("recipe", manifest.config))
+
+
 def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> TrainConfig:
     """Settings of a run with changes on top.
 
@@ -84,7 +96,7 @@ def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> T
     """
     from wapo_analysis.train.tasks.catalogue import names_code
 
-    config = TrainConfig.from_dict(changes, TrainConfig.from_dict(read_manifest(run).config))
+    config = TrainConfig.from_dict(changes, recorded_settings(run))
     if "task" in changes or not names_code(config.task):
         return config
     place = config.task.rpartition(":")[0]

@@ -1,0 +1,1 @@
+"""The same recipe on somebody else's distributed trainer."""
