@@ -41,7 +41,8 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "eval_every": _NONE, "eval_prompts": "wapo eval", "eval_samples": "wapo eval",
     "token_every": _RECORDING, "token_fraction": _RECORDING, "rescore_every": _RECORDING,
     "probe_every": _RECORDING, "probe_rows": _RECORDING, "capture_mode": _RECORDING,
-    "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING, "on_warning": _NONE, "on_critical": _NONE,
+    "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING, "on_warning": _NONE,
+    "on_critical": _NONE,
 }  # fmt: skip
 """Each setting of ours: where it goes on this engine; empty where there is no counterpart."""
 _OPTIM = {"adamw": "adamw_torch", "sgd": "sgd"}
