@@ -24,18 +24,18 @@ from wapo_analysis.engines.trl_settings import (
     updates_per_batch,
 )
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.train.batch import encode_problems, sampling_generator, step_problems
+from wapo_analysis.train.batch import encode_problems
 from wapo_analysis.train.checkpoint import save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps
 from wapo_analysis.train.launched import launched
 from wapo_analysis.train.manifest import check_resumed
 from wapo_analysis.train.models import Policy, configured_policy
+from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import NonFiniteLogits, sample
 from wapo_analysis.train.tasks.base import Problem
 
 _ROW = "wapo_row"
-
 Progress = Callable[[dict[str, float]], None]
 
 
@@ -133,7 +133,7 @@ class Recipe:
 
     def _drawn(self, step: int) -> tuple[list[Problem], list[str]]:
         """Problems of a batch and the texts the policy is given."""
-        problems = step_problems(self.task, self.config, step)
+        problems = step_problems(self.task, self.config.seed, step, self.config.prompts_per_step)
         prompts = encode_problems(self.policy, problems, self.task, self.config)
         return problems, [prompt.text for prompt in prompts]
 
@@ -215,7 +215,7 @@ class Recipe:
         whole = [prompt_ids[0]] * (config.prompts_per_step * config.rollouts_per_prompt)
         for row, ids in zip(rows, prompt_ids, strict=True):
             whole[row] = ids
-        generator = sampling_generator(config, step, self.policy.device)
+        generator = sampling_generator(config.seed, step, self.policy.device)
         with _evaluating(self.policy.module), torch.no_grad():
             made = sample(
                 self.policy, whole, self.longest, config.temperature, generator,

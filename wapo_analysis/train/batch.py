@@ -27,11 +27,11 @@ from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy
+from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import Rollouts, sample
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
 
-_PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
 _OF_TOKENS = ("completion_ids", "mask", "logp_old", "entropy")  # of rollouts, shape (B, T)
 
 
@@ -86,10 +86,10 @@ def draw_batch(
     """
     prompts, repeats = config.prompts_per_step, config.rollouts_per_prompt
     longest = config.max_new_tokens or task.max_new_tokens
-    drawn = step_problems(task, config, step)
+    drawn = step_problems(task, config.seed, step, prompts)
     problems = drawn * repeats
     total, mine = len(problems), world.share(len(problems), config.minibatches)
-    generator = sampling_generator(config, step, policy.device)
+    generator = sampling_generator(config.seed, step, policy.device)
     with world.together():
         encoded = encode_problems(policy, drawn, task, config) * repeats
         own = sample(
@@ -107,18 +107,6 @@ def draw_batch(
     group = np.tile(np.arange(prompts), repeats)
     advantages = config.objective_config(longest).advantages(rewards, group)
     return Batch(problems, encoded, rollouts, completions, rewards, advantages, group, mine.numpy())
-
-
-def step_problems(task: Task, config: TrainConfig, step: int) -> list[Problem]:
-    """Problems of a step, one for each of its prompts; they depend on (seed, step) alone."""
-    rng = np.random.default_rng([config.seed, step, _PROMPTS])
-    return task.problems(rng, config.prompts_per_step)
-
-
-def sampling_generator(config: TrainConfig, step: int, device: torch.device) -> torch.Generator:
-    """Source of the noise of a step's samples."""
-    stream = np.random.SeedSequence([config.seed, step, _SAMPLING]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(stream[0] >> 1))
 
 
 def encode_problems(

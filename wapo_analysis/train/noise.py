@@ -1,4 +1,4 @@
-"""Randomness of sampling: from probabilities to one token per row.
+"""Randomness: the prompts of a step, and from probabilities to one token per row.
 
 Shapes: n rows in hand, V vocabulary.
 """
@@ -6,9 +6,25 @@ Shapes: n rows in hand, V vocabulary.
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from wapo_analysis.train.tasks import Problem, Task
+
+_PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
+
+
+def step_problems(task: Task, seed: int, step: int, n: int) -> list[Problem]:
+    """The n problems of a step; they depend on (seed, step) alone."""
+    return task.problems(np.random.default_rng([seed, step, _PROMPTS]), n)
+
+
+def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Source of the noise of a step's samples."""
+    stream = np.random.SeedSequence([seed, step, _SAMPLING]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(stream[0] >> 1))
 
 
 class Noise(Protocol):
