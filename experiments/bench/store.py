@@ -8,11 +8,14 @@ from experiments.bench.data import token_columns, token_records
 from experiments.bench.harness import Measure, Measures, Work, interleave
 from experiments.bench.options import Options
 from experiments.bench.reference import jsonl_bytes, npz_bytes, official_plots
+from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.record.step import StepJob
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Array, Records
 
 _ROWS = 32_768
+_TOTAL_ROWS = 1 << 20
 
 
 def measure(options: Options) -> Measures:
@@ -40,10 +43,27 @@ def measure(options: Options) -> Measures:
             "store_rows_per_s_vs_npz": times.ratio("npz", "ours", note),
             "store_rows_per_s_vs_jsonl": times.ratio("jsonl", "ours", note),
         }
+        found |= _totals(options)
         if not options.quick:
             found |= _commit(writer, records, options)
         writer.close("finished")
     return found
+
+
+def _totals(options: Options) -> Measures:
+    """Class totals of a step in blocks of rows, as the writer makes them, against all at once."""
+    options.say(f"store: class totals of {_TOTAL_ROWS} rows in blocks and at once")
+    rows = token_records(_TOTAL_ROWS)
+    tokens = Records(TOKENS, {column.name: rows[column.name] for column in TOKENS.stored})
+
+    def job() -> None:
+        StepJob({"step": 1}, [], [tokens], frozenset(), []).condense()
+
+    times = interleave(
+        {"blocks": job, "whole": lambda: class_totals(derive(tokens, 1.0))},
+        options.rounds_or(3, 9),
+    )
+    return {"totals_blocks_vs_whole": times.ratio("blocks", "whole", f"{_TOTAL_ROWS} rows")}
 
 
 def _stored(records: Records) -> dict[str, Array]:
