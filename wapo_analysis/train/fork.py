@@ -108,6 +108,8 @@ def plan_fork(run: Path, step: int, changes: Mapping[str, Any], steps: int | Non
         If the run cannot be forked there, naming its checkpoints, or a setting cannot change.
     """
     original = open_run(run)
+    if "recipe" in original.manifest.extra:
+        raise UserError(f"{run} was trained on engine trl; only runs of engine built-in are forked")
     if original.manifest.source != "built-in":
         raise UserError(f"{run} was not written by wapo train, so it has no checkpoint to fork")
     before = TrainConfig.from_dict(original.manifest.config)
