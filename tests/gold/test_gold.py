@@ -240,7 +240,7 @@ def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
         ("logits", None, "lacks logits"),
         ("rewards", lambda a: a[:-1], "shapes do not agree"),
         ("input_ids", lambda a: a[0], "shapes do not agree"),
-        ("input_ids", lambda a: a + 10_000, "cannot be replayed"),
+        ("input_ids", lambda a: a + 10_000, r"targets must be in 0\.\.59"),
         ("rewards", lambda a: a * np.nan, "is not usable"),
     ],
 )
