@@ -118,3 +118,9 @@ def test_the_fixed_stack_stays(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert any(re.split(r"[<>=]", one)[0] == name for one in project["dependencies"])
     assert any(n.split(".")[0] == name for file in SOURCES for n in imported(file))
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    # pytest imports them by name alone: two of one name cannot run together.
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
