@@ -7,9 +7,10 @@
 from wapo_analysis.audit.evidence import Evidence
 from wapo_analysis.audit.judge import STEPS, judge
 from wapo_analysis.audit.result import Audit, Deviation
+from wapo_analysis.errors import UserError
 from wapo_analysis.store import Run
 
-__all__ = ["Audit", "Deviation", "audit"]
+__all__ = ["Audit", "Deviation", "audit", "first_audit"]
 
 
 def audit(run: Run, steps: int = STEPS) -> Audit:
@@ -27,3 +28,17 @@ def audit(run: Run, steps: int = STEPS) -> Audit:
         If a file of the run is broken; the message names it.
     """
     return judge(Evidence.of_run(run, steps), run.name)
+
+
+def first_audit(run: Run, steps: int = 3) -> Audit | None:
+    """Audit of the first steps, for what shows it beside other things.
+
+    Returns
+    -------
+    Audit or None
+        None if the run has no token rows, or a file of it is broken.
+    """
+    try:
+        return audit(run, steps) if run.token_steps() else None
+    except UserError:
+        return None

@@ -72,10 +72,22 @@ def diagnose(
         show(one, format)
         if format == "text" and run.status == DEAD:
             say("\nThis run is probably dead: its process ended without ending the run.")
+        if format == "text" and (line := _audit_line(path, run)):
+            say(line)
         if format == "text" and (one.culprits or one.drivers):
             say(f"\nnext: {_next_commands(path, run, one)}")
     if fail_on is not None and any(one.reaches(fail_on) for one in found):
         raise typer.Exit(1)
+
+
+def _audit_line(path: Path, run: "Run") -> str:
+    """What an audit of the first steps says, in one line; empty if nothing deviates."""
+    from wapo_analysis.audit import first_audit
+
+    found = first_audit(run)
+    if found is None or not found.deviations:
+        return ""
+    return f"\naudit: {found.line} (wapo audit {path})"
 
 
 def _next_commands(path: Path, run: "Run", found: "Diagnosis") -> str:

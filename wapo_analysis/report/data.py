@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.audit import first_audit
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, Finding, diagnose
 from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
@@ -97,7 +98,18 @@ def verdict(run: Run, found: Diagnosis) -> Json:
         "drivers": [driver.to_dict() for driver in found.drivers],
         "findings": [_finding(found, finding) for finding in found.findings],
         "skipped": [skipped.to_dict() for skipped in found.skipped],
+        "audit": _audit(run),
     }
+
+
+def _audit(run: Run) -> Json | None:
+    """What the trainer really computes, by its first steps; None without token rows."""
+    found = first_audit(run)
+    if found is None:
+        return None
+    told = found.to_dict()
+    missing = [f"{name}: {why}" for name, why in found.missing.items()]
+    return {"summary": found.summary, "deviations": told["deviations"], "missing": missing}
 
 
 def _tone(found: Diagnosis) -> str:

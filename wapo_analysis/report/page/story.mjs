@@ -16,7 +16,7 @@ export class Story {
       el("h1", {}, escaped(run.sentence)), run.best_words ? el("p", {}, escaped(run.best_words)) : null,
       this.advice(run), this.culprits(run));
     fill(byId("findings-list"), run.findings.length ? run.findings.map((finding) => this.finding(finding))
-      : el("p", { class: "note" }, "No finding."), skipped(run));
+      : el("p", { class: "note" }, "No finding."), audit(run), skipped(run));
     fill(byId("trust-table"), trustTable(run));
     fill(byId("facts-list"), factTable(run));
   }
@@ -79,6 +79,19 @@ function numbered(steps) {
 // Text with what stands in backquotes as code.
 function command(line) {
   return escaped(line).split(/`([^`]+)`/).map((part, i) => (i % 2 ? el("code", {}, part) : part));
+}
+
+// What the trainer really computes; open where it deviates from what it declares.
+function audit(run) {
+  if (!run.audit) return null;
+  const { summary, deviations, missing } = run.audit;
+  const count = deviations.length;
+  return el("details", count ? { open: "" } : {},
+    el("summary", {}, `Audit of the trainer: ${count ? `${count} deviation${count > 1 ? "s" : ""}` : "no deviation found"}`),
+    el("p", {}, escaped(summary)),
+    deviations.map((one) => el("article", { class: "finding warning" }, el("p", {}, escaped(one.says)),
+      el("p", { class: "note" }, escaped(`Tokens: ${one.tokens}. Usual cause: ${one.cause}. Look at: ${one.look}.`)))),
+    missing.length ? el("p", { class: "note" }, escaped(`Not available here: ${missing.join("; ")}.`)) : null);
 }
 
 function skipped(run) {
