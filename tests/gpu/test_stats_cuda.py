@@ -1,12 +1,15 @@
 """token_stats on a GPU: the Triton kernel and its fallback give what the CPU gives."""
 
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests.support.exact_stats import assert_close, by_float64, consequences, drawn, some_targets
-from wapo_analysis.stats import TokenStats, token_stats
+from tests.support.pretend_device import installed
+from wapo_analysis.stats import TokenStats, fused_head_stats, head, token_stats
 
 pytestmark = [
     pytest.mark.gpu,
@@ -104,3 +107,35 @@ def test_more_rows_than_a_grid_axis_but_the_first_may_have() -> None:
     torch.testing.assert_close(
         stats.logp, logits.log_softmax(1).gather(1, targets[:, None])[:, 0], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_fused_head_trains_in_bfloat16_with_and_without_wide_products(
+    wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wide and not head._HALF_IN_FLOAT_OUT:
+        pytest.skip("this torch has no product of half precision in float32")
+    monkeypatch.setattr(head, "_HALF_IN_FLOAT_OUT", wide)
+    draws = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(40, 32, generator=draws), torch.randn(3000, 32, generator=draws)
+    targets, found = torch.arange(40), []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [t.bfloat16().to("cuda", dtype).requires_grad_() for t in (hidden, weight)]
+        fused_head_stats(leaves[0], leaves[1], targets.cuda()).logp.sum().backward()
+        found.append([leaf.grad.float().cpu() for leaf in leaves])
+    for exact, rounded in zip(*found, strict=True):
+        assert float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_a_target_that_is_no_column_ends_the_program() -> None:
+    script = (
+        "import torch; from wapo_analysis.stats import token_stats\n"
+        "token_stats(torch.zeros(2, 5, device='cuda'), torch.tensor([1, 5], device='cuda'))\n"
+        "torch.cuda.synchronize()"
+    )
+    if installed():
+        with pytest.raises(RuntimeError, match=r"targets must be in 0\.\.4"):
+            exec(script)
+        return
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0

@@ -20,7 +20,7 @@ from tests.support.exact_stats import (
     some_targets,
 )
 from wapo_analysis import UserError
-from wapo_analysis.stats import token_stats
+from wapo_analysis.stats import fused_head_stats, token_stats
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -338,3 +338,25 @@ def test_memory_does_not_grow_with_the_logits(dtype: str) -> None:
     # Where the logits take 93 MiB, or 46: two blocks of 1.2 MiB, and little more for the rest.
     assert all(int(kilobytes) < 4096 for kilobytes in done.stdout.split())
     assert len(done.stdout.split()) == 4
+
+
+@pytest.mark.parametrize("target", [-1, 7])
+def test_a_target_that_is_no_column_is_refused(target: int) -> None:
+    logits, targets = torch.zeros(3, 7), torch.tensor([0, target, 1])
+    for score in (
+        lambda: token_stats(logits, targets),
+        lambda: fused_head_stats(torch.zeros(3, 2), torch.zeros(7, 2), targets),
+    ):
+        with pytest.raises(UserError, match=rf"targets must be in 0\.\.6, got {target}"):
+            score()
+    hidden = torch.tensor([True, False, True])
+    assert len(token_stats(logits, targets, mask=hidden).logp) == 2, "a masked target is not read"
+
+
+def test_numbers_of_rows_do_what_a_mask_does() -> None:
+    logits = torch.randn(4, 6, 9, generator=torch.Generator().manual_seed(0))[:, 1:5]
+    targets, mask = torch.arange(16).view(4, 4) % 9, torch.arange(16).view(4, 4) % 3 > 0
+    by_mask = token_stats(logits, targets, mask=mask)
+    by_number = token_stats(logits, targets, kept=mask.reshape(-1).nonzero()[:, 0])
+    for one, other in zip(by_mask[:5], by_number[:5], strict=True):
+        assert torch.equal(one, other)
