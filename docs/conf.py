@@ -53,7 +53,7 @@ def place_links(app: Sphinx, page: str, source: list[str]) -> None:
     """
     if page == "index":
         source[0] = placed_anywhere(source[0])
-    if page.startswith("from_repo/"):
+    if page.startswith(("from_repo/", "notebooks/")):  # notebooks are JSON, and have no such links
         return
 
     def placed(found: re.Match[str]) -> str:
