@@ -24,7 +24,7 @@ def step_problems(task: Task, seed: int, step: int, n: int) -> list[Problem]:
 def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Source of the noise of a step's samples."""
     stream = np.random.SeedSequence([seed, step, _SAMPLING]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(stream[0] >> 1))
+    return torch.Generator(device).manual_seed(int(stream[0]) >> 1)
 
 
 class Noise(Protocol):
