@@ -8,7 +8,7 @@ from wapo_analysis.audit.evidence import Evidence
 from wapo_analysis.audit.judge import STEPS, judge
 from wapo_analysis.audit.result import Audit, Deviation
 from wapo_analysis.errors import UserError
-from wapo_analysis.store import Run
+from wapo_analysis.store import Need, Run
 
 __all__ = ["Audit", "Deviation", "audit", "first_audit"]
 
@@ -36,9 +36,10 @@ def first_audit(run: Run, steps: int = 3) -> Audit | None:
     Returns
     -------
     Audit or None
-        None if the run has no token rows, or a file of it is broken.
+        None if the run has no token rows with a gradient, or a file of it is broken.
     """
     try:
-        return audit(run, steps) if run.token_steps() else None
+        known = run.token_steps() and run.lacks(Need("tokens", "coef")) is None
+        return audit(run, steps) if known else None
     except UserError:
         return None

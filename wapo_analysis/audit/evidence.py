@@ -15,6 +15,7 @@ from wapo_analysis.derive import derived_columns
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
+_KEYS = ("step", "rank", "minibatch", "group", "rollout", "position", "token_id")
 _FLOATS = (
     "advantage", "logp", "logp_old", "logp_prox", "entropy", "collision_rest",
     "collision_logp_rest", "coef", "logp_after", "entropy_after",
@@ -71,6 +72,12 @@ class Evidence:
         kept = {name: np.asarray(tokens[name]) for name in tokens}
         for name in _FLOATS:
             kept[name] = np.asarray(kept.get(name, np.full(rows, np.nan)), np.float64)
+        for name in _KEYS:
+            if name in kept:  # a source may not tell a rollout or its group: -1 then
+                kept[name] = _whole(kept[name])
+        rollouts = rollouts.assign(
+            **{name: _whole(rollouts[name].to_numpy()) for name in _KEYS if name in rollouts}
+        )
         if rounding is None:
             rounding = 2.0 ** -(float(manifest.get("store_bits") or 15) + 1)
         return cls(
@@ -184,6 +191,12 @@ class Evidence:
         except (TypeError, ValueError):
             return steps[:1] if steps[:1] == [1] else []
         return [step for step in steps if (step - 1) % period == 0]
+
+
+def _whole(values: Array) -> Array:
+    """Integers; -1 where none is known."""
+    numbers = np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), np.float64)
+    return np.nan_to_num(numbers, nan=-1.0).astype(np.int64)
 
 
 def _numbered(keys: Sequence[Array]) -> Array:
