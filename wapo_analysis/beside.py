@@ -15,7 +15,7 @@ from typing import Any
 from wapo_analysis.audit import audit
 from wapo_analysis.diagnose import Finding, diagnose
 from wapo_analysis.record.beside import Action
-from wapo_analysis.store import open_run
+from wapo_analysis.store import Run, open_run
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,11 @@ class BesideTraining:
             return found
 
     def _look(self, step: int) -> None:
-        found = diagnose(open_run(self._path))
+        self.judge(step, open_run(self._path))
+
+    def judge(self, step: int, run: Run) -> None:
+        """Diagnose a run as it stands after a step, and act on what is new."""
+        found = diagnose(run)
         if found.verdict == "insufficient_data":
             return
         for finding in found.findings:
