@@ -105,23 +105,24 @@ def _by_class(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _says_mass_flow(frame: pd.DataFrame) -> str:
-    """Of the class whose sampled token moves most: how much, and what moves against it."""
+    """Of the class that moves most probability: a token's mean, and what moves against it."""
     told = []
     for label, rows in frame.groupby("label", sort=False):
         moves = {
             str(cls): {goer: _mean(part[part["goer"] == goer]) for goer in GOERS}
             for cls, part in rows.groupby("cls", sort=False)
         }
+        counts = rows.groupby("cls", sort=False)["tokens"].first()
         known = {cls: move for cls, move in moves.items() if np.isfinite(move["sampled"])}
         if not known:
             continue
-        cls = max(known, key=lambda name: abs(known[name]["sampled"]))
+        cls = max(known, key=lambda name: abs(known[name]["sampled"]) * counts[name])
         own = known[cls]["sampled"]
         to = max(GOERS[1:], key=lambda goer: -known[cls][goer] * np.sign(own))
         verbs = ("loses", "gains") if own < 0 else ("gains", "loses")
         told.append(
             f"{label}: a {cls} token {verbs[0]} {abs(own):.2g} of probability, the {to} "
-            f"{verbs[1]} {abs(known[cls][to]):.2g}"
+            f"{verbs[1]} {abs(known[cls][to]):.2g} (mean of {counts[cls]:,})"
         )
     return joined(told)
 
@@ -135,7 +136,8 @@ def _mean(rows: pd.DataFrame) -> float:
     title="Where does the probability go?",
     caption="Look at each class: what the sampled token loses or gains (top bar), and which other "
     "tokens pay or get it. Pale bars are the taxonomy's first-order prediction, one step size "
-    "fitted for all; where they differ from the full ones, other tokens' updates moved this one.",
+    "fitted for all classes; they differ from the full ones where other tokens' updates moved "
+    "this one, or where one step size does not fit all.",
     group="shift",
     prepare=prepare_mass_flow,
     says=_says_mass_flow,

@@ -49,7 +49,12 @@ def test_prediction_is_what_happens_to_free_logits(run: Run) -> None:
 def test_the_title_names_class_and_goer(run: Run) -> None:
     spec = get_figure("mass_flow")
     assert spec.says is not None
-    said = spec.says(prepare_mass_flow([run]))
+    frame = prepare_mass_flow([run])
+    said = spec.says(frame)
+    first = frame[frame.goer == "sampled"]
+    told = first.loc[(first.measured.abs() * first.tokens).idxmax(), "cls"]
+    assert f"a {told} token" in said, "many tokens count for more than a few that move far"
+    assert "mean of " in said
     assert "of probability, the " in said
     assert any(goer in said for goer in GOERS[1:])
     assert len(render("mass_flow", [run]).axes) == 4
