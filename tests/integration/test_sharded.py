@@ -127,7 +127,7 @@ def looped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def saved(out: Path, way: str, rank: int) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(out / f"{way}-{rank}.pt")
+    found: dict[str, Any] = torch.load(out / f"{way}-{rank}.pt", weights_only=True)
     return found
 
 

@@ -133,6 +133,11 @@ class TopReader:
         self._looked: set[int] = set()
         self._tops: list[TopTokens] = []
 
+    def wants(self, step: int) -> bool:
+        """Whether rollouts of this step are still to be looked at; asks no device."""
+        wanted = self._size > 0 and len(self._looked) < TOPK_ROLLOUTS
+        return wanted and on_schedule(step, self._every)
+
     def choose(
         self, step: int, place: Place, rollout: Tensor, position: Tensor, minibatch: int
     ) -> TopTokens | None:
@@ -146,15 +151,16 @@ class TopReader:
         rollout, position : Tensor of int64, shape (N,)
         minibatch : int
         """
-        wanted = TOPK_ROLLOUTS - len(self._looked)
-        if not self._size or wanted <= 0 or not on_schedule(step, self._every):
+        if not self.wants(step):
             return None
-        numbers = rollout.unique()
-        drawn = hashed(numbers.cpu().numpy(), step)
-        order = np.argsort(drawn)[:wanted]
-        chosen = numbers[torch.from_numpy(order[drawn[order] < self._share]).to(numbers.device)]
+        numbers = rollout.unique().cpu().numpy()
+        numbers = numbers[~np.isin(numbers, list(self._looked))]
+        drawn = hashed(numbers, step)
+        order = np.argsort(drawn)[: TOPK_ROLLOUTS - len(self._looked)]
+        chosen = numbers[order[drawn[order] < self._share]]
         self._looked |= set(chosen.tolist())
-        index = torch.isin(rollout, chosen).nonzero().squeeze(1)
+        wanted = torch.from_numpy(chosen).to(rollout.device)
+        index = torch.isin(rollout, wanted).nonzero().squeeze(1)
         if not len(index):
             return None
         at = tuple(part[index] for part in place)

@@ -274,6 +274,8 @@ class MiniBatch:
 
     def top_tokens(self, recorder: Recorder, step: int) -> TopTokens | None:
         """Rows whose most probable tokens are to be recorded; None if there are none."""
+        if not recorder.tops.wants(step):
+            return None
         length, kept = self.rollouts.mask.shape[1], self.rollouts.kept
         row, position = kept // length, kept % length
         return recorder.tops.choose(step, (row, position), self.rows[row], position, self.index)

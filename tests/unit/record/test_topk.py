@@ -44,6 +44,18 @@ def test_four_rollouts_are_chosen_whose_rows_are_written(share: float) -> None:
     assert reader.choose(4, place, rollout, position, 0) is not None, "the next step begins anew"
 
 
+def test_a_later_pass_looks_at_no_rollout_twice() -> None:
+    row = torch.arange(2).repeat_interleave(T)
+    position = torch.arange(T).repeat(2)
+    reader = TopReader(8, 1, 1.0, 1.0)
+    first = reader.choose(1, (row, position), row, position, 0)
+    assert first is not None
+    assert set(first.rollout.tolist()) == {0, 1}
+    assert reader.wants(1), "two of four rollouts are left to find"
+    assert reader.choose(1, (row, position), row, position, 1) is None, "the second epoch"
+    assert not TopReader(8, 10, 1.0, 1.0).wants(2)
+
+
 def test_nothing_is_read_off_schedule_or_when_switched_off() -> None:
     place, rollout, position = grid()
     assert TopReader(8, 10, 1.0, 1.0).choose(2, place, rollout, position, 0) is None

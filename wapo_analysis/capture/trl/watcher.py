@@ -68,9 +68,8 @@ class TrlWatcher:
     ) -> None:
         self._trainer, self._recorder, self._guard = trainer, recorder, recorder.guard
         self._exact_every, self._log_metrics = exact_every, log_metrics
-        self._rollouts = RolloutReader(trainer)
-        self._prober = TrlProber(trainer, recorder, probe_rows)
-        self._several = trainer.processes > 1
+        self._rollouts, prober = RolloutReader(trainer), TrlProber(trainer, recorder, probe_rows)
+        self._prober, self._several = prober, trainer.processes > 1
         self._inputs: dict[str, Any] | None = None
         self._current: SeenPass | None = None
         self._training = self._generating_now = self._named = False
@@ -230,12 +229,13 @@ class TrlWatcher:
             self._rollouts.take_scores(logps_BT)
 
     def _open(self, inputs: dict[str, Any]) -> None:
-        mask_BT, ids_BT = loss_mask(inputs), inputs["completion_ids"]
-        row, position = place = mask_BT.nonzero(as_tuple=True)
-        rollout, step = self._rollouts.numbers(inputs)[0][row], self._trainer.step
-        choose = self._recorder.tops.choose
-        self._top = choose(step, place, rollout, position, len(self._passes))
-        self._stats.open(mask_BT, ids_BT, self._top)
+        mask_BT, step, tops = loss_mask(inputs), self._trainer.step, self._recorder.tops
+        self._top = None
+        if tops.wants(step):
+            row, position = place = mask_BT.nonzero(as_tuple=True)
+            rollout = self._rollouts.numbers(inputs)[0][row]
+            self._top = tops.choose(step, place, rollout, position, len(self._passes))
+        self._stats.open(mask_BT, inputs["completion_ids"], self._top)
 
     def _take_pass(self, inputs: dict[str, Any], scored: Any, seen: SeenPass) -> None:
         logps_BT, entropies_BT = logps_and_entropies(scored)
