@@ -1,4 +1,4 @@
-"""Does this trainer do what it says? Told from the recorded tokens alone.
+"""Does this trainer do what it says? Detected from the recorded tokens alone.
 
 >>> from wapo_analysis.audit import audit
 >>> audit(run)  # doctest: +SKIP

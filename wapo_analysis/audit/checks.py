@@ -9,7 +9,7 @@ import numpy as np
 
 from wapo_analysis.audit.coefficient import MEANS, Coefficient
 from wapo_analysis.audit.declared import Known
-from wapo_analysis.audit.evidence import Evidence
+from wapo_analysis.audit.evidence import Evidence, exponential
 from wapo_analysis.audit.result import Findings, look
 from wapo_analysis.table import Array
 
@@ -259,22 +259,23 @@ def check_clip(
         wrong = against & zero & (np.abs(x) < 10)  # far out, ratios are held or vanish
         words = "A > 0" if s > 0 else "A < 0"
         if stopped.sum() >= _LEAST:
-            edge = np.exp(x[stopped]).min() if s > 0 else np.exp(x[stopped]).max()
+            ratio = exponential(x[stopped])
+            edge = ratio.min() if s > 0 else ratio.max()
             told.append(f"stops {words} {'above' if s > 0 else 'below'} {edge:.3g}")
-        limit = 3.0 if s < 0 else math.inf  # dual clip stops A < 0 far above
+        # A dual clip stops A < 0 far above.
         early = wrong & (np.abs(x) < math.log(1.9)) if s < 0 else wrong
         if early.sum() >= _LEAST and rows.any():
             free = passed.sum() >= _LEAST and stopped.sum() == 0
             found.deviates(
                 f"clip on the wrong side for {words}",
                 f"tokens with {words} are stopped where the ratio has moved against their push "
-                f"(ratio {np.exp(x[early]).min():.3g} to {np.exp(x[early]).max():.3g})"
+                f"(ratio {exponential(x[early]).min():.3g} to {exponential(x[early]).max():.3g})"
                 + (", and pass where it has moved with it" if free else ""),
                 tokens=f"{int(early.sum())} tokens with {words}",
                 cause="max in the place of min, or a clamp without the min",
                 look=look(seen.source, "ratio"),
             )
-        elif declared is not None and declared.bounds != (0.0, math.inf) and limit:
+        elif declared is not None and declared.bounds != (0.0, math.inf):
             _check_bound(seen, declared, s, passed, stopped, found)
     found.facts[name] = "; ".join(told) or "stops no token"
 
@@ -296,7 +297,7 @@ def _check_bound(
         found.deviates(
             "clip does not act",
             f"tokens with {words} keep their gradient beyond the clip bound {bound:g} (ratio up to "
-            f"{np.exp(seen.log_ratio[over] * sign).max() ** sign:.3g})",
+            f"{exponential(seen.log_ratio[over] * sign).max() ** sign:.3g})",
             tokens=f"{int(over.sum())} tokens",
             cause="the clip is missing, has other bounds, or holds another ratio",
             look=look(seen.source, "ratio"),

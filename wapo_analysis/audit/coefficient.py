@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.audit.evidence import Evidence, by_unit, first_of
+from wapo_analysis.audit.evidence import Evidence, by_unit, exponential, first_of
 from wapo_analysis.audit.totals import ANY_SIZE, Totals
 from wapo_analysis.table import Array
 
@@ -73,7 +73,7 @@ class Coefficient:
     form : tuple of str and float, or None
         What the weights of the first fit divide by, and their scale, where it is one number.
     only_first : str or None
-        Why all this is told from the very first gradient pass alone.
+        Why all this is detected from the very first gradient pass alone.
     scale : dict of str to tuple
         Where the weights are not those of a mean: their sum over a step, and its passes.
     ratio_moves : bool
@@ -257,7 +257,7 @@ class _Units:
         scales = {}
         for form in even:
             level = by_unit(constant + self._forms[form], self._step, len(self._totals.steps))
-            scales[form] = np.exp(level)
+            scales[form] = exponential(level)
         names = set().union(*(self._totals.names(f, scale) for f, scale in scales.items()))
         if self.form is None:
             self.form = even[0], float(np.nanmedian(scales[even[0]]))

@@ -193,6 +193,11 @@ class Evidence:
         return [step for step in steps if (step - 1) % period == 0]
 
 
+def exponential(values: Array) -> Array:
+    """Exp of logs of any size: held within what a float can be."""
+    return np.asarray(np.exp(np.clip(values, -700.0, 700.0)))
+
+
 def _whole(values: Array) -> Array:
     """Integers; -1 where none is known."""
     numbers = np.asarray(pd.to_numeric(pd.Series(values), errors="coerce"), np.float64)

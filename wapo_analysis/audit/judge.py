@@ -84,7 +84,7 @@ def _check_coefficient(seen: Evidence, coefficient: Coefficient, found: Findings
         )
     if coefficient.only_first is not None:
         found.facts["objective"] = (
-            f"told from the first gradient pass alone: in later ones {coefficient.only_first}"
+            f"detected from the first gradient pass alone: in later ones {coefficient.only_first}"
         )
     if coefficient.fits:
         found.facts["ratio"] = _words([str(core) for core in coefficient.fits], coefficient)

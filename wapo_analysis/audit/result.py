@@ -62,7 +62,7 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit(Result):
-    """What a trainer computes, told from its recorded tokens.
+    """What a trainer computes, detected from its recorded tokens.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """A metrics log as it is read: numbers by name and step, until the whole of it is known.
 
-Which name feeds which column, and what several records of one step mean, can only be told from the
+Which name feeds which column, and what several records of one step mean, can only be read off the
 whole log. A resumed run goes back and repeats a range of steps: the later run is read. Ranks or
 micro-batches alternate: their numbers are averaged. Both are said.
 """

@@ -47,7 +47,7 @@ def use_objective(trainer: Any, config: ObjectiveConfig) -> Patches:
     The loss of a gradient pass is that of `wapo_analysis.objectives.loss.policy_loss`; advantages
     and the weights of the rollouts are those of the whole generated batch, over all processes, by
     the objective's own rules. pi_old is what vLLM reported, else the trainer's old
-    log-probabilities. With bins the peaks are told from the model's last hidden states, sent
+    log-probabilities. With bins the peaks are detected from the model's last hidden states, sent
     through its head once more.
 
     Parameters
@@ -332,8 +332,8 @@ class _ObjectiveLoss:
         gap = float((stats.logp - logp).abs().max()) if len(logp) else 0.0
         if gap > _LARGEST_GAP:
             raise UserError(
-                f"peaks cannot be told from valleys: log-probabilities through the model's head "
-                f"differ from the trainer's by {gap:.2g} nats; leave out include_bins and "
+                "peaks and valleys cannot be told apart: log-probabilities through the model's "
+                f"head differ from the trainer's by {gap:.2g} nats; leave out include_bins and "
                 "exclude_bins"
             )
         peaks[mask] = tax.is_peak(logp.exp(), -torch.expm1(logp), stats.collision_rest)
