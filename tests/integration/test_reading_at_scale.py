@@ -27,7 +27,7 @@ def results(library: str, run: Path) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("library", ["duckdb", "dask"])
+@pytest.mark.parametrize("library", ["duckdb", "dask", pytest.param("ray", marks=pytest.mark.slow)])
 def test_classes_and_top_tokens_are_those_of_the_run(library: str, tmp_path: Path) -> None:
     write_fake_run(tmp_path / "run")
     found, run = results(library, tmp_path / "run"), open_run(tmp_path / "run")
