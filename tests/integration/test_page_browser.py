@@ -20,7 +20,7 @@ from wapo_analysis.attribute import attribute_step
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.report.build import build_report
 from wapo_analysis.store import open_run
-from wapo_analysis.store.steplog import step_line
+from wapo_analysis.store.files import step_line
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -23,7 +23,7 @@ from wapo_analysis.importers import import_run
 from wapo_analysis.record.recorder import TokenPass
 from wapo_analysis.schema import STEPS, TOKENS
 from wapo_analysis.table import Records
-from wapo_analysis.train.tally import StepTally
+from wapo_analysis.train.loggers import StepTally
 
 ENTROPY = (0.3, 0.6, 0.9, 0.6)
 Four = dict[str, Tensor]

@@ -1,17 +1,28 @@
-"""The head of a causal language model: what stands between its last hidden states and the softmax.
+"""The head of a causal language model, and statistics read off the logits that it makes.
 
-Shapes: B texts, L positions, V vocabulary, D hidden width.
+`HeadReader` serves a loss that is given log-probabilities alone: a hook on the forward that made
+the logits computes statistics there and then, before anybody divides in place. The loss that
+follows says which positions it wants; a reading counts only if it gives the very log-probabilities
+that the loss was given.
+
+Shapes: B texts of L positions in a forward, M = B (L - 1) of them predicted, V vocabulary, D hidden
+width; P the shape of the loss's log-probabilities, (b, T) or packed (m,); N tokens under its mask.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
-from wapo_analysis.stats import TokenStats, fused_head_stats
+from wapo_analysis.record.batches import MATCH
+from wapo_analysis.record.guard import Guarded, guarded
+from wapo_analysis.stats import TokenStats, fused_head_stats, token_stats
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 # Most by which the logits made here may differ from the model's own, in units of the largest one.
@@ -192,3 +203,182 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
     if float(gap) <= _TOLERANCE.get(theirs.dtype, _HALF_TOLERANCE):
         return None
     return f"{type(inner).__name__} does more than head, scale and soft cap to make its logits"
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one forward said of the tokens it was given.
+
+    Attributes
+    ----------
+    stats : TokenStats, shape (M,)
+        Of the token after each position but the last.
+    ids : Tensor of int64, shape (M,)
+        Those tokens.
+    shape : tuple of int
+        B and L.
+    begins : Tensor of int64, shape (n + 1,), or None
+        Where the n texts of a packed row begin, and L, if the positions given to the model say.
+    """
+
+    stats: TokenStats
+    ids: Tensor
+    shape: tuple[int, int]
+    begins: Tensor | None
+
+    def at(self, index: Tensor) -> tuple[TokenStats, Tensor]:
+        """Statistics and ids at N places, shape (N,)."""
+        return self.stats.map(lambda values: values[index]), self.ids[index]
+
+
+class HeadReader(Guarded):
+    """Reads the logits of a model's forward passes with a graph.
+
+    Parameters
+    ----------
+    temperature : float
+        Softmax temperature of the loss.
+    model : torch.nn.Module, optional
+        The model that makes the logits; by default whichever returns some first. False waits for
+        none: only given logits are read.
+
+    Attributes
+    ----------
+    reason : str
+        Why the last pass had no statistics.
+    """
+
+    def __init__(self, temperature: float = 1.0, model: nn.Module | bool = True) -> None:
+        self.reason = "no model has returned logits"
+        self._temperature = temperature
+        self._reading: Reading | None = None
+        self._used = self._texts = 0  # positions and texts of the reading that losses have had
+        self._handle: RemovableHandle | None = None
+        if isinstance(model, nn.Module):
+            self._handle = model.register_forward_hook(self._forward, with_kwargs=True)
+        elif model:
+            self._handle = register_module_forward_hook(self._find, with_kwargs=True)
+
+    def fail(self, error: Exception) -> None:
+        """Read no more; the loss is watched all the same."""
+        super().fail(error)
+        self.reason = f"reading the logits failed ({self.failure})"
+        self.close()
+
+    def close(self) -> None:
+        """Take the hook out."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _find(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if _named_logits(output) is not None:
+            self.close()
+            self._handle = module.register_forward_hook(self._forward, with_kwargs=True)
+            self._forward(module, args, kwargs, output)
+
+    def _forward(
+        self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        if torch.compiler.is_compiling():
+            return
+        logits = output if isinstance(output, Tensor) else _named_logits(output)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if logits is not None and logits.requires_grad:
+            self.guard(self._read, logits.detach(), ids, kwargs.get("position_ids"))
+
+    def _read(self, logits: Tensor, ids: Any, positions: Any) -> None:
+        self._reading, self._used, self._texts = None, 0, 0
+        if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1] or ids.dim() != 2:
+            self.reason = "the model was not given the token ids of its logits"
+            return
+        following = ids[:, 1:]
+        stats = token_stats(logits[:, :-1], following, self._temperature)
+        begins = _begins(positions, ids)
+        count, length = ids.shape
+        self._reading = Reading(stats, following.flatten(), (count, length), begins)
+
+    @guarded
+    def take(self, logp: Tensor, mask: Tensor) -> tuple[TokenStats, Tensor] | None:
+        """Statistics and ids of the tokens under the mask, shape (N,); None with a ``reason``.
+
+        Parameters
+        ----------
+        logp, mask : Tensor, shape P
+            What the loss was given.
+        """
+        reading, place = self._reading, mask.bool().nonzero(as_tuple=True)
+        if reading is None:
+            return None
+        wanted = logp.detach()[place]
+        for index in self._places(logp, mask, place, reading):
+            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(reading.ids):
+                continue
+            if self._agrees(reading.stats.logp[index], wanted):
+                self._used += len(logp) if logp.dim() == 1 else 0
+                self._texts += 1
+                return reading.at(index)
+        return None
+
+    @guarded
+    def read(self, logits: Tensor, ids: Tensor, logp: Tensor, mask: Tensor) -> TokenStats | None:
+        """Statistics, shape (N,), of logits that the loss itself was given, shape P + (V,)."""
+        mask = mask.bool()
+        stats = token_stats(logits.detach(), ids, self._temperature, mask)
+        return stats if self._agrees(stats.logp, logp.detach()[mask]) else None
+
+    def _agrees(self, logp: Tensor, wanted: Tensor) -> bool:
+        away = float((logp - wanted).abs().mean()) if len(wanted) else 0.0
+        if away > MATCH:
+            self.reason = (
+                "the model's logits do not give the loss's log-probabilities at temperature "
+                f"{self._temperature:g}, {away:.2g} nats away on average"
+            )
+        return away <= MATCH
+
+    def _places(
+        self, logp: Tensor, mask: Tensor, place: tuple[Tensor, ...], reading: Reading
+    ) -> Iterator[Tensor]:
+        """Places of the N tokens among the M predicted ones, by each layout that may be meant."""
+        count, predicted = reading.shape[0], reading.shape[1] - 1
+        if logp.dim() == 1:
+            if count == 1:
+                yield place[0] + self._used - 1  # its own token's probability at each position
+                yield place[0] + self._used  # the next one's
+            return
+        (row, column), width = place, logp.shape[1]
+        if count == len(logp):
+            if width <= predicted:  # the last positions of every text
+                yield row * predicted + predicted - width + column
+            else:
+                yield row * predicted + column - 1
+                yield row * predicted + column
+        begins = reading.begins
+        if count > 1 or begins is None:
+            return
+        if len(logp) == 1 and self._texts < len(begins) - 1:  # one text of the packed row a call
+            yield begins[self._texts] + column
+        elif len(begins) > len(logp):  # each text ends with its completion
+            last = (mask.bool() * torch.arange(1, width + 1, device=mask.device)).amax(1)
+            yield begins[1:][row] - last[row] + column - 1
+
+
+def _named_logits(output: Any) -> Tensor | None:
+    """Logits (B, L, V) of what a model returned, by that name; a value model has V = 1."""
+    named = isinstance(output, Mapping)
+    logits = output.get("logits") if named else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] == 1:
+        return None
+    return logits if logits.requires_grad else None
+
+
+def _begins(positions: Any, ids: Tensor) -> Tensor | None:
+    """Where texts begin in a packed row: wherever positions, shape (1, L), begin again."""
+    if not isinstance(positions, Tensor) or positions.shape != ids.shape or len(ids) != 1:
+        return None
+    zero = (positions[0] == 0).nonzero()[:, 0]
+    return torch.cat([zero, zero.new_tensor([ids.shape[1]])])

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wapo_analysis.capture.head_reader import HeadReader
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.lm_head import HeadReader
 from wapo_analysis.capture.seams import Call, Names
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.record.guard import Closing, Guarded, guarded

@@ -19,8 +19,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.head_reader import HeadReader
 from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.lm_head import HeadReader
 from wapo_analysis.capture.loss import LossWatch
 from wapo_analysis.capture.seams import SEAMS
 from wapo_analysis.errors import UserError

@@ -59,7 +59,7 @@ def _checked(
 ) -> "Task":
     """The task; if its data are refused, their bad rows are printed first."""
     from wapo_analysis.train.tasks import get_task
-    from wapo_analysis.train.tasks.data_report import DataRefused
+    from wapo_analysis.train.tasks.data_files import DataRefused
 
     try:
         return get_task(

@@ -27,9 +27,8 @@ from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.batch import encode_problems
 from wapo_analysis.train.checkpoint import save_checkpoint
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.ending import nothing_left_if_refused, stop_between_steps
 from wapo_analysis.train.launched import launched
-from wapo_analysis.train.manifest import check_resumed
+from wapo_analysis.train.lifecycle import check_resumed, nothing_left_if_refused, stop_between_steps
 from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import NonFiniteLogits, sample

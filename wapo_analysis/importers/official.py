@@ -18,10 +18,9 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.logs import newest_state, read_log
-from wapo_analysis.importers.official_classes import StepCounts, class_table
 from wapo_analysis.importers.readers import json_records, json_value, stored_arrays
 from wapo_analysis.importers.report import ImportReport, spans
-from wapo_analysis.importers.rows import filled_records, numbers
+from wapo_analysis.importers.rows import StepCounts, class_table, filled_records, numbers
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
 from wapo_analysis.importers.values import as_number, as_step, message_text

@@ -17,6 +17,7 @@ from wapo_analysis.plots.frames import (
     step_frame,
     with_empty_classes,
 )
+from wapo_analysis.plots.marks import after, ends, joined, largest_key
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
@@ -43,7 +44,6 @@ from wapo_analysis.plots.style import (
     label_styles,
     new_figure,
 )
-from wapo_analysis.plots.titles import after, ends, joined, largest_key
 from wapo_analysis.schema import axis_label
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need, Run

@@ -16,6 +16,7 @@ from wapo_analysis.plots.frames import (
     mean_over_runs,
     token_frame,
 )
+from wapo_analysis.plots.marks import after, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
@@ -38,7 +39,6 @@ from wapo_analysis.plots.style import (
     new_figure,
     sign_map,
 )
-from wapo_analysis.plots.titles import after, joined
 from wapo_analysis.store import Need, Run
 
 _NOT_BY_TOKEN = ("gspo", "raft")

@@ -16,10 +16,10 @@ from matplotlib.patches import Patch
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
+from wapo_analysis.plots.marks import joined
 from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
-from wapo_analysis.plots.titles import joined
 from wapo_analysis.probes import agreement
 from wapo_analysis.schema import axis_label
 from wapo_analysis.store import Need, Run

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, mean_over_runs, token_frame
+from wapo_analysis.plots.marks import after, changes, joined, largest
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
@@ -29,7 +30,6 @@ from wapo_analysis.plots.style import (
     label_styles,
     new_figure,
 )
-from wapo_analysis.plots.titles import after, changes, joined, largest
 from wapo_analysis.store import Need, Run
 
 FORKING = 0.8

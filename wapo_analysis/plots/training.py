@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_frame
+from wapo_analysis.plots.marks import after, changes, ends, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
     figure_height,
@@ -23,7 +24,6 @@ from wapo_analysis.plots.panels import (
 )
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import INK, label_styles, new_figure
-from wapo_analysis.plots.titles import after, changes, ends, joined
 from wapo_analysis.schema import axis_label
 from wapo_analysis.store import Need, Run
 

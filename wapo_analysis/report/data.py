@@ -21,8 +21,8 @@ import wapo_taxonomy as tax
 
 from wapo_analysis.audit import first_audit
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, Finding, diagnose
-from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.entropy import entropy_band
 from wapo_analysis.errors import UserError
 from wapo_analysis.probes import trust
 from wapo_analysis.schema import STEPS

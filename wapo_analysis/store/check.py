@@ -10,12 +10,19 @@ from typing import Any
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Items, Result, Section
-from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, open_regular
+from wapo_analysis.store.files import (
+    LINE_BYTES,
+    LOG_BYTES,
+    MANIFEST,
+    PART_TABLES,
+    STEP_LOG,
+    LineReader,
+    open_regular,
+)
 from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parquet import named, verify
 from wapo_analysis.store.parts import Key, list_parts, read_steps, read_vocab, settled
-from wapo_analysis.store.steplog import LINE_BYTES, LOG_BYTES, LineReader
 
 _NAMED = 8
 """Steps that one sentence names."""

@@ -14,13 +14,12 @@ import pyarrow as pa
 from wapo_analysis.derive import class_names, derived_columns, with_class
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.schema import TABLES, Table
-from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, step_lines, steps_frame
 from wapo_analysis.store.lock import DEAD, probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parquet import named
 from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab, scan_step
-from wapo_analysis.store.steplog import step_lines, steps_frame
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Array, Records
 

@@ -9,11 +9,17 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import TABLES
-from wapo_analysis.store.files import MANIFEST, STEP_LOG, open_regular
+from wapo_analysis.store.files import (
+    LOG_BYTES,
+    MANIFEST,
+    STEP_LOG,
+    LineReader,
+    open_regular,
+    steps_frame,
+)
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parts import Key, read_rows
 from wapo_analysis.store.reader import Run, parts_frame, summed_classes
-from wapo_analysis.store.steplog import LOG_BYTES, LineReader, steps_frame
 
 _FOLLOWED = ("classes", "probes")
 

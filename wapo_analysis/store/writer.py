@@ -18,6 +18,8 @@ from wapo_analysis.store.files import (
     PART_TABLES,
     STEP_LOG,
     VOCAB,
+    step_line,
+    step_lines,
     sync_folder,
     write_atomic,
 )
@@ -26,7 +28,6 @@ from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.store.merge import merge_parts, replace_files
 from wapo_analysis.store.parquet import FULL_BITS, MANTISSA_BITS, arrow_table, parquet_bytes
 from wapo_analysis.store.parts import list_parts, part_name, read_vocab
-from wapo_analysis.store.steplog import step_line, step_lines
 from wapo_analysis.table import Records
 
 log = logging.getLogger(__name__)

@@ -25,9 +25,8 @@ from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.train.checkpoint import checkpoints, defect, save_checkpoint, step_of
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE
-from wapo_analysis.train.ending import nothing_left_if_refused
+from wapo_analysis.train.lifecycle import new_manifest, nothing_left_if_refused
 from wapo_analysis.train.loop import Progress, begin, train
-from wapo_analysis.train.manifest import new_manifest
 
 _LABEL = 200
 _REPEATED = ("reward", "entropy", "loss", "grad_norm")

@@ -34,20 +34,20 @@ from wapo_analysis.train.batch import (
 from wapo_analysis.train.checkpoint import keep_checkpoint, load_optimizer, naming, resume_point
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.distributed import ALONE, World
-from wapo_analysis.train.ending import (
-    closed_as_it_ended,
-    nothing_left_if_refused,
-    stop_between_steps,
-)
 from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.launched import check_processes
-from wapo_analysis.train.loggers import check_loggers, open_loggers
-from wapo_analysis.train.manifest import check_resumed, open_recorder
+from wapo_analysis.train.lifecycle import (
+    check_resumed,
+    closed_as_it_ended,
+    nothing_left_if_refused,
+    open_recorder,
+    stop_between_steps,
+)
+from wapo_analysis.train.loggers import StepTally, check_loggers, open_loggers
 from wapo_analysis.train.models import Policy, configured_policy, recomputing, repeatable
 from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.rollout import Rollouts
 from wapo_analysis.train.scoring import kept_tokens, planned, rescored, score
-from wapo_analysis.train.tally import StepTally
 
 Progress = Callable[[dict[str, float]], None]
 

@@ -11,8 +11,7 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture.lm_head import LmHead, head_obstacle, inner_model
-from wapo_analysis.capture.mode import (
+from wapo_analysis.capture.hooks import (
     PASSIVE,
     REPLACE,
     CaptureMode,
@@ -20,6 +19,7 @@ from wapo_analysis.capture.mode import (
     earlier_mode,
     free_memory,
 )
+from wapo_analysis.capture.lm_head import LmHead, head_obstacle, inner_model
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import keep_tokens
 from wapo_analysis.record.topk import ReadRows

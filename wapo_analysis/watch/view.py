@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
-from wapo_analysis.diagnose.band import Band, entropy_band
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.entropy import Band, entropy_band
 from wapo_analysis.errors import printable
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run

@@ -9,7 +9,7 @@ import pytest
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import import_run
-from wapo_analysis.importers.official_classes import StepCounts
+from wapo_analysis.importers.rows import StepCounts
 from wapo_analysis.store import Run, open_run
 
 SOURCE = Path(__file__).parents[2] / "data" / "official_run"

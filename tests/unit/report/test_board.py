@@ -10,7 +10,7 @@ from tests.support.builders import write_fake_run
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.report.board import Shelf, application
 from wapo_analysis.report.data import run_id
-from wapo_analysis.store.steplog import step_line
+from wapo_analysis.store.files import step_line
 
 pytest.importorskip("starlette", reason="needs the extra [board]")
 pytest.importorskip("httpx", reason="starlette's test client needs httpx")

@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task
-from wapo_analysis.train.tasks.data_files import read_rows
-from wapo_analysis.train.tasks.data_report import DataRefused, DataReport
-from wapo_analysis.train.tasks.data_split import is_held_out, split
+from wapo_analysis.train.tasks.data_files import (
+    DataRefused,
+    DataReport,
+    is_held_out,
+    read_rows,
+    split,
+)
 from wapo_analysis.train.tasks.file_task import FileTask, load_file_task
 from wapo_analysis.train.tasks.hotpotqa import HotpotQA
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task
-from wapo_analysis.train.tasks.form import BadRow
+from wapo_analysis.train.tasks.base import BadRow
 from wapo_analysis.train.tasks.hotpotqa import HotpotQA, exact_match, f1, normalize, stated_answer
 
 SAMPLE = str(Path(__file__).parents[2] / "data" / "tasks" / "hotpotqa.json")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task, judge
-from wapo_analysis.train.tasks.form import BadRow
+from wapo_analysis.train.tasks.base import BadRow
 from wapo_analysis.train.tasks.judge import Judge
 from wapo_analysis.train.tasks.math_problems import (
     MAX_BOX,

@@ -8,9 +8,8 @@ import pytest
 import wapo_taxonomy as wt
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.verify import forms, positions
-from wapo_analysis.verify.identities import Identity, run_identities
-from wapo_analysis.verify.observations import run_observations
+from wapo_analysis.verify import positions
+from wapo_analysis.verify.identities import Identity, run_identities, run_observations
 
 
 def failed(found: list[Identity]) -> set[str]:
@@ -141,7 +140,7 @@ def test_disagreement_is_only_peaks_between_the_two_borders() -> None:
     """README section 4: the rule fails for S <= p < p*, where f(p*) = Q + S H, and nowhere else."""
     rng = np.random.default_rng(5)
     probs = positions.softmax(rng.choice([0.5, 1, 3], (200, 1)) * rng.standard_normal((200, 300)))
-    rates, peak = forms.every_token(probs)
+    rates, peak = positions.every_token(probs)
     h = positions.entropy(probs)[:, None]
     s, q = (probs**2).sum(1, keepdims=True), (probs**2 * np.log(probs)).sum(1, keepdims=True)
     low, high = np.broadcast_to(s, (200, 1)).copy(), np.ones((200, 1))

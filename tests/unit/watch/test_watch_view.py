@@ -10,8 +10,8 @@ import wapo_taxonomy as tax
 from tests.support.builders import write_fake_run
 from tests.support.terminal import shown
 from wapo_analysis.diagnose import diagnose
-from wapo_analysis.diagnose.band import entropy_band
 from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors.entropy import entropy_band
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.watch.chart import Rule, bar, bucket_means, line_chart
 from wapo_analysis.watch.view import TERMS, one_line, render

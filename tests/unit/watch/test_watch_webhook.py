@@ -178,7 +178,7 @@ def test_whatever_answers_the_watch_goes_on(answer: str) -> None:
 def test_an_answer_that_trickles_does_not_hold_the_watch_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wapo_analysis.watch.notify.TIMEOUT", 0.05)
+    monkeypatch.setattr("wapo_analysis.watch.live.TIMEOUT", 0.05)
     go_on = threading.Event()
     notifier = Notifier("http://x.example", cooldown=0.0, send=lambda url, body: go_on.wait(9))
     assert notifier.offer(diagnosis(finding("a"))) is None

@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from wapo_analysis.capture.hooks import Patches
-from wapo_analysis.capture.mode import PASSIVE, REPLACE, CaptureMode
+from wapo_analysis.capture.hooks import PASSIVE, REPLACE, CaptureMode, Patches
 from wapo_analysis.capture.trl.passes import check_probing
 from wapo_analysis.capture.trl.replace import check_replaceable
 from wapo_analysis.capture.trl.stats import richer_head

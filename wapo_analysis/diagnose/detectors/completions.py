@@ -5,8 +5,13 @@ import numpy as np
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice, leave_out
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.heldout import held_out_follows
-from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.levels import LEVEL_SIGMAS, lasting, level_finding, risen
+from wapo_analysis.diagnose.detectors.registry import (
+    LEVEL_SIGMAS,
+    detector,
+    lasting,
+    level_finding,
+    risen,
+)
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need

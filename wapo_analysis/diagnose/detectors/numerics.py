@@ -5,8 +5,7 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.levels import lasting, level_finding
+from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.store import Need

@@ -5,8 +5,7 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.levels import lasting
+from wapo_analysis.diagnose.detectors.registry import detector, lasting
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import RewardState
 from wapo_analysis.series import Series, silent_since

@@ -14,8 +14,7 @@ alone, so that a stored run can be graded again.
 
 from wapo_analysis.train.tasks.base import EmbeddedTask, Problem, Task
 from wapo_analysis.train.tasks.catalogue import KINDS, TASKS, TaskKind, check_task, get_task
-from wapo_analysis.train.tasks.chain_sum import ChainSum
-from wapo_analysis.train.tasks.two_hop import TwoHop
+from wapo_analysis.train.tasks.embedded import ChainSum, TwoHop
 
 __all__ = [
     "KINDS",

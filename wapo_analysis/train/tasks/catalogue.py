@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.train.tasks.base import EmbeddedTask, Task
-from wapo_analysis.train.tasks.chain_sum import ChainSum
+from wapo_analysis.train.tasks.base import EmbeddedTask, Format, Task
+from wapo_analysis.train.tasks.embedded import ChainSum, TwoHop
 from wapo_analysis.train.tasks.file_task import FileTask, load_file_task
-from wapo_analysis.train.tasks.form import Format
 from wapo_analysis.train.tasks.hotpotqa import HotpotQA
 from wapo_analysis.train.tasks.judge import require
 from wapo_analysis.train.tasks.math_problems import Gsm8k, MathProblems
 from wapo_analysis.train.tasks.own import OwnReward
 from wapo_analysis.train.tasks.reasoning_gym import PREFIX, ReasoningGym, parse_settings
-from wapo_analysis.train.tasks.two_hop import TwoHop
 
 TASKS: Final[dict[str, EmbeddedTask]] = {task.name: task for task in (ChainSum(), TwoHop())}
 

@@ -1,4 +1,4 @@
-"""Rows of a data file or of a hub data set, each with its place; unreadable ones keep theirs.
+"""Rows of a data file or of a hub data set: read, counted, and split into training and held-out.
 
 Reading and judging are apart: this module says what stands where, ``file_task`` what can be used.
 """
@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.store.files import open_regular
+from wapo_analysis.train.tasks.base import Problem
 
 LINES: Final = (".jsonl", ".ndjson")
 SUFFIXES: Final = (*LINES, ".json", ".parquet")
@@ -188,3 +189,143 @@ def _first(error: BaseException) -> str:
     """First line of an exception's message, or its name."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def digest(question: str) -> int:
+    """First 64 bits of a question's SHA-256."""
+    return int.from_bytes(hashlib.sha256(question.encode("utf-8")).digest()[:8], "big")
+
+
+def is_held_out(question: str, fraction: float) -> bool:
+    """Whether the SHA-256 of a question, as a fraction of the largest, is below ``fraction``."""
+    return digest(question) < fraction * 2.0**64
+
+
+def split(
+    problems: list[tuple[str, Problem]], fraction: float
+) -> tuple[list[Problem], list[Problem]]:
+    """Split problems by their questions.
+
+    Parameters
+    ----------
+    problems : list of (str, Problem)
+        Question and problem.
+    fraction : float
+        In [0, 1). If it is above 0 and there are two questions or more, neither side is empty.
+
+    Returns
+    -------
+    train : list of Problem
+        In the order given.
+    held_out : list of Problem
+        In the order of their digests.
+    """
+    values = sorted({digest(question) for question, _ in problems})
+    count = sum(value < fraction * 2.0**64 for value in values)
+    if fraction > 0:
+        count = min(max(count, 1), len(values) - 1)
+    held = set(values[:count])
+    train = [problem for question, problem in problems if digest(question) not in held]
+    chosen = [(digest(q), problem) for q, problem in problems if digest(q) in held]
+    return train, [problem for _, problem in sorted(chosen, key=lambda pair: pair[0])]
+
+
+MAX_BAD_SHARE: Final = 0.05
+"""Share of unusable rows above which a file is refused."""
+_SHOWN: Final = 5
+_RECORDED: Final = 100
+
+
+class DataRefused(UserError):
+    """Too much of a source is unusable; ``report`` says what.
+
+    Parameters
+    ----------
+    message : str
+    report : DataReport
+    """
+
+    def __init__(self, message: str, report: "DataReport") -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Account of one source of rows.
+
+    Attributes
+    ----------
+    task, source, sha256 : str
+    rows : int
+        Rows found, usable or not.
+    skipped : tuple of str
+        Every unusable row, as ``"line 4: no 'question'"``.
+    repeated : tuple of str
+        Every row that says again what an earlier one says, used once.
+    """
+
+    task: str
+    source: str
+    sha256: str
+    rows: int
+    skipped: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> int:
+        """Rows that became problems."""
+        return self.rows - len(self.skipped) - len(self.repeated)
+
+    def check(self, fields: str = "") -> None:
+        """Refuse a source that is mostly not what it should be.
+
+        Parameters
+        ----------
+        fields : str
+            Fields that the rows do have, for the message.
+
+        Raises
+        ------
+        DataRefused
+            If no row can be used, or more than 5 % of the rows cannot.
+        """
+        if self.used and len(self.skipped) <= MAX_BAD_SHARE * self.rows:
+            return
+        found = f" (fields found: {fields})" if fields else ""
+        raise DataRefused(
+            f"{self.task}: {len(self.skipped)} of {self.rows} rows of {self.source} cannot be "
+            f"used, more than {MAX_BAD_SHARE:.0%}: {_shown(self.skipped)}{found}",
+            self,
+        )
+
+    def to_line(self) -> str:
+        """One line on what was left out, empty if nothing was."""
+        parts = []
+        if self.skipped:
+            parts.append(
+                f"{len(self.skipped)} of {self.rows} rows of {self.source} skipped: "
+                + _shown(self.skipped)
+            )
+        if self.repeated:
+            many = f"{len(self.repeated)} repeated row{'s' if len(self.repeated) > 1 else ''}"
+            parts.append(f"{many} of {self.source} left out: {_shown(self.repeated)}")
+        return f"{self.task}: {'; and '.join(parts)}" if parts else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest; the first hundred rows left out are named."""
+        return {
+            "file": self.source,
+            "sha256": self.sha256,
+            "rows": self.rows,
+            "used": self.used,
+            "skipped_rows": len(self.skipped),
+            "skipped": list(self.skipped[:_RECORDED]),
+            "repeated_rows": len(self.repeated),
+            "repeated": list(self.repeated[:_RECORDED]),
+        }
+
+
+def _shown(named: tuple[str, ...]) -> str:
+    more = len(named) - _SHOWN
+    return ", ".join(named[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

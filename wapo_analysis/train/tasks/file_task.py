@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem, check_count
-from wapo_analysis.train.tasks.data_files import Source, read_rows
-from wapo_analysis.train.tasks.data_report import DataReport
-from wapo_analysis.train.tasks.data_split import digest, split
-from wapo_analysis.train.tasks.form import BadRow, Format, text_field
+from wapo_analysis.train.tasks.base import BadRow, Format, Problem, check_count, text_field
+from wapo_analysis.train.tasks.data_files import DataReport, Source, digest, read_rows, split
 
 log = logging.getLogger(__name__)
 

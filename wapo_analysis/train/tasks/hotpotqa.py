@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem
-from wapo_analysis.train.tasks.form import BadRow, text_field
+from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 _ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")

@@ -12,8 +12,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final
 
-from wapo_analysis.train.tasks.base import Problem
-from wapo_analysis.train.tasks.form import BadRow, text_field
+from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 from wapo_analysis.train.tasks.judge import Judge, require
 
 MAX_BOX: Final = 1000

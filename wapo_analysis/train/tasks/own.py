@@ -24,8 +24,7 @@ from typing import Any, Final
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem
-from wapo_analysis.train.tasks.form import BadRow, text_field
+from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 
 _ALWAYS: Final = ("prompt", "completion", "problem")
 

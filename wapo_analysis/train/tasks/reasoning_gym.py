@@ -14,7 +14,7 @@ import numpy as np
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks.base import Problem, check_count
-from wapo_analysis.train.tasks.data_split import is_held_out
+from wapo_analysis.train.tasks.data_files import is_held_out
 from wapo_analysis.train.tasks.judge import START_SECONDS, Judge, require
 
 PREFIX: Final = "reasoning-gym:"
