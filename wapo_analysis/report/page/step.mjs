@@ -186,7 +186,7 @@ function classTable(run, step) {
   const rows = CLASSES.map((cls) => [classTag(cls), number(of("tokens", cls)), percent(of("tokens", cls) / tokens),
     mass ? percent(of("grad_mass", cls) / mass) : "n/a", signed(of("pred_dentropy_sum", cls)),
     flow ? percent(Math.abs(of("pred_dentropy_sum", cls)) / flow) : "n/a", trusted(run, cls)]);
-  return table(["class", "tokens", "share", "gradient", "predicted dH", "its share", "sign right"],
+  return table(["class", "tokens", "of tokens", "of gradient", "predicted dH", "of dH", "sign right"],
     rows, { numeric: [1, 2, 3, 4, 5, 6] });
 }
 
