@@ -2,6 +2,8 @@
 
 import errno
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 import typer
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.cli.train import _check_kept
+from wapo_analysis.cli.train import _ended, shown_progress
 from wapo_analysis.store import manifest as store_manifest
 from wapo_analysis.store import open_run, read_manifest
 from wapo_analysis.store.manifest import write_manifest
@@ -48,16 +50,16 @@ def test_the_exit_code_tells_a_job_script(
 ) -> None:
     run = write_fake_run(tmp_path / "run", steps=8, status=status)
     with pytest.raises(typer.Exit) as left:
-        _check_kept(run)
+        _ended(run)
     assert left.value.exit_code == 3
     assert status in capsys.readouterr().err
 
 
 def test_a_folder_that_vanished_is_told(tmp_path: Path) -> None:
     with pytest.raises(typer.Exit) as left:
-        _check_kept(tmp_path / "gone")
+        _ended(tmp_path / "gone")
     assert left.value.exit_code == 3
-    _check_kept(write_fake_run(tmp_path / "whole", steps=8))
+    _ended(write_fake_run(tmp_path / "whole", steps=8))
 
 
 def test_the_ending_is_written_where_nothing_else_has_room(
@@ -71,3 +73,30 @@ def test_the_ending_is_written_where_nothing_else_has_room(
     monkeypatch.setattr(store_manifest, "write_atomic", full)
     write_manifest(run, read_manifest(run).changed({"status": "recording_failed"}))
     assert read_manifest(run).status == "recording_failed"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_log_on_a_full_disk_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_fake_run(tmp_path / "run", steps=8)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with shown_progress("grpo seed 0", 3) as shown:
+            for step in (1, 2, 3):
+                shown({"step": step, "reward": 0.5, "entropy": 1.0})
+        told = capsys.readouterr().err.splitlines()
+        _ended(run)  # says where the run is, or leaves it; never an exit
+        monkeypatch.undo()
+    assert told == ["wapo: progress is no longer shown: No space left on device; training goes on"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_result_that_cannot_be_printed_is_one_line_and_a_failure(tmp_path: Path) -> None:
+    run = write_fake_run(tmp_path / "run", steps=8)
+    command = f"{sys.executable} -m wapo_analysis diagnose '{run}' > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "wapo: cannot read or write the output: No space left on device\n",
+    )

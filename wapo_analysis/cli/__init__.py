@@ -5,7 +5,6 @@ in one line; 3 the training went to its end, but its record or last checkpoint c
 (disk full, folder gone); 130 interrupted.
 """
 
-import os
 import re
 import sys
 from importlib import import_module
@@ -13,7 +12,7 @@ from inspect import cleandoc
 
 import typer
 
-from wapo_analysis.cli.common import console_error
+from wapo_analysis.cli.common import console_error, drop_output
 from wapo_analysis.errors import UserError, closest
 from wapo_analysis.version import __version__
 
@@ -95,9 +94,13 @@ def run(arguments: list[str]) -> int:
         console_error("interrupted")
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has seen enough; keep the interpreter from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()  # the reader (head, less) has seen enough
         return 0
+    except OSError as error:
+        drop_output()
+        place = error.filename or "the output"
+        console_error(f"cannot read or write {place}: {error.strerror or error}")
+        return 2
     except Exception as error:
         return _usage_error(error)
     return result if isinstance(result, int) else 0

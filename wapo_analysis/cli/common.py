@@ -1,6 +1,9 @@
 """What several commands share: arguments, opening runs, error lines."""
 
 import json
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,8 +46,14 @@ def show(result: "Result", format: Format) -> None:
 
 
 def console_error(text: str) -> None:
-    """One error line on stderr."""
-    typer.echo(f"wapo: {printable(text)}", err=True)
+    """One error line on stderr; where that cannot be written, nothing."""
+    with suppress(OSError):
+        typer.echo(f"wapo: {printable(text)}", err=True)
+
+
+def drop_output() -> None:
+    """Keep the interpreter from complaining at its exit about output that nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def open_runs(paths: list[Path]) -> "list[Run]":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import console_error, progress, say
+from wapo_analysis.cli.common import console_error, drop_output, progress, say
 from wapo_analysis.declare import Declared, declared_settings, settings_table
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig
@@ -171,9 +171,7 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
         console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
     if first:
-        _check_kept(folder)
-        say(f"run: {folder}")
-        say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+        _ended(folder)
 
 
 def _train_with_trl(settings: TrainConfig, folder: Path, **options: Any) -> None:
@@ -195,13 +193,11 @@ def _train_with_trl(settings: TrainConfig, folder: Path, **options: Any) -> None
     except NonFiniteLogits as error:
         console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
-    _check_kept(folder)
-    say(f"run: {folder}")
-    say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+    _ended(folder)
 
 
-def _check_kept(folder: Path) -> None:
-    """Exit with 3 if the training is done but its record or last checkpoint is not on disk."""
+def _ended(folder: Path) -> None:
+    """Name the run; exit with 3 if the training is done but record or checkpoint is not on disk."""
     from wapo_analysis.store import read_manifest
 
     try:
@@ -211,6 +207,10 @@ def _check_kept(folder: Path) -> None:
     if status != "finished":
         console_error(f"the training is done, but the run in {folder} is not whole: {status}")
         raise typer.Exit(3)
+    try:
+        say(f"run: {folder}\nnext: wapo diagnose {folder}   |   wapo report {folder}")
+    except OSError:
+        drop_output()  # what counts is on disk
 
 
 @contextmanager
@@ -258,6 +258,9 @@ def shown_progress(
 ) -> Iterator[Callable[[Row], None]]:
     """Show the rows of steps as they come: a bar on a terminal, else lines on stdout.
 
+    Where they can no longer be written (a log on a full disk, a pipe that nobody reads) one line
+    says so and the training goes on.
+
     Parameters
     ----------
     name : str
@@ -270,17 +273,23 @@ def shown_progress(
     err : bool
         Lines go to stderr.
     """
-    begun = False
+    begun = silent = False
     terminal = sys.stdout.isatty() and sys.stderr.isatty()
     with progress() if terminal else nullcontext() as bar:
         show = step_lines(steps, err) if bar is None else _bar(bar, name, steps)
 
         def shown(row: Row) -> None:
-            nonlocal begun
-            if not begun and folder is not None:
-                typer.echo(printable(_capture_line(folder)), err=True)
+            nonlocal begun, silent
+            if silent:
+                return
+            try:
+                if not begun and folder is not None:
+                    typer.echo(printable(_capture_line(folder)), err=True)
+                show(row)
+            except OSError as error:
+                silent = True
+                console_error(f"progress is no longer shown: {error.strerror}; training goes on")
             begun = True
-            show(row)
 
         yield shown
     if not begun:
