@@ -167,9 +167,9 @@ def _stale(draw: Draw, lag: int = 12) -> Draw:
     """Batches sampled ``lag`` steps ago, as an asynchronous trainer that lags behind uses them."""
     waiting: deque[Any] = deque()
 
-    def late(policy: Any, task: Task, config: TrainConfig, step: int, *world: Any) -> Any:
+    def late(policy: Any, task: Task, config: TrainConfig, step: int) -> Any:
         while len(waiting) <= lag:
-            waiting.append(draw(policy, task, config, step + len(waiting), *world))
+            waiting.append(draw(policy, task, config, step + len(waiting)))
         return waiting.popleft()
 
     return late
@@ -183,10 +183,10 @@ def _broken(break_policy: Callable[[Any], None]) -> Callable[[Draw], Draw]:
     """From step ``BREAK_AT`` on something in the policy is not a number."""
 
     def broken(draw: Draw) -> Draw:
-        def breaking(policy: Any, task: Task, config: TrainConfig, step: int, *world: Any) -> Any:
+        def breaking(policy: Any, task: Task, config: TrainConfig, step: int) -> Any:
             if step == BREAK_AT:
                 break_policy(next(policy.module.parameters()))
-            return draw(policy, task, config, step, *world)
+            return draw(policy, task, config, step)
 
         return breaking
 

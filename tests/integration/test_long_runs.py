@@ -43,10 +43,10 @@ def interrupted_at(stop: int, config: TrainConfig, out: Path, number: int = sign
     """Train until the signal arrives, in the middle of step ``stop``."""
     draw = loop.draw_batch
 
-    def drawn(policy, task, config, step, world):
+    def drawn(policy, task, config, step):
         if step == stop:
             os.kill(os.getpid(), number)
-        return draw(policy, task, config, step, world)
+        return draw(policy, task, config, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_batch", drawn)
@@ -99,11 +99,11 @@ def test_a_second_interrupt_stops_at_once_and_leaves_a_valid_run(
 ) -> None:
     draw = loop.draw_batch
 
-    def impatient(policy, task, config, step, world):
+    def impatient(policy, task, config, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(policy, task, config, step, world)
+        return draw(policy, task, config, step)
 
     monkeypatch.setattr(loop, "draw_batch", impatient)
     with pytest.raises(KeyboardInterrupt):

@@ -5,7 +5,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +110,7 @@ def train(
         wapo train --model smollm2 --precision bf16-mixed --set lora_rank=16 --out runs/lora
         wapo train --out runs/wapo --steps 200 --resume
 
-    Several processes: torchrun --nproc-per-node 2 -m wapo_analysis train ...
+    Several processes, with TRL: torchrun --nproc-per-node 2 -m wapo_analysis train ...
     """
     if settings:
         typer.echo(settings_table(TrainConfig))
@@ -144,56 +144,41 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
     """Train, alone or with the processes a launcher has started, and say how it ended."""
-    from wapo_analysis.train.distributed import ProcessFailed
-    from wapo_analysis.train.launched import joined_processes
-    from wapo_analysis.train.loop import train as run_training
-    from wapo_analysis.train.rollout import NonFiniteLogits
-
-    if settings.engine == "trl":
-        _train_with_trl(settings, folder, **options)
-        return
-    first = True
-    try:
-        with joined_processes(settings.device) as world:
-            first = world.first
-            run = partial(run_training, settings, folder, world=world, **options)
-            if not first:
-                run()
-                return
-            name = f"{settings.shown_label} seed {settings.seed}"
-            with shown_progress(name, settings.steps, folder) as shown:
-                run(progress=shown)
-    except NonFiniteLogits as error:
-        if first:
-            console_error(f"stopped: {error}; the run up to here is in {folder}")
-        raise typer.Exit(1) from error
-    except ProcessFailed as error:
-        console_error(f"stopped: {error}; the run up to here is in {folder}")
-        raise typer.Exit(1) from error
-    if first:
-        _ended(folder)
-
-
-def _train_with_trl(settings: TrainConfig, folder: Path, **options: Any) -> None:
-    """Train on TRL's trainer and say how it ended."""
-    from wapo_analysis.engines.trl import train_with_trl
-    from wapo_analysis.engines.trl_settings import updates_per_batch
-    from wapo_analysis.train.launched import launched
+    from wapo_analysis.engines.trl_settings import ProcessFailed, launched
     from wapo_analysis.train.rollout import NonFiniteLogits
 
     rank, processes = launched()
-    if rank:
-        train_with_trl(settings, folder, **options)
-        return
-    say(f"engine: TRL's GRPOTrainer, {processes} process{'es' * (processes > 1)}")
+    if processes > 1 and settings.engine != "trl":
+        if options["resume"]:
+            raise UserError("a run of the built-in trainer goes on in one process, not in several")
+        settings = replace(settings, engine="trl")
+    run, steps = _on_engine(settings)
     name = f"{settings.shown_label} seed {settings.seed}"
     try:
-        with shown_progress(name, settings.steps * updates_per_batch(settings), folder) as shown:
-            train_with_trl(settings, folder, progress=shown, **options)
-    except NonFiniteLogits as error:
-        console_error(f"stopped: {error}; the run up to here is in {folder}")
+        if rank:
+            run(settings, folder, **options)
+            return
+        if settings.engine == "trl":
+            say(f"engine: TRL's GRPOTrainer, {processes} process{'es' * (processes > 1)}")
+        with shown_progress(name, steps, folder) as shown:
+            run(settings, folder, progress=shown, **options)
+    except (NonFiniteLogits, ProcessFailed) as error:
+        if rank == 0 or isinstance(error, ProcessFailed):
+            console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise typer.Exit(1) from error
     _ended(folder)
+
+
+def _on_engine(settings: TrainConfig) -> tuple[Callable[..., Any], int]:
+    """What trains, and the number of its last step."""
+    if settings.engine == "trl":
+        from wapo_analysis.engines.trl import train_with_trl
+        from wapo_analysis.engines.trl_settings import updates_per_batch
+
+        return train_with_trl, settings.steps * updates_per_batch(settings)
+    from wapo_analysis.train.loop import train as built_in
+
+    return built_in, settings.steps
 
 
 def _ended(folder: Path) -> None:
@@ -216,7 +201,7 @@ def _ended(folder: Path) -> None:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Leave what all processes of a run would say of an error to the first of them."""
-    from wapo_analysis.train.launched import launched
+    from wapo_analysis.engines.trl_settings import launched
 
     try:
         yield

@@ -1,5 +1,6 @@
 """What our settings are called in TRL's GRPOConfig, and which have no counterpart there."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -45,8 +46,39 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "on_critical": _NONE,
 }  # fmt: skip
 """Each setting of ours: where it goes on this engine; empty where there is no counterpart."""
+_TOLD: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OPTIM = {"adamw": "adamw_torch", "sgd": "sgd"}
 _LOGS = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb"]}
+
+
+class ProcessFailed(RuntimeError):
+    """Another process of the run has failed."""
+
+    def __str__(self) -> str:
+        return "another process of this run has ended or does not answer"
+
+
+def launched() -> tuple[int, int]:
+    """Rank of this process and number of processes, as a launcher has told; else 0 and 1."""
+    if not all(name in os.environ for name in _TOLD):
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def check_gpus(config: TrainConfig, processes: int) -> None:
+    """Refuse more processes than this machine has GPUs.
+
+    Raises
+    ------
+    UserError
+        If there are more, and the run is one on GPUs.
+    """
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), torch.cuda.device_count()
+    if processes > 1 and _uses_cuda(config) and here > gpus:
+        raise UserError(
+            f"{here} processes on a machine with {gpus} GPU{'s' * (gpus != 1)}; start at most "
+            f"{gpus}, or set device to cpu"
+        )
 
 
 def check_counterparts(config: TrainConfig) -> None:
@@ -105,7 +137,7 @@ def trl_settings(config: TrainConfig, out: Path, processes: int) -> dict[str, An
         "max_grad_norm": config.max_grad_norm,
         "seed": config.seed,
         "full_determinism": config.deterministic,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        _checkpointing(): config.gradient_checkpointing,
         "bf16": _is_mixed(config),
         "use_cpu": not _uses_cuda(config),
         "save_strategy": "steps",
@@ -124,6 +156,15 @@ def trl_settings(config: TrainConfig, out: Path, processes: int) -> dict[str, An
 def updates_per_batch(config: TrainConfig) -> int:
     """Optimizer updates on one batch of rollouts."""
     return config.epochs * config.minibatches
+
+
+def _checkpointing() -> str:
+    """Name of the setting, which transformers 6 will no longer call gradient_checkpointing."""
+    from trl import GRPOConfig
+
+    new = "activation_checkpointing"
+    known = {field.name for field in fields(GRPOConfig)}
+    return new if new in known else "gradient_checkpointing"
 
 
 def _uses_cuda(config: TrainConfig) -> bool:

@@ -37,8 +37,6 @@ class BatchWeights:
         Rollouts that are counted.
     num_minibatches : int
         Optimizer steps the batch is split into.
-    world_size : int
-        Ranks that ``multiplier`` is for: their gradients are averaged.
     """
 
     sequence_weight: Tensor
@@ -46,12 +44,6 @@ class BatchWeights:
     multiplier: float
     contributing: Tensor
     num_minibatches: int = 1
-    world_size: int = 1
-
-    @property
-    def summed_multiplier(self) -> float:
-        """The factor for gradients that are summed over ranks instead of averaged."""
-        return self.multiplier / self.world_size
 
     def on(self, device: torch.device) -> BatchWeights:
         """The same with its tensors on a device."""
@@ -138,7 +130,6 @@ def batch_weights(
     rollouts_per_prompt: int,
     num_minibatches: int = 1,
     world_size: int = 1,
-    summed: bool = False,
 ) -> BatchWeights:
     """Weight of each rollout of a whole batch, before any kept-token normalisation.
 
@@ -168,9 +159,6 @@ def batch_weights(
         Rollouts sampled per prompt.
     num_minibatches, world_size : int
         Optimizer steps per batch; ranks that share it.
-    summed : bool
-        The trainer adds gradients up over ranks, by ``summed_multiplier``, so the sum is what one
-        rank alone would have; the published rules take their mean over ranks all the same.
 
     Returns
     -------
@@ -206,14 +194,12 @@ def batch_weights(
         _Batch(tokens_n, member, contributing, rollouts_per_prompt, config.max_seq_len)
     )
     units = max(units, 1.0)
-    ranks = 1 if summed and config.rules.fair_units else world_size
     return BatchWeights(
         sequence_weight=torch.from_numpy(weight),
         normalizer=units,
-        multiplier=_multiplier(config, units, num_minibatches, ranks),
+        multiplier=_multiplier(config, units, num_minibatches, world_size),
         contributing=torch.from_numpy(contributing),
         num_minibatches=num_minibatches,
-        world_size=ranks,
     )
 
 

@@ -1,8 +1,8 @@
 """One batch of rollouts, its step statistics, and its mini-batches on their way through the loss.
 
 Shapes: P prompts, R rollouts per prompt, B = P R. Rollout i = k P + p is the k-th of prompt p, so
-that every run of P rollouts, hence every mini-batch, holds all prompts evenly. Of a mini-batch this
-process holds b rollouts, T completion positions, N completion tokens.
+that every run of P rollouts, hence every mini-batch, holds all prompts evenly. A mini-batch holds
+b rollouts, T completion positions, N completion tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,19 +25,16 @@ from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import Rollouts, sample
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
 
-_OF_TOKENS = ("completion_ids", "mask", "logp_old", "entropy")  # of rollouts, shape (B, T)
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Sampled and graded rollouts of one step, those of all processes.
+    """Sampled and graded rollouts of one step.
 
     Attributes
     ----------
@@ -49,8 +46,6 @@ class Batch:
     rewards, advantages : ndarray of float64, shape (B,)
     group : ndarray of int64, shape (B,)
         Prompt of each rollout, 0..P-1.
-    mine : ndarray of int64, shape (b,)
-        Rollouts that this process sampled and trains on.
     """
 
     problems: list[Problem]
@@ -60,7 +55,6 @@ class Batch:
     rewards: np.ndarray[Any, np.dtype[np.float64]]
     advantages: np.ndarray[Any, np.dtype[np.float64]]
     group: np.ndarray[Any, np.dtype[np.int64]]
-    mine: np.ndarray[Any, np.dtype[np.int64]]
 
     @cached_property
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -68,14 +62,11 @@ class Batch:
         return np.asarray(self.rollouts.mask.sum(dim=1).cpu().numpy())
 
 
-def draw_batch(
-    policy: Policy, task: Task, config: TrainConfig, step: int, world: World = ALONE
-) -> Batch:
+def draw_batch(policy: Policy, task: Task, config: TrainConfig, step: int) -> Batch:
     """Draw the prompts of a step, sample and grade their completions.
 
     The prompts depend on (seed, step) alone: two objectives with one seed see the same prompts,
-    and a resumed run sees those it would have seen. Of several processes each samples and grades
-    its share of every mini-batch, with the noise one process would give it; all get the whole.
+    and a resumed run sees those it would have seen.
 
     Raises
     ------
@@ -88,25 +79,20 @@ def draw_batch(
     longest = config.max_new_tokens or task.max_new_tokens
     drawn = step_problems(task, config.seed, step, prompts)
     problems = drawn * repeats
-    total, mine = len(problems), world.share(len(problems), config.minibatches)
     generator = sampling_generator(config.seed, step, policy.device)
-    with world.together():
-        encoded = encode_problems(policy, drawn, task, config) * repeats
-        own = sample(
-            policy,
-            [prompt.ids for prompt in encoded],
-            longest,
-            config.temperature,
-            generator,
-            at_once=config.sample_batch_size,
-            rows=mine,
-        )
-        graded = graded_texts(policy, task, own, [problems[row] for row in mine.tolist()])
-    rollouts = whole_rollouts(world, own, mine, total, policy.pad_id)
-    completions, rewards = whole_grades(world, graded, mine)
+    encoded = encode_problems(policy, drawn, task, config) * repeats
+    rollouts = sample(
+        policy,
+        [prompt.ids for prompt in encoded],
+        longest,
+        config.temperature,
+        generator,
+        at_once=config.sample_batch_size,
+    )
+    completions, rewards = graded_texts(policy, task, rollouts, problems)
     group = np.tile(np.arange(prompts), repeats)
     advantages = config.objective_config(longest).advantages(rewards, group)
-    return Batch(problems, encoded, rollouts, completions, rewards, advantages, group, mine.numpy())
+    return Batch(problems, encoded, rollouts, completions, rewards, advantages, group)
 
 
 def encode_problems(
@@ -140,61 +126,25 @@ def completion_texts(policy: Policy, rollouts: Rollouts) -> list[str]:
 
 def graded_texts(
     policy: Policy, task: Task, rollouts: Rollouts, problems: list[Problem]
-) -> list[tuple[str, float]]:
+) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
     """Completion and reward of each rollout; ``problems`` are theirs."""
     texts = completion_texts(policy, rollouts)
-    return [(c, task.reward(p, c)) for p, c in zip(problems, texts, strict=True)]
-
-
-def whole_rollouts(world: World, own: Rollouts, rows: Tensor, total: int, pad_id: int) -> Rollouts:
-    """Rollouts of all processes, padded to the longest completion.
-
-    Parameters
-    ----------
-    world : World
-    own : Rollouts
-        Those of this process, b of them.
-    rows : Tensor of int64, shape (b,)
-        Which of the whole they are.
-    total : int
-        Rollouts of the whole.
-    pad_id : int
-    """
-    if world.size == 1:
-        return own
-    missing = world.longest(own.mask.shape[1]) - own.mask.shape[1]
-    whole: dict[str, Any] = {}
-    for name in own.__dataclass_fields__:
-        values = getattr(own, name)
-        if values is not None and name in _OF_TOKENS:
-            values = pad(values, (0, missing), value=pad_id if name == "completion_ids" else 0)
-        whole[name] = None if values is None else world.collect(values, rows, total)
-    return Rollouts(**whole)
-
-
-def whole_grades(
-    world: World, graded: list[tuple[str, float]], rows: Tensor
-) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Completions and rewards of all processes; ``rows`` says which of them ``graded`` are."""
-    parts = world.gather(dict(zip(rows.tolist(), graded, strict=True)))
-    by_row = {row: grade for part in parts for row, grade in part.items()}
-    texts, rewards = zip(*(by_row[row] for row in sorted(by_row)), strict=True)
-    return list(texts), np.array(rewards, np.float64)
+    pairs = zip(problems, texts, strict=True)
+    return texts, np.array([task.reward(p, text) for p, text in pairs], np.float64)
 
 
 def rollout_columns(batch: Batch) -> dict[str, Any]:
-    """Columns of the rollouts table, of the rollouts of this process."""
-    rows = batch.mine
+    """Columns of the rollouts table."""
     return {
-        "group": batch.group[rows],
-        "rollout": rows,
-        "prompt": [batch.prompts[row].text for row in rows],
-        "completion": [batch.completions[row] for row in rows],
-        "answer": [batch.problems[row].answer for row in rows],
-        "reward": batch.rewards[rows],
-        "advantage": batch.advantages[rows],
-        "length": batch.lengths[rows],
-        "finish_reason": np.where(batch.rollouts.stopped.cpu().numpy(), "stop", "length")[rows],
+        "group": batch.group,
+        "rollout": np.arange(len(batch.group)),
+        "prompt": [prompt.text for prompt in batch.prompts],
+        "completion": batch.completions,
+        "answer": [problem.answer for problem in batch.problems],
+        "reward": batch.rewards,
+        "advantage": batch.advantages,
+        "length": batch.lengths,
+        "finish_reason": np.where(batch.rollouts.stopped.cpu().numpy(), "stop", "length"),
     }
 
 
@@ -220,7 +170,7 @@ def batch_sums(batch: Batch) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """A mini-batch, as far as this process trains on it, or a micro-batch of it.
+    """A mini-batch, or a micro-batch of it.
 
     Attributes
     ----------
@@ -339,20 +289,17 @@ def by_length(
 def mini_batches(
     batch: Batch, config: TrainConfig, device: torch.device, epochs: int | None = None
 ) -> Iterator[MiniBatch]:
-    """Mini-batches in order, epoch after epoch: consecutive runs of rollouts.
-
-    Of several processes each sees its own rollouts of every run.
-    """
-    held = (batch.advantages, batch.group, batch.mine)
+    """Mini-batches in order, epoch after epoch: consecutive runs of rollouts."""
+    held = (batch.advantages, batch.group, np.arange(len(batch.group)))
     advantage, group, rows = (sent(torch.from_numpy(part), device) for part in held)
     prompts = np.array([len(prompt.ids) for prompt in batch.prompts])
     lengths = np.stack([prompts, batch.lengths], axis=1)
     chunks = rows.split(len(rows) // config.minibatches)
-    on_host = np.split(batch.mine, config.minibatches)
+    on_host = np.split(lengths, config.minibatches)
     for index in range((epochs or config.epochs) * len(chunks)):
-        mine, own = chunks[index % len(chunks)], lengths[on_host[index % len(chunks)]]
-        rollouts = batch.rollouts.rows(mine)
-        yield MiniBatch(index, rollouts, advantage[mine], group[mine], mine, group, own)
+        some, own = chunks[index % len(chunks)], on_host[index % len(chunks)]
+        rollouts = batch.rollouts.rows(some)
+        yield MiniBatch(index, rollouts, advantage[some], group[some], some, group, own)
 
 
 def micro_batches(
@@ -360,7 +307,6 @@ def micro_batches(
     pieces: list[MiniBatch],
     weights: BatchWeights,
     objective: ObjectiveConfig,
-    world: World,
     kept: Callable[[MiniBatch], Tensor],
 ) -> list[tuple[MiniBatch, BatchWeights]]:
     """Micro-batches of a mini-batch, with their weights.
@@ -376,17 +322,16 @@ def micro_batches(
     weights : BatchWeights
         Of the whole batch.
     objective : ObjectiveConfig
-    world : World
     kept : callable
         Mini-batch to the tokens that would enter the loss, (b, T).
     """
     if objective.needs_whole_minibatch:
         longest = update.rollouts.mask.shape[1]
-        with world.together():
-            own = [pad(keep, (0, longest - keep.shape[1])) for keep in map(kept, pieces)]
+        own = [pad(keep, (0, longest - keep.shape[1])) for keep in map(kept, pieces)]
         rows = torch.cat([piece.rows for piece in pieces])
         # Rollouts of other mini-batches have no kept tokens in it, so they do not count.
-        keep = world.collect(torch.cat(own), rows, len(update.groups))
+        keep = own[0].new_zeros((len(update.groups), longest))
+        keep[rows] = torch.cat(own)
         whole = kept_token_weights(objective, keep, update.groups, weights)
         return [
             (piece, replace(whole, sequence_weight=whole.sequence_weight[piece.rows]))

@@ -15,15 +15,9 @@ import torch
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
-from wapo_analysis.train.batch import (
-    encode_problems,
-    graded_texts,
-    whole_grades,
-    whole_rollouts,
-)
+from wapo_analysis.train.batch import encode_problems, graded_texts
 from wapo_analysis.train.checkpoint import naming, resume_point
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.models import Policy, configured_policy
 from wapo_analysis.train.rollout import sample
 from wapo_analysis.train.tasks import Problem, Task
@@ -155,10 +149,8 @@ class Evaluation(Result):
         return Section(f"{self.run}, {policy}" if self.run else policy, parts)
 
 
-def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALONE) -> Evaluation:
+def evaluate(policy: Policy, task: Task, config: TrainConfig) -> Evaluation:
     """Sample and grade ``eval_samples`` completions of each of ``eval_prompts`` held-out prompts.
-
-    Several processes share the work and all get the result.
 
     Raises
     ------
@@ -173,23 +165,18 @@ def evaluate(policy: Policy, task: Task, config: TrainConfig, world: World = ALO
         raise UserError(f"task {task.name} has no held-out problems; set eval_every to 0")
     samples = config.eval_samples
     asked = [problem for problem in problems for _ in range(samples)]
-    mine = world.share(len(asked))
     stream = np.random.SeedSequence([config.seed, 0, _EVALUATION]).generate_state(1, np.uint64)
-    with world.together():
-        prompts = encode_problems(policy, problems, task, config)
-        own = sample(
-            policy,
-            [prompt.ids for prompt in prompts for _ in range(samples)],
-            config.max_new_tokens or task.max_new_tokens,
-            config.temperature,
-            torch.Generator(policy.device).manual_seed(int(stream[0] >> 1)),
-            at_once=config.sample_batch_size or _AT_ONCE,
-            entropy=True,
-            rows=mine,
-        )
-        graded = graded_texts(policy, task, own, [asked[row] for row in mine.tolist()])
-    rollouts = whole_rollouts(world, own, mine, len(asked), policy.pad_id)
-    completions, rewards = whole_grades(world, graded, mine)
+    prompts = encode_problems(policy, problems, task, config)
+    rollouts = sample(
+        policy,
+        [prompt.ids for prompt in prompts for _ in range(samples)],
+        config.max_new_tokens or task.max_new_tokens,
+        config.temperature,
+        torch.Generator(policy.device).manual_seed(int(stream[0] >> 1)),
+        at_once=config.sample_batch_size or _AT_ONCE,
+        entropy=True,
+    )
+    completions, rewards = graded_texts(policy, task, rollouts, asked)
     assert rollouts.entropy is not None
     return Evaluation(
         problems=problems,

@@ -24,7 +24,6 @@ from wapo_analysis.store.manifest import write_manifest
 from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.train.checkpoint import checkpoints, defect, save_checkpoint, step_of
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import ALONE
 from wapo_analysis.train.lifecycle import new_manifest, nothing_left_if_refused
 from wapo_analysis.train.loop import Progress, begin, train
 
@@ -219,7 +218,7 @@ def _branch(plan: Plan, out: Path, progress: Progress | None) -> None:
     """Write the fork's folder as it is before its first own step."""
     original = plan.original
     start = original.path if plan.checkpoint else None
-    trainer, done = begin(plan.before, start, plan.checkpoint, ALONE)
+    trainer, done = begin(plan.before, start, plan.checkpoint)
     rows = []
     for step in range(done + 1, plan.step + 1):
         rows.append(trainer.step(step, Recorder(None)))

@@ -22,7 +22,6 @@ from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.lock import written_by_another
 from wapo_analysis.train.checkpoint import drop_later
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import World
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.trust import recorded_settings
@@ -226,7 +225,6 @@ def open_recorder(
     config: TrainConfig,
     policy: Policy,
     capture: CaptureMode,
-    world: World,
     resume_after: int | None,
     take_over: bool = False,
 ) -> Recorder:
@@ -245,26 +243,25 @@ def open_recorder(
         manifest = resumed_manifest(read_manifest(run), config, capture)
     recorder = Recorder(
         run,
-        {**manifest, "processes": world.size},
+        {**manifest, "processes": 1},
         token_every=config.token_every,
         token_fraction=config.token_fraction,
         store_bits=config.store_bits,
         rescore_every=config.rescore_every,
         topk=config.topk,
         audit=config.audit,
-        on_warning=_action(config.on_warning, world),
-        on_critical=_action(config.on_critical, world),
+        on_warning=_action(config.on_warning),
+        on_critical=_action(config.on_critical),
         probe_every=config.probe_every,
         temperature=config.temperature,
-        rank=world.rank,
         resume_after=resume_after,
         take_over=take_over,
     )
-    if resume_after is not None and world.first:
+    if resume_after is not None:
         drop_later(run, resume_after)  # of a process the run was just taken from
     return recorder
 
 
-def _action(word: str, world: World) -> str | None:
-    """What the guard is to do; one process cannot stop the others, so several have none."""
-    return None if word == "none" or world.size > 1 else word
+def _action(word: str) -> str | None:
+    """What the guard is to do."""
+    return None if word == "none" else word

@@ -198,20 +198,16 @@ class StepTally:
         """Add one optimizer update with its gradient norm before clipping."""
         self._norms.append(grad_norm)
 
-    def columns(
-        self, total: Callable[[Tensor], Tensor], rollouts: Mapping[str, float]
-    ) -> dict[str, float]:
+    def columns(self, rollouts: Mapping[str, float]) -> dict[str, float]:
         """Columns of the steps table; what no token was seen for is left out.
 
         Parameters
         ----------
-        total : callable
-            Adds a tensor up over processes (`distributed.World.total`).
         rollouts : mapping of str to float
-            Sums over the rollouts of all processes, of `wapo_analysis.derive.rollout_sums`.
+            Sums over the rollouts, of `wapo_analysis.derive.rollout_sums`.
         """
         own = [torch.as_tensor(self._loss), *self._sums.values()]
-        loss, *summed = total(torch.stack([value.double() for value in own])).tolist()
+        loss, *summed = torch.stack([value.double() for value in own]).tolist()
         sums = dict(zip(self._sums, summed, strict=True))
         finite = [norm for norm in self._norms if math.isfinite(norm)]
         return {

@@ -16,7 +16,7 @@ from torch import Tensor
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights
-from wapo_analysis.record.recorder import Recorder, TokenPass, on_schedule
+from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.topk import ReadRows, reading
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.store import read_manifest
@@ -33,9 +33,7 @@ from wapo_analysis.train.batch import (
 )
 from wapo_analysis.train.checkpoint import keep_checkpoint, load_optimizer, naming, resume_point
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import ALONE, World
 from wapo_analysis.train.evaluate import evaluate
-from wapo_analysis.train.launched import check_processes
 from wapo_analysis.train.lifecycle import (
     check_resumed,
     closed_as_it_ended,
@@ -62,7 +60,6 @@ def train(
     until: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
-    world: World = ALONE,
 ) -> Policy:
     """Train a policy and, if ``out`` is given, record the run there.
 
@@ -83,9 +80,6 @@ def train(
         Called with the step's row after every step.
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
-    world : World
-        The processes that train together (`launched.joined_processes`); each makes this call,
-        with the same settings and folder.
 
     Returns
     -------
@@ -99,24 +93,19 @@ def train(
         step; the run is then closed as ``out_of_memory``.
     NonFiniteLogits
         If the policy can no longer be sampled from; the run is closed as ``diverged``.
-    ProcessFailed
-        If another process has ended or failed.
     KeyboardInterrupt
         On Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    check_processes(config, world)
     run = Path(out) if out is not None else None
-    with world.together():
-        if resume and run is not None and world.first and not take_over:
-            check_free(run)
-        trainer, done = begin(config, run if resume else None, checkpoint, world)
-        check_loggers(config.log_to)
-    trainer.start_alike()
+    if resume and run is not None and not take_over:
+        check_free(run)
+    trainer, done = begin(config, run if resume else None, checkpoint)
+    check_loggers(config.log_to)
     trainer.last = config.steps if until is None else min(until, config.steps)
     exact = repeatable(config.deterministic and trainer.policy.device.type != "cpu")
-    with nothing_left_if_refused(run if world.first else None) as begun, exact:
+    with nothing_left_if_refused(run) as begun, exact:
 
         def shown(row: dict[str, float]) -> None:
             begun.yes = True
@@ -128,7 +117,7 @@ def train(
 
 
 def begin(
-    config: TrainConfig, resumed: Path | None, checkpoint: int | None, world: World
+    config: TrainConfig, resumed: Path | None, checkpoint: int | None
 ) -> "tuple[Trainer, int]":
     """Trainer in the state it starts from, and the step it has reached.
 
@@ -139,7 +128,6 @@ def begin(
         Run that is continued; None starts a new one.
     checkpoint : int, optional
         Step of its checkpoint; None takes the newest.
-    world : World
 
     Raises
     ------
@@ -153,7 +141,7 @@ def begin(
         earlier = read_manifest(resumed)
     with naming(weights):
         policy = configured_policy(config, weights)
-    trainer = Trainer(policy, config, earlier, world)
+    trainer = Trainer(policy, config, earlier)
     if weights is not None:
         with naming(weights):
             load_optimizer(weights, policy, trainer.optimizer)
@@ -168,13 +156,12 @@ def _record(
     shown: Progress,
 ) -> None:
     """Train and record the steps after ``resume_after``, and show their rows."""
-    config, world = trainer.config, trainer.world
-    made = partial(open_recorder, run, config, trainer.policy, trainer.capture, world)
-    recorder = world.in_turn(partial(made, resume_after, take_over))
-    loggers = open_loggers(config.log_to, run if world.first else None, config, resume_after)
+    config = trainer.config
+    recorder = open_recorder(run, config, trainer.policy, trainer.capture, resume_after, take_over)
+    loggers = open_loggers(config.log_to, run, config, resume_after)
     with closed_as_it_ended((recorder.close, loggers.close), config) as ended:
         if run is not None and resume_after is None and config.eval_every:
-            before = evaluate(trainer.policy, trainer.task, config, world)
+            before = evaluate(trainer.policy, trainer.task, config)
             recorder.note(eval_before=before.columns())
         if trainer.last != config.steps:
             recorder.note(planned_steps=trainer.last)
@@ -196,11 +183,10 @@ def _steps(
         When the run was asked to stop, once the step is whole and in a checkpoint.
     """
     config = trainer.config
-    with stop_between_steps(trainer.world.first) as stop:
+    with stop_between_steps() as stop:
         for step in range(done + 1, trainer.last + 1):
             row = trainer.step(step, recorder)
-            guarded = recorder.asked("stop")
-            stopping = trainer.world.longest(int(stop.asked or guarded)) > 0
+            stopping = recorder.asked("stop") or stop.asked
             due = config.checkpoint_due(step) or recorder.asked("checkpoint")
             if run is not None and (due or step == trainer.last or stopping):
                 trainer.checkpoint(run, step, recorder)
@@ -219,13 +205,11 @@ class Trainer:
     config : TrainConfig
     manifest : mapping, optional
         Of the run that is resumed.
-    world : World
-        Processes that train together.
 
     Attributes
     ----------
     recorded : bool
-        No process's recording had failed at the last checkpoint.
+        Recording had not failed at the last checkpoint.
     saved : bool
         The last checkpoint that was due has been written.
     last : int
@@ -237,9 +221,8 @@ class Trainer:
         policy: Policy,
         config: TrainConfig,
         manifest: Mapping[str, Any] | None = None,
-        world: World = ALONE,
     ) -> None:
-        self.policy, self.config, self.world = policy, config, world
+        self.policy, self.config = policy, config
         self.recorded, self.saved, self.last = True, True, config.steps
         self.task = config.load_task()
         longest = config.max_new_tokens or self.task.max_new_tokens
@@ -250,40 +233,27 @@ class Trainer:
         self.prober = Prober(self.parameters, self.optimizer, config, self._score)
         self._captured = self._probed = 0.0
 
-    def start_alike(self) -> None:
-        """Take over the first process's weights and decisions."""
-        self.world.start_alike(list(self.policy.module.parameters()))
-        self.capture = self.world.gather(self.capture)[0]
-
     def checkpoint(self, run: Path, step: int, recorder: Recorder) -> None:
-        """Write a checkpoint, once every process has recorded every step before it.
+        """Write a checkpoint, once every step before it is recorded.
 
         A disk that takes none is told once; the older ones stay and training goes on.
-
-        Raises
-        ------
-        ProcessFailed
-            If the processes do not hold the same weights.
         """
         recorder.flush()
-        self.recorded = not any(self.world.gather(recorder.failure))
-        self.world.check_alike(self.parameters)
+        self.recorded = recorder.failure is None
         keep = self.config.keep_checkpoints
-        with self.world.together():
-            if self.world.first and not recorder.lost:
-                self.saved = keep_checkpoint(
-                    run, step, self.policy, self.optimizer, keep, told=not self.saved
-                )
+        if not recorder.lost:
+            self.saved = keep_checkpoint(
+                run, step, self.policy, self.optimizer, keep, told=not self.saved
+            )
 
     def draw(self, step: int) -> Batch:
         """Sample and grade the batch of a step."""
-        batch = draw_batch(self.policy, self.task, self.config, step, self.world)
+        batch = draw_batch(self.policy, self.task, self.config, step)
         if not self.policy.mixed:
             return batch
         updates = mini_batches(batch, self.config, self.policy.device, epochs=1)
-        with self.world.together():
-            pieces = [piece for update in updates for piece in self._split(update)]
-            return rescored(batch, pieces, partial(self._score, grad=False))
+        pieces = [piece for update in updates for piece in self._split(update)]
+        return rescored(batch, pieces, partial(self._score, grad=False))
 
     def _split(self, update: MiniBatch) -> list[MiniBatch]:
         """Micro-batches of a mini-batch."""
@@ -309,25 +279,20 @@ class Trainer:
             batch.group,
             self.config.rollouts_per_prompt,
             self.config.minibatches,
-            self.world.size,
-            summed=True,
         ).on(self.policy.device)
         tally = StepTally()
         for update in mini_batches(batch, self.config, self.policy.device):
             self._update(step, update, weights, tally, recorder)
         self.prober.other = batch.rollouts
         row: dict[str, Any] = {"step": step, **batch_columns(batch)}
-        row |= tally.columns(self.world.total, batch_sums(batch))
+        row |= tally.columns(batch_sums(batch))
         row |= {"lr": self.config.learning_rate(step), "seconds_rollout": sampled - started}
         row |= {"seconds": perf_counter() - started}
         row |= {"seconds_capture": recorder.seconds - self._captured}
         row |= {"seconds_probe": self.prober.seconds - self._probed}
         self._captured, self._probed = recorder.seconds, self.prober.seconds
         if self.config.evaluation_due(step):
-            row |= evaluate(self.policy, self.task, self.config, self.world).columns()
-        if self.world.size > 1 and on_schedule(step, self.config.token_every):
-            seen = batch.rollouts.completion_ids[batch.rollouts.mask]
-            recorder.name_tokens(seen.unique().tolist(), self.policy.texts)
+            row |= evaluate(self.policy, self.task, self.config).columns()
         recorder.finish_step(rollouts=rollout_columns(batch), texts=self.policy.texts, **row)
         return row
 
@@ -342,10 +307,8 @@ class Trainer:
         """One optimizer update on one mini-batch, accumulated over micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
         split = self._split(update)
-        pieces = micro_batches(update, split, weights, self.objective, self.world, self._kept)
-        with self.world.together():
-            watched = [self._backward(step, *piece, tally, recorder) for piece in pieces]
-        self.world.sum_gradients(self.parameters)
+        pieces = micro_batches(update, split, weights, self.objective, self._kept)
+        watched = [self._backward(step, *piece, tally, recorder) for piece in pieces]
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
         )
@@ -389,7 +352,7 @@ class Trainer:
         tokens = update.token_pass(stats, out.kept, out.clipped)
         tokens.top = top
         recorder.watch_pass(tokens, stats.logp)
-        loss = out.loss * weights.summed_multiplier
+        loss = out.loss * weights.multiplier
         tally.add_tokens(tokens, out.ratio.reshape(-1)[rollouts.kept], loss)
         if loss.requires_grad:
             loss.backward()

@@ -13,7 +13,6 @@ from wapo_analysis.store import open_run
 from wapo_analysis.train import loop, scoring
 from wapo_analysis.train.batch import by_length
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.distributed import ALONE
 from wapo_analysis.train.loop import begin, train
 from wapo_analysis.train.models import load_policy
 
@@ -100,6 +99,6 @@ def test_every_rollout_is_in_one_part_and_parts_hold_like_lengths() -> None:
 
 
 def test_a_cpu_makes_micro_batches_by_settings_alone(tiny_config: TrainConfig) -> None:
-    trainer, _ = begin(tiny_config, None, None, ALONE)
+    trainer, _ = begin(tiny_config, None, None)
     assert trainer.capture.microbatch_tokens is None
     assert trainer.capture.mode == "passive"
