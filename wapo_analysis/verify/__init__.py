@@ -1,1 +1,1 @@
-"""Numerical proof of the formulas and of the objectives, on the user's own machine."""
+"""Check the formulas and the objectives numerically, on the user's own machine."""
