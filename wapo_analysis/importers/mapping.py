@@ -192,6 +192,11 @@ class NameTable:
                 used.update(feed.names)
         return found
 
+    def read_by(self, keys: Sequence[str]) -> set[str]:
+        """Names that feed a step column."""
+        feeds = self.feeds(keys).values()
+        return {key for feed in feeds for key in (*feed.names, *feed.fallbacks)}
+
     def _feed(self, ours: str, by_name: Mapping[str, str]) -> Feed | None:
         if ours in by_name:
             return Feed((by_name[ours],))

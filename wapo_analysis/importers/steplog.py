@@ -140,7 +140,7 @@ class StepLog:
         UserError
             If two files hold different numbers for the same steps from their first step on.
         """
-        self._tell_no_numbers()
+        self._tell_no_numbers(names)
         columns = self._settled()
         rows: dict[int, dict[str, Any]] = {}
         feeds = names.feeds(list(columns))
@@ -165,10 +165,11 @@ class StepLog:
             del rows[step]
         return rows
 
-    def _tell_no_numbers(self) -> None:
-        """Names without any number are not in the run; a text among numbers is a bad value."""
+    def _tell_no_numbers(self, names: NameTable) -> None:
+        """Names without any number are not in the run; a text where we need one is a bad value."""
+        looked_for = names.read_by(list(self._no_numbers))
         for key, places in self._no_numbers.items():
-            if key in self._numbers:
+            if key in self._numbers or key in looked_for:
                 what = f"values of {key} that are no number, left out"
                 for place in places:
                     self.report.count(what, *place)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def as_number(value: Any) -> float | int | None:
     """A number, numbers written as text and the words nan and inf included, else None.
 
-    An integer beyond 2^53 becomes the nearest float; one beyond the floats is no number.
+    "30.1%" is 0.301. An integer beyond 2^53 becomes the nearest float; one beyond the floats is no
+    number.
     """
     if isinstance(value, bool | np.bool_):
         return int(value)
@@ -25,9 +27,11 @@ def as_number(value: Any) -> float | int | None:
         value = value.item()
     if isinstance(value, str):
         try:
-            return float(value)
+            return float(value[:-1]) / 100 if value.endswith("%") else float(value)
         except ValueError:
             return None
+    if isinstance(value, Decimal):
+        return float(value)
     if isinstance(value, int) and abs(value) > 2**53:
         try:
             return float(value)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +337,24 @@ def test_numbers_whose_squares_overflow_are_judged_all_the_same(tmp_path: Path) 
     write_lines(tmp_path / "m.jsonl", rows)
     import_run(tmp_path / "m.jsonl", tmp_path / "out")
     assert diagnose(open_run(tmp_path / "out")).sentence
+
+
+@pytest.mark.parametrize(("spelled", "known"), [("31.0%", True), ("n/a", False)])
+def test_a_reward_written_as_text_is_read_or_told(
+    tmp_path: Path, spelled: str, known: bool
+) -> None:
+    log = tmp_path / "log.jsonl"
+    rows = [{"step": i, "reward": spelled, "entropy": 0.5} for i in range(1, 4)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = import_run(log, tmp_path / "run")
+    steps = open_run(tmp_path / "run").steps
+    told = "values of reward that are no number, left out: 3"
+    assert (told in "\n".join(report.warnings())) is not known
+    assert (steps["reward"].eq(0.31) if known else steps["reward"].isna()).all()
+
+
+def test_decimals_of_a_database_are_numbers(tmp_path: Path) -> None:
+    rows = [{"step": i, "reward": Decimal("0.25"), "entropy": 0.5} for i in range(1, 4)]
+    pd.DataFrame(rows).to_parquet(tmp_path / "log.parquet")
+    import_run(tmp_path / "log.parquet", tmp_path / "run")
+    assert open_run(tmp_path / "run").steps["reward"].eq(0.25).all()
