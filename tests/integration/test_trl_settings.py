@@ -1,6 +1,5 @@
 """Settings of TRL that change what a model is given or how it runs: images, tools, compiling."""
 
-import string
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,8 @@ import torch
 
 pytest.importorskip("trl", minversion="1.15", reason="needs the extra [trl]")
 
-import trl
 from datasets import Dataset
 from PIL import Image
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -23,11 +20,18 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     LogitsProcessor,
-    PreTrainedTokenizerFast,
 )
 
 from tests.support.processes import ROOT, ended, started
-from tests.support.trl_toy import WatchedLoss, mask_of, run, toy_config, toy_model, toy_tokenizer
+from tests.support.trl_toy import (
+    WatchedLoss,
+    calling_tokenizer,
+    mask_of,
+    run,
+    toy_config,
+    toy_model,
+    toy_tokenizer,
+)
 from wapo_analysis import attach, open_run
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.
@@ -111,7 +115,6 @@ def test_a_model_that_is_shown_pictures(tmp_path: Path) -> None:
 
 
 CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 2, "b": 3}}\n</tool_call><|im_end|>'
-TAGS = ["tool_call", "tool_response", "think", "tools"]
 
 
 def multiply(a: int, b: int) -> int:
@@ -147,20 +150,7 @@ class CallsFirst(LogitsProcessor):
 
 def calling_trainer(out: Path) -> Any:
     """A trainer with a tool and Qwen3's chat template; its model spells letter by letter."""
-    special = ["<pad>", "<|im_end|>", "<|im_start|>"]
-    tags = [f"<{end}{tag}>" for tag in TAGS for end in ("", "/")]
-    words = {word: i for i, word in enumerate([*special, *tags, *string.printable])}
-    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    core.add_special_tokens(special)
-    core.add_tokens([AddedToken(tag, special=False) for tag in tags])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
-    templates = Path(trl.__file__).parent / "chat_templates"
-    tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
+    tokenizer = calling_tokenizer()
     model = toy_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     sample = model.generate
     model.generate = lambda *args, **kwargs: sample(

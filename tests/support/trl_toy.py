@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import string
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,8 +14,9 @@ if find_spec("trl") is None:  # pytest imports every file here for its doctests
     pytest.skip("needs the extra [trl]", allow_module_level=True)
 
 import torch
+import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,6 +26,7 @@ gc.freeze()
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 TEMPERATURE = 0.8
+_TAGS = ["tool_call", "tool_response", "think", "tools"]
 _WORDS = ["<pad>", "<eos>", *"0123456789+= abcdefghij"]
 
 
@@ -39,6 +42,25 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def calling_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character, with Qwen3's chat template, which knows tools."""
+    special = ["<pad>", "<|im_end|>", "<|im_start|>"]
+    tags = [f"<{end}{tag}>" for tag in _TAGS for end in ("", "/")]
+    words = {word: i for i, word in enumerate([*special, *tags, *string.printable])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(special)
+    core.add_tokens([AddedToken(tag, special=False) for tag in tags])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    templates = Path(trl.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "qwen3.jinja").read_text()
+    return tokenizer
 
 
 def toy_model(seed: int = 0, sharpness: float = 20.0, **config: Any) -> LlamaForCausalLM:

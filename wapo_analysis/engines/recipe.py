@@ -1,9 +1,9 @@
 """What TRL's GRPOTrainer needs of a recipe: prompts, reward, samples and learning rates."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import configured_policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import NonFiniteLogits, sample
-from wapo_analysis.train.tasks.base import Problem
+from wapo_analysis.train.tasks.base import Problem, tools_of
 
 _ROW = "wapo_row"
 
@@ -43,11 +43,19 @@ class Recipe:
         self.longest = config.max_new_tokens or self.task.max_new_tokens
         # TRL moves the model to its device and casts what it multiplies.
         self.policy = configured_policy(replace(config, device="cpu", precision="float32"))
+        self.tools = tools_of(self.task)
+        if self.tools and (not self.policy.format.chat or config.max_prompt_tokens is not None):
+            raise UserError(
+                f"task {self.task.name} needs a model with a chat template that knows tools, chat "
+                "not off, and no max_prompt_tokens"
+            )
         self._problems = lru_cache(maxsize=4)(self._drawn)
 
-    def _drawn(self, step: int) -> tuple[list[Problem], list[str]]:
-        """Problems of a batch and the texts the policy is given."""
+    def _drawn(self, step: int) -> tuple[list[Problem], list[Any]]:
+        """Problems of a batch and what the policy is given: texts, or with tools conversations."""
         problems = step_problems(self.task, self.config.seed, step, self.config.prompts_per_step)
+        if self.tools:
+            return problems, [self.policy.format.turns(problem.prompt) for problem in problems]
         prompts = encode_problems(self.policy, problems, self.task, self.config)
         return problems, [prompt.text for prompt in prompts]
 
@@ -71,9 +79,9 @@ class Recipe:
         whole = Dataset.from_dict({"problem": list(range(self.config.steps * size))})
         return whole.with_transform(shown)
 
-    def reward(self, completions: list[str], problem: list[int], **_: Any) -> list[float]:
+    def reward(self, completions: list[Any], problem: list[int], **_: Any) -> list[float]:
         """Reward of each completion, by the task."""
-        pairs = zip(problem, completions, strict=True)
+        pairs = zip(problem, map(_last_words, completions), strict=True)
         with _together():
             return [self.task.reward(self.problem(number), text) for number, text in pairs]
 
@@ -83,23 +91,30 @@ class Recipe:
         Raises
         ------
         UserError
-            If TRL is missing or older than what this engine has been made for.
+            If TRL is older than what this engine has been made for, or cannot use the task's tools.
         """
         from transformers.trainer_callback import PrinterCallback
         from trl import GRPOConfig
 
         args = GRPOConfig(**settings)
-        made = _trainer_class()(
-            self.policy.model,
-            self.reward,
-            args=args,
-            train_dataset=self.dataset(),
-            processing_class=self.policy.tokenizer,
+        make = partial(_trainer_class(), self.policy.model, self.reward, args=args)
+        made = self._with_tools(
+            partial(make, train_dataset=self.dataset(), processing_class=self.policy.tokenizer)
         )
         made.remove_callback(PrinterCallback)
         made.recipe = self
         self.policy = replace(self.policy, device=made.accelerator.device)
         return made
+
+    def _with_tools(self, make: Callable[..., Any]) -> Any:
+        if not self.tools:
+            return make()
+        try:
+            return make(tools=self.tools)
+        except (ImportError, TypeError, ValueError) as error:
+            raise UserError(
+                f"task {self.task.name}: TRL cannot use tools with this model: {error}"
+            ) from error
 
     def tokens_of(self, text: str) -> list[int]:
         """Token ids of a prompt as it is given: template and begin token are in its text."""
@@ -108,9 +123,10 @@ class Recipe:
 
     def samples_itself(self, trainer: Any) -> bool:
         """Whether our own sampler makes the completions."""
-        kind = str(trainer.accelerator.distributed_type)
-        engine = trainer.use_vllm or getattr(trainer, "use_transformers_continuous_batching", False)
-        return not (engine or trainer.args.bf16 or kind.endswith(("FSDP", "DEEPSPEED")))
+        if self.tools or trainer.use_vllm or trainer.args.bf16:
+            return False
+        batching = getattr(trainer, "use_transformers_continuous_batching", False)
+        return not batching and not _is_sharded(trainer)
 
     def rows(self, trainer: Any, count: int) -> list[int]:
         """Numbers that the built-in trainer gives to the rollouts of this process.
@@ -143,8 +159,7 @@ class Recipe:
 
     def keep(self, trainer: Any, out: Path) -> None:
         """Write the trained policy where ``wapo eval`` looks for it, if a process has it whole."""
-        kind = str(trainer.accelerator.distributed_type)
-        if trainer.accelerator.process_index or kind.endswith(("FSDP", "DEEPSPEED")):
+        if trainer.accelerator.process_index or _is_sharded(trainer):
             return
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         step, keep = int(trainer.state.global_step), self.config.keep_checkpoints
@@ -186,6 +201,18 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _is_sharded(trainer: Any) -> bool:
+    return str(trainer.accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED"))
+
+
+def _last_words(completion: Any) -> str:
+    """What the policy said last: the text, or of a conversation the last turn if it is its own."""
+    if isinstance(completion, str):
+        return completion
+    last = completion[-1] if completion else {}
+    return str(last.get("content") or "") if last.get("role") == "assistant" else ""
+
+
 def _trainer_class() -> Any:
     """GRPOTrainer with our prompts, sampler and learning rates; trl is loaded only here."""
     from torch.optim.lr_scheduler import LambdaLR
@@ -204,6 +231,8 @@ def _trainer_class() -> Any:
         _buffered_inputs: Any
 
         def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            if self.recipe.tools:
+                return super()._tokenize_prompts(prompts)
             return [self.recipe.tokens_of(text) for text in prompts], None, {}
 
         def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:

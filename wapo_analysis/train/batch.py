@@ -30,6 +30,7 @@ from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import Rollouts, sample
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
+from wapo_analysis.train.tasks.base import tools_of
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,11 @@ def encode_problems(
     Raises
     ------
     UserError
-        If one does not fit and ``max_prompt_tokens`` does not allow to cut it.
+        If one does not fit and ``max_prompt_tokens`` does not allow to cut it, or the task needs
+        tools, which only engine trl calls.
     """
+    if tools_of(task):
+        raise UserError(f"task {task.name} needs tools, which only --engine trl calls")
     longest = config.max_new_tokens or task.max_new_tokens
     prompts = [policy.format.encode(p.prompt, config.max_prompt_tokens) for p in problems]
     context = policy.context

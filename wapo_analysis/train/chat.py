@@ -124,6 +124,12 @@ class PromptFormat:
             ids = self._ids(text)
         return Prompt(text, ids, cut=True)
 
+    def turns(self, prompt: str) -> list[dict[str, str]]:
+        """The conversation that a problem's text begins."""
+        system = self.style.system
+        turns = [] if system is None else [{"role": "system", "content": system}]
+        return [*turns, {"role": "user", "content": prompt}]
+
     def end_ids(self) -> tuple[int, ...]:
         """Tokens by which the chat template ends an assistant's turn; empty without a template."""
         if not self.chat:
@@ -134,9 +140,7 @@ class PromptFormat:
         return tuple(token for token in ids if token in special)[:1]
 
     def _templated(self, prompt: str, reply: str | None = None, **options: Any) -> str:
-        system = self.style.system
-        turns = [] if system is None else [{"role": "system", "content": system}]
-        turns.append({"role": "user", "content": prompt})
+        turns = self.turns(prompt)
         if reply is not None:
             turns.append({"role": "assistant", "content": reply})
         try:

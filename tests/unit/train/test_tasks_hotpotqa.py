@@ -8,10 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task
-from wapo_analysis.train.tasks.base import BadRow
-from wapo_analysis.train.tasks.hotpotqa import HotpotQA, exact_match, f1, normalize, stated_answer
+from wapo_analysis.train.tasks.base import BadRow, tools_of
+from wapo_analysis.train.tasks.hotpotqa import (
+    HotpotQA,
+    HotpotSearch,
+    exact_match,
+    f1,
+    normalize,
+    stated_answer,
+)
 
 SAMPLE = str(Path(__file__).parents[2] / "data" / "tasks" / "hotpotqa.json")
 ROW = {
@@ -162,6 +170,65 @@ def test_broken_rows_say_what_is_wrong(change: dict[str, Any], reason: str) -> N
     with pytest.raises(BadRow) as caught:
         HotpotQA().parse({**ROW, **change})
     assert reason in str(caught.value)
+
+
+@pytest.fixture
+def search() -> HotpotSearch:
+    """Tools over the paragraphs of two rows."""
+    pytest.importorskip("bm25s", reason="needs the extra [search]")
+    form = HotpotSearch()
+    form.parse(ROW)
+    other = [["Harbour", ["Ships of Alvora anchor here, " + "far " * 30 + "out."]]]
+    form.parse(
+        {"question": "Which ships?", "answer": "none", "context": [*other, ROW["context"][1]]}
+    )
+    return form
+
+
+def test_a_question_with_tools_shows_no_paragraph(search: HotpotSearch) -> None:
+    problem = search.parse(ROW)
+    assert problem.prompt.startswith("Question: Where was the painter born?\n")
+    assert "Alvora" not in problem.prompt
+    assert search.reward(problem, search.solution(problem)) == 1.0
+    assert search.record() == {"paragraphs": 5}
+    with pytest.raises(BadRow, match="'Nowhere' is not in 'context'"):
+        search.parse({**ROW, "supporting_facts": [["Nowhere", 0]]})
+
+
+def test_search_finds_what_read_shows(search: HotpotSearch) -> None:
+    found = search.search("where was the painter Ines born").splitlines()
+    assert found[0] == "Painter: Ines was born in Alvora. She paints."
+    assert {line.partition(":")[0] for line in search.search("Alvora").splitlines()} == {
+        "Painter", "Alvora", "Harbour",
+    }  # fmt: skip
+    (harbour,) = (line for line in search.search("ships").splitlines())
+    assert harbour.endswith(" ...")
+    assert search.read("Harbour").endswith("far out.")
+    for nothing in ("", "the", "zzz", 7):
+        assert search.search(nothing) == "nothing found"  # type: ignore[arg-type]
+    assert search.read("Nowhere") == "no paragraph has this title"
+
+
+def test_tools_have_the_descriptions_that_chat_templates_ask_for(search: HotpotSearch) -> None:
+    from transformers.utils import get_json_schema
+
+    for tool, argument in zip(search.tools(), ("query", "title"), strict=True):
+        told = get_json_schema(tool)["function"]
+        assert told["name"] == tool.__name__
+        assert told["parameters"]["required"] == [argument]
+    assert tools_of(get_task("hotpotqa", SAMPLE)) == tools_of(get_task("chain-sum")) == []
+    assert len(tools_of(get_task("hotpotqa-search", SAMPLE))) == 2
+
+
+def test_the_built_in_trainer_calls_no_tools(
+    search: HotpotSearch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ["--task", "hotpotqa-search", "--data", SAMPLE, "--steps", "1", "--out", str(out)]
+    assert wapo(["train", *arguments]) == 2
+    expected = "wapo: task hotpotqa-search needs tools, which only --engine trl calls\n"
+    assert capfd.readouterr().err.endswith(expected)
+    assert not out.exists()
 
 
 def test_the_sample_file() -> None:

@@ -4,7 +4,7 @@ A task draws problems, checks a reward and may demonstrate; a format makes a row
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -131,6 +131,12 @@ class Generated(ABC):
     def data_record(self) -> dict[str, Any]:
         """Nothing: the problems are generated."""
         return {}
+
+
+def tools_of(task: Any) -> list[Callable[..., str]]:
+    """Functions that the policy may call while it answers; none for most tasks."""
+    tools: list[Callable[..., str]] = getattr(task, "tools", list)()
+    return tools
 
 
 def check_count(n: int) -> int:

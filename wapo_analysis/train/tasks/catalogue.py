@@ -10,7 +10,7 @@ from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.tasks.base import EmbeddedTask, Format, Task
 from wapo_analysis.train.tasks.embedded import ChainSum, TwoHop
 from wapo_analysis.train.tasks.file_task import FileTask, load_file_task
-from wapo_analysis.train.tasks.hotpotqa import HotpotQA
+from wapo_analysis.train.tasks.hotpotqa import HotpotQA, HotpotSearch
 from wapo_analysis.train.tasks.judge import require
 from wapo_analysis.train.tasks.math_problems import Gsm8k, MathProblems
 from wapo_analysis.train.tasks.own import OwnReward
@@ -74,6 +74,14 @@ KINDS: Final = (
     *(
         TaskKind(name, HotpotQA(name).description, _HOTPOT_DATA, "hotpotqa/hotpot_qa:distractor")
         for name in ("hotpotqa", "hotpotqa-f1")
+    ),
+    TaskKind(
+        HotpotSearch.name,
+        HotpotSearch().description,
+        _HOTPOT_DATA,
+        "hotpotqa/hotpot_qa:distractor",
+        "bm25s",
+        "search",
     ),
     TaskKind(
         _GYM,
@@ -150,7 +158,7 @@ def get_task(
     Parameters
     ----------
     name : str
-        A key of `TASKS`, ``gsm8k``, ``math``, ``hotpotqa``, ``hotpotqa-f1``,
+        A key of `TASKS`, ``gsm8k``, ``math``, ``hotpotqa``, ``hotpotqa-f1``, ``hotpotqa-search``,
         ``reasoning-gym:NAME``, ``module:function`` or ``path/file.py:function``.
     data : str, optional
         File, folder or hub name; settings of a reasoning-gym data set.
@@ -214,4 +222,6 @@ def _format(name: str, context_words: int) -> Format:
         return MathProblems()
     if name in ("hotpotqa", "hotpotqa-f1"):
         return HotpotQA(name, context_words)
+    if name == HotpotSearch.name:
+        return HotpotSearch()
     return OwnReward(name)

@@ -5,13 +5,21 @@ counting and naming bad rows, the split into training and held-out problems, dra
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import BadRow, Format, Problem, check_count, text_field
+from wapo_analysis.train.tasks.base import (
+    BadRow,
+    Format,
+    Problem,
+    check_count,
+    text_field,
+    tools_of,
+)
 from wapo_analysis.train.tasks.data_files import DataReport, Source, digest, read_rows, split
 
 log = logging.getLogger(__name__)
@@ -76,6 +84,10 @@ class FileTask:
                 f"{self.name}: no problem is held out; raise eval_fraction or give eval_data"
             )
         return self.held_out[: check_count(n)]
+
+    def tools(self) -> list[Callable[..., str]]:
+        """Functions that the policy may call while it answers."""
+        return tools_of(self.form)
 
     def reward(self, problem: Problem, completion: str) -> float:
         """Grade a completion: a number in [0, 1]."""

@@ -3,14 +3,16 @@
 Answers are compared as in the data set's standard evaluation: lower case, without punctuation and
 without articles, white space collapsed. The prompt shows paragraphs up to a number of words: those
 the question rests on come first in the choice, then the others in the order of the file, each that
-still fits; what was chosen is shown in the order of the file.
+still fits; what was chosen is shown in the order of the file. In the form with tools the policy
+looks for the paragraphs itself.
 """
 
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Final
 
 from wapo_analysis.errors import UserError
@@ -19,6 +21,8 @@ from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 _ARTICLES: Final = re.compile(r"\b(?:a|an|the)\b")
 _ANSWER: Final = re.compile(r"^[\s*_#>]*answer[*_]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_STATE_IT: Final = "end with a line 'Answer: ' and the answer in a few words."
+_HITS, _SHOWN = 5, 20  # paragraphs that a search finds, and words of each that it shows
 _WHOLE: Final = frozenset({"yes", "no", "noanswer"})
 
 
@@ -103,18 +107,19 @@ class HotpotQA:
             raise BadRow(f"'answer' {answer[:20]!r} is empty without articles and punctuation")
         paragraphs = _paragraphs(values.get("context"))
         titles = _supporting(values.get("supporting_facts"))
+        if missing := sorted(titles - {title for title, _ in paragraphs}):
+            raise BadRow(f"supporting paragraph {missing[0]!r} is not in 'context'")
+        return Problem(self._prompt(question, paragraphs, titles), answer)
+
+    def _prompt(self, question: str, paragraphs: list[tuple[str, str]], titles: set[str]) -> str:
         shown = "\n\n".join(self._chosen(paragraphs, titles))
-        prompt = (
+        return (
             f"{shown}\n\nQuestion: {question}\n"
-            "Answer the question from the paragraphs above. Reason briefly, then end with a line "
-            "'Answer: ' and the answer in a few words."
+            f"Answer the question from the paragraphs above. Reason briefly, then {_STATE_IT}"
         )
-        return Problem(prompt, answer)
 
     def _chosen(self, paragraphs: list[tuple[str, str]], titles: set[str]) -> list[str]:
         """Paragraphs that fit, supporting ones first in the choice, in the order of the file."""
-        if missing := sorted(titles - {title for title, _ in paragraphs}):
-            raise BadRow(f"supporting paragraph {missing[0]!r} is not in 'context'")
         texts = [f"{title}\n{text}" for title, text in paragraphs]
         sizes = [len(text.split()) for text in texts]
         first = [i for i, (title, _) in enumerate(paragraphs) if title in titles]
@@ -145,6 +150,84 @@ class HotpotQA:
     def record(self) -> dict[str, Any]:
         """Length of the prompts."""
         return {"context_words": self.context_words}
+
+
+@dataclass(frozen=True)
+class HotpotSearch(HotpotQA):
+    """The same questions without paragraphs: two tools look for them in all of the data.
+
+    Attributes
+    ----------
+    paragraphs : dict of str to str
+        Text of each title, over all rows that were parsed; of two texts the first counts.
+    """
+
+    name: str = "hotpotqa-search"
+    max_new_tokens: int = 1024
+    paragraphs: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def description(self) -> str:
+        """One sentence for help texts and reports."""
+        return (
+            "Multi-hop questions, paragraphs found by tools in several turns (engine trl), exact "
+            "match as the reward."
+        )
+
+    def _prompt(self, question: str, paragraphs: list[tuple[str, str]], titles: set[str]) -> str:
+        for title, text in paragraphs:
+            self.paragraphs.setdefault(title, text)
+        return (
+            f"Question: {question}\nFind the answer with the tools: search for paragraphs, read "
+            f"those that may help, search again if need be. Then {_STATE_IT}"
+        )
+
+    def tools(self) -> list[Callable[..., str]]:
+        """What the policy may call."""
+        return [self.search, self.read]
+
+    def search(self, query: str) -> str:
+        """Find paragraphs by words; gives the titles of the best ones and how each begins.
+
+        Args:
+            query: Words to look for.
+        """
+        import bm25s
+
+        titles, words = list(self.paragraphs), bm25s.tokenize(str(query), show_progress=False)
+        best, scores = self._index.retrieve(
+            words, k=min(_HITS, len(titles)), show_progress=False, n_threads=0
+        )
+        found = [titles[i] for i, score in zip(best[0], scores[0], strict=True) if score > 0]
+        lines = [f"{title}: {_beginning(self.paragraphs[title])}" for title in found]
+        return "\n".join(lines) or "nothing found"
+
+    def read(self, title: str) -> str:
+        """Read a whole paragraph.
+
+        Args:
+            title: Its title, as search gives it.
+        """
+        return self.paragraphs.get(str(title).strip(), "no paragraph has this title")
+
+    @cached_property
+    def _index(self) -> Any:
+        """Index of titles and texts (Okapi BM25 with the package's parameters)."""
+        import bm25s
+
+        texts = [f"{title} {text}" for title, text in self.paragraphs.items()]
+        index = bm25s.BM25()
+        index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+        return index
+
+    def record(self) -> dict[str, Any]:
+        """Number of the paragraphs."""
+        return {"paragraphs": len(self.paragraphs)}
+
+
+def _beginning(text: str) -> str:
+    words = text.split()
+    return " ".join(words[:_SHOWN]) + " ..." * (len(words) > _SHOWN)
 
 
 def _paragraphs(context: Any) -> list[tuple[str, str]]:
