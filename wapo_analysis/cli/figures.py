@@ -1,8 +1,11 @@
 """``wapo figures``."""
 
+import gc
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
@@ -10,9 +13,13 @@ from wapo_analysis.cli.common import console_error, open_runs, say
 from wapo_analysis.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
+    from concurrent.futures import ProcessPoolExecutor
+
     import pandas as pd
 
     from wapo_analysis.store import Run
+
+    _Pool: TypeAlias = ProcessPoolExecutor
 
 
 Option = typer.Option
@@ -44,17 +51,19 @@ def figures(
 
         wapo figures runs/demo --only entropy,entropy_flow --format pdf --out paper
     """
-    from wapo_analysis.plots import FIGURES
-
     if show_list:
+        from wapo_analysis.plots import FIGURES
+
         for name, spec in FIGURES.items():
             say(f"{name:20} {spec.caption}")
         return
     names = None if only is None else [n.strip() for n in only.split(",") if n.strip()]
-    for name in names or []:
-        if name not in FIGURES:
-            raise unknown_name("figure", name, FIGURES)
-    written = write_figures(open_runs(runs or []), out, format, names)
+    if names is not None:
+        _known(names)
+    given = runs or []
+    ready = all(path.exists() for path in given)
+    with _helpers(names, given) if ready else nullcontext() as pool:
+        written = _write(open_runs(given), out, format, names, pool)
     say(f"{written} figures in {out}")
 
 
@@ -62,6 +71,56 @@ def write_figures(
     runs: "list[Run]", out: Path, format: ImageFormat, names: list[str] | None
 ) -> int:
     """Draw the named figures, or all that these runs can feed; returns how many."""
+    with _helpers(names, runs) as pool:
+        return _write(runs, out, format, names, pool)
+
+
+def _known(names: list[str]) -> None:
+    from wapo_analysis.plots import FIGURES
+
+    for name in names:
+        if name not in FIGURES:
+            raise unknown_name("figure", name, FIGURES)
+
+
+@contextmanager
+def _helpers(names: list[str] | None, runs: Sequence[object]) -> "Iterator[_Pool | None]":
+    """Processes that draw beside this one where that pays; they load while this one does."""
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    many = 2 if runs else 0
+    pays = many if names is None else len(names) // _WORTH_A_PROCESS
+    helpers = min((os.cpu_count() or 1) - 1, pays)
+    if helpers <= 0:
+        yield None
+        return
+    # spawn: a forked copy of a process that has used threads can hang.
+    pool = ProcessPoolExecutor(helpers, mp_context=get_context("spawn"))
+    try:
+        with suppress(BrokenProcessPool, OSError):  # no more processes by a limit
+            for _ in range(helpers):
+                pool.submit(_load)
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _load() -> None:
+    """First job of a helper: import what drawing needs."""
+    import wapo_analysis.plots  # noqa: F401
+
+    gc.freeze()
+
+
+def _write(
+    runs: "list[Run]",
+    out: Path,
+    format: ImageFormat,
+    names: list[str] | None,
+    pool: "_Pool | None",
+) -> int:
     from wapo_analysis.plots import FIGURES, unavailable
 
     feasible = []
@@ -73,48 +132,41 @@ def write_figures(
             console_error(f"figure {name} left out: {reason}")
     if feasible:
         out.mkdir(parents=True, exist_ok=True)
-        _draw_all(feasible, runs, out, format)
+        _draw_all(feasible, runs, out, format, pool)
     elif names is not None:
         raise UserError("none of the figures could be drawn")
     return len(feasible)
 
 
-def _draw_all(names: list[str], runs: "list[Run]", out: Path, format: ImageFormat) -> None:
-    """Draw here from the front and, if it pays, elsewhere from the end."""
-    from concurrent.futures import ProcessPoolExecutor
+def _draw_all(
+    names: list[str], runs: "list[Run]", out: Path, format: ImageFormat, pool: "_Pool | None"
+) -> None:
+    """Draw here from the front and, where there are helpers, elsewhere from the end."""
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
 
     from wapo_analysis.plots import render, save_figure
     from wapo_analysis.plots.marks import prepare_marks
 
     marks = prepare_marks(runs)
-    helpers = min((os.cpu_count() or 1) - 1, len(names) // _WORTH_A_PROCESS)
-    # spawn: a forked copy of a process that has used threads can hang.
-    pool = ProcessPoolExecutor(helpers, mp_context=get_context("spawn")) if helpers > 0 else None
-    try:
-        paths = [run.path for run in runs]
-        elsewhere = {}
-        for name in names[::-1]:
-            if pool is None:
-                break
-            try:
-                job = pool.submit(_draw_elsewhere, name, paths, marks, out, format)
-            except (BrokenProcessPool, OSError):  # no more processes by a limit
-                break
-            elsewhere[name] = job
-        for name in names:
-            if name not in elsewhere or elsewhere[name].cancel():
-                save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
-        for name, future in elsewhere.items():
-            try:
-                if not future.cancelled():
-                    future.result()
-            except BrokenProcessPool:  # a helper that was killed leaves its figures to us
-                save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+    gc.freeze()  # else every collection while drawing walks through all that was imported
+    paths = [run.path for run in runs]
+    elsewhere = {}
+    for name in names[::-1]:
+        if pool is None:
+            break
+        try:
+            elsewhere[name] = pool.submit(_draw_elsewhere, name, paths, marks, out, format)
+        except (BrokenProcessPool, OSError):
+            break
+    for name in names:
+        if name not in elsewhere or elsewhere[name].cancel():
+            save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
+    for name, future in elsewhere.items():
+        try:
+            if not future.cancelled():
+                future.result()
+        except BrokenProcessPool:  # a helper that was killed leaves its figures to us
+            save_figure(render(name, runs, marks), out / f"{name}.{format}", format)
 
 
 def _draw_elsewhere(

@@ -288,7 +288,7 @@ _BORDERS = [
 
 def _entropy_map() -> Colormap:
     """Teal where entropy falls, brown where it rises: no colour of a class."""
-    import seaborn as sns
+    import seaborn as sns  # half a second, and nothing else needs it
 
     colors: Colormap = sns.diverging_palette(190, 40, s=85, l=45, as_cmap=True)
     return colors

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pytest
+import seaborn as sns
 from matplotlib.colors import to_rgb
 from wapo_taxonomy import CLASS_NAMES, CLASSES
 
@@ -88,6 +89,15 @@ def test_sign_map_runs_from_pale_to_dark() -> None:
         tones = sign_map(sign)(np.linspace(0, 1, 9))[:, :3].sum(axis=1)
         assert (np.diff(tones) < 0).all()
         assert tones[0] < 2.9, "a single token must be seen on white"
+
+
+def test_theme_is_ticks_of_seaborn() -> None:
+    ours = theme()
+    ticks = {key: value for key, value in sns.axes_style("ticks").items() if key != "image.cmap"}
+    own = ("axes.", "font.", "grid.color", "xtick.color", "ytick.color", "figure.facecolor")
+    assert {k: ours.get(k) for k in ticks if not k.startswith(own)} == {
+        key: value for key, value in ticks.items() if not key.startswith(own)
+    }
 
 
 def test_theme_leaves_the_settings_alone() -> None:
