@@ -17,8 +17,9 @@ from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.mapping import map_option
 from wapo_analysis.importers.names import rows_of
-from wapo_analysis.importers.readers import csv_frames, csv_header
+from wapo_analysis.importers.readers import csv_frames, csv_header, json_value
 from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.shapes import text_lines
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import as_number, as_step, parse_json
 from wapo_analysis.store.files import read_json
@@ -147,14 +148,26 @@ def read_download(file: Path, sink: Sink, report: ImportReport) -> None:
             f"does not tell which; say so, as in {map_option({'entropy': 'Value'})}"
         )
     report.told(f"{printable(shown(file.name))} is read as {column or metric}")
-    for first, frame in csv_frames(file, report):
-        pairs = zip(frame["Step"], frame["Value"], strict=True)
-        for number, (step, value) in enumerate(pairs, start=first):
-            row = {"step": step, metric: value}
-            if as_step(step) is None or as_number(value) is None:
-                report.bad_line(file, number, "no step or no value")
-            else:
-                sink.add_log(row, "tensorboard", (file, number))
+    for number, step, value in _download(file, report):
+        row = {"step": step, metric: value}
+        if as_step(step) is None or as_number(value) is None:
+            report.bad_line(file, number, "no step or no value")
+        else:
+            sink.add_log(row, "tensorboard", (file, number))
+
+
+def _download(file: Path, report: ImportReport) -> Iterator[tuple[int, Any, Any]]:
+    """Rows of a downloaded scalar, CSV or JSON: number, step, value."""
+    if file.suffix == ".csv":
+        for first, frame in csv_frames(file, report):
+            pairs = zip(frame["Step"], frame["Value"], strict=True)
+            yield from ((n, s, v) for n, (s, v) in enumerate(pairs, start=first))
+        return
+    report.files += 1
+    for number, row in enumerate(json_value(file, report), start=1):
+        report.lines += 1
+        cells = row if isinstance(row, list) and len(row) == 3 else (None, None, None)
+        yield number, cells[1], cells[2]
 
 
 def metric_of(stem: str) -> str | None:
@@ -171,6 +184,42 @@ def metric_of(stem: str) -> str | None:
             if len(name) > len(best) and (low == tail or low.endswith("_" + tail)):
                 best = name
     return best or None
+
+
+# ---- MLflow
+
+
+def read_mlflow(
+    files: tuple[Path, ...], sink: Sink, report: ImportReport, chosen: str | None = None
+) -> None:
+    """Read a run of MLflow's file store: ``metrics/NAME``, a line ``time value step`` a number.
+
+    Raises
+    ------
+    UserError
+        If there are several runs and none was chosen.
+    """
+    runs: dict[str, list[tuple[str, Path]]] = {}
+    for file in files:
+        place = [parent.name for parent in file.parents]
+        up = place.index("metrics") if "metrics" in place else 0
+        folder = file.parents[up]
+        name = file.relative_to(folder).as_posix()
+        runs.setdefault(str(folder.parent if up or place[0] == "metrics" else folder), []).append(
+            (name, file)
+        )
+    run = pick(sorted(runs), chosen, _common(runs))
+    for name, file in runs[run]:
+        report.files += 1
+        for number, line in text_lines(file):
+            report.lines += 1
+            parts = line.split()
+            value = as_number(parts[1]) if len(parts) == 3 else None
+            step = as_step(parts[2]) if len(parts) == 3 else None
+            if value is None or step is None:
+                report.bad_line(file, number, "not a time, a number and a step")
+            else:
+                sink.log.number(name, step, value, "mlflow")
 
 
 # ---- W&B

@@ -2,26 +2,31 @@
 
 Prefixes (Ray's, a launcher's, colours, progress bars) are skipped. A dict may be spread over lines.
 verl's and prime-rl's lines and slime's dicts carry their step. TRL's do not: they are numbered by
-the progress bar where it moves with them, else counted from 1.
+the progress bar where it moves with them, else counted from 1. A log without any of these is read
+as people print: see `printed`.
 """
 
 import ast
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from wapo_analysis.importers.jsonl import JsonLines
 from wapo_analysis.importers.logs import trainer_names
-from wapo_analysis.importers.mapping import VITAL
-from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.mapping import VITAL, NameTable
+from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
+from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.values import as_number, parse_json
 from wapo_analysis.store.files import open_regular
 
 MAX_DICT_LINES = 400
+MAX_TELLING = 20_000
+"""Lines in which a log without dicts must show itself."""
+_MARKS = re.compile(rb"""[{:\['"=|]|tep |ter """)
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _VERL_STEP = re.compile(r"\bstep:(\d+) -(?: |$)")
@@ -41,41 +46,60 @@ _BEFORE = re.compile(
     r"\b(?:step|rollout|perf|eval|iter|iteration)[ :=#]*(\d+)\s*:?\s*(?:\w+=)?$", re.I
 )
 _OPENS = re.compile(r"""\{\s*['"][^'"]+['"]\s*:""")
+_ERROR = re.compile(
+    r"(?:^|[\s)\]])((?:\w+\.)*\w*(?:Error|Exception)(?:: .*|$)|\w+ out of memory.*)"
+)
 _SUMMARY = "summary/train_runtime"
+_TAIL = re.compile(r"([^\s:=|,]+)\s*[:=\s]\s*([^\s:=|,]*)[\s|)\]]*$")
 
 
 def tells(lines: Iterator[str]) -> bool:
     """Whether any of some lines holds a record of numbers."""
+    names, held = NameTable({}), []
+
+    def kept() -> Iterator[tuple[int, str]]:
+        for number, line in enumerate(lines, start=1):
+            if number <= MAX_TELLING:
+                held.append(line)
+            yield number, line
+
     return any(
         len([v for v in record.values() if as_number(v) is not None]) >= 2
-        for _, _, record, _ in _records(enumerate(lines, start=1))
-    )
+        for _, _, record, _ in _records(kept())
+    ) or is_log(held, lambda keys: bool(names.feeds(keys).keys() & set(VITAL)))
 
 
-def console_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines with their numbers; a carriage return, as progress bars write it, ends one too."""
+def console_lines(file: Path, report: ImportReport | None = None) -> Iterator[tuple[int, str]]:
+    """Lines with their numbers; a carriage return, as progress bars write it, ends one too.
+
+    An unfinished last line is left out, and said in the report if it holds numbers.
+    """
     log = JsonLines(file)
     last = ""
     for number, _, data in log.lines():
         for part in data.split(b"\r"):
-            if b"{" in part or b":" in part or b"[" in part or b"'" in part or b'"' in part:
+            if _MARKS.search(part) or b"\xe2\x94" in part:
                 text = _COLOUR.sub("", part.decode("utf-8", "replace"))
-                last = text if "step:" in text else last
+                last = text if _TAIL.search(text) else last
                 yield number, text
     with open_regular(file) as stream:
         stream.seek(log.offset)
-        rest = stream.read(1 << 20).rstrip()
+        *bars, rest = stream.read(1 << 20).rstrip().split(b"\r")
+    for part in bars:  # of a bar that is not done yet there is no line feed
+        yield log.line + 1, _COLOUR.sub("", part.decode("utf-8", "replace"))
     text = _COLOUR.sub("", rest.decode("utf-8", "replace"))
-    if text.endswith("}") or _is_whole(text, last):  # whole but for its line feed
+    if text.endswith(("}", "]")) or _is_whole(text, last):  # whole but for its line feed
         yield log.line + 1, text
+    elif report is not None and (half := line_of(text)) is not None and half.values:
+        report.half_lines.append(shown(file.name))
 
 
 def _is_whole(text: str, last: str) -> bool:
-    """Whether a verl line without line feed ends with the name and the digits of the one before."""
-    (name, _, value), (other, _, digits) = (
-        part.rpartition(" - ")[2].rpartition(":") for part in (text, last.rstrip())
-    )
-    return bool(name) and name == other and len(value) >= len(digits)
+    """Whether a line without line feed ends with the name and the digits of the one before."""
+    mine, other = _TAIL.search(text), _TAIL.search(last)
+    if mine is None or other is None or mine[1] != other[1]:
+        return False
+    return len(mine[2]) >= len(other[2])
 
 
 def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
@@ -83,7 +107,12 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
     for file in files:
         stepless: list[tuple[int, dict[str, Any], int | None]] = []
         stepped = 0
-        for number, bar, record, step in _records(console_lines(file)):
+        printed = PrintedLog(lambda keys: bool(sink.names.feeds(keys)))
+        errors: list[tuple[int, str]] = []
+        last = 0
+        lines = _also(console_lines(file, report), printed, errors)
+        for number, bar, record, step in _records(lines):
+            last = number
             named = trainer_names(record)
             if step is not None:
                 named["step"] = step
@@ -95,15 +124,47 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
             with report.record(file, number):
                 sink.add_log(named, "console", (file, number))
         report.files += 1
-        if not stepped:
-            _count_steps(file, stepless, sink, report)
+        if not stepped and not _count_steps(file, stepless, sink, report):
+            _read_printed(file, printed, sink, report)
+        if errors and errors[-1][0] > last:
+            number, text = errors[-1]
+            report.told(f"{shown(file.name)} ends in an error (line {number}): {text[:200]}")
+
+
+def _also(
+    lines: Iterator[tuple[int, str]], log: PrintedLog, errors: list[tuple[int, str]]
+) -> Iterator[tuple[int, str]]:
+    """The same lines, given to a log of numbers by name on the way; errors since are noted."""
+    for number, line in lines:
+        if log.add(number, line):
+            errors.clear()
+        elif found := _ERROR.search(line):
+            errors.append((number, found[1].strip()))
+        yield number, line
+
+
+def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport) -> None:
+    """Hand over numbers printed by name; those without a step only where no other has one."""
+    records = log.records()
+    stepped = [record for record in records if record.step is not None]
+    if not stepped and "step" not in sink.names.mapping:
+        rest = [(record.number, trainer_names(record.values), None) for record in records]
+        _count_steps(file, rest, sink, report)
+        return
+    for record in stepped or records:
+        named = trainer_names(record.values)
+        if record.step is not None and "step" not in sink.names.mapping:
+            named["step"] = record.step
+        report.lines += 1
+        with report.record(file, record.number):
+            sink.add_log(named, "console", (file, record.number))
 
 
 def _count_steps(
-    file: Path, records: list[tuple[int, dict[str, Any], int | None]], sink: Sink,
+    file: Path, records: Sequence[tuple[int, dict[str, Any], int | None]], sink: Sink,
     report: ImportReport,
-) -> None:  # fmt: skip
-    """Hand over printed records without a step; dicts that are no training record are skipped."""
+) -> bool:  # fmt: skip
+    """Hand over printed records without a step, of training alone; whether there are any."""
     vital: dict[tuple[str, ...], bool] = {}
 
     def is_log(record: dict[str, Any]) -> bool:
@@ -125,6 +186,7 @@ def _count_steps(
             f"the {counter.count} printed records carry no step, so they are counted from 1: with "
             "logging_steps = n a step here is n of the trainer's"
         )
+    return bool(records)
 
 
 def _records(

@@ -17,18 +17,32 @@ from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
 from wapo_analysis.importers.jsonl import JsonLines, unpacked_into, widened
-from wapo_analysis.importers.readers import csv_header
+from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
+from wapo_analysis.importers.shapes import holds_table, shown_text, text_lines
 from wapo_analysis.store import MANIFEST
 from wapo_analysis.store.files import open_regular
 
-Format = Literal["official", "prime-rl", "verl", "trl", "table", "tensorboard", "wandb", "console"]
+Format = Literal[
+    "official", "prime-rl", "verl", "trl", "table", "tensorboard", "wandb", "mlflow", "console"
+]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
 MAX_FILES = 200_000
 LOOKED_FOR = (
-    "trainer states (log_history), metrics as JSON or JSON lines, CSV, Parquet, TensorBoard event "
-    "files, .wandb files, printed dicts, and lines step:N - name:value or Step N | name: value"
+    "trainer states (log_history), metrics as JSON or JSON lines, CSV, Parquet, tables in a text, "
+    "TensorBoard event files, .wandb files, MLflow metrics, printed dicts, and lines "
+    "step:N - name:value, step=N name=value or Step N | name: value"
 )
+UNREAD = {
+    ".pkl": "a pickle can run code", ".pickle": "a pickle can run code",
+    ".pt": "a pickle can run code", ".xlsx": "a workbook", ".xls": "a workbook",
+    ".ods": "a workbook", ".db": "a database", ".sqlite": "a database",
+    ".duckdb": "a database", ".yaml": "YAML", ".yml": "YAML", ".npz": "arrays", ".npy": "arrays",
+    ".h5": "arrays", ".feather": "Arrow", ".arrow": "Arrow", ".zip": "an archive",
+    ".tar": "an archive", ".tgz": "an archive", ".zst": "compressed by zstandard",
+    ".png": "a picture", ".pdf": "a document",
+}  # fmt: skip
+"""What files are that cannot hold a log for us, by suffix; said when one is named."""
 _HEAD = 1 << 16
 _SEARCHED = 16 << 20
 # By kind of file: the format it belongs to.
@@ -37,17 +51,22 @@ _FORMAT_OF: Mapping[str, Format] = {
     "verl-rollouts": "verl", "state": "trl", "completions": "trl", "swift-log": "trl",
     "trainer-log": "trl", "table": "table", "panel": "wandb", "wandb": "wandb",
     "wandb-file": "wandb", "download": "tensorboard", "tensorboard": "tensorboard",
-    "console": "console",
+    "mlflow": "mlflow", "console": "console",
 }  # fmt: skip
 # One run may be logged to several of these; the first that is there is read.
-_CONTAINERS = ("tensorboard", "wandb", "table", "console")
+_CONTAINERS = ("tensorboard", "wandb", "mlflow", "table", "console")
 # Kinds whose records carry their step, so that a copy of a file would count it twice.
 _ONCE = ("table", "completions", "panel")
 _SKIPPED = (".png", ".svg", ".pdf", ".html", ".safetensors", ".bin", ".pt", ".pth", ".npz", ".npy",
             ".gguf", ".model", ".so", ".zip", ".tar", ".py", ".md", ".yaml", ".yml", ".zst", ".sh",
-            ".lock", ".h5", ".pkl")  # fmt: skip
+            ".lock", ".h5", ".pkl", ".ipynb", ".htm")  # fmt: skip
 # A bracket may as well open a time or a rank, as in [rank0]: or [2026-03-01 12:00:00].
 _JSON_BEGINS = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|-?[\d.]+(?:[eE][-+]?\d+)?\s*[,\]]|null|$)""")
+# A line of MLflow's file store: time in milliseconds, number, step.
+_MLFLOW = re.compile(rb"\d{13} [-+.\deEinfaN]+ \d+\n")
+_PAGES = (".ipynb", ".html", ".htm")
+# A scalar that TensorBoard lets one download as JSON: time, step, number.
+_SCALARS = re.compile(r"\[\s*\[\s*\d{9,}[\d.eE+]*\s*,\s*\d+\s*,\s*[^,\]]+\]")
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
 _OFFICIAL_FOLDERS = ("token_bins", "grad_mass", "token_count", "token_strength", "rewards")
 _OFFICIAL_KEYS = (b"groups/with_correct", b"prob_train_mean", b"masking/neg_adv_seq_fraction")
@@ -116,13 +135,16 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
     if not any(_size(file) for file in files):
         what = "is empty" if source.is_file() else "is not a run, and is empty"
         raise UserError(f"{name} {what}: there is nothing to import")
-    kinds = _kinds(files)
+    kinds = _kinds(files, named=source.is_file())
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
     told += [f"{shown(f.name)} holds the same bytes as another file: read once" for f in copies]
     found = _by_format(kinds)
     if wanted != "auto":
         return _found(wanted, found, kinds, _wanted(found, wanted, files, name), told)
+    if not found and source.is_file() and source.suffix.lower() in UNREAD:
+        what = UNREAD[source.suffix.lower()]
+        raise UserError(f"{name} is not read ({what}): save it as CSV, JSON or Parquet")
     if not found:
         raise UserError(f"no known file in {name}; looked for {LOOKED_FOR}")
     tools = [format for format in found if format not in _CONTAINERS]
@@ -189,8 +211,13 @@ def _head(file: Path, size: int = _HEAD) -> bytes:
 
 
 def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
-    """A file, or what a gzip-compressed or UTF-16 one holds, at the same place elsewhere."""
+    """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
     start = _head(file, 2)
+    if file == source and file.suffix in _PAGES and unpacked is not None:
+        text = unpacked / f"{file.stem}.txt"
+        with text.open("wb") as out:
+            whole = shown_text(file, out)
+        return text if whole else file
     wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if not wide and not file.name.endswith(".gz") and start != b"\x1f\x8b":
         return file
@@ -209,13 +236,13 @@ def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> 
     return target
 
 
-def _kinds(files: list[Path]) -> dict[Path, str]:
-    """What each file is; files that are no log are left out."""
+def _kinds(files: list[Path], named: bool) -> dict[Path, str]:
+    """What each file is; files that are no log are left out, unless one is named by itself."""
     kinds: dict[Path, str] = {}
     for file in files:
         kind = _by_place(file)
         if kind is None and _size(file):
-            kind = _by_content(file)
+            kind = _by_content(file, named)
         if kind is not None:
             kinds[file] = kind
     return kinds
@@ -280,7 +307,7 @@ def _is_prime(name: str, parents: list[str]) -> bool:
     return "traces" in parents[:3] and (stream or "annotations" in parents[:2])
 
 
-def _by_content(file: Path) -> str | None:
+def _by_content(file: Path, named: bool) -> str | None:
     head = _head(file)
     if head.startswith(b"PAR1"):
         return _parquet_kind(file)
@@ -288,8 +315,10 @@ def _by_content(file: Path) -> str | None:
         return "wandb"
     if b"brain.Event:" in head[:64]:
         return "tensorboard"
-    if file.suffix in _SKIPPED:
+    if file.suffix in _SKIPPED and not (named and file.suffix == ".md"):
         return None
+    if _MLFLOW.match(head):
+        return "mlflow"
     text = head.decode("utf-8-sig", "replace").lstrip()
     if file.suffix in (".csv", ".tsv"):
         return _csv_kind(file)
@@ -301,12 +330,12 @@ def _by_content(file: Path) -> str | None:
         return "wandb-file"
     if file.suffix in (".jsonl", ".ndjson", ".json"):
         return "table"
-    if _is_csv(text):
+    if is_csv(text):
         return _csv_kind(file)
     printed = (line for _, line in console.console_lines(file))
     if b"\0" not in head and console.tells(islice(printed, _SEARCHED >> 8)):
         return "console"
-    return None
+    return "table" if b"\0" not in head and holds_table(text_lines(file)) else None
 
 
 def _csv_kind(file: Path) -> str:
@@ -314,18 +343,6 @@ def _csv_kind(file: Path) -> str:
     if [name.lower() for name in names] == [name.lower() for name in DOWNLOAD]:
         return "download"
     return "panel" if is_panel(names) else "table"
-
-
-def _is_csv(text: str) -> bool:
-    """Whether the first two lines have as many separators, and the second holds numbers."""
-    first, _, rest = text.partition("\n")
-    second = rest.partition("\n")[0]
-    for mark in ",\t;":
-        count = first.count(mark)
-        if count and count == second.count(mark):
-            cells = [cell.strip().strip('"') for cell in second.split(mark)]
-            return any(re.fullmatch(r"[-+]?[\d.]+(?:e[-+]?\d+)?", cell) for cell in cells)
-    return False
 
 
 def _parquet_kind(file: Path) -> str:
@@ -345,7 +362,8 @@ def _parquet_kind(file: Path) -> str:
 
 def _json_kind(file: Path, head: str) -> str | None:
     first_line, feed, _ = head.partition("\n")
-    whole = file.suffix == ".json" or not feed or first_line.strip() in ("{", "[")
+    lines = file.suffix == ".json" and is_json_lines(file)
+    whole = not lines and (file.suffix == ".json" or not feed or first_line.strip() in "{[")
     if file.parent.name == "files" and file.name == "wandb-summary.json":
         return "wandb-file"
     if file.name == "trainer_state.json":
@@ -353,6 +371,8 @@ def _json_kind(file: Path, head: str) -> str | None:
     if whole and head.startswith("{"):
         if '"log_history"' in head or b'"log_history"' in _head(file, _SEARCHED):
             return "state"
+    if whole and _SCALARS.match(head):
+        return "download"
     if whole and (head.startswith("[") or file.suffix == ".json"):
         return "table"
     first = first_record(file)

@@ -25,7 +25,8 @@ _FUNCTIONS = [row for row in ALIASES if row.column in PER_FUNCTION]
 _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
 # Names that anybody would choose; they tell no trainer.
 _COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
-           "policy_loss", "return", "step_time", "response_length"}  # fmt: skip
+           "policy_loss", "return", "step_time", "response_length", "kl_loss",
+           "entropy_loss"}  # fmt: skip
 _NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
 # Parts of names in use for the vital columns, for suggestions alone.
 _HINTS: Mapping[str, tuple[str, ...]] = {

@@ -140,6 +140,11 @@ ALIASES: Final[tuple[Alias, ...]] = (
         seconds="timing/train/total_step_time", seconds_rollout="timing/train/generation",
     ),
     *_rows(
+        "steps", "NeMo-RL", "nemo_rl/algorithms/grpo.py (as printed)",
+        reward="avg_reward | avg_total_reward", length="mean_generation_length",
+        engine_kl="generation_kl_error",
+    ),
+    *_rows(
         "steps", "NeMo-RL", "nemo_rl/algorithms/loss/loss_functions.py",
         entropy="approx_entropy", kl_ref="kl_penalty", engine_kl="gen_kl_error",
     ),
@@ -260,6 +265,24 @@ ALIASES: Final[tuple[Alias, ...]] = (
         "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",
         groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
     ),
+    *_rows(
+        "steps", "Tinker cookbook", "tinker_cookbook/rl/train.py and tinker_cookbook/rl/metrics.py",
+        reward="env/all/reward/total", entropy="optim/entropy", lr="optim/lr",
+        length="env/all/ac_tokens_per_turn", engine_kl="optim/kl_sample_train_v1",
+        eval_reward="test/env/all/reward/total", seconds="time/total",
+    ),
+    *_rows(
+        "steps", "TRL", "trl/experimental/ppo/ppo_trainer.py",
+        reward="objective/scores", reward_penalised="objective/rlhf_reward",
+        loss="loss/policy_avg", entropy="policy/entropy_avg",
+    ),
+    *_rows(
+        "steps", "TRL", "trl/trainer/ppo_trainer.py before 0.12",
+        reward="env/reward_mean", reward_std="env/reward_std", loss="ppo/loss/policy",
+        entropy="ppo/policy/entropy", length="tokens/responses_len_mean",
+    ),
+    *_rows("steps", "torchtune", "torchtune/dev/grpo/types.py", loss="loss | policy_loss"),
+    *_rows("steps", "torchtune", f"{UNVERIFIED} (recipes)", reward="rewards"),
     *_rows(
         "steps", "WAPO", "verifiers/rl/trainer/trainer.py",
         entropy_pos="entropy_pos", entropy_neg="entropy_neg",

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import JsonLines, reason_of
 from wapo_analysis.importers.report import ImportReport, shown
-from wapo_analysis.importers.values import parse_json
+from wapo_analysis.importers.values import as_number, parse_json
 from wapo_analysis.store.files import open_regular
 from wapo_analysis.table import Array
 
@@ -52,19 +52,41 @@ def json_records(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[s
 
 
 def table_kind(file: Path) -> str:
-    """What a table is: csv, parquet, lines of JSON, or one JSON value (json)."""
-    known = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json",
-             ".jsonl": "lines", ".ndjson": "lines"}  # fmt: skip
+    """What a table is: csv, parquet, lines of JSON, one JSON value (json), a table in a text."""
+    known = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "lines",
+             ".ndjson": "lines"}  # fmt: skip
     if file.suffix in known:
         return known[file.suffix]
     with open_regular(file) as stream:
-        start = stream.read(4).lstrip(codecs.BOM_UTF8)
-        if start == b"PAR1":
-            return "parquet"
-    if not start.lstrip().startswith((b"{", b"[")):
-        return "csv"
-    log = JsonLines(file)
-    return "lines" if len(list(islice(log.records(), 2))) == 2 else "json"
+        head = stream.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.lstrip().startswith((b"{", b"[")) or file.suffix == ".json":
+        return "lines" if is_json_lines(file) else "json"
+    return "csv" if is_csv(head.decode("utf-8", "replace")) else "text"
+
+
+def is_json_lines(file: Path) -> bool:
+    """Whether the first line is a JSON object by itself, and not the last."""
+    with open_regular(file) as stream:
+        first = stream.readline(1 << 20)
+        more = stream.read(1 << 12)
+    try:
+        return isinstance(parse_json(first), dict) and bool(more.strip())
+    except ValueError:
+        return len(list(islice(JsonLines(file).records(), 2))) == 2 and file.suffix != ".json"
+
+
+def is_csv(text: str) -> bool:
+    """Whether the first two lines have as many separators, and the second holds numbers."""
+    first, _, rest = text.partition("\n")
+    second = rest.partition("\n")[0]
+    for mark in ",\t;":
+        count = first.count(mark)
+        if count and count == second.count(mark) and "=" not in first:
+            cells = [cell.strip().strip('"') for cell in second.split(mark)]
+            return any(re.fullmatch(r"[-+]?[\d.]+(?:e[-+]?\d+)?", cell) for cell in cells)
+    return False
 
 
 def json_value(file: Path, report: ImportReport) -> Any:
@@ -182,6 +204,10 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
         return "skip"
 
     names, delimiter = csv_header(file)
+    if names and all(as_number(name) is not None for name in names):
+        raise UserError(
+            f"{printable(shown(file))} begins with numbers: its first line must name the columns"
+        )
     columns = unique_names(names, file, report)
     source = _WholeLines(file, report, len(columns), delimiter)
     if source.cut:
@@ -321,32 +347,6 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
         why = printable(str(error).splitlines()[0])
         raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
     report.files += 1
-
-
-def json_rows(value: Any) -> list[dict[str, Any]] | None:
-    """Records of a JSON value: a list of objects, one object, columns, or numbers by step.
-
-    Returns
-    -------
-    list of dict or None
-        None if it is nothing of the kind.
-    """
-    if isinstance(value, list):
-        return value if value and all(isinstance(row, dict) for row in value) else None
-    if not isinstance(value, dict) or not value:
-        return None
-    if all(isinstance(v, dict) and all(k.isdecimal() for k in v) for v in value.values()):
-        rows: dict[int, dict[str, Any]] = {}
-        for name, by_step in value.items():  # NeMo-RL: {metric: {step: number}}
-            for step, number in by_step.items():
-                rows.setdefault(int(step), {"step": int(step)})[name] = number
-        return [rows[step] for step in sorted(rows)]
-    lengths = {len(v) for v in value.values() if isinstance(v, list)}
-    if len(lengths) == 1 and all(isinstance(v, list) for v in value.values()):
-        names = list(value)
-        columns = zip(*value.values(), strict=True)
-        return [dict(zip(names, row, strict=True)) for row in columns] or None
-    return [value]
 
 
 def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:

@@ -40,7 +40,7 @@ _LACKS: Mapping[str, Mapping[str, str]] = {
         "classes": "verl writes nothing per token, so no class can be told",
     },
     "trl": _TRAINER_LACKS,
-    **dict.fromkeys(("tensorboard", "wandb", "console"), _LOG_LACKS),
+    **dict.fromkeys(("tensorboard", "wandb", "mlflow", "console"), _LOG_LACKS),
 }
 
 
@@ -200,6 +200,8 @@ def _read_boards(found: Found, sink: Sink, report: ImportReport, run: str | None
     events, wandb = found.of("tensorboard"), found.of("wandb", "wandb-file")
     if events:
         boards.read_tensorboard(events, sink, report, run)
+    elif metrics := found.of("mlflow"):
+        boards.read_mlflow(metrics, sink, report, run)
     elif wandb:
         boards.read_wandb(wandb, sink, report, run)
     else:

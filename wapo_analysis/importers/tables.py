@@ -19,22 +19,23 @@ from wapo_analysis.importers.boards import pick
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
-    json_rows,
     json_value,
     parquet_frames,
     plain,
     table_kind,
 )
 from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.shapes import json_rows, text_lines, text_tables, unwrapped
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.importers.values import MAX_STEP, as_step, message_text
+from wapo_analysis.importers.values import MAX_STEP, as_number, as_step, message_text
 
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name")
 """Columns that name the run of a row; of text, as numbers count records as well."""
-METRIC_KEYS = ("metric", "metric_name", "key", "tag")
-"""Columns that name the number in ``value``, one a row."""
-SPLIT_KEYS = ("split", "mode", "phase", "stage")
-HELD_OUT = ("eval", "evaluation", "val", "valid", "validation", "test")
+METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
+VALUE_KEYS = ("value", "metricValue", "metric_value")
+"""Columns that name a number and that hold it, one a row."""
+SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
+HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
 _BATCH = 8192
 _HELD = 512
 
@@ -60,10 +61,18 @@ def read_tables(
             frames = parquet_frames if kind == "parquet" else csv_frames
             for first, frame in frames(file, report):
                 feed.frame(frame, first)
+        elif kind == "text":
+            for number, values in text_tables(text_lines(file)):
+                report.lines += 1
+                feed.record(values, number)
+            report.files += 1
         else:
-            rows = json_rows(json_value(file, report))
+            rows = json_rows(json_value(file, report), report.told)
             if rows is None:
-                raise UserError(f"{printable(shown(file))} is no list of JSON objects")
+                raise UserError(
+                    f"{printable(shown(file))} holds no records: looked for a list of objects, "
+                    "lists of numbers by name, numbers by step, and what pandas writes with names"
+                )
             report.files += 1
             report.lines += len(rows)
             for number, values in enumerate(rows, start=1):
@@ -90,7 +99,7 @@ class TableFeed:
         with self.report.record(self.file, number):
             if not self._mine(values):
                 return
-            values = _told_apart(values)
+            values = _told_apart(unwrapped(values))
             keys = tuple(values)
             kind, taken = self._kind(keys)
             if kind == "tokens":
@@ -240,9 +249,10 @@ def _told_apart(values: Mapping[str, Any]) -> Mapping[str, Any]:
     {'step': 1, 'eval/reward': 0.5}
     """
     names = [key for key in METRIC_KEYS if _named(values.get(key))]
-    if "value" in values and len(names) == 1:
-        rest = {key: value for key, value in values.items() if key not in (names[0], "value")}
-        return {**rest, str(values[names[0]]): values["value"]}
+    held = [key for key in VALUE_KEYS if as_number(values.get(key)) is not None]
+    if len(held) == 1 and names:
+        rest = {key: v for key, v in values.items() if key not in (*names, held[0])}
+        values = {**rest, str(values[names[0]]): values[held[0]]}
     split = next((k for k in SPLIT_KEYS if str(values.get(k)).strip().lower() in HELD_OUT), None)
     if split is None:
         return values

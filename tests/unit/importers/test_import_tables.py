@@ -263,7 +263,7 @@ def test_several_files_of_one_folder_are_one_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("t.json", b"[1, 2]", "is no list of JSON objects"),
+        ("t.json", b"[1, 2]", "holds no records: looked for a list of objects"),
         ("t.json", b"{", "is no JSON"),
         ("t.parquet", b"PAR1 nonsense", "is broken or no Parquet"),
         ("t.csv", b"\x00\xff\xfe\n\xff\n", "t.csv"),

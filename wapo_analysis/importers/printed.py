@@ -1,0 +1,226 @@
+"""Numbers by name in lines that people print: ``step=12 reward=0.3``, ``Step 3/60 | loss: 0.1``.
+
+Read are pairs with ``=``, with a colon, or a name and a number between commas or bars; the numbers
+behind a progress bar; and a heading with the step and one number a line below it, as NeMo-RL
+prints. A line's step is the one it names, else its bar's, else that of the heading above it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+Values = dict[str, float]
+_NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)"
+_END = r"(%?)(?![\w/:%]|-\w|\.\w|,\d{3}(?!\d))"
+_EQUALS = re.compile(rf"""(?<![\w./@-])([A-Za-z_][\w./@-]*)\s?=\s?["']?({_NUMBER}){_END}""", re.I)
+_TIGHT = re.compile(rf"(?<![\w:./@-])([A-Za-z_][\w./@-]*):({_NUMBER})(%?)(?=\s|$)", re.I)
+_COLON = re.compile(
+    r"([A-Za-z_][\w./@()-]*(?: [A-Za-z_(][\w./@()-]*)*)\s*:\s+"
+    rf"({_NUMBER})(%?)(?=\s*(?:[,;|)\]]|$|\s))",
+    re.I,
+)
+_SPACE = re.compile(rf"\W*([A-Za-z_][\w./@() -]*?)\s+({_NUMBER})(%?)\W*", re.I)
+_CELLS = re.compile("[|\u2502\u2503\u2551]")
+_STEP_NAME = r"(?:(?:global|train|training)[ _])?step|iter(?:ation)?|update"
+_STEP = re.compile(
+    rf"(?<![\w/-])({_STEP_NAME})\s*[:=#]?\s*[\[(]?\s*(\d+)(?:\s*(?:/|of)\s*\d+)?(?![\w.%]|:\d)",
+    re.I,
+)
+_HEADING = re.compile(rf"[\W_]*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?[\W_]*", re.I)
+_OF_ALL = re.compile(rf"(?:{_STEP_NAME})\W{{1,3}}\d+\s*/\s*\d+", re.I)
+_BAR = re.compile(r"(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it|\?)(?:,\s*([^\]]*))?\]?")
+_EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
+
+
+class Line(NamedTuple):
+    """What a line says.
+
+    Attributes
+    ----------
+    step : int or None
+        The step it names; of a bar its position.
+    values : dict of str to float
+        Numbers by name; blanks in names are underscores.
+    bar : tuple of (int, int) or None
+        Position and length of a progress bar whose numbers these are.
+    heading : bool
+        It is nothing but a step.
+    """
+
+    step: int | None
+    values: Values
+    bar: tuple[int, int] | None = None
+    heading: bool = False
+
+
+def line_of(text: str) -> Line | None:
+    """Read one line; None if it holds neither numbers by name nor a heading.
+
+    Examples
+    --------
+    >>> line_of("INFO step=12 reward=0.5 time=3.1s lr=1e-6").values
+    {'reward': 0.5, 'lr': 1e-06}
+    >>> line_of("[10:01:02] Step 3/60 | Loss: 0.25 | Grad Norm: 1.5")[:2]
+    (3, {'Loss': 0.25, 'Grad_Norm': 1.5})
+    >>> line_of("iter 7: loss 2.5, reward 0.125")[:2]
+    (7, {'loss': 2.5, 'reward': 0.125})
+    """
+    bar = _BAR.search(text)
+    if bar is not None:
+        values = _pairs(bar[3] or "")
+        place = int(bar[1]), int(bar[2])
+        return Line(place[0], values, place) if values else None
+    found = min(_STEP.finditer(text), key=_rank, default=None)
+    if found is None:
+        values = _pairs(text)
+        return Line(None, values) if values else None
+    step = int(found[2])
+    values = _pairs(text[: found.start()]) | _pairs(text[found.end() :])
+    if not values:
+        alone = _HEADING.fullmatch(text) or _OF_ALL.search(text)
+        return Line(step, {}, heading=True) if alone else None
+    return Line(step, values)
+
+
+def _rank(found: "re.Match[str]") -> int:
+    """Of several counters in a line the run's own step goes first."""
+    words = ("global", "train", "step", "iter")
+    return next((n for n, word in enumerate(words) if word in found[1].lower()), len(words))
+
+
+def _pairs(text: str) -> Values:
+    if "=" in text and (found := _named(_EQUALS.findall(text))):
+        return found
+    cells = [cell.strip() for cell in _CELLS.split(text)] if _CELLS.search(text) else []
+    if cells and (found := _named(_beside(cells))):
+        return found
+    if ":" in text:
+        tight = _TIGHT.findall(text)
+        found = _named(tight if len(tight) > 1 else _COLON.findall(text))
+        if found:
+            return found
+    items = re.split(r"[|,;]", text)
+    fits = [fit.groups() for item in items if (fit := _SPACE.fullmatch(item))]
+    return _named(fits) if len(fits) > 1 else {}
+
+
+def _beside(cells: list[str]) -> list[tuple[str, str, str]]:
+    """Cells of a printed table in which a name stands beside its number."""
+    pairs = zip(cells, cells[1:], strict=False)
+    whole = re.compile(_NUMBER, re.I)
+    return [(a, b, "") for a, b in pairs if re.match("[A-Za-z_]", a) and whole.fullmatch(b)]
+
+
+def _named(found: Sequence[tuple[str, ...]]) -> Values:
+    values: Values = {}
+    for name, number, percent in found:
+        key = re.sub(r"\s+", "_", name.strip())
+        if not re.fullmatch(_STEP_NAME, key, re.I):
+            values.setdefault(key, float(number.replace("_", "")) / (100 if percent else 1))
+    return values
+
+
+class Printed(NamedTuple):
+    """A record of a log: its line, its step if one is known, its numbers, whether we know any."""
+
+    number: int
+    step: int | None
+    values: Values
+    known: bool
+
+
+@dataclass
+class PrintedLog:
+    """Lines of a log as records, once the whole of it was seen.
+
+    Parameters
+    ----------
+    known : callable
+        Whether any of some names feeds a column.
+    """
+
+    known: Callable[[tuple[str, ...]], bool]
+    _taken: list[Printed] = field(default_factory=list)
+    _loose: list[Printed] = field(default_factory=list)
+    _below: list[Printed] = field(default_factory=list)
+    _bars: dict[int, Printed] = field(default_factory=dict)
+    _fits: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    _heading: int | None = None
+    _before: tuple[int, int, int | None] = (0, 0, None)
+    _offset: int = 0
+
+    def add(self, number: int, text: str) -> bool:
+        """Take a line; whether it holds numbers by known names."""
+        line = line_of(text)
+        if line is None:
+            return False
+        if line.heading:
+            self._heading = line.step
+            return False
+        keys = tuple(line.values)
+        if keys not in self._fits:
+            self._fits[keys] = self.known(keys)
+        known = self._fits[keys]
+        if line.bar is not None:
+            at = self._bar_step(line.bar, text)
+            self._bars[at] = Printed(number, at, line.values, known)
+        elif line.step is not None:
+            self._taken.append(Printed(number, line.step, line.values, known))
+        elif known and self._heading is not None:
+            self._below.append(Printed(number, self._heading, line.values, known))
+        elif known:
+            self._gather(number, line.values)
+        return known
+
+    def _gather(self, number: int, values: Values) -> None:
+        """Lines without a step are one record until a name comes again."""
+        last = self._loose[-1] if self._loose else None
+        if last is None or values.keys() & last.values.keys():
+            self._loose.append(Printed(number, None, dict(values), True))
+        else:
+            last.values.update(values)
+
+    def _bar_step(self, bar: tuple[int, int], text: str) -> int:
+        """Position of a bar, past those of the epochs before; the last numbers at it count."""
+        place, length = bar
+        epoch = int(found[1]) if (found := _EPOCH.search(text)) else None
+        last, long, before = self._before
+        if place < last and epoch is not None and before is not None and epoch > before:
+            self._offset += long
+        self._before = place, length, epoch
+        return self._offset + place
+
+    def records(self) -> list[Printed]:
+        """Records of known names, if there are none those with a step.
+
+        Where a heading stands above a whole log, its step is none of theirs.
+        """
+        below = self._below
+        steps = {record.step for record in below}
+        once = {(r.step, tuple(r.values)) for r in below}
+        if len(steps) < 3 and len(below) > 2 * len(once):
+            below = []
+            for record in self._below:
+                self._gather(record.number, record.values)
+        found = [*self._taken, *self._loose, *below, *self._bars.values()]
+        known = [record for record in found if record.known]
+        return sorted(known or found, key=lambda record: record.number)
+
+
+def is_log(lines: Iterable[str], vital: Callable[[tuple[str, ...]], bool]) -> bool:
+    """Whether lines are those of a training run: two with vital names, or three steps in order."""
+    told = 0
+    steps: dict[tuple[str, ...], list[int]] = {}
+    for text in lines:
+        line = line_of(text)
+        if line is None or not line.values:
+            continue
+        keys = tuple(line.values)
+        told += vital(keys)
+        seen = steps.setdefault(keys, [])
+        if line.step is not None and (not seen or line.step > seen[-1]):
+            seen.append(line.step)
+        if told > 1 or (len(seen) > 2 and len(keys) > 1):
+            return True
+    return False

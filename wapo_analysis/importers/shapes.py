@@ -1,0 +1,337 @@
+"""Records in other shapes: JSON by columns or by name, tables as text, web pages and notebooks.
+
+What a page or a notebook shows is written out as text with bars between cells, which the readers
+of printed logs and of tables then read.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from wapo_analysis.errors import printable
+from wapo_analysis.importers.mapping import VITAL, NameTable
+from wapo_analysis.importers.values import as_number, as_step, parse_json
+from wapo_analysis.store.files import open_regular
+
+MAX_PAGE_BYTES = 1 << 30
+WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
+"""Names under which a record holds its numbers, beside its step, a time or a text."""
+Rows = list[dict[str, Any]]
+_DEEP = 4
+
+
+# ---- JSON
+
+
+def json_rows(value: Any, told: Callable[[str], None] = lambda _: None) -> Rows | None:
+    """Records of a JSON value.
+
+    A list of objects, one object, lists by name, numbers by step, what pandas writes in any
+    orientation but "values", ``{metric: {steps, values}}``, or one of these below a name.
+
+    Parameters
+    ----------
+    value : Any
+        What the file holds.
+    told : callable
+        Is given what was chosen or left out, in a sentence.
+
+    Returns
+    -------
+    list of dict or None
+        None if it is nothing of the kind.
+    """
+    rows = _rows(value, told)
+    if rows is not None or not isinstance(value, dict) or not value:
+        return rows
+    inside = [(path, found) for path, found in _inside(value, "", 0) if len(found) > 1]
+    if not inside:
+        return [value]
+    path, found = max(inside, key=lambda item: len(item[1]))
+    others = f"; not {', '.join(p for p, _ in inside if p != path)}" if len(inside) > 1 else ""
+    told(f"{printable(path)} of the file is read{printable(others)}")
+    return found
+
+
+def _rows(value: Any, told: Callable[[str], None]) -> Rows | None:
+    """Records of a value by itself, None if it is no list of them."""
+    if isinstance(value, list):
+        return value if value and all(isinstance(row, dict) for row in value) else None
+    if not isinstance(value, dict) or not value:
+        return None
+    for read in (_pandas, _by_step, _by_row, _series):
+        if (rows := read(value)) is not None:
+            return rows
+    return _by_name(value, told)
+
+
+def _inside(value: Mapping[str, Any], before: str, depth: int) -> Iterator[tuple[str, Rows]]:
+    for name, part in value.items():
+        if (rows := _rows(part, lambda _: None)) is not None:
+            yield f"{before}{name}", rows
+        elif isinstance(part, dict) and depth < _DEEP:
+            yield from _inside(part, f"{before}{name}/", depth + 1)
+
+
+def _pandas(value: Mapping[str, Any]) -> Rows | None:
+    """Orientations "split" and "table" of pandas."""
+    names, data = value.get("columns"), value.get("data")
+    if isinstance(value.get("schema"), dict) and isinstance(data, list):
+        return data if all(isinstance(row, dict) for row in data) else None
+    if not isinstance(names, list) or not isinstance(data, list) or not data:
+        return None
+    if any(not isinstance(row, list) or len(row) != len(names) for row in data):
+        return None
+    rows = [dict(zip(map(str, names), row, strict=True)) for row in data]
+    return _indexed(rows, value.get("index"))
+
+
+def _indexed(rows: Rows, index: Any) -> Rows:
+    """Rows with their index as the step, where it counts something that no column does."""
+    keys = NameTable({})
+    if not isinstance(index, list) or len(index) != len(rows):
+        return rows
+    numbers = [n for label in index if (n := as_step(label)) is not None]
+    if len(numbers) < len(rows) or numbers == list(range(len(rows))):
+        return rows
+    if any(keys.step_key(tuple(row)) for row in rows[:1]):
+        return rows
+    return [{"step": n, **row} for n, row in zip(numbers, rows, strict=True)]
+
+
+def _by_step(value: Mapping[str, Any]) -> Rows | None:
+    """NeMo-RL's ``{metric: {step: number}}``, which is pandas's "columns" too."""
+    if not all(isinstance(v, dict) and all(k.isdecimal() for k in v) for v in value.values()):
+        return None
+    rows: dict[int, dict[str, Any]] = {}
+    for name, by_step in value.items():
+        for step, number in by_step.items():
+            rows.setdefault(int(step), {})[name] = number
+    ordered = [rows[step] for step in sorted(rows)]
+    return [
+        row if NameTable({}).step_key(tuple(row)) else {"step": step, **row}
+        for step, row in zip(sorted(rows), ordered, strict=True)
+    ]
+
+
+def _by_row(value: Mapping[str, Any]) -> Rows | None:
+    """Records by number: pandas's "index", or a step to its record."""
+    if not all(k.isdecimal() and isinstance(v, dict) for k, v in value.items()):
+        return None
+    order = sorted(value, key=int)
+    return _indexed([value[key] for key in order], order)
+
+
+def _series(value: Mapping[str, Any]) -> Rows | None:
+    """``{metric: {"steps": [...], "values": [...]}}``, or pairs of step and number by metric."""
+    found: dict[str, list[tuple[Any, Any]]] = {}
+    for name, part in value.items():
+        pairs = _step_pairs(part)
+        if pairs is None:
+            return None
+        found[name] = pairs
+    return [{"step": step, name: number} for name, pairs in found.items() for step, number in pairs]
+
+
+def _step_pairs(part: Any) -> list[tuple[Any, Any]] | None:
+    if isinstance(part, dict):
+        steps = part.get("steps", part.get("step"))
+        values = part.get("values", part.get("value"))
+        if isinstance(steps, list) and isinstance(values, list) and len(steps) == len(values):
+            return list(zip(steps, values, strict=True))
+        return None
+    if isinstance(part, list) and len(part) > 1:
+        if all(isinstance(p, list) and len(p) == 2 for p in part):
+            return [(step, number) for step, number in part]
+        if all(isinstance(p, dict) and {"step", "value"} <= p.keys() for p in part):
+            return [(p["step"], p["value"]) for p in part]
+    return None
+
+
+def _by_name(value: Mapping[str, Any], told: Callable[[str], None]) -> Rows | None:
+    """Lists of numbers by name, nested names joined; lists of another length are left out."""
+    if all(isinstance(v, list) for v in value.values()) and len(set(map(len, value.values()))) == 1:
+        columns = zip(*value.values(), strict=True)
+        return [dict(zip(value, row, strict=True)) for row in columns] or None
+    scalars = [name for name, v in value.items() if as_number(v) is not None]
+    if NameTable({}).feeds(scalars).keys() & set(VITAL):
+        return None  # one record, with lists in it
+    lists = dict(_lists(value, "", 0))
+    first = {name.partition("/")[0] for name in lists}
+    if len(first) == 1 and all("/" in name for name in lists):
+        lists = {name.partition("/")[2]: cells for name, cells in lists.items()}
+    lengths = Counter(len(cells) for cells in lists.values())
+    if not lengths:
+        return None
+    length = max(lengths, key=lambda n: (lengths[n], n))
+    if length < 2:
+        return None
+    other = [name for name, cells in lists.items() if len(cells) != length]
+    if other:
+        told(
+            f"lists of {length} numbers are read; {', '.join(map(printable, other[:6]))} "
+            f"{'has' if len(other) == 1 else 'have'} another length, so their steps are unknown"
+        )
+    names = [name for name in lists if name not in other]
+    columns = zip(*(lists[name] for name in names), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in columns]
+
+
+def _lists(value: Mapping[str, Any], before: str, depth: int) -> Iterator[tuple[str, list[Any]]]:
+    for name, part in value.items():
+        if isinstance(part, list) and part and not any(isinstance(v, list | dict) for v in part):
+            if any(as_number(v) is not None for v in part) or not before:
+                yield f"{before}{name}", part
+        elif isinstance(part, dict) and depth < _DEEP:
+            yield from _lists(part, f"{before}{name}/", depth + 1)
+
+
+def unwrapped(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A record whose numbers stand below one name, as structured loggers write them, without it.
+
+    Examples
+    --------
+    >>> unwrapped({"level": "info", "metrics": {"step": 3, "reward": 0.5}})
+    {'level': 'info', 'step': 3, 'reward': 0.5}
+    """
+    inside = [name for name in WRAPPERS if isinstance(record.get(name), dict)]
+    if len(inside) != 1:
+        return record
+    rest = {name: value for name, value in record.items() if name != inside[0]}
+    return rest | dict(record[inside[0]])
+
+
+# ---- tables as text
+
+_BARS = re.compile("[|\u2502\u2503\u2551]")
+_RULER = re.compile(r"[\s|+:=.\-_\u2500-\u257f]*")
+_WORD = re.compile(r"[A-Za-z_].*")
+
+
+def text_tables(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of tables in a text, as Markdown, terminals and pandas print them, with their lines."""
+    header: list[str] = []
+    indexed = False
+    for number, line in lines:
+        if _RULER.fullmatch(line):
+            header = header if line.strip() else []
+            continue
+        cells = _cells(line)
+        if header and len(cells) in (len(header), len(header) + indexed):
+            known = [as_number(cell) for cell in cells]
+            if any(n is not None for n in known):
+                mine = cells[-len(header) :]
+                yield (
+                    number,
+                    {k: v for k, v in zip(header, mine, strict=True) if v not in ("", "-")},
+                )
+                continue
+        barred = bool(_BARS.search(line))
+        indexed = not barred or cells[0] == ""  # pandas prints an index without a name
+        cells = cells[1:] if barred and indexed else cells
+        names = len(cells) > 1 and len(set(cells)) == len(cells) and all(map(_WORD.match, cells))
+        header = cells if names and all(as_number(cell) is None for cell in cells) else []
+
+
+def _cells(line: str) -> list[str]:
+    if not _BARS.search(line):
+        return line.split()
+    cells = [cell.strip().strip("*`") for cell in _BARS.split(line.strip())]
+    return cells[not cells[0] : len(cells) - (not cells[-1])]
+
+
+def holds_table(lines: Iterable[tuple[int, str]]) -> bool:
+    """Whether any table of a text has a column that says something about a training run."""
+    names = NameTable({})
+    return any(names.feeds(tuple(row)).keys() & set(VITAL) for _, row in text_tables(lines))
+
+
+def text_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text with their numbers."""
+    with open_regular(file) as stream:
+        for number, line in enumerate(stream, start=1):
+            yield number, line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+# ---- web pages and notebooks
+
+
+class _Tables(HTMLParser):
+    """Text of a page; cells of a row have bars between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._cell: list[str] | None = None
+        self._row: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self._row = []
+        if tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self._row.append(" ".join("".join(self._cell).split()).replace("|", "/"))
+            self._cell = None
+        if tag == "tr" and self._row:
+            self.lines.append(f"| {' | '.join(self._row)} |")
+        if tag == "table":
+            self.lines.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+def page_text(html: str) -> str:
+    """Tables of a web page as text."""
+    page = _Tables()
+    page.feed(html)
+    return "\n".join(page.lines) + "\n"
+
+
+def notebook_text(data: bytes) -> str:
+    """What the cells of a notebook printed, and its tables as text.
+
+    Raises
+    ------
+    ValueError
+        If it is no notebook.
+    """
+    value = parse_json(data)
+    cells = value.get("cells") if isinstance(value, dict) else None
+    if not isinstance(cells, list):
+        raise ValueError("no cells")
+    parts = []
+    for cell in cells:
+        for output in cell.get("outputs", ()) if isinstance(cell, dict) else ():
+            shows = output.get("data", {}) if isinstance(output, dict) else {}
+            if isinstance(shows, dict) and "text/html" in shows:
+                parts.append(page_text(_joined(shows["text/html"])))
+            else:
+                told = output.get("text", shows.get("text/plain", ""))
+                parts.append(_joined(told) + "\n")
+    return "\n".join(parts)
+
+
+def _joined(text: Any) -> str:
+    return "".join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+def shown_text(file: Path, out: BinaryIO) -> bool:
+    """Write what a notebook or a page shows as text; whether it could be read."""
+    with open_regular(file) as stream:
+        data = stream.read(MAX_PAGE_BYTES)
+    try:
+        page = file.suffix in (".html", ".htm")
+        text = page_text(data.decode("utf-8", "replace")) if page else notebook_text(data)
+    except (ValueError, AttributeError, json.JSONDecodeError):
+        return False
+    out.write(text.encode("utf-8", "replace"))
+    return True
