@@ -7,14 +7,14 @@ theirs to themselves.
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from wapo_analysis.audit import audit
 from wapo_analysis.diagnose import Finding, diagnose
-from wapo_analysis.record.beside import Action
+from wapo_analysis.record.beside import Action, Ring
 from wapo_analysis.store import Run, open_run
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,10 @@ class BesideTraining:
         Print an audit after the third step.
     on_warning, on_critical : str, callable or None
         What a new finding of that severity leads to; a critical one is a warning as well.
+    ring : Ring, optional
+        Checkpoints, of which a finding protects one.
+    earlier : sequence of mapping
+        What the guard did in a run that is continued: it does that no more.
     """
 
     def __init__(
@@ -46,13 +50,16 @@ class BesideTraining:
         audit: bool,
         on_warning: Action,
         on_critical: Action,
+        ring: Ring | None = None,
+        earlier: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._path, self._note, self._audit = path, note, audit
         self._actions = {"warning": on_warning, "critical": on_critical}
         self._guards = on_warning is not None or on_critical is not None
-        self._met: set[tuple[str, str]] = set()
+        self._did = [dict(entry) for entry in earlier]
+        self._met = {(did.get("finding"), did.get("severity")) for did in self._did}
+        self._ring, self._failed = ring, any(severity == "critical" for _, severity in self._met)
         self._asked: set[str] = set()
-        self._did: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._next = 0.0
 
@@ -96,15 +103,23 @@ class BesideTraining:
                     continue
                 self._met.add((finding.name, severity))
                 self._act(step, finding, severity, action)
+            self._failed |= finding.severity == "critical"
 
     def _act(self, step: int, finding: Finding, severity: str, action: Action) -> None:
         word = action if isinstance(action, str) else getattr(action, "__name__", "a function")
-        entry = {"step": step, "finding": finding.name, "severity": severity, "did": word}
+        entry: dict[str, Any] = {"step": step, "finding": finding.name}
+        entry |= {"severity": severity, "did": word}
+        if self._ring is not None and not self._failed:  # what comes later is of a failed run
+            entry["checkpoint"] = self._ring.protect(finding.step)
+            if entry["checkpoint"] is not None:
+                word += f", the checkpoint of step {entry['checkpoint']} is kept"
         self._did.append(entry)
         log.warning("step %d: %s (%s); %s", step, finding.name, finding.message, word)
         self._note(guard=self._did)
         if callable(action):
-            action({**finding.to_dict(), "message": finding.message, "at": step})
+            checkpoint = entry.get("checkpoint")
+            told = {"message": finding.message, "at": step, "checkpoint": checkpoint}
+            action(finding.to_dict() | told)
             return
         with self._lock:
             self._asked.add(str(action))

@@ -11,7 +11,8 @@ Without names every finished run of the test part is replayed.
 """
 
 import argparse
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,102 +23,104 @@ from experiments.suite.collapse_suite import Beginning
 from experiments.suite.runs import BAD, Outcome, SuiteRun, finished, outcome, suite, true_reward
 from wapo_analysis import open_run
 from wapo_analysis.beside import BesideTraining
+from wapo_analysis.record import beside
+from wapo_analysis.record.beside import Ring
 from wapo_analysis.train.tasks import get_task
 
 GOOD = 0.9
 """Share of the best true reward that a checkpoint must keep."""
-EVERY = 5
-"""Steps between the regular checkpoints the guard's are set beside."""
+beside.PAUSE = 0.0  # a replay has no time that writing could take
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """One run as a guard would have treated it.
+    """One run as a guard would have treated it; shares are of the run's best true reward.
 
     Attributes
     ----------
-    saved : tuple of int
-        Steps after which a checkpoint would have been written.
     stopped : int or None
         Step after which the run would have stopped.
+    touched : bool
+        The guard found anything to act on.
+    held : tuple of int
+        Steps of the checkpoints that were there then, or at the end.
     kept : float or None
-        True reward of the best of those checkpoints over the best one of the whole run; None
-        without a checkpoint that was sampled from, or without any reward.
-    before : int or None
-        Last multiple of ``EVERY`` before the onset of the first finding; 0 is the untrained policy.
-    kept_before : float or None
-        The same ratio for a checkpoint of that step, had one been kept all along.
+        Share that the best of them is worth; None without one that was sampled from, or without
+        any reward.
+    before : float or None
+        The same of those that a finding protected.
     """
 
     name: str
     outcome: Outcome
-    saved: tuple[int, ...]
     stopped: int | None
+    touched: bool
+    held: tuple[int, ...]
     kept: float | None
-    before: int | None
-    kept_before: float | None
+    before: float | None
 
 
 def guarded(run: SuiteRun, delay: int) -> Guarded:
-    """Replay a run; actions come ``delay`` steps after the finding, as a busy writer's would.
+    """Replay a run; the guard is ``delay`` steps behind the training, as a busy writer would be.
 
     The checkpoint after step s is worth the true reward of step s + 1, which it samples; the best
     reward is the best mean over five steps, as in the suite's labels.
     """
     whole = open_run(run.out)
-    warned: list[dict[str, Any]] = []
-    critical: list[dict[str, Any]] = []
-    guard = BesideTraining(run.out, lambda **_: None, False, warned.append, critical.append)
+    did: list[dict[str, Any]] = []
     manifest = whole.manifest.changed({"status": "running"})
-    steps = whole.steps["step"].tolist()
-    for last in steps:
-        guard.judge(last, Beginning(whole.path, manifest, whole, last))
-        if critical:
-            break
-    saved = sorted({found["at"] + delay for found in (*warned, *critical)} & set(steps))
-    before = (warned[0]["step"] - 1) // EVERY * EVERY if warned else None
-    result = outcome(whole)
+    stopped = None
+    with tempfile.TemporaryDirectory() as folder:
+        ring = Ring(Path(folder) / "checkpoints", {})
+        note: Callable[..., None] = lambda guard: did.__setitem__(slice(None), guard)  # noqa: E731
+        guard = BesideTraining(run.out, note, False, "checkpoint", "stop", ring)
+        for step, reward in zip(whole.steps["step"], whole.steps["reward"], strict=True):
+            ring.earned(float(reward))
+            if ring.due(int(step)):
+                ring.write(int(step), lambda place: (place / "weights").touch())
+            seen = int(step) - delay
+            if seen > 0:
+                guard.judge(seen, Beginning(whole.path, manifest, whole, seen))
+            if guard.asked("stop"):
+                stopped = int(step)
+                break
+    result, protected = outcome(whole), ring.entry()["protected"]
     reward = true_reward(whole, get_task(whole.manifest["task"]))
-    return Guarded(
-        run.name,
-        result,
-        tuple(saved),
-        critical[0]["at"] if critical else None,
-        _kept(reward, saved, result),
-        before,
-        None if before is None else _kept(reward, [before], result),
-    )
+    kept = (_kept(reward, steps, result) for steps in (ring.held, protected))
+    return Guarded(run.name, result, stopped, bool(did), tuple(sorted(ring.held)), *kept)
 
 
-def _kept(reward: pd.Series, saved: Sequence[int], result: Outcome) -> float | None:
+def _kept(reward: pd.Series, saved: Collection[int], result: Outcome) -> float | None:
     worth = [float(reward[step + 1]) for step in saved if step + 1 in reward.index]
     if not worth or result.reward_peak <= 0:
         return None
     return max(worth) / result.reward_peak
 
 
+def line(run: Guarded) -> str:
+    """What became of one run."""
+    return (
+        f"{run.name:26} {run.outcome.label:16} lost at {run.outcome.lost_at}, stop {run.stopped}, "
+        f"checkpoints {list(run.held)} hold {_percent(run.kept)}, "
+        f"protected {_percent(run.before)}"
+    )
+
+
 def summary(runs: Sequence[Guarded]) -> str:
-    """The two shares, and one line a run."""
+    """The shares."""
     bad = [run for run in runs if run.outcome.label in BAD]
     losers = [run for run in bad if run.outcome.lost_at is not None]
     healthy = [run for run in runs if run.outcome.label == "healthy"]
-    rows = [
-        f"{run.name:26} {run.outcome.label:16} lost at {run.outcome.lost_at}, checkpoints "
-        f"{list(run.saved)} hold {_percent(run.kept)}, stop {run.stopped}, "
-        f"before the onset {run.before} holds {_percent(run.kept_before)}"
-        for run in runs
-    ]
-    touched = [run for run in healthy if run.saved or run.stopped is not None]
     shares = [
         f"failed runs with a checkpoint above {GOOD:.0%} of their best reward: "
         f"{_share([r.kept for r in bad])}",
         f"of those that lost a reward they had: {_share([r.kept for r in losers])}",
-        f"the same with the last of a checkpoint every {EVERY} steps before the onset: "
-        f"{_share([r.kept_before for r in bad])}, {_share([r.kept_before for r in losers])}",
-        f"healthy runs touched: {len(touched)} of {len(healthy)}, "
+        f"with one that a finding protected: {_share([r.before for r in bad])}, "
+        f"{_share([r.before for r in losers])}",
+        f"healthy runs touched: {sum(r.touched for r in healthy)} of {len(healthy)}, "
         f"stopped: {sum(r.stopped is not None for r in healthy)}",
     ]
-    return "\n".join([*rows, "", *shares])
+    return "\n".join(shares)
 
 
 def _percent(kept: float | None) -> str:
@@ -139,7 +142,11 @@ def main() -> None:
         for run in suite(options.out)
         if (run.name in options.names if options.names else run.test) and finished(run.out)
     ]
-    print(summary([guarded(run, options.delay) for run in runs]))
+    done = []
+    for run in runs:
+        done.append(guarded(run, options.delay))
+        print(line(done[-1]), flush=True)
+    print(summary(done))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from experiments.bug_bench import train as train_loop
 from wapo_analysis import Recorder, TrainConfig
 from wapo_analysis.beside import BesideTraining
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.beside import PROTECTED, RECENT, Ring
 from wapo_analysis.store import open_run
 from wapo_analysis.train.loop import train
 
@@ -20,7 +21,7 @@ SHORT = TrainConfig(
     steps=30, prompts_per_step=3, rollouts_per_prompt=4, minibatches=1, max_new_tokens=24,
     rescore_every=0, checkpoint_every=0, keep_checkpoints=20, token_every=0, device="cpu",
 )  # fmt: skip
-EXPLODES = {"lr": 3e-3, "include_bins": ("neg_peak",), "epochs": 3}
+EXPLODES = {"lr": 3e-3, "include_bins": ("neg_peak",), "epochs": 3, "warmup_steps": 15}
 
 
 def config(**settings: Any) -> TrainConfig:
@@ -49,18 +50,90 @@ def test_a_run_that_explodes_is_stopped_after_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wapo_analysis.beside.REST", 0.0)
+    monkeypatch.setattr("wapo_analysis.record.beside.PAUSE", 0.0)
     run = tmp_path / "r"
     with pytest.raises(KeyboardInterrupt):
         train(config(on_warning="checkpoint", on_critical="stop", steps=60, **EXPLODES), run)
     found = open_run(run)
     did = found.manifest["guard"]
     assert found.status == "interrupted"
-    assert {entry["did"] for entry in did} == {"checkpoint", "stop"}
+    assert {entry["did"] for entry in did} <= {"checkpoint", "stop"}
+    assert "stop" in {entry["did"] for entry in did}
     saved = sorted(int(f.name.split("-")[1]) for f in (run / "checkpoints").glob("step-*"))
-    assert saved
-    assert saved[-1] < 60
+    kept = [entry["checkpoint"] for entry in did if entry.get("checkpoint") is not None]
+    assert kept
+    assert set(kept[-PROTECTED:]) <= set(saved), "what a finding protects stays"
+    assert len(saved) <= RECENT + PROTECTED + 2, "few are kept"
+    assert saved[-1] == found.steps.step.iloc[-1] < 60
     resumed = config(steps=saved[-1] + 1, **EXPLODES)
     assert train(resumed, run, resume=True) is not None
+
+
+def filled(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"0" * 100)
+
+
+def steps_in(root: Path) -> list[int]:
+    return sorted(int(f.name.split("-")[1]) for f in root.glob("step-*"))
+
+
+def test_the_ring_keeps_few_checkpoints_and_the_right_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wapo_analysis.record.beside.PAUSE", 0.0)
+    root = tmp_path / "checkpoints"
+    ring = Ring(root, {})
+    for step in range(1, 61):
+        ring.earned(step / 31 if step <= 31 else 0.0)  # the policy after step 28 earns most
+        if ring.due(step):
+            assert ring.write(step, filled)
+        if step == 45:
+            assert ring.protect(43) == 40
+        assert len(steps_in(root)) <= RECENT + 1 + PROTECTED
+    assert steps_in(root) == [28, 40, *(49 + 3 * n for n in range(4))]
+    assert ring.protect(40) == 28
+    again = Ring(root, json.loads(json.dumps(ring.entry())))
+    assert again.held == ring.held == set(steps_in(root))
+    assert not again.due(60)
+    assert again.due(61)  # 3 after the last
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wapo_analysis.record.beside.PAUSE", 0.0)
+
+    def fails(folder: Path) -> None:
+        (folder / "half").write_bytes(b"0")
+        raise OSError(28, "No space left on device")
+
+    with Recorder(tmp_path / "r", synchronous=True, on_warning="checkpoint") as recorder:
+        for step in range(1, 13):
+            recorder.finish_step(step, reward=0.5)
+            recorder.checkpoint(filled if step < 4 else fails)
+    assert recorder.failure is None
+    assert caplog.text.count("was not written") == 1
+    assert [f.name for f in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000001"]
+    assert open_run(tmp_path / "r").manifest["guard_checkpoints"]["steps"] == [1]
+
+
+def test_a_run_that_goes_on_knows_what_its_guard_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wapo_analysis.record.beside.PAUSE", 0.0)
+    monkeypatch.setattr("wapo_analysis.beside.REST", 0.0)
+    guard: Any = {"on_warning": "checkpoint", "on_critical": "stop", "synchronous": True}
+    for resume_after in (None, 30):
+        with Recorder(tmp_path / "r", resume_after=resume_after, **guard) as recorder:
+            for step in range((resume_after or 0) + 1, (resume_after or 0) + 31):
+                reward = 0.8 + 0.02 * (step % 3) if step < 20 else 0.0
+                recorder.finish_step(step, reward=reward)
+                recorder.checkpoint(filled)
+            assert recorder.asked("stop") is (resume_after is None), "only what is new"
+    did = open_run(tmp_path / "r").manifest["guard"]
+    assert did[0]["checkpoint"] in steps_in(tmp_path / "r" / "checkpoints")
+    assert did[0]["checkpoint"] < 20
+    assert len({(entry["finding"], entry["severity"]) for entry in did}) == len(did)
 
 
 def test_a_loop_of_one_s_own_asks_what_the_guard_wants(
@@ -76,6 +149,7 @@ def test_a_loop_of_one_s_own_asks_what_the_guard_wants(
             )
     assert told, "a critical finding reaches the function"
     assert {"name", "severity", "message", "at"} <= set(told[0])
+    assert not (tmp_path / "r" / "checkpoints").exists(), "a function keeps what it wants"
     assert open_run(tmp_path / "r").manifest["guard"][0]["finding"] == told[0]["name"]
 
 
@@ -139,3 +213,29 @@ def test_trl_stops_where_the_guard_asks(tmp_path: Path, monkeypatch: pytest.Monk
         run(trainer)
     assert trainer.state.global_step < 5
     assert list((tmp_path / "b").glob("checkpoint-*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_trl_goes_on_from_a_checkpoint_of_the_guard_and_keeps_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support.trl_toy import run, toy_trainer
+    from wapo_analysis import attach
+
+    monkeypatch.setattr("wapo_analysis.record.beside.PAUSE", 0.0)
+    monkeypatch.setattr("wapo_analysis.record.beside.EVERY", 2)
+    every: Any = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    plain = run(toy_trainer(tmp_path / "a", **every))
+    trainer = toy_trainer(tmp_path / "b", **every)
+    with attach(trainer, tmp_path / "run", on_warning="checkpoint"):
+        watched = run(trainer)
+    assert all(torch.equal(plain[name], watched[name]) for name in plain)
+    own, theirs = (sorted(f.name for f in (tmp_path / n).glob("checkpoint-*")) for n in "ba")
+    assert own == theirs
+    assert steps_in(tmp_path / "run" / "checkpoints") == [1, 3, 5]
+    again = toy_trainer(tmp_path / "c", **every)
+    start = tmp_path / "run" / "checkpoints" / "step-00000003"
+    with attach(again, tmp_path / "run", on_warning="checkpoint", resume_after=3):
+        again.train(resume_from_checkpoint=str(start))
+    assert list(open_run(tmp_path / "run").steps.step) == [1, 2, 3, 4, 5, 6]
+    assert all(torch.equal(plain[n], p) for n, p in again.model.state_dict().items())

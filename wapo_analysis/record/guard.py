@@ -6,6 +6,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from wapo_analysis.errors import UserError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -58,6 +60,21 @@ def guarded(method: F) -> F:
 def on_schedule(step: int, every: int) -> bool:
     """Steps 1, 1 + every, ... so that the first step always counts."""
     return every > 0 and (step - 1) % every == 0
+
+
+def check_schedule(token_fraction: float, *every: int) -> None:
+    """Refuse a share out of (0, 1] and steps between two that are below 0.
+
+    Raises
+    ------
+    UserError
+        Naming what is allowed.
+    """
+    if min(every) < 0:
+        names = "token_every, rescore_every and probe_every"
+        raise UserError(f"{names} must be 0 (never) or positive")
+    if not 0 < token_fraction <= 1:
+        raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
 
 
 class Closing:

@@ -18,9 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.batches import BatchPass, batch_pass
-from wapo_analysis.record.beside import Action, Beside, check_actions, made_beside
-from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
+from wapo_analysis.record.batches import batch_pass
+from wapo_analysis.record.beside import Action, Beside, Ring, Save, acts, check_actions, made_beside
+from wapo_analysis.record.guard import Closing, Guarded, check_schedule, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.topk import TOPK, TopReader
@@ -78,7 +78,7 @@ class Recorder(Guarded, Closing):
     audit : bool
         Print what the trainer really computes after the third step (docs/audit.md).
     on_warning, on_critical : {"checkpoint", "stop"} or callable, optional
-        A guard: what a new finding leads to; ask `asked` for it (docs/guard.md).
+        A guard (docs/guard.md): call `checkpoint` after every step and ask `asked`.
 
     Raises
     ------
@@ -110,14 +110,11 @@ class Recorder(Guarded, Closing):
         take_over: bool = False, topk: int = TOPK, audit: bool = False,
         on_warning: Action = None, on_critical: Action = None,
     ) -> None:  # fmt: skip
-        if min(token_every, rescore_every, probe_every) < 0:
-            every = "token_every, rescore_every and probe_every"
-            raise UserError(f"{every} must be 0 (never) or positive")
-        if not 0 < token_fraction <= 1:
-            raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
+        check_schedule(token_fraction, token_every, rescore_every, probe_every)
         check_actions(on_warning, on_critical)
         self.path = None if path is None else Path(path)
         self._beside: Beside | None = None
+        self.ring: Ring | None = None
         self.token_every, self.token_fraction = token_every, token_fraction
         self.rescore_every, self.probe_every = rescore_every, probe_every
         self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
@@ -125,18 +122,18 @@ class Recorder(Guarded, Closing):
         settings = {name: getattr(self, name) for name in names}
         settings |= {"store_bits": store_bits, "topk": topk}
         self.tops = TopReader(topk, token_every, token_fraction, temperature)
-        self._step = OpenStep()
-        self._last = resume_after or 0
+        self._step, self._last = OpenStep(), resume_after or 0
         self._warned, self._since, self._captured = False, perf_counter(), 0.0
         if self.path is None:
             return
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
         kind = RunWriter if rank == 0 else PartWriter
         entries = {**described(self.path, manifest or {}), **settings}
+        entries |= {} if resume_after is None else acts(self.path, resume_after)
         self._writer = kind(self.path, entries, resume_after, store_bits, take_over)
         if rank == 0:
             note, asked = self._writer.update_manifest, (audit, on_warning, on_critical)
-            self._beside = made_beside(self.path, note, *asked)
+            self._beside, self.ring = made_beside(self.path, note, *asked, entries)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous, self._beside)
 
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +160,19 @@ class Recorder(Guarded, Closing):
     def asked(self, action: str) -> bool:
         """Whether the guard asked for "checkpoint" or "stop" since the last call of this."""
         return self._beside is not None and self._beside.asked(action)
+
+    @guarded
+    def checkpoint(self, save: Save) -> None:
+        """Save a checkpoint for the guard, if there is one and it is time; after `finish_step`.
+
+        ``save`` fills the folder it is given, which becomes RUN/checkpoints/step-N once it is
+        whole. If it fails, that is told once; recording and training go on.
+        """
+        ring = self.ring
+        if ring is not None and ring.due(self._last):
+            self.flush()
+            if self.failure is None and ring.write(self._last, save):
+                self.note(guard_checkpoints=ring.entry())
 
     @property
     def watching(self) -> bool:
@@ -284,17 +294,14 @@ class Recorder(Guarded, Closing):
     def settle(self, step: int, texts: Texts | None = None) -> Records | None:
         """Compute the token records of the passes so far, ahead of `finish_step`, in this thread.
 
+        They are derived, and waited for on a device; None without passes.
+
         Parameters
         ----------
         step : int
             Step the passes belong to.
         texts : callable, optional
             Token ids to their texts, for the vocabulary of the run.
-
-        Returns
-        -------
-        Records or None
-            Derived records, waited for on a device; None without passes.
         """
         tokens = self._step.settle(step, self.rank, self.temperature)
         named = texts is not None and self.rank == 0 and on_schedule(step, self.token_every)
@@ -336,13 +343,14 @@ class Recorder(Guarded, Closing):
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
         now, self._step, self._last = self._step, OpenStep(), int(step)
-        row: dict[str, Any] = {"step": int(step), **self._times()}
         found = step_rollouts(now.batches, reward, prompts, completions)
-        row |= found.row
+        row: dict[str, Any] = {"step": int(step), **self._times(), **found.row}
         if now.batches:
             rollouts, sums = found.columns, found.sums
-            self._check_gradients(now.batches)
+            self._warned = self._warned or now.lacks_gradients()
         row |= {n: v.item() if isinstance(v, Tensor) else v for n, v in columns.items()}
+        if self.ring is not None:
+            self.ring.earned(row.get("reward"))
         job = now.job(
             row,
             rollouts or {},
@@ -361,14 +369,6 @@ class Recorder(Guarded, Closing):
         row = {"seconds": now - self._since, "seconds_capture": self.seconds - self._captured}
         self._since, self._captured = now, self.seconds
         return row
-
-    def _check_gradients(self, batches: Sequence[BatchPass]) -> None:
-        if not self._warned and any(b.needs_grad and b.tokens.coef is None for b in batches):
-            self._warned = True
-            log.warning(
-                "no gradient reached the logp given to watch: give the very tensor the loss "
-                "is computed from; coef is recorded as missing"
-            )
 
     @guarded
     def name_tokens(self, ids: Iterable[int], texts: Texts) -> None:

@@ -1,5 +1,6 @@
 """A step: what is collected while it trains, and what of it goes to the run folder."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ OUTSIDE = ("grad_outside", "grad_before", "grad_after")
 _BLOCK = 1 << 14
 """Rows that are derived and summed up at a time: their columns stay in the cache."""
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class OpenStep:
@@ -57,6 +60,16 @@ class OpenStep:
     def rollouts(self) -> int:
         """Rollouts of the padded batches so far, each as often as it was passed."""
         return sum(len(batch.lengths) for batch in self.batches)
+
+    def lacks_gradients(self) -> bool:
+        """Whether no gradient has reached the tensors given to ``watch``, which is told."""
+        lacks = any(b.needs_grad and b.tokens.coef is None for b in self.batches)
+        if lacks:
+            log.warning(
+                "no gradient reached the logp given to watch: give the very tensor the loss "
+                "is computed from; coef is recorded as missing"
+            )
+        return lacks
 
     def settle(self, step: int, rank: int, temperature: float) -> Records | None:
         """Build the rows of the passes so far; None without passes."""

@@ -7,6 +7,7 @@ A line is appended and flushed; the last one may be half written and is then lef
 import io
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -55,14 +56,49 @@ def write_atomic(path: Path, *pieces: bytes | memoryview) -> None:
             stream.write(piece)
 
 
+@contextmanager
+def folder_when_whole(path: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name ``path``, fsynced, once the block has ended well.
+
+    Until then it is ``.NAME`` beside it, which nothing reads; a folder of the name is replaced.
+    """
+    unfinished = path.with_name(f".{path.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in (*(f for f in unfinished.rglob("*") if f.is_file()), unfinished):
+            to_disk(file)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if path.exists():
+        remove_folder(path)
+    unfinished.rename(path)
+    for folder in (path.parent, path.parent.parent):
+        to_disk(folder)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a half deleted one does not have its name any more."""
+    doomed = path.with_name(f".old-{path.name}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder outlast a loss of power; where the file system can do that."""
     with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        to_disk(folder)
 
 
 def open_regular(path: Path, limit: int = 1 << 62) -> io.BufferedReader:

@@ -5,7 +5,6 @@ Prompts and sampling are seeded per step from (seed, step), so no random state n
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.record.beside import Ring
+from wapo_analysis.store.files import folder_when_whole, remove_folder
 from wapo_analysis.train.adapters import save_options
 from wapo_analysis.train.models import Policy, no_progress_bars
 
@@ -28,9 +29,16 @@ _NAME = re.compile(r"step-\d+")
 
 
 def save_checkpoint(
-    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int = 2
+    run: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    keep: int = 2,
+    ring: Ring | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, whole or not at all, and drop all but the last ``keep``.
+
+    Those that a guard keeps (``ring``) are not counted and not dropped.
 
     Returns
     -------
@@ -44,37 +52,38 @@ def save_checkpoint(
         Whatever the disk answers; nothing half written is left, and older checkpoints stay.
     """
     root = run / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".*"):  # of a process that was killed while it wrote or deleted
         shutil.rmtree(leftover, ignore_errors=True)
-    target, unfinished = root / f"step-{step:08d}", root / f".step-{step:08d}"
-    try:
-        with no_progress_bars():
-            policy.model.save_pretrained(unfinished, **save_options(policy.model))
-            policy.tokenizer.save_pretrained(unfinished)
-        save_file(_optimizer_tensors(policy, optimizer), unfinished / _OPTIMIZER)
-        (unfinished / _STATE).write_text(json.dumps({"step": step}))
-        for file in (*unfinished.iterdir(), unfinished):
-            _to_disk(file)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    if target.exists():
-        _remove(target)
-    unfinished.rename(target)
-    for folder in (root, run):
-        _to_disk(folder)
-    for old in checkpoints(run)[:-keep]:
-        _remove(old)
+    target = root / f"step-{step:08d}"
+    with folder_when_whole(target) as folder:
+        write_state(step, policy, optimizer, folder)
+    spare = set() if ring is None else ring.held
+    for old in [c for c in checkpoints(run) if step_of(c) not in spare][:-keep]:
+        remove_folder(old)
     return target
 
 
+def write_state(step: int, policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write everything that training goes on from into a folder."""
+    with no_progress_bars():
+        policy.model.save_pretrained(folder, **save_options(policy.model))
+        policy.tokenizer.save_pretrained(folder)
+    save_file(_optimizer_tensors(policy, optimizer), folder / _OPTIMIZER)
+    (folder / _STATE).write_text(json.dumps({"step": step}))
+
+
 def keep_checkpoint(
-    run: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, keep: int, told: bool
+    run: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    ring: Ring | None,
+    told: bool,
 ) -> bool:
     """Save a checkpoint; whether the disk took it. A refusal is logged, unless ``told``."""
     try:
-        save_checkpoint(run, step, policy, optimizer, keep)
+        save_checkpoint(run, step, policy, optimizer, keep, ring)
     except Exception as error:  # safetensors has errors of its own for a full disk
         if not told:
             log.warning(
@@ -90,23 +99,7 @@ def drop_later(run: Path, step: int) -> None:
     """Drop checkpoints of steps after one: a run that goes on from it has not done them."""
     for folder in checkpoints(run):
         if step_of(folder) > step:
-            _remove(folder)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; a half deleted one does not have its name any more."""
-    doomed = checkpoint.with_name(f".old-{checkpoint.name}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            remove_folder(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:

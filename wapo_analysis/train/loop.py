@@ -31,7 +31,13 @@ from wapo_analysis.train.batch import (
     mini_batches,
     rollout_columns,
 )
-from wapo_analysis.train.checkpoint import keep_checkpoint, load_optimizer, naming, resume_point
+from wapo_analysis.train.checkpoint import (
+    keep_checkpoint,
+    load_optimizer,
+    naming,
+    resume_point,
+    write_state,
+)
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.lifecycle import (
@@ -187,9 +193,10 @@ def _steps(
         for step in range(done + 1, trainer.last + 1):
             row = trainer.step(step, recorder)
             stopping = recorder.asked("stop") or stop.asked
-            due = config.checkpoint_due(step) or recorder.asked("checkpoint")
-            if run is not None and (due or step == trainer.last or stopping):
+            due = config.checkpoint_due(step) or step == trainer.last or stopping
+            if run is not None and due:
                 trainer.checkpoint(run, step, recorder)
+            recorder.checkpoint(partial(write_state, step, trainer.policy, trainer.optimizer))
             yield row
             if stopping and step < trainer.last:
                 raise KeyboardInterrupt
@@ -240,11 +247,10 @@ class Trainer:
         """
         recorder.flush()
         self.recorded = recorder.failure is None
-        keep = self.config.keep_checkpoints
+        keep, ring = self.config.keep_checkpoints, recorder.ring
         if not recorder.lost:
-            self.saved = keep_checkpoint(
-                run, step, self.policy, self.optimizer, keep, told=not self.saved
-            )
+            state = run, step, self.policy, self.optimizer
+            self.saved = keep_checkpoint(*state, keep, ring, told=not self.saved)
 
     def draw(self, step: int) -> Batch:
         """Sample and grade the batch of a step."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -314,6 +315,16 @@ class TrlTrainer:
         """Take note that the trainer writes a log line, after which its lists are empty."""
         if self.training:
             self._logged.clear()
+
+    def save(self, folder: Path) -> None:
+        """Write what ``train(resume_from_checkpoint=...)`` needs, past the trainer's own limit."""
+        raw, place = self.raw, str(folder)
+        raw.save_model(place, _internal_call=True)
+        if not raw.args.save_only_model:
+            for name in ("_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"):
+                if callable(write := getattr(raw, name, None)):
+                    write(place)
+        raw.state.save_to_json(str(folder / "trainer_state.json"))
 
     def manifest(self, name: str | None, label: str | None) -> Manifest:
         """Manifest of a watched run: objective, model, settings that matter, versions."""

@@ -305,10 +305,10 @@ class TrlWatcher:
         self._trainer.forget_logged()
 
     def obey(self, control: Any) -> None:
-        """Do what the guard asked for: a checkpoint, or one and the end of the training."""
-        stop, save = self._recorder.asked("stop"), self._recorder.asked("checkpoint")
-        control.should_save = control.should_save or stop or save
-        control.should_training_stop = control.should_training_stop or stop
+        """Do what the guard asked for: keep a checkpoint of its own, stop after one of TRL's."""
+        self._recorder.checkpoint(self._trainer.save)
+        if self._recorder.asked("stop"):
+            control.should_save = control.should_training_stop = True
 
     def flush(self) -> None:
         """Wait for the disk before the trainer writes a checkpoint, so that it can be resumed."""
