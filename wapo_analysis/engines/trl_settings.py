@@ -30,7 +30,7 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "precision": "bf16", "deterministic": "full_determinism",
     "gradient_checkpointing": "gradient_checkpointing", "device": "use_cpu",
     "chat": _DATA, "system_prompt": _DATA, "max_prompt_tokens": _DATA,
-    "stop": _NONE, "sample_batch_size": _NONE, "temperature": "temperature",
+    "stop": _NONE, "sampler": _NONE, "sample_batch_size": _NONE, "temperature": "temperature",
     "max_new_tokens": "max_completion_length", "steps": "max_steps",
     "rollouts_per_prompt": "num_generations", "epochs": "num_iterations",
     "minibatches": "steps_per_generation", "microbatch_size": "per_device_train_batch_size",

@@ -24,10 +24,10 @@ from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.chat import Prompt
-from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.config import BATCHED, TrainConfig
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
-from wapo_analysis.train.rollout import Rollouts, sample
+from wapo_analysis.train.rollout import Rollouts, sample, sample_batched
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
 from wapo_analysis.train.tasks.base import tools_of
@@ -82,14 +82,14 @@ def draw_batch(policy: Policy, task: Task, config: TrainConfig, step: int) -> Ba
     problems = drawn * repeats
     generator = sampling_generator(config.seed, step, policy.device)
     encoded = encode_problems(policy, drawn, task, config) * repeats
-    rollouts = sample(
-        policy,
-        [prompt.ids for prompt in encoded],
-        longest,
-        config.temperature,
-        generator,
-        at_once=config.sample_batch_size,
-    )
+    ids = [prompt.ids for prompt in encoded]
+    if config.sampler == BATCHED:
+        seed = generator.initial_seed()
+        rollouts = sample_batched(policy, ids, longest, config.temperature, seed)
+    else:
+        rollouts = sample(
+            policy, ids, longest, config.temperature, generator, at_once=config.sample_batch_size
+        )
     completions, rewards = graded_texts(policy, task, rollouts, problems)
     group = np.tile(np.arange(prompts), repeats)
     advantages = config.objective_config(longest).advantages(rewards, group)

@@ -35,6 +35,7 @@ _EVERY = between(0, 10_000_000)
 _TOKENS = between(1, 10_000_000)
 MAX_ROLLOUTS = 131_072
 """Most rollouts of a step; no published run comes near."""
+BATCHED = "continuous-batching"
 _ROWS = between(1, MAX_ROLLOUTS)
 MAX_EVALUATED = 1_000_000
 """Most completions of one evaluation."""
@@ -113,6 +114,9 @@ class TrainConfig(ObjectiveSettings, _Objective):
     max_prompt_tokens: int | None = setting(
         None, "Longer prompts lose their beginning.", _TOKENS,
         unset="one that does not fit is refused", resumable=True)
+    sampler: str = setting(
+        "built-in", "What samples; continuous-batching is transformers' own.",
+        one_of("built-in", BATCHED))
     sample_batch_size: int | None = setting(
         None, "Rollouts sampled at once; does not change the samples.", _ROWS, unset="all",
         resumable=True)
@@ -289,12 +293,8 @@ class TrainConfig(ObjectiveSettings, _Objective):
 
         if self.optimizer == "sgd":
             return SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        return AdamW(
-            parameters,
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
-        )
+        betas = (self.beta1, self.beta2)
+        return AdamW(parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint: every n-th and the last one."""

@@ -38,7 +38,7 @@ from wapo_analysis.train.checkpoint import (
     resume_point,
     write_state,
 )
-from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.config import BATCHED, TrainConfig
 from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.lifecycle import (
     check_resumed,
@@ -255,7 +255,7 @@ class Trainer:
     def draw(self, step: int) -> Batch:
         """Sample and grade the batch of a step."""
         batch = draw_batch(self.policy, self.task, self.config, step)
-        if not self.policy.mixed:
+        if not self.policy.mixed and self.config.sampler != BATCHED:
             return batch
         updates = mini_batches(batch, self.config, self.policy.device, epochs=1)
         pieces = [piece for update in updates for piece in self._split(update)]

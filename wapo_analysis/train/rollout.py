@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from wapo_analysis.capture.lm_head import inner_model, last_hidden
+from wapo_analysis.errors import UserError
+from wapo_analysis.train.config import BATCHED
 from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import Exponentials, Noise, Uniforms
 from wapo_analysis.train.sampler import NonFiniteLogits as NonFiniteLogits
@@ -24,6 +27,8 @@ from wapo_analysis.train.sampler import (
     takes_whole_masks,
     whole_mask,
 )
+
+_PAGE = 32  # tokens of a page of the cache in continuous batching
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,12 @@ class Rollouts:
             held["entropy"] = self.entropy[:, :completion]
         prompts = self.prompt_ids[:, long:], self.prompt_mask[:, long:]
         return replace(self, prompt_ids=prompts[0], prompt_mask=prompts[1], **held)
+
+    def on(self, device: torch.device) -> "Rollouts":
+        """The same on a device."""
+        held: dict[str, Any] = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved: dict[str, Any] = {n: None if v is None else sent(v, device) for n, v in held.items()}
+        return Rollouts(**moved)
 
     def rows(self, index: Tensor) -> "Rollouts":
         """Some of the rollouts."""
@@ -136,6 +147,86 @@ def sample(
             parts.append(draw(text, there, numbers, padded=not bool(shown.all())))
     prompt_ids, prompt_mask = sent(ids[wanted], device), sent(mask[wanted], device)
     return _joined(parts, prompt_ids, prompt_mask, policy.pad_id)
+
+
+def sample_batched(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Rollouts:
+    """Sample as `sample` does, by transformers' continuous batching, which draws its own noise.
+
+    Raises
+    ------
+    UserError
+        If it cannot be used with the model, the device or this version of transformers, or there
+        are stop texts.
+    NonFiniteLogits
+        If the policy gives NaN or infinite logits.
+    """
+    if policy.format.style.stop:
+        raise UserError(f"stop cannot be used with sampler {BATCHED}; set sampler built-in")
+    try:
+        made = _batched(policy, prompts, max_new_tokens, temperature, seed)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "nan" in reason:  # of torch.multinomial
+            raise NonFiniteLogits from error
+        raise UserError(
+            f"sampler {BATCHED} cannot be used here, set sampler built-in ({reason})"
+        ) from error
+    rows = [torch.tensor(output.generated_tokens) for output in made]
+    logp = [torch.tensor(output.logprobs) for output in made]
+    ids, mask = pad_left(prompts, policy.pad_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    found = Rollouts(
+        prompt_ids=ids,
+        prompt_mask=mask,
+        completion_ids=pad_sequence(rows, batch_first=True, padding_value=policy.pad_id),
+        mask=torch.arange(int(lengths.max())) < lengths[:, None],
+        logp_old=pad_sequence(logp, batch_first=True),
+        stopped=torch.tensor([int(row[-1]) in policy.eos_ids for row in rows]),
+    )
+    return found.on(policy.device)
+
+
+def _batched(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> list[Any]:
+    """What transformers returns for each prompt, in their order."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    blocks = max(len(p) + max_new_tokens for p in prompts) // _PAGE + 1
+    on_cpu = {"num_blocks": blocks * len(prompts), "use_cuda_graph": False}
+    how = ContinuousBatchingConfig(
+        page_size=_PAGE, return_logprobs=True, seed=seed, use_async_batching=False,
+        **(on_cpu if policy.device.type == "cpu" else {}),
+    )  # fmt: skip
+    what = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, max_new_tokens=max_new_tokens,
+        eos_token_id=list(policy.eos_ids), pad_token_id=policy.pad_id,
+    )  # fmt: skip
+    with policy.sampling() as model:
+        training = model.training
+        made = model.generate_batch(
+            [list(p) for p in prompts], generation_config=what, continuous_batching_config=how,
+            warmup=False,
+        )  # fmt: skip
+        model.train(training)
+    outputs = sorted(made.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    if failed := [output.error for output in outputs if output.error]:
+        raise RuntimeError(failed[0])
+    if len(outputs) < len(prompts):
+        raise RuntimeError(f"{len(prompts) - len(outputs)} completions are missing")
+    return outputs
 
 
 def _joined(

@@ -3,16 +3,27 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
+from wapo_analysis.errors import UserError
 from wapo_analysis.stats import token_stats
+from wapo_analysis.store import open_run
 from wapo_analysis.train import sampler
-from wapo_analysis.train.chat import PromptStyle
+from wapo_analysis.train.chat import PromptFormat, PromptStyle
+from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.loop import train
 from wapo_analysis.train.models import Policy, load_policy
 from wapo_analysis.train.noise import Exponentials, Uniforms, inverse_cdf
-from wapo_analysis.train.rollout import Rollouts, completion_logits, pad_left, sample
+from wapo_analysis.train.rollout import (
+    Rollouts,
+    completion_logits,
+    pad_left,
+    sample,
+    sample_batched,
+)
 from wapo_analysis.train.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -225,3 +236,36 @@ def test_a_whole_mask_says_what_the_mask_of_texts_says(
         other = policy.model(attention_mask=sampler.whole_mask(texts), **given).logits
     assert bool(other.isfinite().all())
     torch.testing.assert_close(one, other[texts.bool()], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_continuous_batching_samples_the_policy_and_is_scored_once_more(
+    lora_rank: int | None, tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    settings = {"sampler": "continuous-batching", "lora_rank": lora_rank, "steps": 2, "seed": 4}
+    config = replace(tiny_config, **settings, store_bits=23)
+    runs = []
+    for name in ("one", "two"):
+        train(config, tmp_path / name)
+        runs.append(open_run(tmp_path / name))
+    rows, again = (run.tokens() for run in runs)
+    pd.testing.assert_frame_equal(rows, again)
+    first = rows[rows["minibatch"] == 0]
+    assert first["logp"].tolist() == first["logp_old"].tolist()
+    rollouts = runs[0].rollouts
+    assert rollouts["completion"].nunique() > 3
+    assert set(rollouts["finish_reason"]) <= {"stop", "length"}
+    # Sampled from the policy: surprise is entropy on average, within four standard errors.
+    gap = -first["logp"] - first["entropy"]
+    assert abs(gap.mean()) < 4 * gap.std() / len(gap) ** 0.5
+
+
+def test_continuous_batching_is_refused_in_one_line(policy: Policy) -> None:
+    given = ([[1, 2, 3]], 4, 1.0, 0)
+    stopping = replace(policy, format=PromptFormat(policy.tokenizer, PromptStyle(stop=("x",))))
+    with pytest.raises(UserError, match="stop cannot be used with sampler continuous-batching"):
+        sample_batched(stopping, *given)
+    other = replace(policy, model=torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="continuous-batching cannot be used here, set sampler"):
+        sample_batched(other, *given)
