@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bug_bench import train as train_loop
+from experiments.bug_bench.loop import train as train_loop
 from wapo_analysis import Recorder, TrainConfig
 from wapo_analysis.beside import BesideTraining
 from wapo_analysis.errors import UserError

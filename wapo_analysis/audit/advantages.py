@@ -16,6 +16,7 @@ MOST_OFFSET = 1.2e-3
 """Largest number that trainers add to a standard deviation before they divide by it."""
 _LEAST = 4
 
+AGAIN = "group mean and std, then std of the batch"
 RULES = {
     "the reward itself": "the reward itself",
     "group mean": "reward minus the group's mean",
@@ -28,6 +29,8 @@ RULES = {
     "batch mean, population std": "(reward - batch mean) / population std of the batch",
     "batch mean, sample std": "(reward - batch mean) / sample std of the batch (N - 1)",
     "group median": "reward minus the group's median",
+    AGAIN: "(reward - group mean) / std of the group, then divided by the std of the batch once "
+    "more",
 }
 
 
@@ -127,14 +130,19 @@ class _Batch:
 
 def _fitting(batches: list[_Batch]) -> set[str]:
     parts = [_candidates(b) for b in batches]
-    return {
+    fitting = {
         name for name in RULES
-        if all(_fits(b, *part[name]) for b, part in zip(batches, parts, strict=True))
+        if all(
+            any(_fits(b, *way) for way in part[name])
+            for b, part in zip(batches, parts, strict=True)
+        )
     }  # fmt: skip
+    # Where groups are alike, a second division changes nothing.
+    return fitting - {AGAIN} or fitting
 
 
-def _candidates(b: _Batch) -> dict[str, tuple[Array, Array | None]]:
-    """Of each rule the numerator and, if it divides, what it divides by; shape (R,)."""
+def _candidates(b: _Batch) -> dict[str, list[tuple[Array, Array | None]]]:
+    """Of each rule the ways to compute it: numerator and, if it divides, divisor; shape (R,)."""
     index = np.unique(b.group, return_inverse=True)[1]
     size = np.bincount(index)[index]
     whole = np.zeros(len(index), np.int64)
@@ -142,7 +150,13 @@ def _candidates(b: _Batch) -> dict[str, tuple[Array, Array | None]]:
     medians = pd.Series(b.reward).groupby(index).transform("median").to_numpy()
     with np.errstate(divide="ignore", invalid="ignore"):
         others = np.where(size > 1, centred * size / (size - 1), 0.0)
-    return {
+    again = []
+    for ddof in (0, 1):
+        std = b.stds(index, ddof)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            made = np.where(std > 1e-9, centred / std, 0.0)
+        again += [(centred, std * made.std(ddof=other)) for other in (0, 1) if len(made) > other]
+    one_way = {
         "the reward itself": (b.reward, None),
         "group mean": (centred, None),
         "group mean, population std": (centred, b.stds(index, 0)),
@@ -155,6 +169,7 @@ def _candidates(b: _Batch) -> dict[str, tuple[Array, Array | None]]:
         "batch mean, sample std": (from_batch, b.stds(whole, 1)),
         "group median": (b.reward - medians, None),
     }
+    return {**{name: [way] for name, way in one_way.items()}, AGAIN: again}
 
 
 def _fits(b: _Batch, numerator: Array, scale: Array | None) -> bool:
@@ -171,9 +186,10 @@ def _fits(b: _Batch, numerator: Array, scale: Array | None) -> bool:
     if not told.any() or not np.isfinite(scale[told]).all():
         return False
     offset = numerator[told] / b.advantage[told] - scale[told]
-    slack = 4 * b.rounding * (scale[told] + np.abs(b.reward).max())
-    middle = float(np.median(offset))
-    if not -float(slack.max()) <= middle <= MOST_OFFSET + float(slack.max()):
+    size = np.abs(b.advantage[told])
+    slack = 4 * b.rounding * (scale[told] + np.abs(b.reward).max()) / np.minimum(size, 1)
+    middle, least = float(np.median(offset[size >= np.median(size)])), float(slack.min())
+    if not -least <= middle <= MOST_OFFSET + least:
         return False
     return bool((np.abs(offset - middle) <= slack).all())
 
@@ -186,8 +202,7 @@ def _interleaved(b: _Batch) -> _Batch:
 
 def _blocks(b: _Batch) -> _Batch:
     """Groups as they were if rollouts of a group stood one behind the other."""
-    groups = len(np.unique(b.group))
-    return b.turned(group=np.arange(len(b.group)) // max(len(b.group) // groups, 1))
+    return b.turned(group=np.arange(len(b.group)) // np.bincount(b.group - b.group.min()).max())
 
 
 TURNS: dict[str, Callable[[_Batch], _Batch]] = {

@@ -1,4 +1,4 @@
-"""Which tokens carry gradient, where the clip bites, what else is in the loss.
+"""Which tokens carry gradient, and where the clip bites.
 
 Shapes: N token rows.
 """
@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from wapo_analysis.audit.coefficient import MEANS, Coefficient
+from wapo_analysis.audit.coefficient import Coefficient
 from wapo_analysis.audit.declared import Known
 from wapo_analysis.audit.evidence import Evidence, exponential
 from wapo_analysis.audit.result import Findings, look
@@ -30,6 +30,9 @@ def check_outside(seen: Evidence, found: Findings) -> None:
         for place in (column, "grad_before", "grad_after")
     }
     total, before, after = counts.values()
+    between = total - before - after
+    if between:  # what a tool wrote last stands behind a rollout's last token, as padding does
+        between, after = between + after, 0
     if not total:
         found.facts[name] = "carry no gradient"
         return
@@ -39,7 +42,7 @@ def check_outside(seen: Evidence, found: Findings) -> None:
         ("tokens after the end", after, "padding, or what follows the end token, is in the loss"),
         (
             "masked tokens",
-            total - before - after,
+            between,
             "the loss is not multiplied with the mask: text of tools, padding or prompts",
         ),
     ):
@@ -134,98 +137,6 @@ def check_whose_advantage(seen: Evidence, found: Findings) -> None:
         cause="advantages and log-probabilities are in different order (shuffle, gather)",
         look=look(seen.source, "advantage"),
     )
-
-
-def check_extra_terms(
-    seen: Evidence, coefficient: Coefficient, declared: Known | None, found: Findings
-) -> None:
-    """Gradient where the advantage is 0: KL, entropy, or advantages that are not detached."""
-    name = "other terms"
-    idle = (seen["advantage"] == 0) & np.isfinite(seen["coef"])
-    if idle.sum() < 20:
-        found.missing[name] = "hardly a token has advantage 0, where other terms stand alone"
-        return
-    values = seen["coef"][idle]
-    touched = values != 0
-    if touched.mean() < 0.01:
-        found.facts[name] = "none: tokens of advantage 0 carry no gradient"
-        return
-    beta = _beta(seen)
-    share = float(np.abs(values).sum() / np.nansum(np.abs(seen["coef"])))
-    found.facts[name] = f"tokens of advantage 0 hold {share:.0%} of |coef|"
-    some = values[touched]
-    shown = f"{int(touched.sum())} of {int(idle.sum())} tokens of advantage 0"
-    same = (some > 0).mean()
-    if _by_length(seen, idle, values) and same in (0.0, 1.0):
-        up = same == 1.0
-        found.deviates(
-            "constant push on every token" if up else "constant push against every token",
-            f"tokens of advantage 0 are all pushed {'up' if up else 'down'} by the same amount",
-            tokens=shown,
-            cause=(
-                "an entropy bonus -log p with the wrong sign, a likelihood term, or advantages "
-                "that hold log p and are not detached"
-                if up else "an entropy bonus on -log p of the sampled tokens, or KL taken as logp "
-                "- ref with its gradient"
-            ),
-            look=look(seen.source, "kl"),
-        )  # fmt: skip
-        return
-    if beta:
-        _check_kl_sign(seen, idle, coefficient, beta, found)
-        return
-    if beta == 0 or declared is not None and not _may_have_kl(seen):
-        found.deviates(
-            "gradient without advantage",
-            f"tokens of advantage 0 carry {share:.0%} of |coef|, and no KL term is declared",
-            tokens=shown,
-            cause="a KL or entropy term in the loss, or advantages (rewards) that are not detached "
-            "from the policy",
-            look=look(seen.source, "kl"),
-        )
-
-
-def _may_have_kl(seen: Evidence) -> bool:
-    return "kl_ref" in seen.steps and bool(seen.steps["kl_ref"].notna().any())
-
-
-def _by_length(seen: Evidence, idle: Array, values: Array) -> bool:
-    """Whether the values of each rollout are constant, up to rounding."""
-    unit = np.unique(seen.units[idle], return_inverse=True)[1]
-    mean = (np.bincount(unit, values) / np.bincount(unit))[unit]
-    return bool((np.abs(values - mean) <= 4 * seen.coef_error * np.abs(mean)).all())
-
-
-def _beta(seen: Evidence) -> float | None:
-    config, objective = seen.manifest.get("config") or {}, seen.manifest.get("objective") or {}
-    if seen.source == "built-in":
-        return 0.0
-    for name in ("beta", "kl_coef", "kl_loss_coef"):
-        value = objective.get(name, config.get(name))
-        if isinstance(value, int | float):
-            return float(value)
-    return None
-
-
-def _check_kl_sign(
-    seen: Evidence, idle: Array, coefficient: Coefficient, beta: float, found: Findings
-) -> None:
-    """The gradient of beta k3 is beta w (exp(ref - logp) - 1): never below -beta w."""
-    form, scale = coefficient.form or ("", 0.0)
-    if form not in ("seq", "even") or beta <= 0:
-        return
-    lengths = np.bincount(seen.units)[seen.units[idle]] if form == "seq" else 1.0
-    push = seen["coef"][idle] / (beta * scale / lengths)
-    low, high = float((push < -1.02).sum()), float((push > 1.02).sum())
-    if low >= _LEAST and high == 0:
-        found.deviates(
-            "KL with the wrong sign",
-            f"the KL term pushes tokens down by up to {-push.min():.2g} beta; k3 never pushes by "
-            "more than beta, so its sign is turned",
-            tokens=f"{int(low)} tokens of advantage 0",
-            cause="the penalty is subtracted from the loss instead of added",
-            look=look(seen.source, "kl"),
-        )
 
 
 def check_clip(
@@ -331,24 +242,3 @@ def check_precision(seen: Evidence, found: Findings) -> None:
         cause="fp16 gradients without a loss scale",
         look=look(seen.source, "precision"),
     )
-
-
-def check_scale(seen: Evidence, coefficient: Coefficient, found: Findings) -> None:
-    """Whether the weights of an update sum to 1, as those of a mean do."""
-    for form, (total, passes) in coefficient.scale.items():
-        kind = form.split(" ")[0]
-        if passes < 2 or kind not in ("seq", "even", "pass"):
-            continue
-        # Right are 1 (accumulated) and the number of passes (an update each), not 1 / passes.
-        if abs(total * passes - 1) < 1e-3:
-            mean = "token mean" if kind == "even" else MEANS[kind]
-            found.deviates(
-                "loss divided twice by accumulation",
-                f"as a {mean}, the weights of a step sum to {total:.3g} = 1 / {passes}, the number "
-                "of its gradient passes",
-                tokens="all tokens with an advantage",
-                cause="trainer and accelerator both divide by the accumulation steps (transformers "
-                "5.0 to 5.2 did), so the learning rate is that much smaller",
-                look=look(seen.source, "mean"),
-            )
-            return

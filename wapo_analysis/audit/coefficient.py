@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.audit.evidence import Evidence, by_unit, exponential, first_of
-from wapo_analysis.audit.totals import ANY_SIZE, Totals
+from wapo_analysis.audit.totals import ANY_SIZE, Sum, Totals
 from wapo_analysis.table import Array
 
 OUTLIERS = 0.002
@@ -53,6 +53,8 @@ MEANS = {
     "constant": "division by a constant length",
     "padded": "division by the padded length",
     "sum": "sum over a rollout's tokens",
+    "long": "weights that grow with the rollout's length",
+    "offset": "each rollout's sum divided by its length and a constant more",
 }
 
 
@@ -72,10 +74,14 @@ class Coefficient:
         Rows of the evidence that carry gradient and have an advantage.
     form : tuple of str and float, or None
         What the weights of the first fit divide by, and their scale, where it is one number.
+    offset : int
+        Tokens that the mean counts in every rollout beside its own, if they are what fits.
     only_first : str or None
         Why all this is detected from the very first gradient pass alone.
-    scale : dict of str to tuple
-        Where the weights are not those of a mean: their sum over a step, and its passes.
+    scale : dict of str to Sum
+        Where the weights are not those of a mean: what they sum to.
+    summed : Sum or None
+        What the weights of the first fit sum to, where they are those of a mean.
     ratio_moves : bool
         Whether ratios differ from 1 by more than rounding.
     """
@@ -85,9 +91,27 @@ class Coefficient:
     against: float = 0.0
     pushed: Array = field(default_factory=lambda: np.zeros(0, bool))
     form: tuple[str, float] | None = None
+    offset: int = 0
     only_first: str | None = None
-    scale: dict[str, tuple[float, int]] = field(default_factory=dict)
+    scale: dict[str, Sum] = field(default_factory=dict)
+    summed: Sum | None = None
     ratio_moves: bool = False
+
+    def weight(self, seen: Evidence) -> Array | None:
+        """What the mean multiplies the loss of each row with, shape (N,); None if not known."""
+        kind, scale = self.form or ("", 0.0)
+        if kind == "seq":
+            lengths: Array = np.bincount(seen.units)[seen.units]
+            return scale / lengths
+        if kind != "even" or "batch" not in self.means:
+            return None
+        # One over the tokens of a step, each counted once.
+        keys = np.stack([seen["step"], seen.members, seen["position"]])
+        step = np.unique(keys, axis=1)[0]
+        steps, tokens = np.unique(step, return_counts=True)
+        if abs(scale * tokens[0] - 1) > 1e-3:
+            return None
+        return np.asarray(1 / tokens[np.searchsorted(steps, seen["step"])])
 
     @property
     def means(self) -> set[str]:
@@ -145,7 +169,8 @@ def _read(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
             found.fits[core] = means
     if not found.fits:
         found.why_not = "no known loss gives these coefficients from advantage, ratio and lengths"
-    found.form, found.scale = units.form, units.scale
+    found.form, found.scale, found.offset = units.form, units.scale, units.offset
+    found.summed = units.summed
     return found
 
 
@@ -177,7 +202,10 @@ class _Units:
         size = np.abs(self._log_ratio["token"])
         self.ratio_moves = bool((size > 4 * error + 0.01).mean() > 0.02)
         self.form: tuple[str, float] | None = None
-        self.scale: dict[str, tuple[float, int]] = {}
+        self.scale: dict[str, Sum] = {}
+        self.offset = 0
+        self.summed: Sum | None = None
+        self._lengths = lengths[known]
         self._forms = _forms(seen, known, first, lengths, pushed)
 
     def means_of(self, core: Core, settings: dict[str, Any]) -> set[str]:
@@ -196,7 +224,7 @@ class _Units:
         beyond = np.abs(left - constant[self._unit]) > 2 * (noise + bound[self._unit])
         if beyond.mean() > OUTLIERS:
             return set()
-        return self._named_means(constant, bound)
+        return self._named_means(core, constant, bound)
 
     def _factor(self, core: Core, settings: dict[str, Any]) -> Array | None:
         """Ln f(ratio) of each row, shape (N,)."""
@@ -245,7 +273,7 @@ class _Units:
             error + 3e-7 * np.exp(np.minimum(self._sapo_argument(core, settings), 30))
         )
 
-    def _named_means(self, constant: Array, bound: Array) -> set[str]:
+    def _named_means(self, core: Core, constant: Array, bound: Array) -> set[str]:
         """Names of the means whose weights the units' constants follow."""
         even = [n for n, f in self._forms.items() if self._spread(constant + f, bound, self._step)]
         if not even:  # weights that differ from pass to pass
@@ -253,17 +281,42 @@ class _Units:
                 n for n, f in self._forms.items() if self._spread(constant + f, bound, self._pass)
             ]
         if not even:
-            return set()
+            self.offset = self._counted_too(constant, bound)
+            return {"offset"} if self.offset else set()
         scales = {}
         for form in even:
             level = by_unit(constant + self._forms[form], self._step, len(self._totals.steps))
             scales[form] = exponential(level)
+        if even == ["long"] and core.level == "sum":  # a token mean of what all tokens share
+            even, scales = ["even"], {"even": scales["long"]}
         names = set().union(*(self._totals.names(f, scale) for f, scale in scales.items()))
         if self.form is None:
             self.form = even[0], float(np.nanmedian(scales[even[0]]))
+            sums = {f: self._totals.sum_of(f, scale) for f, scale in scales.items()}
             if not names and self._totals.whole:
-                self.scale = {f: self._totals.total(f, scale) for f, scale in scales.items()}
+                self.scale = sums
+            elif names in ({"seq"}, {"batch"}) and self._totals.whole:
+                self.summed = sums[even[0]]
         return names or set().union(*(ANY_SIZE[form.split(" ")[0]] for form in even))
+
+    def _counted_too(self, constant: Array, bound: Array) -> int:
+        """Whole number c for which weights go as 1 / (length + c); 0 if there is none."""
+        size = exponential(-constant)
+        steps = len(self._totals.steps)
+        size = size / by_unit(size, self._step, steps)[self._step]
+        lengths = self._lengths.astype(float)
+        if len(np.unique(lengths)) < 4:
+            return 0
+        # size = (length + c) / (mean length + c) in each step, so c solves a linear equation.
+        middle = by_unit(lengths, self._step, steps)[self._step]
+        away = size - 1
+        guess = float(
+            ((lengths - middle - away * middle) * away).sum() / max((away**2).sum(), 1e-30)
+        )
+        c = round(guess)
+        if not c or abs(guess - c) > 0.2 or (lengths + c <= 0).any():
+            return 0
+        return c if self._spread(constant + np.log(lengths + c), bound, self._step) else 0
 
     def _spread(self, values: Array, bound: Array, index: Array) -> bool:
         """Whether values are constant within each number of the index, up to their bounds."""
@@ -312,6 +365,7 @@ def _forms(
         "seq": lengths[known],
         "seq of kept tokens": kept_lengths[known],
         "even": np.ones(len(known)),
+        "long": 1 / lengths[known],
         "pass": per_pass[passes[known]],
         "pass of kept tokens": np.bincount(passes, kept_lengths)[passes[known]],
         "padded": longest[passes[known]],

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.audit import checks, rollouts, sampling
+from wapo_analysis.audit import checks, rollouts, sampling, terms
 from wapo_analysis.audit.advantages import RULES, Advantages, read_advantages
 from wapo_analysis.audit.coefficient import MEANS, Coefficient, Core, read_coefficient
 from wapo_analysis.audit.declared import Known, declared_of, exact, library, settings_of
@@ -38,19 +38,12 @@ def judge(seen: Evidence, name: str) -> Audit:
     for check in steps:
         check(seen, found)
     checks.check_clip(seen, coefficient, declared, found)
-    checks.check_extra_terms(seen, coefficient, declared, found)
-    checks.check_scale(seen, coefficient, found)
+    terms.check_extra_terms(seen, coefficient, declared, found)
+    terms.check_scale(seen, coefficient, declared, found)
     gated = _gated(seen)
-    fits = tuple(
-        known.name for known in library(seen.source).values()
-        if _agrees(known, coefficient, advantages, gated)
-    )  # fmt: skip
+    fits = _fits(seen, declared, coefficient, advantages, gated)
     if declared is not None:
         _compare(seen, declared, coefficient, advantages, found)
-        if _agrees(declared, coefficient, advantages, gated):
-            fits = (declared.name, *(n for n in fits if n != declared.name))
-        else:
-            fits = tuple(n for n in fits if n != declared.name)
     summary = _summary(told, declared, fits, coefficient, found)
     return _audit(seen, name, told, fits, summary, found)
 
@@ -141,18 +134,37 @@ def _cores_agree(known: Known, coefficient: Coefficient) -> set[str]:
     return set().union(*found) if found else set()
 
 
-def _agrees(
-    known: Known, coefficient: Coefficient, advantages: Advantages, gated: bool | None
-) -> bool:
-    """Whether nothing that was seen speaks against a loss."""
+def _fits(
+    seen: Evidence, declared: Known | None, coefficient: Coefficient, advantages: Advantages,
+    gated: bool | None,
+) -> tuple[str, ...]:  # fmt: skip
+    """Names of the losses that nothing seen speaks against, the declared one first."""
+    fitting = {
+        known.name: known for known in library(seen.source).values()
+        if _agrees(known, coefficient, gated)
+    }  # fmt: skip
+    fitting.pop(declared.name if declared else "", None)
+    rules = advantages.rules if exact(seen.source) else set()
+    others = [n for n, k in fitting.items() if not _contradicts(k, rules)]
+    if declared is None or not _agrees(declared, coefficient, gated):
+        return tuple(others)
+    # Another loss may have just these advantages.
+    if _contradicts(declared, rules) and any(fitting[n].advantages for n in others):
+        return tuple(others)
+    return (declared.name, *others)
+
+
+def _contradicts(known: Known, rules: set[str]) -> bool:
+    """Whether a loss forms advantages in another way than was seen."""
+    return bool(rules and known.advantages and not known.advantages & rules)
+
+
+def _agrees(known: Known, coefficient: Coefficient, gated: bool | None) -> bool:
+    """Whether ratio, mean and gate are those of a loss as far as they were seen."""
     means = _cores_agree(known, coefficient)
     if not means or (known.means and not means & known.means):
         return False
-    if None not in (gated, known.positive_only) and gated != known.positive_only:
-        return False
-    if known.advantages is None or not advantages.rules:
-        return True
-    return bool(known.advantages & advantages.rules)
+    return None in (gated, known.positive_only) or gated == known.positive_only
 
 
 def _compare(

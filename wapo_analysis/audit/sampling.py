@@ -7,12 +7,14 @@ import math
 
 import numpy as np
 
-from wapo_analysis.audit.evidence import Evidence, by_unit
+from wapo_analysis.audit.evidence import OWN_SOURCES, Evidence, by_unit
 from wapo_analysis.audit.result import NO_SAMPLES, Findings, look
 from wapo_analysis.table import Array
 
 CERTAIN = 1e-7
 """Chance below which an event is not put down to chance."""
+_HALF = 1e-3
+"""The same for the better and the worse half of the rollouts each."""
 _LEAST_SHIFT = 0.015
 """Difference of mean probability that is worth a word."""
 _OFF = 0.05
@@ -38,17 +40,21 @@ def check_first_pass(seen: Evidence, found: Findings) -> None:
         return
     shown = f"{int((size > 4 * first.ratio_error + 1e-4).sum())} of {len(size)} tokens of it"
     found.facts[name] = f"ratio not 1: mean |ln ratio| {off:.2g} nats"
-    if off < _NOISE:
+    if off < _NOISE or any(d.name == "tokens after the end" for d in found.deviations):
+        return
+    dropout = declared_number(seen, "dropout")
+    if dropout:
+        found.facts[name] += f", as dropout {dropout:g} may make it"
         return
     quiet = _quiet_start(first)
     if quiet is not None:
         found.deviates(
             "stale sampler",
             f"the first pass has ratio 1 at step {quiet}, but not later (mean |ln ratio| "
-            f"{off:.2g} nats): rollouts come from weights that are an update or more behind",
+            f"{off:.2g} nats): old log-probabilities are not those of the weights that train",
             tokens=shown,
-            cause="the sampler gets new weights too late, or old log-probabilities are kept from "
-            "the step before",
+            cause="the sampler gets new weights too late, old log-probabilities are kept from the "
+            "step before, or dropout in an adapter that began at 0",
             look=look(seen.source, "old"),
         )
         return
@@ -87,6 +93,16 @@ def check_first_pass(seen: Evidence, found: Findings) -> None:
             "weights that are not those of the sampler, or another engine",
             look=look(seen.source, "old"),
         )
+
+
+def declared_number(seen: Evidence, *names: str) -> float | None:
+    """The first of some settings that the run states, in its objective or its configuration."""
+    config, objective = seen.manifest.get("config") or {}, seen.manifest.get("objective") or {}
+    for name in names:
+        value = objective.get(name, config.get(name))
+        if isinstance(value, int | float):
+            return float(value)
+    return None
 
 
 def _slope(first: Evidence) -> tuple[float, float]:
@@ -130,18 +146,18 @@ def check_sampling(seen: Evidence, found: Findings) -> None:
         return
     prob = np.exp(seen["logp"][rows])
     expected = np.clip(collision[rows], 0, 1)
-    away = float((prob - expected).sum())
-    variance = float((expected**1.5 - expected**2).sum())
-    chance = 2 * math.exp(-(away**2) / (2 * (variance + abs(away) / 3) + 1e-12))
-    shift = away / rows.sum()
+    shift, chance = _chance(prob, expected)
     told = f"mean p {prob.mean():.3f}, of samples {expected.mean():.3f}"
     if chance > CERTAIN or abs(shift) < _LEAST_SHIFT:
         found.facts[name] = f"tokens are as probable as samples of the policy ({told})"
         return
-    chosen = _declared_cut(seen)
     found.facts[name] = f"tokens are not as probable as samples of the policy ({told})"
-    if shift > 0 and chosen:
-        found.facts[name] += f", as {chosen} makes them"
+    known = _declared_cut(seen) if shift > 0 else _declared_noise(seen)
+    if known:
+        found.facts[name] += f", as {known} makes them"
+        return
+    if seen.source not in OWN_SOURCES and not _whatever_the_reward(seen, rows, shift):
+        found.facts[name] += "; rollouts that were picked by their reward may be so"
         return
     if shift > 0:
         says, cause = (
@@ -174,6 +190,32 @@ def check_sampling(seen: Evidence, found: Findings) -> None:
         cause=cause,
         look=look(seen.source, "temperature"),
     )
+
+
+def _chance(prob: Array, expected: Array) -> tuple[float, float]:
+    """Mean of p - S, and a bound on the chance of such a mean."""
+    away = float((prob - expected).sum())
+    variance = float((expected**1.5 - expected**2).sum())
+    chance = 2 * math.exp(-(away**2) / (2 * (variance + abs(away) / 3) + 1e-12))
+    return away / max(len(prob), 1), chance
+
+
+def _whatever_the_reward(seen: Evidence, rows: Array, shift: float) -> bool:
+    """Whether better and worse rollouts of the groups alike are as improbable as samples.
+
+    Rollouts picked by their reward are no samples, but samples given the reward; over all
+    rewards they would balance. A sampler of its own shifts all of them one way.
+    """
+    prob = np.exp(seen["logp"][rows])
+    expected = np.clip(seen.derived["collision"][rows], 0, 1)
+    advantage = seen["advantage"][rows]
+    halves = [_chance(prob[side], expected[side]) for side in (advantage > 0, advantage < 0)]
+    return all(part * shift > 0 and chance < _HALF for part, chance in halves)
+
+
+def _declared_noise(seen: Evidence) -> str | None:
+    dropout = declared_number(seen, "dropout")
+    return f"dropout {dropout:g}" if dropout else None
 
 
 def _declared_cut(seen: Evidence) -> str | None:
@@ -280,8 +322,8 @@ def _still(seen: Evidence, found: Findings, tokens: int, when: str) -> None:
         f"log-probabilities of the same tokens do not change {when}"
         + (": the learning rate is 0" if zero else ""),
         tokens=f"{tokens} tokens, equal to {seen.rounding:.0e} of their size",
-        cause="learning rate 0 or far too small, frozen weights, an optimizer of other parameters, "
-        "or zero_grad between backward and step",
+        cause="learning rate 0 or far too small (bfloat16 weights swallow small updates), frozen "
+        "weights, an optimizer of other parameters, or zero_grad between backward and step",
         look=look(seen.source, "update"),
     )
 

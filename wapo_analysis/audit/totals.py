@@ -3,6 +3,8 @@
 Arrays have shape (steps,), one number for each audited step.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from wapo_analysis.audit.evidence import Evidence, first_of
@@ -12,9 +14,26 @@ _SCALE = 1e-3
 """Relative distance from a whole count at which a sum of weights is that count."""
 ANY_SIZE = {
     "seq": {"seq"}, "group": {"group"}, "pass": {"pass"}, "padded": {"padded"},
-    "even": {"batch", "constant", "sum"},
+    "even": {"batch", "constant", "sum"}, "long": {"long"},
 }  # fmt: skip
 """Means that a form may be as long as nothing is known of the size of its weights."""
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What the weights of each step sum to.
+
+    Attributes
+    ----------
+    totals : ndarray, shape (steps,)
+        Over all rollouts, each once: 1 where a step's losses are averaged.
+    passes, updates : ndarray, shape (steps,)
+        Gradient passes and updates of a step, each rollout counted once; NaN if not known.
+    """
+
+    totals: Array
+    passes: Array
+    updates: Array
 
 
 class Totals:
@@ -33,6 +52,7 @@ class Totals:
         repeats = np.bincount(step, visits, minlength=count) / np.bincount(step, minlength=count)
         self.passes = np.maximum(self.passes / repeats, 1)
         updates = self._updates(seen) / repeats
+        self.updates = updates
         updates = np.where(np.isfinite(updates), updates, self.passes)
         plain = [np.ones(count), self.passes, updates]
         self._factors = [*plain, *(ranks * values for values in plain)]
@@ -47,7 +67,7 @@ class Totals:
         self._lengths = [rollouts[0], *(size * g for g in per_group[1:])]
         self._bases = {
             "seq": rollouts, "padded": rollouts, "sum": rollouts, "batch": tokens,
-            "group": per_group, "pass": [self.passes],
+            "group": per_group, "pass": [self.passes], "long": rollouts,
         }  # fmt: skip
 
     def _per_step(self, seen: Evidence, index: Array, count: int) -> Array:
@@ -74,11 +94,11 @@ class Totals:
         found = {name for name in named if self._close(scale, self._bases[name])}
         return found | ({"constant"} if kind == "even" and self._constant_length(scale) else set())
 
-    def total(self, form: str, scale: Array) -> tuple[float, int]:
-        """Weights of a step summed, and its gradient passes; the largest of both over the steps."""
+    def sum_of(self, form: str, scale: Array) -> Sum:
+        """Weights of each step summed, for scales of shape (steps,)."""
         kind = form.split(" ")[0]
         base = self._bases["batch" if kind == "even" else kind][0]
-        return float(np.nanmax(scale * base)), int(self.passes.max())
+        return Sum(scale * base, self.passes, self.updates)
 
     def _close(self, scale: Array, bases: list[Array]) -> bool:
         there = np.isfinite(scale)

@@ -94,7 +94,7 @@ def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
     -------
     Tensor of int64, shape (3,), or (1,) of packed tensors, whose places are not told apart
     """
-    hit = (gradient != 0) & ~mask
+    hit = (gradient != 0) & gradient.isfinite() & ~mask
     if mask.dim() == 1:
         return hit.sum().reshape(1)
     seen = mask.cumsum(dim=1)

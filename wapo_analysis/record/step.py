@@ -55,6 +55,7 @@ class OpenStep:
     probes: list[Records] = field(default_factory=list)
     settled: list[Records] = field(default_factory=list)
     _given: list[frozenset[str]] = field(default_factory=list)
+    _outside: list[Tensor] = field(default_factory=list)
 
     @property
     def rollouts(self) -> int:
@@ -85,7 +86,6 @@ class OpenStep:
         **settings: Any,
     ) -> "StepJob":
         """Everything of the step for the writer; what the caller may write again is copied."""
-        outside = [count for tokens in self.passes for count in tokens.outside]
         passes = self._taken()
         given = frozenset.intersection(*self._given) if self._given else frozenset()
         others = [Records.concat(self.probes)] if self.probes else []
@@ -95,10 +95,11 @@ class OpenStep:
             own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
             others.insert(0, Records.build(ROLLOUTS, {**keys, **own}))
         read = [on_host(top) for top in tops if top.ids is not None]
-        return StepJob(row, passes, self.settled, given, others, read, outside, **settings)
+        return StepJob(row, passes, self.settled, given, others, read, self._outside, **settings)
 
     def _taken(self) -> list[HostPass]:
         taken, self.passes = self.passes, []
+        self._outside += [count for tokens in taken for count in tokens.outside]
         self._given += [given_in_all(taken)] if taken else []
         return [on_host(tokens) for tokens in taken]
 

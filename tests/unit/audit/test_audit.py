@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from experiments import bug_bench
+from experiments.bug_bench import flat, loop, recipes
 from wapo_analysis import TrainConfig, open_run
 from wapo_analysis.audit import Audit, audit
 from wapo_analysis.audit.evidence import Evidence
@@ -24,7 +24,7 @@ QUICK = (
 
 
 def audited(folder: Path, bug: str = "", steps: int = 1, **settings: object) -> Audit:
-    recorder = bug_bench.train(folder, bug, steps=steps, **settings)  # type: ignore[arg-type]
+    recorder = loop.train(folder, bug, steps=steps, **settings)  # type: ignore[arg-type]
     assert recorder.failure is None
     return audit(open_run(folder))
 
@@ -56,7 +56,7 @@ def test_a_wrong_declaration_is_told(tiny_run: Path, other: str) -> None:
 @pytest.mark.parametrize("bug", QUICK)
 def test_a_bug_of_a_loop_is_named_after_one_step(tmp_path: Path, bug: str) -> None:
     found = audited(tmp_path / "run", bug)
-    assert bug_bench.LOOP[bug] in names(found)
+    assert loop.BUGS[bug] in names(found)
     assert all(d.says and d.tokens and d.cause and d.look for d in found.deviations)
 
 
@@ -94,11 +94,51 @@ def test_a_run_without_token_rows_says_what_is_missing(
     assert "no token rows were recorded" in capsys.readouterr().out
 
 
+def audited_flat(folder: Path, bug: str = "", steps: int = 1, **settings: Any) -> Audit:
+    recorder = flat.train(folder, bug, steps=steps, **settings)
+    assert recorder.failure is None
+    return audit(open_run(folder))
+
+
+@pytest.mark.parametrize(
+    "bug", ["prompt counted in the length", "advantages normalised twice", "one advantage for all"]
+)
+def test_a_bug_of_a_flat_loop_is_named_after_one_step(tmp_path: Path, bug: str) -> None:
+    assert recipes.BUGS[bug] in names(audited_flat(tmp_path / "run", bug))
+
+
+@pytest.mark.parametrize("recipe", ["KL", "dropout", "GAE", "engine with correction"])
+def test_nothing_is_said_of_a_right_flat_loop(tmp_path: Path, recipe: str) -> None:
+    assert not audited_flat(tmp_path / "run", recipe=recipes.RECIPES[recipe]).deviations
+
+
+def test_a_loop_names_no_other_loss_for_its_advantages(tmp_path: Path) -> None:
+    recipe = recipes.RECIPES["rollouts picked by reward, leave one out"]
+    assert audited_flat(tmp_path / "run", recipe=recipe).fits[0] == "dapo"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", sorted(set(bug_bench.LOOP) - set(QUICK)))
+@pytest.mark.parametrize("bug", sorted(recipes.BUGS))
+def test_a_bug_of_a_flat_loop_is_named_within_three_steps(tmp_path: Path, bug: str) -> None:
+    audited_flat(tmp_path / "run", bug, steps=3)
+    run = open_run(tmp_path / "run")
+    assert any(recipes.BUGS[bug] in names(audit(run, steps)) for steps in (1, 2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("recipe", sorted(recipes.RECIPES))
+def test_nothing_is_said_of_right_flat_loops(tmp_path: Path, recipe: str, seed: int) -> None:
+    audited_flat(tmp_path / "run", steps=3, recipe=recipes.RECIPES[recipe], seed=seed)
+    run = open_run(tmp_path / "run")
+    assert not any(audit(run, steps).deviations for steps in (1, 2, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", sorted(set(loop.BUGS) - set(QUICK)))
 def test_a_bug_of_a_loop_is_named_within_three_steps(tmp_path: Path, bug: str) -> None:
     mean = "token" if bug == "micro-batch token means averaged" else "rollout"
-    assert bug_bench.LOOP[bug] in names(audited(tmp_path / "run", bug, steps=3, mean=mean))
+    assert loop.BUGS[bug] in names(audited(tmp_path / "run", bug, steps=3, mean=mean))
 
 
 @pytest.mark.slow
@@ -126,31 +166,56 @@ def test_all_nine_objectives_are_told_from_one_step(objective: str, tmp_path: Pa
     assert not found.deviations
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"loss_type": loss} for loss in ("grpo", "dr_grpo", "dapo", "bnpo", "sapo", "vespo")),
-        {"loss_type": "cispo", "epsilon_high": 5.0},
-        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
-        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
-        {"loss_type": "dapo", "top_entropy_quantile": 0.4},
-        {"loss_type": "grpo", "scale_rewards": "batch"},
-        {"loss_type": "grpo", "off_policy_mask_threshold": 0.01},
-        {"loss_type": "dapo", "mask_truncated_completions": True},
-    ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
+TRL_LOSSES = (
+    *({"loss_type": loss} for loss in ("grpo", "dr_grpo", "dapo", "bnpo", "sapo", "vespo")),
+    {"loss_type": "cispo", "epsilon_high": 5.0},
+    {"loss_type": "luspo", "importance_sampling_level": "sequence"},
 )
+TRL_RIGHT = (
+    *TRL_LOSSES,
+    *({**loss, "per_device_train_batch_size": 8, "num_generations": 4} for loss in TRL_LOSSES),
+    {"loss_type": "dapo", "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2},
+    {"per_device_train_batch_size": 16, "steps_per_generation": 2, "num_iterations": 1},
+    {"importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "top_entropy_quantile": 0.4},
+    {"scale_rewards": "batch"},
+    {"off_policy_mask_threshold": 0.01},
+    {"loss_type": "dapo", "mask_truncated_completions": True},
+    {"beta": 2.0, "num_iterations": 1, "learning_rate": 5e-2},
+    {"beta": 0.1, "use_bias_correction_kl": False},
+    {"bf16": True, "dtype": "bfloat16"},
+    {"dropout": 0.1},
+    {"lora": 0.1},
+    {"temperature": 0.7},
+    {"top_p": 0.8},
+    {"entropy_coef": 0.01},
+    {"engine": 0.05},
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", TRL_RIGHT, ids=lambda s: "-".join(map(str, s.values())))
 def test_trl_losses_are_told_and_nothing_else(settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("trl")
-    from tests.support.trl_toy import run, toy_model, toy_trainer
-    from wapo_analysis import attach
+    from experiments.bug_bench import with_trl
 
-    knobs = {"num_iterations": 2, "max_steps": 4, "per_device_train_batch_size": 8, **settings}
-    trainer = toy_trainer(tmp_path / "out", model=toy_model(sharpness=8.0), **knobs)
-    with attach(trainer, tmp_path / "run", "full"):
-        run(trainer)
-    for steps in (1, 4):
+    with_trl.train(tmp_path / "run", **settings)
+    for steps in (1, 3):
         found = audit(open_run(tmp_path / "run"), steps)
         assert not found.deviations
-        assert found.fits[0] == settings["loss_type"]
+        if "engine" not in settings:  # its weights are part of every coefficient
+            assert found.fits[0] == settings.get("loss_type", "grpo")
+
+
+@pytest.mark.slow
+def test_bugs_of_trl_are_named_within_three_steps(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from experiments.bug_bench import with_trl
+
+    missed = []
+    for number, (bug, expected) in enumerate(with_trl.BUGS.items()):
+        with_trl.train(tmp_path / str(number) / "run", bug)
+        run = open_run(tmp_path / str(number) / "run")
+        if not any(expected in names(audit(run, steps)) for steps in (1, 2, 3)):
+            missed.append(bug)
+    assert not missed

@@ -29,8 +29,9 @@ _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _CONFIG = (
     "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
     "steps_per_generation", "num_generations", "num_iterations", "max_prompt_length",
-    "max_completion_length", "temperature", "top_p", "top_k", "beta", "epsilon", "epsilon_high",
-    "delta", "loss_type", "scale_rewards", "importance_sampling_level", "top_entropy_quantile",
+    "max_completion_length", "temperature", "top_p", "top_k", "beta", "use_bias_correction_kl",
+    "epsilon", "epsilon_high", "delta", "loss_type", "scale_rewards", "importance_sampling_level",
+    "top_entropy_quantile",
     "mask_truncated_completions", "entropy_coef", "off_policy_mask_threshold", "use_vllm",
     "vllm_importance_sampling_correction", "vllm_importance_sampling_mode", "max_grad_norm",
     "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "optim", "bf16", "fp16",
@@ -83,6 +84,14 @@ def hidden_tensors(trainer: Any) -> str | None:
 def causal_model(trainer: Any) -> Any:
     """Return the causal language model inside distributed wrappers and PEFT."""
     return inner_model(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def most_dropout(model: Any) -> float:
+    """Largest dropout of a model, by its modules and its settings; 0 if it has none."""
+    found = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    settings = vars(getattr(model, "config", None) or object)
+    found += [v for n, v in settings.items() if "dropout" in n and isinstance(v, int | float)]
+    return float(max(found, default=0.0))
 
 
 def logps_and_entropies(scored: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -330,6 +339,7 @@ class TrlTrainer:
         """Manifest of a watched run: objective, model, settings that matter, versions."""
         args, rule = self.raw.args, self.clip
         config = {key: getattr(args, key) for key in _CONFIG if hasattr(args, key)}
+        config |= {"dropout": most_dropout(self.raw.model)}
         own = getattr(self.raw, "_wapo_objective", None)
         settings = {} if own is None else asdict(own)
         settings |= {"name": self.objective, "bounds": [rule.low, rule.high], "delta": rule.delta}

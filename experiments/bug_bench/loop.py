@@ -1,29 +1,17 @@
-"""Which bugs of a trainer does an audit name? A hand-written GRPO loop and TRL, one bug at a time.
+"""A hand-written GRPO loop on padded tensors, right unless it is given the name of a bug."""
 
-The loop is right unless it is given the name of a bug; `LOOP` and `TRL_BUGS` list them. Every
-bug is trained for three steps and audited after each of them.
-
-    python experiments/bug_bench.py            # prints the table, half a minute
-    python experiments/bug_bench.py --docs docs/audit.md    # writes it into the page
-"""
-
-import argparse
-import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wapo_analysis import Recorder, open_run
-from wapo_analysis.audit import Audit, audit
+from wapo_analysis import Recorder
 
 DIGITS, END, PAD, VOCAB = 10, 10, 11, 12
 PROMPTS, ROLLOUTS, LENGTH, EPOCHS, PIECES, STEPS = 8, 16, 12, 2, 2, 3
 
-LOOP = {
+BUGS = {
     "prompt tokens in the loss": "gradient on prompt tokens",
     "padding in the loss": "gradient on tokens after the end",
     "tokens after the end in the mask": "tokens after the end",
@@ -186,7 +174,7 @@ def train(
     row = torch.arange(PROMPTS * ROLLOUTS)
     group = row % PROMPTS if bug == "groups interleaved" else row // ROLLOUTS
     declared: dict[str, Any] = {"name": "dapo" if mean == "token" else "grpo"}
-    declared |= {"bounds": [0.8, 1.2], "advantage": "group mean, population std"}
+    declared |= {"bounds": [0.8, 1.2], "advantage": "group mean, population std", "kl": "k3"}
     beta = 2.0 if bug == "KL with the wrong sign" else 0.0
     run = Recorder(
         out, {"objective": {**declared, "beta": beta}}, **({"audit": True} if audit else {})
@@ -262,59 +250,3 @@ def train(
         )  # fmt: skip
     run.close()
     return run
-
-
-def seen_after(path: Path, expected: str, steps: int = STEPS) -> tuple[int | None, Audit]:
-    """Step after which an audit names the deviation, None if it never does, and that audit."""
-    for step in range(1, steps + 1):
-        found = audit(open_run(path), step)
-        if any(d.name == expected for d in found.deviations):
-            return step, found
-    return None, found
-
-
-def loop_rows(only: str | None = None) -> Iterator[tuple[str, int | None, Audit]]:
-    """Of each bug of the loop: its name, the step after which it was named, and the audit."""
-    for bug, expected in LOOP.items():
-        if only not in (None, bug):
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            mean = "token" if bug == "micro-batch token means averaged" else "rollout"
-            run = train(Path(folder) / "run", bug, mean=mean)
-            assert run.failure is None, (bug, run.failure)
-            yield bug, *seen_after(Path(folder) / "run", expected)
-
-
-MARKS = "<!-- bench: written by experiments/bug_bench.py -->", "<!-- bench ends -->"
-
-
-def table(rows: list[tuple[str, int | None, Audit]], expected: dict[str, str]) -> str:
-    """Rows as a Markdown table: bug, after how many steps it was named, what was said."""
-    lines = ["| bug | named after | what was said |", "| --- | ---: | --- |"]
-    for bug, step, found in rows:
-        said = [d.says for d in found.deviations if d.name == expected[bug]] or ["-"]
-        after = "not named" if step is None else f"{step} step{'s' * (step > 1)}"
-        lines.append(f"| {bug} | {after} | {said[0].replace('|', chr(92) + '|')} |")
-    return "\n".join(lines)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", help="One bug of the loop.")
-    parser.add_argument("--docs", type=Path, help="Page whose table is written anew.")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    rows = list(loop_rows(options.only))
-    shown = table(rows, LOOP)
-    print(shown)
-    print(f"{sum(step is not None for _, step, _ in rows)} of {len(rows)} bugs named")
-    if options.docs is not None:
-        text = options.docs.read_text()
-        head, rest = text.split(MARKS[0])
-        tail = rest.split(MARKS[1])[1]
-        options.docs.write_text(f"{head}{MARKS[0]}\n\n{shown}\n\n{MARKS[1]}{tail}")
-
-
-if __name__ == "__main__":
-    main()
