@@ -21,7 +21,7 @@ demo: $(STAMP)
 	$(BIN)/wapo demo --force --out runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Adds what the fast tests leave out for its size: a real model from PyPI, every data set of
 # reasoning-gym, Triton, whose interpreter runs the GPU kernel on a CPU; Playwright, which drives a

@@ -60,7 +60,7 @@ def _settings(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    write_fake_run(folder / "r", steps=6, seed=1)
+    write_fake_run(folder / "r", steps=6, seed=1, loose=True)
 
 
 def _merged(folder: Path) -> None:

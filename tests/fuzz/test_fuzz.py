@@ -84,7 +84,9 @@ def test_json_nested_without_end_is_left_out_or_refused(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fake_run(tmp_path_factory.mktemp("whole") / "r", steps=12, probe_every=3)
+    return write_fake_run(
+        tmp_path_factory.mktemp("whole") / "r", steps=12, probe_every=3, loose=True
+    )
 
 
 COMMANDS: tuple[Callable[[Path, Path], list[str | Path]], ...] = (

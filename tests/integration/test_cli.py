@@ -148,7 +148,7 @@ def test_reading_commands_refuse_a_folder_that_is_no_run(
 def test_broken_files_are_named_and_not_touched(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_fake_run(tmp_path / "r", steps=6)
+    path = write_fake_run(tmp_path / "r", steps=6, loose=True)
     part = sorted((path / "classes").glob("*.parquet"))[2]
     part.write_bytes(part.read_bytes()[:50])
     assert part.name in refused(capfd, "diagnose", str(path))

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import wapo_taxonomy as tax
 
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
 from wapo_analysis.schema import GRADIENT, MOMENTUM, ROLLOUTS, TOKENS, TOPK, UPDATE, WEIGHT_DECAY
 from wapo_analysis.store import MANIFEST, RunWriter
+from wapo_analysis.store.files import renamed_when_whole
 from wapo_analysis.store.manifest import Manifest, write_manifest
+from wapo_analysis.store.parquet import arrow_table, parquet_writer, seal
+from wapo_analysis.store.parts import STEPS_KEY, merged_name
 from wapo_analysis.table import Array, Records
 
 START_SHARPNESS = 6.0
@@ -112,8 +116,9 @@ def made_run(
     texts: Mapping[str, str] | None = None,
     manifest: Mapping[str, Any] | None = None,
     status: str = "finished",
+    loose: bool = False,
 ) -> Path:
-    """Write one fake run folder.
+    """Write one fake run folder, its tables merged as ``wapo compact`` leaves them.
 
     Parameters
     ----------
@@ -134,6 +139,8 @@ def made_run(
         ``prompt``, ``completion``, ``answer`` and ``vocab`` text that replaces the plain ones.
     manifest : mapping, optional
         Entries that replace the manifest's own.
+    loose : bool
+        One part a step instead, as the trainer writes them: four times as slow.
 
     Returns
     -------
@@ -164,7 +171,9 @@ def made_run(
         "rescore_every": rescore_every,
     }
     writer = RunWriter(path, described | dict(manifest or {}))
+    tables = _Merged(path)
     fake = _Fake(
+        write_part=writer.write_part if loose else tables.add,
         rng=np.random.default_rng([seed, sum(map(ord, objective + drift))]),
         sizes=Sizes(steps=steps, prompts=prompts, rollouts=rollouts, length=length, vocab=vocab),
         drift=DRIFTS[drift],
@@ -180,8 +189,9 @@ def made_run(
         rescore = rescore_every > 0 and step % rescore_every == 0
         keep_rows = token_every > 0 and (step - 1) % token_every == 0
         if probe_every > 0 and step % probe_every == 0:
-            writer.write_part(probe(step, seed), step)
+            fake.write_part(probe(step, seed), step)
         _write_step(writer, fake, step, walk, rescore, keep_rows)
+    tables.write()
     spelled = fake.texts.get("vocab", "")
     writer.add_vocab({token: spelled or chr(97 + token % 26) for token in range(vocab)})
     writer.close(status)
@@ -192,6 +202,7 @@ def made_run(
 class _Fake:
     """What the steps of one fake run share."""
 
+    write_part: Callable[[Records, int], None]
     rng: np.random.Generator
     sizes: Sizes
     drift: Drift
@@ -200,6 +211,27 @@ class _Fake:
     temperature: float
     missing: frozenset[str]
     texts: Mapping[str, str]
+
+
+class _Merged:
+    """Rows of the steps of a run, written at its end: one file for each table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: dict[str, dict[int, pa.Table]] = {}
+
+    def add(self, records: Records, step: int) -> None:
+        self.steps.setdefault(records.table.name, {})[step] = arrow_table(records)
+
+    def write(self) -> None:
+        for name, steps in self.steps.items():
+            described = [(step, len(rows)) for step, rows in steps.items()]
+            rows = pa.concat_tables(steps.values())
+            with renamed_when_whole(self.path / name / merged_name(min(steps), max(steps), 0)) as f:
+                with parquet_writer(f, rows.schema) as writer:
+                    writer.write_table(rows, row_group_size=len(rows))
+                    writer.add_key_value_metadata({STEPS_KEY: json.dumps([described]).encode()})
+                seal(f)
 
 
 def _write_step(
@@ -215,12 +247,12 @@ def _write_step(
     tokens = derive(
         Records.build(TOKENS, columns | {"step": np.full(sizes.tokens, step)}), fake.temperature
     )
-    writer.write_part(class_totals(tokens), step)
+    fake.write_part(class_totals(tokens), step)
     if keep_rows:
-        writer.write_part(tokens, step)
+        fake.write_part(tokens, step)
         if rescore and "collision_rest" not in fake.missing:
-            writer.write_part(_top_rows(tokens), step)
-    writer.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
+            fake.write_part(_top_rows(tokens), step)
+    fake.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
     row = _step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
     writer.append_step({name: value for name, value in row.items() if name not in fake.missing})
 

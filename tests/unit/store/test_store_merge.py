@@ -207,7 +207,7 @@ def test_a_part_that_vanishes_into_a_merged_file_is_found_there(
 def test_a_watched_run_survives_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.support.builders import write_fake_run
 
-    source = write_fake_run(tmp_path / "r", steps=9)
+    source = write_fake_run(tmp_path / "r", steps=9, loose=True)
     expected = open_run(source).classes
     tail = Tail(source)
     vanishing(monkeypatch, lambda: merge_parts(source / "classes", 0, 2) and None)

@@ -38,7 +38,9 @@ def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every class, certain tokens, and statistics that are missing here and there."""
-    path = write_fake_run(tmp_path_factory.mktemp("summary") / "r", steps=6, temperature=0.7)
+    path = write_fake_run(
+        tmp_path_factory.mktemp("summary") / "r", steps=6, temperature=0.7, loose=True
+    )
     for number, part in enumerate(sorted((path / "tokens").iterdir())):
         table = pq.read_table(part).to_pandas()
         rng = np.random.default_rng(number)

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.builders import DRIFTS, write_fake_run
 from wapo_analysis.store import open_run
+from wapo_analysis.store.files import PART_TABLES
+from wapo_analysis.store.merge import compact
 
 
 def test_prediction_and_measurement_agree_but_for_the_noise(tmp_path: Path) -> None:
@@ -69,3 +71,15 @@ def test_include_bins_leaves_one_class_its_gradient(tmp_path: Path) -> None:
 def test_unknown_drift(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown drift 'up'; allowed: healthy"):
         write_fake_run(tmp_path / "a", drift="up")
+
+
+def test_a_run_is_merged_as_compact_merges_it(tmp_path: Path) -> None:
+    options = {"steps": 5, "probe_every": 2, "missing": ("entropy",), "rescore_every": 2}
+    whole = write_fake_run(tmp_path / "a", **options)
+    loose = write_fake_run(tmp_path / "b", **options, loose=True)
+    compact(loose)
+    for name in PART_TABLES:
+        assert [f.name for f in (whole / name).iterdir()] == [
+            f.name for f in (loose / name).iterdir()
+        ]
+        assert open_run(whole).table(name).equals(open_run(loose).table(name))

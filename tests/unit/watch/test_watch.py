@@ -55,7 +55,7 @@ class Slow:
 
 @pytest.fixture
 def slow(tmp_path: Path) -> Slow:
-    return Slow(write_fake_run(tmp_path / "source", steps=30), tmp_path / "run")
+    return Slow(write_fake_run(tmp_path / "source", steps=30, loose=True), tmp_path / "run")
 
 
 def test_a_followed_run_equals_the_opened_one_at_every_moment(slow: Slow) -> None:
