@@ -7,6 +7,7 @@ give them; else TRL generates (vLLM, sharded models, bf16). A step of the run is
 update, as in TRL's logs.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from wapo_analysis.engines.trl_settings import (
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.lifecycle import check_resumed, nothing_left_if_refused, stop_between_steps
-from wapo_analysis.train.models import Policy
+from wapo_analysis.train.models import Policy, no_progress_bars
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.tasks.judge import require
 
@@ -88,7 +89,10 @@ def train_with_trl(
     check_gpus(config, processes)
     start = _resumed(out, config, checkpoint) if resume else None
     settings = trl_settings(config, out, processes)
-    with nothing_left_if_refused(out if rank == 0 else None) as begun:
+    refused = nothing_left_if_refused(out if rank == 0 else None)
+    with refused as begun, no_progress_bars(), warnings.catch_warnings():
+        # transformers tells TRL of names to come, which is not the user's to change.
+        warnings.simplefilter("ignore", FutureWarning)
         recipe = Recipe(config)
         trainer = recipe.trainer(settings)
         use_objective(trainer, config.objective_config(recipe.longest))
