@@ -21,7 +21,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SMALL = ["--prompts", "4", "--rollouts", "4", "--device", "cpu"]
 TRAIN = [sys.executable, "-W", "ignore", "-m", "wapo_analysis", "train", "--engine", "trl"]
 RECIPES = {
-    "grpo": ["--objective", "grpo", "--steps", "3", "--minibatches", "1"],
+    "grpo": [
+        "--objective", "grpo", "--steps", "3", "--minibatches", "1", "--eval-every", "2",
+        "--set", "eval_prompts=5",
+    ],
     "wapo-lora": [
         "--objective", "wapo", "--steps", "2", "--minibatches", "2", "--epochs", "2",
         "--lora-rank", "4", "--lr", "1e-3",
@@ -61,7 +64,9 @@ def test_two_processes_end_where_one_does(name: str, tmp_path: Path) -> None:
     assert both.manifest["processes"] == 2
     assert sorted(both.rollouts["completion"]) == sorted(single.rollouts["completion"])
     assert set(both.tokens()["rank"]) == {0, 1}
-    for column in ("reward", "entropy", "tokens"):
+    evaluated = [c for c in single.steps if c.startswith("eval/") and c != "eval/seconds"]
+    assert bool(evaluated) == (name == "grpo")
+    for column in ("reward", "entropy", "tokens", *evaluated):
         np.testing.assert_allclose(both.steps[column], single.steps[column], rtol=1e-4)
 
 
@@ -72,7 +77,11 @@ def test_it_trains_what_the_built_in_trainer_trains(tmp_path: Path) -> None:
     assert largest_gap(own, theirs) < 1e-5
     mine, told = open_run(own), open_run(theirs)
     assert sorted(mine.rollouts["completion"]) == sorted(told.rollouts["completion"])
-    np.testing.assert_allclose(mine.steps["grad_norm"], told.steps["grad_norm"], rtol=1e-4)
+    for column in ("grad_norm", "eval/pass@1", "eval/reward", "eval/entropy", "eval/prompts"):
+        np.testing.assert_allclose(mine.steps[column], told.steps[column], rtol=1e-4)
+    before = [run.manifest["eval_before"] for run in (mine, told)]
+    assert [numbers.pop("eval/seconds") > 0 for numbers in before] == [True, True]
+    assert before[0] == pytest.approx(before[1], rel=1e-6)
     # The same commands afterwards.
     for command in (["diagnose", str(theirs)], ["eval", str(theirs), "--prompts", "4"]):
         assert wapo(command) == 0

@@ -15,6 +15,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.train.batch import encode_problems
 from wapo_analysis.train.checkpoint import save_checkpoint
 from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.models import configured_policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import NonFiniteLogits, sample
@@ -91,7 +92,8 @@ class Recipe:
         Raises
         ------
         UserError
-            If TRL is older than what this engine has been made for, or cannot use the task's tools.
+            If TRL is older than what this engine has been made for or cannot use the task's tools,
+            or the model cannot be evaluated.
         """
         from transformers.trainer_callback import PrinterCallback
         from trl import GRPOConfig
@@ -101,6 +103,10 @@ class Recipe:
         made = self._with_tools(
             partial(make, train_dataset=self.dataset(), processing_class=self.policy.tokenizer)
         )
+        if self.config.eval_every and (self.tools or _is_sharded(made)):
+            raise UserError(
+                "eval_every needs a model that is whole on each process and a task without tools"
+            )
         made.remove_callback(PrinterCallback)
         made.recipe = self
         self.policy = replace(self.policy, device=made.accelerator.device)
@@ -156,6 +162,13 @@ class Recipe:
         pairs = zip(made.completion_ids.tolist(), lengths, strict=True)
         by_row = {row: ids[:n] for row, (ids, n) in zip(sorted(rows), pairs, strict=True)}
         return [by_row[row] for row in rows]
+
+    def evaluated(self, trainer: Any) -> dict[str, float]:
+        """Numbers of an evaluation on held-out prompts; empty but on the first process."""
+        with _together(), _evaluating(self.policy.module), torch.no_grad():
+            if trainer.accelerator.process_index:
+                return {}
+            return evaluate(self.policy, self.task, self.config).columns()
 
     def keep(self, trainer: Any, out: Path) -> None:
         """Write the trained policy where ``wapo eval`` looks for it, if a process has it whole."""

@@ -96,10 +96,14 @@ def train_with_trl(
         recipe = Recipe(config)
         trainer = recipe.trainer(settings)
         use_objective(trainer, config.objective_config(recipe.longest))
+        if config.eval_every:
+            trainer.add_callback(_evaluating_callback(trainer, recipe))  # before a step is written
         attachment = _attach(trainer, recipe, out, start, take_over)
         with attachment, stop_between_steps(announce=rank == 0) as stop:
             steps = _Steps(recipe, progress, lambda: stop.asked, begun)
             trainer.add_callback(steps.callback(trainer))
+            if config.eval_every and start is None:
+                attachment.recorder.note(eval_before=recipe.evaluated(trainer))
             try:
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             except NonFiniteLogits:
@@ -154,6 +158,20 @@ class _Steps:
                     steps._progress({"step": float(state.global_step), **row})
 
         return Callback()
+
+
+def _evaluating_callback(trainer: Any, recipe: Recipe) -> Any:
+    """Puts the numbers of due evaluations beside what the trainer logs of a step."""
+    from transformers import TrainerCallback
+
+    class Evaluations(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            batch, rest = divmod(state.global_step, updates_per_batch(recipe.config))
+            if rest == 0 and recipe.config.evaluation_due(batch):
+                for name, value in recipe.evaluated(trainer).items():
+                    trainer._metrics["train"][name].append(value)
+
+    return Evaluations()
 
 
 def _on_any(trainer: Any, here: bool) -> bool:

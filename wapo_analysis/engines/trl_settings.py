@@ -16,7 +16,7 @@ from wapo_analysis.train.config import TrainConfig
 STATE = "trl"
 """Folder of a run that holds TRL's checkpoints."""
 _OBJECTIVE, _RECORDING, _DATA = "use_objective", "attach", "train_dataset"
-_MODEL, _RUN, _NONE = "model", "the run folder", ""
+_MODEL, _RUN, _EVALUATION, _NONE = "model", "the run folder", "the first process", ""
 
 COUNTERPARTS: Final[Mapping[str, str]] = {
     "objective": _OBJECTIVE, "clip_eps": _OBJECTIVE, "mask_ratio_low": _OBJECTIVE,
@@ -39,7 +39,7 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "beta2": "adam_beta2", "max_grad_norm": "max_grad_norm", "seed": "seed",
     "checkpoint_every": "save_steps", "keep_checkpoints": "save_total_limit",
     "log_to": "report_to", "label": _RUN, "engine": _RUN, "trl_settings": "GRPOConfig",
-    "eval_every": _NONE, "eval_prompts": "wapo eval", "eval_samples": "wapo eval",
+    "eval_every": _EVALUATION, "eval_prompts": _EVALUATION, "eval_samples": _EVALUATION,
     "token_every": _RECORDING, "token_fraction": _RECORDING, "rescore_every": _RECORDING,
     "probe_every": _RECORDING, "probe_rows": _RECORDING, "capture_mode": _RECORDING,
     "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING, "on_warning": _NONE,

@@ -52,7 +52,7 @@ def test_a_batch_that_cannot_be_split_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"eval_every": 5}, {"stop": ("x",)}, {"sample_batch_size": 4}, {"store_bits": 23},
+        {"stop": ("x",)}, {"sample_batch_size": 4}, {"store_bits": 23},
         {"official": True}, {"normalize_by_kept_tokens": True}, {"capture_mode": "auto"},
     ],
     ids=lambda s: next(iter(s)),

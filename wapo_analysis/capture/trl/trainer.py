@@ -39,7 +39,7 @@ _CONFIG = (
 )  # fmt: skip
 _LOGGED_AS = {"kl": "kl_ref", "frac_reward_zero_std": "groups_flat"}
 """Entries of the trainer's own log that are columns of ours."""
-_LOGGED_TOO = ("sampling/", "rewards/")
+_LOGGED_TOO = ("sampling/", "rewards/", "eval/")
 """Beginnings of entries that are kept under the trainer's own name."""
 
 
