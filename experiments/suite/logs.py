@@ -6,109 +6,26 @@ shapes that bug reports and papers show; the noise is that of a batch of rollout
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from experiments.suite.draws import Draw, Values, flat_share, rise, sound
 from wapo_analysis.diagnose import Diagnosis
 from wapo_analysis.store import RunWriter
-
-Values = np.ndarray
-
-
-@dataclass
-class Draw:
-    """What one log is made from.
-
-    Attributes
-    ----------
-    rng : Generator
-        Randomness of this log.
-    records, every : int
-        Records, and steps from one to the next.
-    batch, group : int
-        Rollouts of a step, which the noise of a share comes from, and rollouts of a prompt.
-    """
-
-    rng: np.random.Generator
-    records: int
-    every: int
-    batch: int
-    group: int
-    columns: dict[str, Values] = field(default_factory=dict)
-
-    @property
-    def u(self) -> Values:
-        """Progress from 0 to 1, shape (records,)."""
-        return np.linspace(0, 1, self.records)
-
-    def share(self, rate: Values) -> Values:
-        """A share of the rollouts of a step: binomial noise around a rate."""
-        rate = np.clip(rate * np.ones(self.records), 0, 1)
-        return self.rng.binomial(self.batch, rate) / self.batch
-
-    def about(self, values: Values, relative: float) -> Values:
-        """Values with multiplicative noise."""
-        noise = self.rng.normal(0, relative, self.records)
-        return np.asarray(values * np.ones(self.records) * np.exp(noise))
-
-    def between(self, low: float, high: float) -> float:
-        """One number of the log, uniform in its logarithm."""
-        return float(np.exp(self.rng.uniform(np.log(low), np.log(high))))
-
-    def uniform(self, low: float, high: float) -> float:
-        """One number of the log, uniform."""
-        return float(self.rng.uniform(low, high))
-
-    def evaluations(self, values: Values, size: int = 500) -> Values:
-        """A score on held-out problems at every n-th record, NaN between."""
-        often = max(1, self.records // int(self.rng.integers(8, 20)))
-        seen = np.arange(self.records) % often == 0
-        score = self.rng.binomial(size, np.clip(values, 0, 1)) / size
-        return np.where(seen, score, np.nan)
-
-
-def rise(u: Values, start: float, end: float, middle: float, pace: float) -> Values:
-    """Logistic curve from start to end."""
-    return start + (end - start) / (1 + np.exp(-pace * (u - middle)))
-
-
-def flat_share(rate: Values, group: int) -> Values:
-    """Share of groups all right or all wrong, if every rollout is right at a rate."""
-    return np.asarray(rate**group + (1 - rate) ** group)
-
-
-def _sound(d: Draw, end: float | None = None) -> Values:
-    """Columns of a run that learns and goes on learning; returns its rate of success."""
-    top = d.uniform(0.5, 0.75) if end is None else end
-    rate = rise(d.u, d.uniform(0.15, 0.3), top, d.uniform(0.4, 0.6), d.uniform(4, 7))
-    start = d.between(0.1, 1.5)
-    d.columns |= {
-        "reward": d.share(rate),
-        "groups_flat": d.share(flat_share(rate, d.group)),
-        "entropy": d.about(start * np.exp(-d.uniform(0.2, 0.9) * d.u), 0.03),
-        "grad_norm": d.about(np.full(d.records, d.between(0.05, 2)), 0.2),
-        "length": d.about(d.between(100, 3000) * (1 + d.uniform(0, 0.35) * d.u), 0.04),
-        "truncated": d.share(np.full(d.records, d.uniform(0, 0.03))),
-        "kl_ref": d.about(0.002 + d.uniform(0.01, 0.3) * d.u**1.3, 0.05),
-        "clip_high": d.share(np.full(d.records, d.uniform(0, 0.03))),
-        "clip_low": d.share(np.full(d.records, d.uniform(0, 0.03))),
-        "lr": np.full(d.records, d.between(3e-7, 1e-5)),
-    }
-    return rate
 
 
 def healthy(d: Draw) -> None:
     """Learns to the end, or solves the task."""
-    rate = _sound(d)
+    rate = sound(d)
     if d.rng.random() < 0.5:
         d.columns["eval_reward"] = d.evaluations(rate - d.uniform(0, 0.05))
 
 
 def never_learned(d: Draw) -> None:
     """No completion ever earns anything; the gradient is zero."""
-    _sound(d)
+    sound(d)
     zero = np.zeros(d.records)
     d.columns |= {"reward": zero, "grad_norm": zero, "groups_flat": zero + 1, "kl_ref": zero}
     d.columns["entropy"] = d.about(np.full(d.records, d.between(0.1, 1.5)), 0.03)
@@ -116,7 +33,7 @@ def never_learned(d: Draw) -> None:
 
 def early_death(d: Draw) -> None:
     """A reward that dies after a few records, to exactly nothing."""
-    _sound(d)
+    sound(d)
     alive = int(d.rng.integers(3, 9))
     reward = d.share(np.full(d.records, d.uniform(0.1, 0.6)))
     reward[:alive] = np.maximum(reward[:alive], 1 / d.batch)
@@ -128,7 +45,7 @@ def early_death(d: Draw) -> None:
 
 def scattered_zeros(d: Draw) -> None:
     """One prompt a step: no gradient wherever its group is flat; it learns all the same."""
-    _sound(d)
+    sound(d)
     rate = rise(d.u, 0.35, 0.6, 0.5, 5)
     hard = np.clip(rate + d.rng.normal(0, 0.35, d.records), 0, 1)
     reward = d.rng.binomial(d.group, hard) / d.group
@@ -141,7 +58,7 @@ def scattered_zeros(d: Draw) -> None:
 
 def climb_and_fall(d: Draw) -> None:
     """The reward climbs and loses most of the climb again."""
-    _sound(d)
+    sound(d)
     start, top, turn = d.uniform(0.2, 0.5), d.uniform(0.75, 0.9), d.uniform(0.35, 0.65)
     end = start + d.uniform(0.2, 0.5) * (top - start)
     rate = np.interp(d.u, [0, turn, min(turn + 0.3, 0.95), 1], [start, top, end, end])
@@ -150,7 +67,7 @@ def climb_and_fall(d: Draw) -> None:
 
 def held_out_falls(d: Draw) -> None:
     """The training reward rises, the held-out score rises with it at first and then falls."""
-    rate = _sound(d, d.uniform(0.7, 0.95))
+    rate = sound(d, d.uniform(0.7, 0.95))
     turn, start = d.uniform(0.2, 0.5), d.uniform(0.2, 0.4)
     top = start + d.uniform(0.0, 0.2)
     score = np.interp(d.u, [0, turn, 1], [start, top, top * d.uniform(0.2, 0.6)])
@@ -159,7 +76,7 @@ def held_out_falls(d: Draw) -> None:
 
 def held_out_stands(d: Draw) -> None:
     """Answers grow and the training reward with them; the held-out score shows nothing of it."""
-    _sound(d, d.uniform(0.75, 0.95))
+    sound(d, d.uniform(0.75, 0.95))
     start = d.uniform(0.2, 0.4)
     d.columns["eval_reward"] = d.evaluations(np.full(d.records, start))
     d.columns["length"] = d.columns["length"] * (1 + d.uniform(1, 2.5) * d.u**1.3)
@@ -167,7 +84,7 @@ def held_out_stands(d: Draw) -> None:
 
 def kl_blow_up(d: Draw) -> None:
     """The policy runs away from the reference; the reward has stopped."""
-    _sound(d)
+    sound(d)
     rate = rise(d.u, 0.2, d.uniform(0.4, 0.55), 0.2, 14)
     far = d.between(1.5, 8)
     d.columns |= {"reward": d.share(rate), "kl_ref": d.about(0.01 + far * d.u**2.5, 0.08)}
@@ -176,7 +93,7 @@ def kl_blow_up(d: Draw) -> None:
 
 def entropy_collapse(d: Draw) -> None:
     """The entropy dies; the reward stopped early, far from solved."""
-    _sound(d)
+    sound(d)
     rate = rise(d.u, 0.2, d.uniform(0.35, 0.6), 0.2, 16)
     start, left = d.between(0.1, 1.5), d.between(0.005, 0.04)
     d.columns |= {
@@ -188,7 +105,7 @@ def entropy_collapse(d: Draw) -> None:
 
 def entropy_explosion(d: Draw) -> None:
     """The entropy takes off and the reward goes with it."""
-    _sound(d)
+    sound(d)
     onset = d.uniform(0.3, 0.6)
     late = np.clip((d.u - onset) / 0.25, 0, 1)
     rate = 0.45 * (1 - late * d.uniform(0.7, 1))
@@ -200,14 +117,14 @@ def entropy_explosion(d: Draw) -> None:
 
 def too_hard(d: Draw) -> None:
     """Hardly any problem is ever solved."""
-    _sound(d)
+    sound(d)
     rate = np.full(d.records, d.uniform(0.01, 0.04))
     d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, 8))}
 
 
 def too_easy(d: Draw) -> None:
     """Solved early; most groups have been all right ever since."""
-    _sound(d)
+    sound(d)
     rate = rise(d.u, 0.3, d.uniform(0.955, 0.99), 0.15, 20)
     d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, 8))}
     d.columns["entropy"] = d.about(d.between(0.1, 1.5) * (0.25 + 0.75 * np.exp(-4 * d.u)), 0.03)
@@ -215,14 +132,14 @@ def too_easy(d: Draw) -> None:
 
 def plateau(d: Draw) -> None:
     """Learns early, and has stood ever since."""
-    _sound(d)
+    sound(d)
     rate = rise(d.u, d.uniform(0.15, 0.25), d.uniform(0.5, 0.65), 0.12, 30)
     d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, d.group))}
 
 
 def format_takes_over(d: Draw) -> None:
     """The form of the answer is most of the reward; the answer itself is hardly ever right."""
-    _sound(d)
+    sound(d)
     right = d.share(np.full(d.records, d.uniform(0.0, 0.06)))
     form = d.share(rise(d.u, 0.2, 0.97, d.uniform(0.1, 0.3), 20))
     weight = d.uniform(0.1, 1)
@@ -233,7 +150,7 @@ def format_takes_over(d: Draw) -> None:
 
 def two_functions(d: Draw) -> None:
     """Accuracy and format, as they should be: both learned, the form first."""
-    rate = _sound(d)
+    rate = sound(d)
     right, form = d.share(rate), d.share(rise(d.u, 0.4, 0.98, 0.1, 30))
     weight = d.uniform(0.1, 0.5)
     d.columns |= {"reward": right + weight * form}
@@ -242,7 +159,7 @@ def two_functions(d: Draw) -> None:
 
 def mismatch(d: Draw) -> None:
     """Sampler and trainer drift apart."""
-    _sound(d)
+    sound(d)
     measure, start, end = [
         ("engine_kl", 4e-4, 0.2), ("engine_logp_diff", 0.01, 0.25), ("engine_prob_diff", 3e-3, 0.1),
     ][d.rng.integers(3)]  # fmt: skip
@@ -251,13 +168,13 @@ def mismatch(d: Draw) -> None:
 
 def stale(d: Draw) -> None:
     """Samples wait ever longer for the trainer."""
-    _sound(d)
+    sound(d)
     d.columns["staleness"] = np.round(d.about(0.1 + d.uniform(6, 20) * d.u, 0.1), 2)
 
 
 def truncation(d: Draw) -> None:
     """Ever more completions reach the limit."""
-    _sound(d)
+    sound(d)
     d.columns["truncated"] = d.share(0.01 + d.uniform(0.3, 0.9) * d.u**2)
 
 
@@ -265,6 +182,89 @@ def all_cut(d: Draw) -> None:
     """Every completion is cut at the limit, so none earns a reward."""
     never_learned(d)
     d.columns["truncated"] = np.ones(d.records)
+
+
+def healthy_critic(d: Draw) -> None:
+    """A sound run with a critic, advantages, diversity, and an entropy that finds its level."""
+    rate = sound(d)
+    d.columns |= {
+        "value_loss": d.about(d.between(0.05, 0.5) * (0.3 + 0.7 * np.exp(-3 * d.u)), 0.1),
+        "value_explained": 0.1 + 0.6 * d.u + d.rng.normal(0, 0.05, d.records),
+        "advantage_std": d.about(np.ones(d.records), 0.05),
+        "distinct": d.share(0.9 - d.uniform(0, 0.25) * d.u),
+        "clip_any": d.share(np.full(d.records, d.uniform(0, 0.08))),
+        "eval_reward/easy": d.evaluations(rate), "eval_reward/hard": d.evaluations(rate / 2),
+        "lr": d.between(3e-7, 1e-5) * np.minimum(20 * d.u, 1) * np.clip(1.05 - d.u, 0, 1),
+    }  # fmt: skip
+    if d.rng.random() < 0.5:
+        d.columns["entropy"] = d.about(0.05 + d.uniform(0.05, 0.12) * d.u, 0.04)
+
+
+def critic_runs_away(d: Draw) -> None:
+    """The critic's loss multiplies and its values explain nothing any more."""
+    healthy_critic(d)
+    late = np.clip((d.u - d.uniform(0.3, 0.6)) / 0.35, 0, 1)
+    d.columns["value_loss"] = d.columns["value_loss"] * (1 + d.uniform(8, 30) * late)
+    d.columns["value_explained"] = d.columns["value_explained"] * (1 - late) - 0.4 * late
+
+
+def advantages_vanish(d: Draw) -> None:
+    """The spread of the advantages goes, as by a normalisation gone wrong."""
+    healthy_critic(d)
+    late = np.clip((d.u - d.uniform(0.3, 0.6)) / 0.25, 0, 1)
+    d.columns["advantage_std"] = d.about(1 - (1 - d.uniform(0.005, 0.05)) * late, 0.05)
+
+
+def one_wording(d: Draw) -> None:
+    """Completions of a batch become one."""
+    healthy_critic(d)
+    late = np.clip((d.u - d.uniform(0.2, 0.5)) / 0.3, 0, 1)
+    d.columns["distinct"] = d.share(0.9 - d.uniform(0.6, 0.85) * late)
+
+
+def clip_stops_all(d: Draw) -> None:
+    """The clip stops more and more tokens, its sides untold."""
+    healthy_critic(d)
+    for name in ("clip_low", "clip_high"):
+        del d.columns[name]
+    d.columns["clip_any"] = d.share(0.05 + d.uniform(0.25, 0.5) * np.minimum(2 * d.u, 1))
+
+
+def schedule_restarts(d: Draw) -> None:
+    """The learning rate jumps in the middle of the run."""
+    sound(d)
+    at, factor = d.uniform(0.3, 0.8), d.uniform(4, 100)
+    d.columns["lr"] = d.columns["lr"] * np.where(d.u < at, 1, factor)
+
+
+def schedule_ends_early(d: Draw) -> None:
+    """The learning rate is zero for much of the run."""
+    sound(d)
+    d.columns["lr"] = d.columns["lr"] * np.clip(1 - d.u / d.uniform(0.4, 0.7), 0, 1)
+
+
+def form_alone(d: Draw) -> None:
+    """Late in the run the form is perfected while the answers stand."""
+    sound(d)
+    right = d.share(rise(d.u, 0.2, d.uniform(0.4, 0.55), 0.15, 25))
+    form = d.share(rise(d.u, d.uniform(0.1, 0.4), 0.98, d.uniform(0.6, 0.75), 20))
+    d.columns |= {"reward": right + form}
+    d.columns |= {"rewards/accuracy/mean": right, "rewards/format/mean": form}
+    del d.columns["groups_flat"]
+
+
+def one_set_falls(d: Draw) -> None:
+    """Of two held-out sets one falls and one rises, so that their mean stands."""
+    rate = sound(d)
+    easy, hard = d.evaluations(0.3 + 0.4 * d.u), d.evaluations(0.55 - 0.4 * d.u)
+    d.columns |= {"reward": d.share(rate), "eval_reward": (easy + hard) / 2}
+    d.columns |= {"eval_reward/easy": easy, "eval_reward/hard": hard}
+
+
+def far_though_paid(d: Draw) -> None:
+    """The reward gains to the end, many nats away from the reference."""
+    sound(d)
+    d.columns["kl_ref"] = d.about(0.01 + d.between(3, 10) * d.u**3, 0.08)
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,16 @@ KINDS: Mapping[str, Kind] = {
     "mismatch": Kind(mismatch, ("train_inference_mismatch",)),
     "stale": Kind(stale, ("staleness",)),
     "truncation": Kind(truncation, ("truncation_drift",)),
+    "healthy_critic": Kind(healthy_critic, verdicts=("healthy",), silent=True),
+    "critic_runs_away": Kind(critic_runs_away, ("value_diverges",)),
+    "advantages_vanish": Kind(advantages_vanish, ("advantages_vanish",)),
+    "one_wording": Kind(one_wording, ("diversity_falls",)),
+    "clip_stops_all": Kind(clip_stops_all, ("clip_saturation",)),
+    "schedule_restarts": Kind(schedule_restarts, ("lr_schedule",)),
+    "schedule_ends_early": Kind(schedule_ends_early, ("lr_schedule",)),
+    "form_alone": Kind(form_alone, ("form_rises_alone",)),
+    "one_set_falls": Kind(one_set_falls, ("held_out_falls",)),
+    "far_though_paid": Kind(far_though_paid, ("kl_drift",)),
 }
 """Every kind of log, with the right answer."""
 SPARE = ("kl_ref", "clip_high", "clip_low", "lr", "truncated", "length", "grad_norm", "entropy")
@@ -322,6 +332,7 @@ KEPT: Mapping[str, tuple[str, ...]] = {
     "kl_blow_up": ("kl_ref",), "entropy_collapse": ("entropy",), "entropy_explosion": ("entropy",),
     "truncation": ("truncated",), "all_cut": ("truncated",), "held_out_stands": ("length",),
     "never_learned": ("grad_norm",), "scattered_zeros": ("grad_norm",),
+    "far_though_paid": ("kl_ref",), "schedule_restarts": ("lr",), "schedule_ends_early": ("lr",),
 }  # fmt: skip
 
 

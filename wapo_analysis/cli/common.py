@@ -76,7 +76,10 @@ def holds_runs(path: Path) -> bool:
     """Whether a path is a run, also one that lost its manifest, or holds runs, or is not there."""
     if not path.is_dir():
         return not path.exists()
-    return (path / "steps.jsonl").exists() or any(path.rglob("manifest.json"))
+    from wapo_analysis.store import is_run
+
+    inside = (file.parent for file in path.rglob("manifest.json"))
+    return (path / "steps.jsonl").exists() or any(map(is_run, inside))
 
 
 def open_foreign(path: Path) -> "Run":

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,13 @@ class Context:
         return next((s for s in found if len(s)), found[0])
 
     @cached_property
+    def held_out_sets(self) -> dict[str, Series]:
+        """The same by the name of each set, where the log has several; else under no name."""
+        names = [c for c in map(str, self.run.steps.columns) if c.startswith("eval_reward/")]
+        found = {name.partition("/")[2]: self.series(name) for name in names}
+        return {name: s for name, s in found.items() if len(s)} or {"": self.held_out}
+
+    @cached_property
     def reward_functions(self) -> dict[str, Series]:
         """Mean of each reward function, by its name; empty where none is logged."""
         return self._of_functions("mean")
@@ -113,6 +121,22 @@ class Context:
             if name and (first, last) == ("rewards", what) and len(self.series(column)):
                 found[name] = self.series(column)
         return found
+
+    @cached_property
+    def advantage_spread(self) -> Series:
+        """Standard deviation of the advantages, else their range as verl logs it."""
+        given = self.series("advantage_std")
+        if len(given):
+            return given
+        spread = self.values("critic/advantages/max") - self.values("critic/advantages/min")
+        known = np.isfinite(spread)
+        return Series(self.step_numbers[known], spread[known])
+
+    @cached_property
+    def kl_parts(self) -> list[Series]:
+        """KL to the reference in each part of the completions, first to last, where logged."""
+        names = (f"kl_positional/{part}" for part in range(len(self.run.steps.columns)))
+        return list(takewhile(len, map(self.series, names)))
 
     @cached_property
     def fall(self) -> Fall | None:

@@ -33,12 +33,12 @@ MOST_SEVERE_FIRST: tuple[Verdict, ...] = (
 )
 SAID_BY = {
     "stalled": {
-        "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy", "gradient_vanishes",
-        "plateau", "reward_function_silent", "one_reward_takes_over",
+        "advantages_vanish", "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy",
+        "gradient_vanishes", "plateau", "reward_function_silent", "one_reward_takes_over",
     },
     "diverged": {"gradient_grows", "gradient_spikes", "plateau"},
     "reward_collapse": {
-        "plateau", "stalled", "gradient_vanishes",
+        "plateau", "stalled", "gradient_vanishes", "advantages_vanish",
         "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy",
     },
     "entropy_collapse": {"plateau", "entropy_arrival", "early_warning"},

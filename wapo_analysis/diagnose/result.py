@@ -1,5 +1,6 @@
 """What a diagnosis is: verdict, drivers, findings, and what could not be checked."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,22 @@ VERDICT_WORDS: Mapping[str, str] = {
 }
 DIGITS = 6
 """Significant digits of numbers in JSON."""
+LACK_WORDS: Mapping[str, str] = {
+    "tokens": "token rows",
+    "classes": "class totals",
+    "rollouts": "completions or their answers",
+    "probes": "probes",
+    "rewards/*/mean": "single reward functions",
+    "eval_reward": "a held-out score",
+    "distinct": "diversity of completions",
+    "value_loss": "a critic",
+    "kl_ref": "KL to a reference",
+    "kl_positional/0": "KL by position",
+    "engine_kl": "a second engine",
+    "lr": "learning rate",
+}
+MOST_MISSING = 5
+"""Kinds of missing data that are named in text."""
 _SPREAD = 0.03
 """Share below which no rollout is worth naming."""
 
@@ -332,11 +349,20 @@ class Diagnosis(Result):
         return Section(self.title, parts)
 
     def _missing(self) -> str:
-        """What this run does not have, with the checks that need it."""
-        names: dict[str, list[str]] = {}
-        for skipped in self.skipped:
-            names.setdefault(", ".join(skipped.missing), []).append(skipped.name)
-        return "; ".join(f"{', '.join(checks)} (no {lack})" for lack, checks in names.items()) + "."
+        """How many checks were not made and what is not here that most of them need."""
+        counts = Counter(what for s in self.skipped for what in {_kind(lack) for lack in s.missing})
+        kinds = [f"{what} ({count})" for what, count in counts.most_common(MOST_MISSING)]
+        rest = len(counts) - len(kinds)
+        more = f" and {rest} more" if rest > 0 else ""
+        many = "1 check needs" if len(self.skipped) == 1 else f"{len(self.skipped)} checks need"
+        return f"{many} what is not here: {', '.join(kinds)}{more}. Each by name: --format json."
+
+
+def _kind(lack: str) -> str:
+    """What a missing column is part of, in words."""
+    first = lack.partition(" or ")[0]
+    table, dot, _ = first.partition(".")
+    return LACK_WORDS.get(table if dot else first, first)
 
 
 def _driver_section(drivers: tuple[Driver, ...]) -> Section:

@@ -20,7 +20,7 @@ from wapo_analysis.importers.jsonl import JsonLines, unpacked_into, widened
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
 from wapo_analysis.importers.shapes import holds_table, shown_text, text_lines
-from wapo_analysis.store import MANIFEST
+from wapo_analysis.store import is_run
 from wapo_analysis.store.files import open_regular
 
 Format = Literal[
@@ -126,7 +126,7 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         raise UserError(f"nothing at {name}")
     if not source.is_file() and not source.is_dir():
         raise UserError(f"{name} is neither a file nor a folder")
-    if (source / MANIFEST).exists():
+    if is_run(source):
         raise UserError(f"{name} is a run already; it needs no import")
     files = [source] if source.is_file() else list(_files(source))
     told: list[str] = []
@@ -378,7 +378,7 @@ def _json_kind(file: Path, head: str) -> str | None:
     first = first_record(file)
     if {"trainer_logprobs", "inference_logprobs", "loss_mask"} <= first.keys():
         return "prime-rl"
-    if isinstance(first.get("data"), dict) and "step" in first:
+    if isinstance(first.get("data"), dict) and first["data"] and "step" in first:
         return "verl-metrics"
     if {"input", "output", "score"} <= first.keys():
         return "verl-rollouts"

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from typing import Any
 
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias, rows_of
@@ -27,6 +28,7 @@ _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory
 _COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
            "policy_loss", "return", "step_time", "response_length", "kl_loss",
            "entropy_loss"}  # fmt: skip
+_COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 _NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
 # Parts of names in use for the vital columns, for suggestions alone.
 _HINTS: Mapping[str, tuple[str, ...]] = {
@@ -245,6 +247,18 @@ def function_column(key: str) -> str:
     return key
 
 
+def set_names(names: Sequence[str]) -> dict[str, str]:
+    """What tells names of held-out sets apart: without the words that all of them share."""
+    words = [name.split("/") for name in names]
+    same = [len(set(place)) == 1 for place in zip(*words, strict=False)]
+    if len({len(w) for w in words}) > 1 or all(same):
+        return {name: name for name in names}
+    return {
+        name: "/".join(w for w, shared in zip(parts, same, strict=True) if not shared)
+        for name, parts in zip(names, words, strict=True)
+    }
+
+
 def likely_trainer(keys: Iterable[str]) -> str | None:
     """Trainer most of whose names occur among the names of a log; None if fewer than two do."""
     by_name = _plain(keys)
@@ -285,3 +299,19 @@ def _likeness(column: str, key: str) -> float:
     if column in low:
         return 1.0
     return SequenceMatcher(None, column, words[-1] or low).ratio()
+
+
+def shares_of_counts(
+    columns: dict[str, dict[int, float]], feeds: Mapping[str, Feed], rows: dict[int, dict[str, Any]]
+) -> None:
+    """Prompts counted as solved by none, all and some of their completions, made shares of them."""
+    for ours, key in zip(("groups_all_wrong", "groups_all_right"), _COUNTS, strict=False):
+        if ours not in feeds or feeds[ours].names != (key,):
+            continue
+        for step, value in columns[key].items():
+            counts = [columns.get(name, {}).get(step) for name in _COUNTS]
+            known = [c for c in counts if c is not None]
+            if len(known) == 3 and sum(known) > 0:
+                rows[step][ours] = value / sum(known)
+            elif value > 1:
+                del rows[step][ours]  # a count, of prompts nobody knows how many

@@ -80,7 +80,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
         loss="loss", entropy="entropy", kl_ref="kl",
         length="completions/mean_length | completion_length",
         truncated="completions/clipped_ratio", clip_low="clip_ratio/low_mean",
-        clip_high="clip_ratio/high_mean", seconds="step_time",
+        clip_high="clip_ratio/high_mean", clip_any="clip_ratio", seconds="step_time",
         engine_logp_diff="sampling/sampling_logp_difference/mean",
     ),
     *_rows(
@@ -110,7 +110,9 @@ ALIASES: Final[tuple[Alias, ...]] = (
         reward="critic/score/mean", reward_penalised="critic/rewards/mean",
         length="response_length/mean", truncated="response_length/clip_ratio",
         seconds="perf/time_per_step | timing_s/step", seconds_rollout="timing_s/gen",
+        value_explained="critic/vf_explained_var",
     ),
+    *_rows("steps", "verl", "verl/workers/critic/dp_critic.py", value_loss="critic/vf_loss"),
     *_rows(
         "steps", "verl", "verl/trainer/ppo/metric_utils.py (where no score is logged)",
         reward="critic/rewards/mean",
@@ -164,8 +166,9 @@ ALIASES: Final[tuple[Alias, ...]] = (
     *_rows(
         "steps", "OpenRLHF", "openrlhf/trainer/ray/ppo_actor.py",
         loss="policy_loss", grad_norm="actor_grad_norm", lr="actor_lr", entropy="entropy_loss",
-        kl_ref="kl", engine_kl="vllm_kl", reward_penalised="return",
+        kl_ref="kl", engine_kl="vllm_kl", reward_penalised="return", clip_any="ppo_clip_ratio",
     ),
+    *_rows("steps", "OpenRLHF", "openrlhf/trainer/ray/ppo_critic.py", value_loss="critic_loss"),
     *_rows(
         "steps", "SkyRL", "skyrl/train/trainer.py",
         reward="reward/avg_raw_reward", reward_penalised="loss/avg_final_rewards",
@@ -179,9 +182,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
         loss="policy/final_loss | policy/policy_loss", lr="policy/policy_lr",
         entropy="policy/policy_entropy",
     ),
-    *_rows(
-        "steps", "SkyRL", f"{UNVERIFIED} (seen in public logs)", grad_norm="policy/raw_grad_norm",
-    ),
+    *_rows("steps", "SkyRL", f"{UNVERIFIED} (public logs)", grad_norm="policy/raw_grad_norm"),
     *_rows(
         "steps", "slime", "slime/observability/rollout_metrics.py",
         length="rollout/response_len/mean", truncated="rollout/truncated_ratio",
@@ -274,15 +275,31 @@ ALIASES: Final[tuple[Alias, ...]] = (
     *_rows(
         "steps", "TRL", "trl/experimental/ppo/ppo_trainer.py",
         reward="objective/scores", reward_penalised="objective/rlhf_reward",
-        loss="loss/policy_avg", entropy="policy/entropy_avg",
+        loss="loss/policy_avg", entropy="policy/entropy_avg", clip_any="policy/clipfrac_avg",
+        value_loss="loss/value_avg",
     ),
     *_rows(
         "steps", "TRL", "trl/trainer/ppo_trainer.py before 0.12",
         reward="env/reward_mean", reward_std="env/reward_std", loss="ppo/loss/policy",
         entropy="ppo/policy/entropy", length="tokens/responses_len_mean",
+        clip_any="ppo/policy/clipfrac", value_loss="ppo/loss/value",
+        value_explained="ppo/val/var_explained",
     ),
-    *_rows("steps", "torchtune", "torchtune/dev/grpo/types.py", loss="loss | policy_loss"),
-    *_rows("steps", "torchtune", f"{UNVERIFIED} (recipes)", reward="rewards"),
+    *_rows(
+        "steps", "torchtune", "torchtune/dev/grpo/types.py",
+        loss="loss | policy_loss", clip_any="clipfrac",
+    ),
+    *_rows("steps", "torchtune", UNVERIFIED, reward="rewards"),
+    *_rows(
+        "steps", "rlprobe", "rlprobe/schemas",
+        reward="reward_mean", kl_ref="kl_mean", entropy="entropy_mean",
+        length="completion_len_mean", truncated="truncation_rate | max_len_hit_frac",
+        repetition="repetition_rate", groups_flat="zero_variance_group_frac",
+        clip_any="clip_fraction", advantage_std="adv_std", value_loss="value_loss",
+        value_explained="value_explained_variance", seconds="step_time_s",
+        seconds_rollout="generation_time_s",
+    ),
+    *_functions("rlprobe", "reward_component.NAME", None, "rlprobe/storage.py"),
     *_rows(
         "steps", "WAPO", "verifiers/rl/trainer/trainer.py",
         entropy_pos="entropy_pos", entropy_neg="entropy_neg",
@@ -295,6 +312,15 @@ ALIASES: Final[tuple[Alias, ...]] = (
         loss="policy_loss", grad_norm="gradient_norm",
         entropy="mean_entropy | policy_entropy | policy/entropy",
         length="mean_length", staleness="staleness | staleness/mean",
+        clip_any="clip_fraction | clip_frac | clipfrac | policy/clip_frac | policy/clip_fraction",
+        advantage_std=(
+            "adv_std | advantages/std | advantages_std | advantage/std | critic/advantages/std"
+        ),
+        distinct=(
+            "unique_completions | unique_ratio | unique_completion_ratio | completions/unique_ratio"
+            " | diversity | distinct_2 | distinct_1 | distinct-2 | distinct-1"
+        ),
+        value_loss="vf_loss | value/loss", value_explained="explained_variance | vf_explained_var",
         eval_reward=(
             "eval/accuracy | eval_accuracy | eval/score | eval_score | eval/pass@1 | val/reward"
             " | val_reward | val/accuracy | val/acc | validation/reward | test/accuracy"
@@ -346,6 +372,11 @@ ALIASES: Final[tuple[Alias, ...]] = (
         answer="ground_truth | reference | target", reward="rewards | total_reward",
         advantage="advantages", length="response_length | completion_length | num_tokens",
         finish_reason="stop_reason",
+    ),
+    *_rows(
+        "rollouts", "rlprobe", "rlprobe/schemas",
+        prompt="prompt_text", completion="completion_text", reward="reward_total",
+        length="completion_len",
     ),
     *_rows(
         "rollouts", "verl", "verl/trainer/ppo/ray_trainer.py (_dump_generations)",

@@ -20,6 +20,9 @@ from wapo_analysis.store.files import open_regular
 MAX_PAGE_BYTES = 1 << 30
 WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
 """Names under which a record holds its numbers, beside its step, a time or a text."""
+BY_POSITION = ("kl_positional",)
+"""Lists of numbers, one for each part of the completions."""
+MOST_PARTS = 64
 Rows = list[dict[str, Any]]
 _DEEP = 4
 
@@ -198,6 +201,10 @@ def unwrapped(record: Mapping[str, Any]) -> Mapping[str, Any]:
     >>> unwrapped({"level": "info", "metrics": {"step": 3, "reward": 0.5}})
     {'level': 'info', 'step': 3, 'reward': 0.5}
     """
+    for name in BY_POSITION:
+        if isinstance(parts := record.get(name), list):
+            numbered = {f"{name}/{n}": part for n, part in enumerate(parts[:MOST_PARTS])}
+            record = {**record, **numbered}
     inside = [name for name in WRAPPERS if isinstance(record.get(name), dict)]
     if len(inside) != 1:
         return record

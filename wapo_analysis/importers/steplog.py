@@ -17,20 +17,29 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.mapping import Feed, NameTable, function_column, likely_trainer
+from wapo_analysis.importers.mapping import (
+    Feed,
+    NameTable,
+    function_column,
+    likely_trainer,
+    set_names,
+    shares_of_counts,
+)
 from wapo_analysis.importers.report import ImportReport, spans
 from wapo_analysis.importers.values import as_number, flat
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 
 KEPT_TOO = ("sampling/sampling_logp_difference/mean",)
-"""Names that are kept beside the column they feed, as runs watched by us have them."""
+"""Names kept beside the column they feed, as runs watched by us have them."""
 UPDATE_STEP = "train/step"
 """slime's number of an update; beside it ``rollout/step`` counts batches."""
 RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
 _RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
 _STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
-_BOOKKEEPING = re.compile(r"(?:.*/)?(?:epoch|global_step|step|_step|_runtime|_timestamp)", re.I)
+_BOOKKEEPING = re.compile(
+    r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time)", re.I
+)
 # How the numbers of several ranks make one, by the name; running totals are the same on all.
 _WAYS = (
     ("mean", re.compile(r".*(?:mean|avg|std|ratio|frac|rate|share|p\d\d)", re.I)),
@@ -38,7 +47,6 @@ _WAYS = (
     ("min", re.compile(r".*[/_]min|(?:.*/)?min_.*", re.I)),
     ("sum", re.compile(r"(?:.*[/_])?(?:num|n|counts?)(?:_.*)?|(?:kept_)?tokens|nonfinite", re.I)),
 )
-_COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 
 
 @dataclass
@@ -149,12 +157,15 @@ class StepLog:
         used: set[str] = set()
         for ours, feed in feeds.items():
             self.report.mapped[ours] = ", ".join(feed.names)
+            used.update(feed.names)
             if ours == "eval_reward" and len(feed.names) > 1:
                 self.report.note(f"eval_reward is the mean of {self.report.mapped[ours]}")
-            used.update(feed.names)
+                for name, part in set_names(feed.names).items():
+                    for step, value in columns[name].items():
+                        rows.setdefault(step, {})[f"eval_reward/{part}"] = value
             for step, value in _fed(feed, columns).items():
                 rows.setdefault(step, {})[ours] = value
-        _shares_of_counts(columns, feeds, rows)
+        shares_of_counts(columns, feeds, rows)
         for key, name in self._kept_names(columns, used).items():
             self.report.kept_keys[key] += len(columns[key])
             for step, value in columns[key].items():
@@ -364,22 +375,6 @@ def _drop_impossible(
     if len(values) and np.nanmax(values, initial=-np.inf) < 0:
         del feeds["entropy"]
         report.told(f"{feed.names[0]} is negative, so it is a loss term and not the entropy")
-
-
-def _shares_of_counts(
-    columns: dict[str, dict[int, float]], feeds: Mapping[str, Feed], rows: dict[int, dict[str, Any]]
-) -> None:
-    """Prompts counted as solved by none, all and some of their completions, made shares of them."""
-    for ours, key in zip(("groups_all_wrong", "groups_all_right"), _COUNTS, strict=False):
-        if ours not in feeds or feeds[ours].names != (key,):
-            continue
-        for step, value in columns[key].items():
-            counts = [columns.get(name, {}).get(step) for name in _COUNTS]
-            known = [c for c in counts if c is not None]
-            if len(known) == 3 and sum(known) > 0:
-                rows[step][ours] = value / sum(known)
-            elif value > 1:
-                del rows[step][ours]  # a count, of prompts nobody knows how many
 
 
 def _say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:

@@ -34,6 +34,8 @@ RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_n
 METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
 VALUE_KEYS = ("value", "metricValue", "metric_value")
 """Columns that name a number and that hold it, one a row."""
+CHOSEN = ("top_k", "bottom_k")
+"""Why rlprobe keeps a completion that is no fair sample of a step."""
 SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
 HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
 _BATCH = 8192
@@ -74,6 +76,9 @@ def read_tables(
                     "lists of numbers by name, numbers by step, and what pandas writes with names"
                 )
             report.files += 1
+            if len(rows) == 1 and len(files) > 1 and sink.names.step_key(tuple(rows[0])) is None:
+                report.note(f"{shown(file.name)} holds settings, no log")
+                continue
             report.lines += len(rows)
             for number, values in enumerate(rows, start=1):
                 feed.record(values, number)
@@ -227,6 +232,9 @@ class TableFeed:
         step = as_step(values[taken["step"]])
         if step is None:
             self.report.bad_line(self.file, number, "no step")
+            return
+        if values.get("capture_reason") in CHOSEN:
+            self.report.count("completions kept for their reward, left out", self.file, number)
             return
         self._note_names("rollouts", keys, 1)
         named = {ours: values[theirs] for ours, theirs in taken.items()} | {"step": step}

@@ -10,7 +10,7 @@ from wapo_analysis.store.files import (
     STEP_LOG,
     write_atomic,
 )
-from wapo_analysis.store.manifest import Manifest, read_manifest
+from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.parquet import round_mantissa
 from wapo_analysis.store.reader import Run, find_runs, open_run
@@ -27,6 +27,7 @@ __all__ = [
     "RunWriter",
     "find_runs",
     "open_run",
+    "is_run",
     "read_manifest",
     "round_mantissa",
     "write_atomic",

@@ -22,7 +22,7 @@ import numpy as np
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import SCHEMA_VERSION
-from wapo_analysis.store.files import MANIFEST, encodable, read_json, write_atomic
+from wapo_analysis.store.files import MANIFEST, STEP_LOG, encodable, read_json, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -354,6 +354,21 @@ def read_manifest(path: Path, tell: bool = True) -> Manifest:
     for told in problems if tell else ():
         log.warning("%s: %s", file, told)
     return manifest
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run of ours, be it a damaged one.
+
+    Other tools write a ``manifest.json`` too; theirs has neither our entries nor a step log.
+    """
+    if not (path / MANIFEST).exists():
+        return False
+    try:
+        entries = read_json(path / MANIFEST)
+    except UserError:
+        return True
+    ours = not isinstance(entries, dict) or bool({"source", "objective", CHECKSUM} & entries.keys())
+    return ours or (path / STEP_LOG).exists()
 
 
 def _checksum(entries: Mapping[str, Any]) -> str:

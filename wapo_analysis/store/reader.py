@@ -16,7 +16,7 @@ from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, step_lines, steps_frame
 from wapo_analysis.store.lock import DEAD, probably_dead
-from wapo_analysis.store.manifest import Manifest, read_manifest
+from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parquet import named
 from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab, scan_step
@@ -280,9 +280,10 @@ def find_runs(path: str | Path) -> list[Path]:
         If there is none.
     """
     folder = Path(path)
-    if (folder / MANIFEST).exists():
+    if is_run(folder):
         return [folder]
-    found = sorted(p.parent for p in folder.glob(f"**/{MANIFEST}")) if folder.is_dir() else []
+    inside = (p.parent for p in folder.glob(f"**/{MANIFEST}")) if folder.is_dir() else ()
+    found = sorted(filter(is_run, inside))
     if not found:
         read_manifest(folder)
     return found

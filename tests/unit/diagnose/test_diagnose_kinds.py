@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.suite.logs import KINDS, make_log, right, write_log
-from tests.support.step_logs import finding, judge, names
+from tests.support.step_logs import finding, judge, names, noisy, ramp
 from wapo_analysis.diagnose import Diagnosis, diagnose
 from wapo_analysis.store import open_run
 
@@ -127,3 +127,48 @@ def test_steps_are_steps_and_records_are_records(tmp_path: Path) -> None:
 def sparse(kind: str) -> int:
     """A seed whose log has a record every ten steps."""
     return next(seed for seed in range(99) if make_log(kind, seed)[0][0] == 10)
+
+
+def test_a_low_entropy_that_rises_with_the_reward_is_no_warning(tmp_path: Path) -> None:
+    u = np.linspace(0, 1, 100)
+    entropy = noisy(0.05 + 0.1 * u, 0.002)
+    sound = judge(tmp_path, entropy=entropy, reward=noisy(0.2 + 0.4 * u, 0.02))
+    assert sound.verdict == "healthy"
+    assert finding(sound, "entropy_rise").severity == "info"
+    unpaid = judge(tmp_path / "b", entropy=entropy, reward=noisy(np.full(100, 0.3), 0.02))
+    assert finding(unpaid, "entropy_explosion").severity == "critical"
+
+
+def test_of_several_held_out_sets_the_one_that_falls_is_named(tmp_path: Path) -> None:
+    u = np.linspace(0, 1, 60)
+    easy, hard = noisy(0.3 + 0.4 * u, 0.01), noisy(0.6 - 0.4 * u, 0.01, seed=1)
+    sets = {"eval_reward": (easy + hard) / 2, "eval_reward/gsm": easy, "eval_reward/aime": hard}
+    d = judge(tmp_path, reward=noisy(0.2 + 0.4 * u, 0.02), **sets)
+    found = finding(d, "held_out_falls")
+    assert found.message.startswith("The held-out score of aime fell from 0.6")
+    assert found.evidence["set"] == "aime"
+
+
+def test_flat_groups_are_called_right_or_wrong_only_where_the_log_says_so(tmp_path: Path) -> None:
+    flat, reward = ramp(0.1, 0.75, 120, 40, 40), noisy(np.full(120, 0.78), 0.01)
+    d = judge(tmp_path, groups_flat=flat, reward=reward)
+    assert "by the mean reward" in finding(d, "zero_signal_too_easy").message
+    sides = {"groups_all_right": flat, "groups_all_wrong": flat * 0}
+    d = judge(tmp_path / "b", reward=reward, **sides)
+    assert "right in every completion" in finding(d, "zero_signal_too_easy").message
+
+
+def test_what_was_not_checked_is_one_line_and_each_check_is_in_the_json(tmp_path: Path) -> None:
+    d = judge(tmp_path, reward=[0.5] * 20)
+    last = d.to_text().strip().splitlines()[-1]
+    assert last.strip().startswith(f"{len(d.skipped)} checks need what is not here: class totals")
+    assert len(last) < 250
+    assert len(d.to_dict()["skipped"]) == len(d.skipped) > 20
+
+
+def test_kl_at_the_beginning_of_completions(tmp_path: Path) -> None:
+    parts = {f"kl_positional/{n}": noisy(np.full(80, 0.05), 0.005, n) for n in range(8)}
+    assert "kl_by_position" not in names(judge(tmp_path, **parts))
+    parts["kl_positional/0"] = noisy(ramp(0.05, 0.6, 80, 30, 30), 0.005)
+    d = judge(tmp_path / "b", **parts)
+    assert "leaves the reference model at the beginning" in finding(d, "kl_by_position").message

@@ -9,7 +9,7 @@ import pytest
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
-from wapo_analysis.store import open_run
+from wapo_analysis.store import find_runs, open_run
 
 STEPS = 12
 ROWS = [
@@ -248,3 +248,46 @@ def test_what_is_not_read_says_why_in_a_line(
     with pytest.raises(UserError, match=said) as raised:
         read(tmp_path / name, tmp_path / "run")
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_with_a_manifest_of_another_tool_is_no_run_of_ours(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"schema_version": 1, "run_id": "a"}))
+    (folder / "events.jsonl").write_text(
+        json.dumps({"timestamp": 1.7e9, "kind": "checkpoint", "step": 3, "data": {}}) + "\n"
+    )
+    parts = {"kl_positional": [0.1, 0.2], "reward_component.format": 0.5, "timestamp": 1.8e9}
+    rows = [
+        {"step": r["step"], "reward_mean": r["reward"], "entropy_mean": r["entropy"], **parts}
+        for r in ROWS
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "steps.parquet")
+    texts = [
+        {"step": r["step"], "group_id": "g", "prompt_text": "p", "completion_text": "c",
+         "reward_total": 1.0, "capture_reason": reason}
+        for r in ROWS for reason in ("random", "top_k")
+    ]  # fmt: skip
+    pd.DataFrame(texts).to_parquet(folder / "samples" / "shard-00000.parquet")
+    steps, report = read(folder, tmp_path / "run")
+    assert_whole(steps)
+    assert (steps["kl_positional/1"] == 0.2).all()
+    assert (steps["rewards/format/mean"] == 0.5).all()
+    assert report.rollouts == STEPS
+    assert report.counts["completions kept for their reward, left out"] == STEPS
+    assert find_runs(tmp_path) == [tmp_path / "run"]
+
+
+def test_each_held_out_set_is_kept_beside_their_mean(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    names = "val-core/gsm8k/acc/mean@4", "val-core/aime/acc/mean@4"
+    log.write_text(
+        "".join(
+            json.dumps({"step": r["step"], "data": {names[0]: 0.75, names[1]: 0.25}}) + "\n"
+            for r in ROWS
+        )
+    )
+    steps, _ = read(log, tmp_path / "run")
+    assert steps["eval_reward"].iloc[0] == pytest.approx(0.5)
+    assert steps["eval_reward/gsm8k"].iloc[0] == pytest.approx(0.75)
+    assert steps["eval_reward/aime"].iloc[0] == pytest.approx(0.25)

@@ -22,10 +22,16 @@ LENGTH_RATIO = 1.5
 """Ratio to the baseline, either way, at which the length has drifted."""
 PAY = 0.15
 """Correlation of reward and length within groups, either way, that counts as paying for length."""
+PAY_DECIDES = 0.5
+"""The same correlation where hardly anything but the length decides."""
+PAY_SIGMAS = 4.0
+"""Standard deviations of its mean over the steps that it must be from zero then."""
 MIN_PAY_STEPS = 8
 """Steps over which the correlation is taken, at least; of a long run it is the later half."""
 PAID_MOVE = 0.06
 """Move of the length, relative to the baseline, that shows the pay is taken."""
+DISTINCT_LEFT, DISTINCT_FALL = 0.5, 0.15
+"""Part of the logged diversity that is left, and the fall in itself, that count."""
 SAME = 0.25
 """Rise of the share of answers that other prompts got too."""
 DAPO = "arXiv:2503.14476 (DAPO)"
@@ -138,22 +144,26 @@ def find_length_pay(context: Context) -> list[Finding]:
     """Within groups the reward goes with the length, and the length has moved the way it pays.
 
     Reads the completions of at most ``SAMPLED_STEPS`` steps. Shorter is a warning: the cheapest
-    way to game a verifier is to leave the work out. Longer is an info.
+    way to game a verifier is to leave the work out. Longer is an info, unless length alone all but
+    decides what a completion earns and has grown 1.5 times.
     """
     series, pay = context.series("length"), context.length_pay
     if series.level <= 0 or not len(pay):
         return []
-    paid = float(np.median(pay.values[-max(MIN_PAY_STEPS, len(pay) // 2) :]))
+    late = pay.values[-max(MIN_PAY_STEPS, len(pay) // 2) :]
+    paid = float(np.median(late))
     way = float(np.sign(paid))
     moved = way * (series.smooth - series.level)
     begin = lasting(series, moved >= max(PAID_MOVE * series.level, 4 * series.gap_noise))
     if begin is None or abs(paid) < PAY:
         return []
     step, words = series.step(begin), "longer" if way > 0 else "shorter"
+    sure = abs(late.mean()) >= PAY_SIGMAS * late.std() / np.sqrt(len(late))
+    decides, grown = abs(paid) >= PAY_DECIDES and sure, series.end >= LENGTH_RATIO * series.level
     return [
         Finding(
             name="reward_pays_for_length",
-            severity="info" if way > 0 else "warning",
+            severity="warning" if way < 0 or (decides and grown) else "info",
             step=step,
             message=f"Within groups {words} completions earn more (correlation {paid:+.2f}), "
             f"and from step {step} on they are {words} ({series.level:.3g} to {series.end:.3g} "
@@ -236,3 +246,25 @@ def degenerate_since(series: Series) -> int | None:
         return None
     least = max(SAME, LEVEL_SIGMAS * series.smooth_noise)
     return lasting(series, np.asarray(series.smooth >= series.level + least))
+
+
+@detector("diversity_falls", Need("steps", "distinct"))
+def find_fewer_distinct(context: Context) -> list[Finding]:
+    """The logged diversity of completions falls to half of its baseline or less, to the end."""
+    series = context.series("distinct")
+    if series.values.min() < 0 or series.values.max() > 1:
+        return []
+    fall = max(DISTINCT_FALL, LEVEL_SIGMAS * series.gap_noise)
+    least = min(DISTINCT_LEFT * series.level, series.level - fall)
+    return level_finding(
+        series,
+        lasting(series, series.smooth <= least),
+        name="diversity_falls",
+        severity="warning",
+        what="Completions resemble each other more and more (their diversity as logged)",
+        advice=Advice(
+            "Read completions of one prompt side by side: is it one answer in one wording?",
+            steps=(Advice("Raise {temperature}."), LOWER_LR),
+        ),
+        reference=TAXONOMY,
+    )

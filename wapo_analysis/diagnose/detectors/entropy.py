@@ -31,6 +31,8 @@ HOME = 0.25
 """Share of the baseline within which a run has not left it: half the way to a warning."""
 MIN_RISE = 0.05
 """Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
+SOUND = 0.3
+"""Entropy in nats that is nothing to worry about while the reward gains, wherever it began."""
 SIGMAS = 6.0
 FALL_DEEP = 0.05
 """Ratio below which nothing is left to explore with, whatever was gained."""
@@ -43,7 +45,10 @@ COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WA
 
 @detector("entropy_explosion", Need("steps", "entropy"))
 def find_entropy_rise(context: Context) -> list[Finding]:
-    """Entropy above twice its baseline to the end; a warning where the reward still gains."""
+    """Entropy above twice its baseline to the end; a warning where the reward still gains.
+
+    An info where it gains and the entropy is no higher than in most sound runs.
+    """
     series = context.series("entropy")
     level, smooth = series.level, series.smooth
     # Half the sigmas keep a run departed that passed them all: a jump inflates its own noise.
@@ -56,8 +61,10 @@ def find_entropy_rise(context: Context) -> list[Finding]:
         return []
     reward = context.reward
     paid = reward is not None and reward.improved
-    if gone.crossed is None:
-        return [_entropy_finding(context, gone, 1, "entropy_rise", "warning")]
+    low = paid and series.end <= SOUND
+    if gone.crossed is None or (low and gone.ongoing):
+        severity: Severity = "info" if low else "warning"
+        return [_entropy_finding(context, gone, 1, "entropy_rise", severity)]
     if not gone.ongoing:
         return [_entropy_finding(context, gone, 1, "entropy_excursion", "warning")]
     name = "entropy_rise" if paid else "entropy_explosion"

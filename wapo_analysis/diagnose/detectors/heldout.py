@@ -1,5 +1,7 @@
 """Detectors of a reward that is not what it stands for: held-out score, reference answers."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from wapo_analysis.diagnose.advice import Advice
@@ -35,29 +37,37 @@ HACKING = "arXiv:2209.13085 (reward hacking); arXiv:2210.10760 (overoptimization
 
 @detector("held_out_falls", Need("steps", "eval_reward") | Need("steps", "eval/reward"))
 def find_held_out_falls(context: Context) -> list[Finding]:
-    """The held-out score falls while the training reward does not."""
-    score, reward = context.held_out, context.reward
-    if len(score) < MIN_EVALUATIONS or (reward is not None and reward.lost):
+    """A held-out score falls while the training reward does not; of several sets the worst."""
+    reward = context.reward
+    if reward is not None and reward.lost:
         return []
-    near = _near(score)
-    best = int(np.argmax(near))
-    top, end = float(near[best]), float(near[-1])
-    if top - end < max(FALL_SIGMAS * _noise(score), FALL_SHARE * abs(top), LEAST_FALL):
+    falls = {n: f for n, s in context.held_out_sets.items() if (f := _fall(s)) is not None}
+    if not falls:
         return []
-    step, last = score.step(best + 1), score.step(-1)
+    name = max(falls, key=lambda n: falls[n].lost)
+    fall, others = falls[name], [n for n in falls if n != name]
+    score, step = context.held_out_sets[name], fall.step
     gain = reward.gain_since(step) if reward is not None else 0.0
     if reward is not None and gain < -reward.margin:
         return []
     rose = reward is not None and gain > reward.margin
     training = f" while the training reward rose by {gain:.2f}" if rose else ""
+    of = f" of {name}" if name else ""
+    also = f" So did that of {', '.join(sorted(others))}." if others else ""
     return [
         Finding(
             name="held_out_falls",
             severity="warning",
             step=step,
-            message=f"The held-out score fell from {top:.2f} at step {step} to {end:.2f} at step "
-            f"{last}{training}.",
-            evidence={"best": top, "end": end, "training_gain": gain, "evaluations": len(score)},
+            message=f"The held-out score{of} fell from {fall.top:.2f} at step {step} to "
+            f"{fall.end:.2f} at step {score.step(-1)}{training}.{also}",
+            evidence={
+                "best": fall.top,
+                "end": fall.end,
+                "training_gain": gain,
+                "evaluations": len(score),
+                **({"set": name} if name else {}),
+            },
             advice=Advice(
                 "What the verifier pays for is no longer what you want.",
                 steps=(
@@ -68,6 +78,31 @@ def find_held_out_falls(context: Context) -> list[Finding]:
             reference=HACKING,
         )
     ]
+
+
+@dataclass(frozen=True)
+class _Fall:
+    """A fall of a held-out score from its best, in means of three evaluations."""
+
+    step: int
+    top: float
+    end: float
+
+    @property
+    def lost(self) -> float:
+        """Part of the best that is lost."""
+        return (self.top - self.end) / abs(self.top) if self.top else 0.0
+
+
+def _fall(score: Series) -> _Fall | None:
+    if len(score) < MIN_EVALUATIONS:
+        return None
+    near = _near(score)
+    best = int(np.argmax(near))
+    top, end = float(near[best]), float(near[-1])
+    if top - end < max(FALL_SIGMAS * _noise(score), FALL_SHARE * abs(top), LEAST_FALL):
+        return None
+    return _Fall(score.step(best + 1), top, end)
 
 
 @detector("held_out_stands", Need("steps", "eval_reward") | Need("steps", "eval/reward"))

@@ -1,4 +1,4 @@
-"""Detectors of broken numbers: losses and gradients that are none, spikes, vanishing, growth."""
+"""Detectors of broken numbers: not finite, spikes, growth, vanishing; of the learning rate."""
 
 import numpy as np
 import pandas as pd
@@ -6,8 +6,9 @@ import pandas as pd
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
+from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
-from wapo_analysis.series import episodes, robust_sigma
+from wapo_analysis.series import Series, episodes, robust_sigma
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
@@ -23,6 +24,20 @@ VANISHED = 0.02
 """Gradient norm relative to the baseline that counts as vanished."""
 GROWN = 10.0
 """Gradient norm relative to the baseline that counts as grown out of bounds."""
+SCHEDULE_RECORDS = 20
+LR_JUMP, LR_ABOVE = 3.0, 1.5
+"""Ratio of one record's learning rate to the last, and to the highest before, of a jump."""
+SLOWER = 2.0
+"""Seconds a step relative to the baseline that are worth a word."""
+LR_NOTHING, LR_OVER = 1e-3, 0.2
+"""Part of the highest learning rate that is nothing, and the part of the run it must cover."""
+LR_HIGH = 1e-3
+"""Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three."""
+LR_LOW = 1e-8
+"""Learning rate that moves nothing in a thousand steps."""
+LR_RECORDS = 30
+"""Records that a learning rate of nothing must cover."""
+RATES = "arXiv:2402.03300 (GRPO: 1e-6); docs/training.md"
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 
 
@@ -229,3 +244,112 @@ def _heaviest_class(context: Context, step: int) -> dict[str, float | int | str 
         "heaviest_class": mass.columns[int(row.argmax())],
         "share": float(row.max() / row.sum()),
     }
+
+
+@detector("lr_schedule", Need("steps", "lr"), min_steps=SCHEDULE_RECORDS)
+def find_schedule(context: Context) -> list[Finding]:
+    """The learning rate jumps above what it was, or is zero for the last fifth of the run."""
+    series = context.series("lr")
+    values, top = series.values, float(series.values.max())
+    late = max(3, len(series) // 10)
+    before = np.maximum.accumulate(values)[:-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        jumps = np.where(values[:-1] > 0, values[1:] / values[:-1], 0.0)
+    jumps[: late - 1] = 0.0  # a warm-up begins steeply
+    jumped = np.flatnonzero((jumps >= LR_JUMP) & (values[1:] > LR_ABOVE * before))
+    if len(jumped):
+        place = int(jumped[0]) + 1
+        return [_schedule(series, place, f"jumped from {values[place - 1]:.2g} to "
+                          f"{values[place]:.2g} at step {series.step(place)}")]  # fmt: skip
+    gone = lasting(series, values <= LR_NOTHING * top)
+    if gone is not None and gone > 0 and len(series) - gone >= LR_OVER * len(series):
+        return [_schedule(series, gone, f"has been next to zero since step {series.step(gone)}, "
+                          "so nothing is learned since")]  # fmt: skip
+    return []
+
+
+def _schedule(series: Series, place: int, what: str) -> Finding:
+    return Finding(
+        name="lr_schedule",
+        severity="warning",
+        step=series.step(place),
+        message=f"The learning rate {what}.",
+        evidence={"lr_before": float(series.values[place - 1]), "lr": float(series.values[place])},
+        advice=Advice(
+            "Check the schedule: the number of steps it was given, and what a restart does to it."
+        ),
+        reference=RATES,
+    )
+
+
+@detector("lr_far_off", Need("steps", "lr"))
+def find_lr(context: Context) -> list[Finding]:
+    """The learning rate is so high or so low that the rest of the settings hardly matters."""
+    series = context.series("lr")
+    high = series.values >= LR_HIGH
+    if high.any() and _moves_fast(context):
+        return [_lr_finding(series, high, "high")]
+    reward = context.reward
+    stuck = reward is not None and not reward.improved and not reward.solved
+    low = series.values <= LR_LOW
+    if stuck and low.all() and len(series) >= LR_RECORDS:
+        return [_lr_finding(series, low, "low")]
+    return []
+
+
+def _lr_finding(series: Series, where: Array, side: str) -> Finding:
+    top, step = float(series.values.max()), series.step(int(np.argmax(where)))
+    return Finding(
+        name="lr_far_off",
+        severity="warning",
+        step=step,
+        message=f"The learning rate reaches {top:.2g}, and the policy moves too fast for the clip "
+        "or its entropy to hold."
+        if side == "high"
+        else f"The learning rate is at most {top:.2g}, and nothing moves.",
+        evidence={"lr": top, "side": side},
+        advice=Advice(
+            "1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for LoRA or a small one.",
+            steps=(
+                Advice("Lower {lr} tenfold.", change={"lr": TENFOLD})
+                if side == "high"
+                else Advice("Raise {lr}."),
+            ),
+        ),
+        reference=RATES,
+    )
+
+
+def _moves_fast(context: Context) -> bool:
+    """The policy leaves its batch or its entropy: many tokens clipped, a large k3, a big change."""
+    clipped = max((context.series(f"clip_{side}").smooth.max() for side in ("low", "high")
+                   if len(context.series(f"clip_{side}"))), default=0.0)  # fmt: skip
+    k3, entropy = context.series("kl_old"), context.series("entropy")
+    far = len(k3) > 0 and k3.smooth.max() >= 0.1
+    ratio = entropy.smooth / entropy.level if len(entropy) and entropy.level > 0 else np.ones(1)
+    lost = context.reward is not None and context.reward.lost
+    return bool(clipped >= CLIPPED or far or lost or ratio.max() >= 2 or ratio.min() <= 0.2)
+
+
+@detector("steps_slow_down", Need("steps", "seconds"))
+def find_slow_steps(context: Context) -> list[Finding]:
+    """Steps take twice as long as at first, to the end; longer completions may be why."""
+    series, length = context.series("seconds"), context.series("length")
+    if series.level <= 0:
+        return []
+    ratio = series.end / series.level
+    why = ""
+    if len(length) and length.level > 0 and length.end > 1.2 * length.level:
+        why = f"; completions are {length.end / length.level:.1f} times as long"
+    return level_finding(
+        series,
+        lasting(
+            series, series.smooth >= max(SLOWER * series.level, series.level + 6 * series.gap_noise)
+        ),
+        name="steps_slow_down",
+        severity="info",
+        what=f"A step takes {ratio:.1f} times as long as at first{why} (seconds)",
+        advice=Advice("Compare sampling and updates: which of the two has slowed down?"),
+        reference="docs/performance.md",
+        share=False,
+    )

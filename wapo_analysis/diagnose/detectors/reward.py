@@ -6,6 +6,7 @@ from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
 from wapo_analysis.diagnose.detectors.registry import detector
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.diagnose.reward import CALM_STEPS
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 
@@ -125,6 +126,10 @@ CONTENT_GAIN = 0.25
 """Part of the reward that the content has gained, from which on it is learned all the same."""
 POOR_FIT = 0.5
 """Standard deviation left over, relative to that of the reward, at which weights are unknown."""
+ALONE_SINCE = (0.5, 0.25)
+"""Parts of the run from which a rise of the form alone is looked for; early it is ordinary."""
+FORM_GAIN, GAIN_SIGMAS, STOOD, UNSOLVED = 0.2, 4.0, 0.03, 0.8
+"""Rise of the form, of its scale and its noise; rise and level at which content stands unsolved."""
 SILENT_RECORDS = 20
 COMPOSITION = "arXiv:2501.12948 (DeepSeek-R1, accuracy and format rewards)"
 FUNCTIONS = Need("steps", "rewards/*/mean")
@@ -164,6 +169,63 @@ def find_takeover(context: Context) -> list[Finding]:
             reference=COMPOSITION,
         )
     ]
+
+
+@detector("form_rises_alone", FUNCTIONS)
+def find_form_alone(context: Context) -> list[Finding]:
+    """Functions that grade the form rise late, and those of the content stand, unsolved."""
+    functions = context.reward_functions
+    form = {name: s for name, s in functions.items() if grades_form(name)}
+    content = {name: s for name, s in functions.items() if name not in form}
+    if not form or not content or find_takeover(context):
+        return []
+    for since in ALONE_SINCE:
+        rose = {name: _gain(s, since) for name, s in form.items()}
+        name = max(rose, key=lambda n: rose[n][0])
+        gain, noise = rose[name]
+        stands = all(_stands(s, since) for s in content.values())
+        if gain < max(FORM_GAIN * _scale(form[name]), GAIN_SIGMAS * noise) or not stands:
+            continue
+        series, rest = form[name], " and ".join(sorted(content))
+        step = series.step(int(since * len(series)))
+        level = ", ".join(f"{n} {s.end:.2g}" for n, s in sorted(content.items()))
+        return [
+            Finding(
+                name="form_rises_alone",
+                severity="warning",
+                step=step,
+                message=f"From step {step} on {name} rose by {gain:.2g} to {series.end:.2g}, while "
+                f"{rest} {'stands' if len(content) == 1 else 'stand'} ({level}): what is gained "
+                "is form.",
+                evidence={"function": name, "gain": gain, "rest": rest},
+                advice=Advice(
+                    f"Compare the weights of {name} and {rest}: the task itself should be what "
+                    "pays.",
+                    steps=(Advice(f"Pay for {name} only where the answer is right."),),
+                ),
+                reference=COMPOSITION,
+            )
+        ]
+    return []
+
+
+def _gain(series: Series, since: float) -> tuple[float, float]:
+    """Rise from a part of the run to its end, in means of an eighth, and its noise."""
+    size = max(CALM_STEPS // 2, len(series) // 8)
+    begin = min(int(since * len(series)), len(series) - size)
+    gain = series.values[-size:].mean() - series.values[begin : begin + size].mean()
+    return float(gain), float(np.sqrt(2 * (series.noise**2 / size + series.wander)))
+
+
+def _stands(series: Series, since: float) -> bool:
+    gain, noise = _gain(series, since)
+    scale = _scale(series)
+    return gain <= max(STOOD * scale, 2 * noise) and series.end <= UNSOLVED * scale
+
+
+def _scale(series: Series) -> float:
+    """What a function can give: 1, or the most it gave."""
+    return max(1.0, float(np.abs(series.values).max()))
 
 
 @detector("reward_function_silent", FUNCTIONS)

@@ -5,7 +5,13 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector, lasting
+from wapo_analysis.diagnose.detectors.registry import (
+    LEVEL_SIGMAS,
+    MIN_STEPS,
+    detector,
+    lasting,
+    level_finding,
+)
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import RewardState
 from wapo_analysis.series import Series, silent_since
@@ -14,6 +20,8 @@ from wapo_analysis.table import Array
 
 FLAT_GROUPS = 0.5
 """Share of groups without any reward difference at which a batch is half wasted."""
+MOSTLY_FLAT, BECAME_FLAT = 0.66, 0.4
+"""The same, with its rise, at which problems have split into learned and out of reach."""
 NO_SIGNAL = 0.9
 """Share of such groups that leaves no gradient."""
 NO_GRADIENT = 1e-3
@@ -24,8 +32,17 @@ SIDE = 2.0
 """Times as many groups all wrong as all right, or the reverse, that make it hard or easy."""
 LONG_FLAT = 50
 """Records of a solved batch that went to waste, a third of the run at least, to be warned of."""
+ADVANTAGES_GONE = 0.1
+"""Spread of the advantages relative to the baseline that leaves next to no gradient."""
 ALL_CUT = 0.9
 """Share of completions cut at the limit that explains why none earns a reward."""
+CRITIC_GROWN = 3.0
+"""Loss of the critic relative to its lowest that counts as running away."""
+CRITIC_ABOVE = 1.5
+"""The same relative to its baseline: critics begin badly and learn."""
+EXPLAINED, EXPLAINS_NOTHING = 0.2, 0.0
+"""Variance of the returns that the critic explained once, and at which it explains none."""
+CRITIC_REFERENCE = "arXiv:1707.06347 (PPO, value loss and clip); arXiv:2504.05118 (VAPO)"
 DAPO = "arXiv:2503.14476 (DAPO, dynamic sampling)"
 
 ANY_FLAT = (
@@ -46,11 +63,13 @@ def find_flat_groups(context: Context) -> list[Finding]:
     side = _side(context)
     step, now = flat.step(begin), float(mean[-1])
     what, advice = _SIDES[side]
+    if side and not _told_sides(context):
+        what = f"have the same reward for every completion, {_BY_MEAN[side]} by the mean reward"
     wasted = _wasted(context, flat, begin)
     return [
         Finding(
             name=f"zero_signal_{side}" if side else "zero_signal",
-            severity=_severity(context.reward, side, wasted),
+            severity=_severity(context.reward, side, wasted or _mixed(context, flat, side, now)),
             step=step,
             message=f"{now:.0%} of the groups {what}, so they teach nothing; half or more do from "
             f"step {step} on.",
@@ -98,6 +117,14 @@ _SIDES = {
 }
 
 
+_BY_MEAN = {"too_hard": "most of them none", "too_easy": "most of them all there is"}
+
+
+def _told_sides(context: Context) -> bool:
+    """Whether the log tells groups all wrong from groups all right."""
+    return bool(len(context.series("groups_all_wrong")) or len(context.series("groups_all_right")))
+
+
 def _side(context: Context) -> str:
     """Whether the flat groups lie at the bottom or at the top of the reward; empty if unknown."""
     wrong, right = context.series("groups_all_wrong"), context.series("groups_all_right")
@@ -113,6 +140,13 @@ def _side(context: Context) -> str:
     held_out = context.held_out
     low_too = not len(held_out) or held_out.end <= HARD
     return "too_hard" if reward.bounded and reward.series.end <= HARD and low_too else ""
+
+
+def _mixed(context: Context, flat: Series, side: str, now: float) -> bool:
+    """Not solved, and most groups have become flat."""
+    solved = context.reward is not None and context.reward.solved
+    became = now >= MOSTLY_FLAT and now - flat.level >= BECAME_FLAT
+    return became and not solved and side != "too_hard"
 
 
 def _wasted(context: Context, flat: Series, begin: int) -> bool:
@@ -234,3 +268,79 @@ def _rolling_mean(series: Series) -> Array:
     """Mean over the window of a share, which with few groups a step is coarse."""
     rolling = pd.Series(series.values).rolling(series.window, center=True, min_periods=1)
     return rolling.mean().to_numpy()
+
+
+@detector(
+    "advantages_vanish", Need("steps", "advantage_std") | Need("steps", "critic/advantages/max")
+)
+def find_no_advantages(context: Context) -> list[Finding]:
+    """The advantages shrink to a tenth of their spread or less, to the end."""
+    series = context.advantage_spread
+    if len(series) < MIN_STEPS or series.level <= 0:
+        return []
+    reward = context.reward
+    solved = reward is not None and reward.solved
+    return level_finding(
+        series,
+        lasting(series, series.smooth <= ADVANTAGES_GONE * series.level),
+        name="advantages_vanish",
+        severity="info" if solved else "warning",
+        what="The advantages all but vanish (their spread), so there is next to no gradient,",
+        advice=Advice("Nothing is left to learn from these problems.")
+        if solved
+        else Advice(
+            "Find out why completions of a prompt are worth the same: all right, all wrong, or "
+            "rewarded alike.",
+            steps=(
+                _DROP_FLAT,
+                Advice("Raise {rollouts_per_prompt} or {temperature}."),
+                Advice("Check that advantages are normalised and masked as meant."),
+            ),
+        ),
+        reference=DAPO,
+        share=False,
+    )
+
+
+@detector("value_diverges", Need("steps", "value_loss") | Need("steps", "value_explained"))
+def find_critic(context: Context) -> list[Finding]:
+    """The critic's loss runs away from its lowest, or its values explain the returns no more."""
+    loss, explained = context.series("value_loss"), context.series("value_explained")
+    told, steps = [], []
+    if len(loss) >= MIN_STEPS and loss.values.min() >= 0:
+        low = np.minimum.accumulate(loss.smooth)
+        far = np.maximum(CRITIC_GROWN * low, low + LEVEL_SIGMAS * loss.smooth_noise)
+        begin = lasting(loss, loss.smooth >= np.maximum(far, CRITIC_ABOVE * loss.level))
+        if begin is not None:
+            steps.append(loss.step(begin))
+            told.append(f"its loss rose from {low[begin]:.3g} at its lowest to {loss.end:.3g}")
+    if len(explained) >= MIN_STEPS:
+        best = np.maximum.accumulate(explained.smooth)
+        lost = (best >= EXPLAINED) & (explained.smooth <= EXPLAINS_NOTHING)
+        begin = lasting(explained, lost)
+        if begin is not None:
+            steps.append(explained.step(begin))
+            told.append(
+                f"its values explained {best[begin]:.0%} of the variance of the returns at best, "
+                f"and none at the end ({explained.end:.2f})"
+            )
+    if not told:
+        return []
+    return [
+        Finding(
+            name="value_diverges",
+            severity="warning",
+            step=min(steps),
+            message=f"The critic fails from step {min(steps)} on: {'; '.join(told)}.",
+            evidence={"value_loss": loss.end, "value_explained": explained.end},
+            advice=Advice(
+                "Advantages from such a critic are noise.",
+                steps=(
+                    Advice("Lower the learning rate of the critic, or clip its values."),
+                    Advice("Warm the critic up alone before the policy trains on it."),
+                    context.go_back(min(steps)),
+                ),
+            ),
+            reference=CRITIC_REFERENCE,
+        )
+    ]

@@ -2,33 +2,29 @@
 
 import numpy as np
 
-from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
+from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import MIN_STEPS, detector, lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
-from wapo_analysis.table import Array
 
 CLIPPED = 0.2
 """Share of tokens without gradient because of the clip."""
 FAR = 1.0
 """KL to the reference in nats per token at which a policy has left it."""
+FAR_ANYWAY = 2.0
+"""The same at which a reward that gains is no comfort."""
 FAR_UNPAID = 0.5
 """The same where the reward did not gain while it went from half of this to here."""
-BOTH_CLIPS = ("clip_ratio/region_mean", "actor/pg_clipfrac")
-"""Step columns with the share of tokens that either clip stops: TRL's and verl's."""
+BOTH_CLIPS = ("clip_ratio/region_mean", "actor/pg_clipfrac", "clip_any")
+"""Step columns with the share of tokens that either clip stops: TRL's, verl's and others'."""
 KL_GROWTH = 5.0
 """Ratio to the baseline without which the distance is how the run was started."""
-LR_HIGH = 1e-3
-"""Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three."""
-LR_LOW = 1e-8
-"""Learning rate that moves nothing in a thousand steps."""
-LR_RECORDS = 30
-"""Records that a learning rate of nothing must cover."""
+PART_FAR, PART_RATIO = 0.2, 4.0
+"""KL in nats a token of one part of the completions, and its ratio to the others, that count."""
 CLIP_SIDES = "arXiv:2509.26114 (clip-low raises, clip-high lowers the entropy)"
 REFERENCE = "arXiv:2402.03300 (GRPO, KL penalty); arXiv:2503.14476 (DAPO, training without it)"
-RATES = "arXiv:2402.03300 (GRPO: 1e-6); docs/training.md"
 
 
 _CLIPS = {
@@ -42,7 +38,7 @@ _CLIPS = {
 @detector(
     "clip_saturation",
     Need("steps", "clip_low") | Need("steps", "clip_high")
-    | Need("steps", BOTH_CLIPS[0]) | Need("steps", BOTH_CLIPS[1]),
+    | Need("steps", BOTH_CLIPS[0]) | Need("steps", BOTH_CLIPS[1]) | Need("steps", BOTH_CLIPS[2]),
 )  # fmt: skip
 def find_clip(context: Context) -> list[Finding]:
     """A clip stops a fifth of the tokens or more; both together where the log has no sides."""
@@ -77,7 +73,7 @@ def find_kl_drift(context: Context) -> list[Finding]:
         series,
         begin,
         name="kl_drift",
-        severity="info" if paid else "warning",
+        severity="info" if paid and series.end < FAR_ANYWAY else "warning",
         what="The policy is far from the reference model (KL in nats per token)",
         advice=Advice("The reward still gains: read completions to see that they stay sound.")
         if paid
@@ -104,53 +100,37 @@ def _gains_with(context: Context, distance: Series) -> bool:
     return reward.gain_since(since) > reward.margin
 
 
-@detector("lr_far_off", Need("steps", "lr"))
-def find_lr(context: Context) -> list[Finding]:
-    """The learning rate is so high or so low that the rest of the settings hardly matters."""
-    series = context.series("lr")
-    high = series.values >= LR_HIGH
-    if high.any() and _moves_fast(context):
-        return [_lr_finding(series, high, "high")]
-    reward = context.reward
-    stuck = reward is not None and not reward.improved and not reward.solved
-    low = series.values <= LR_LOW
-    if stuck and low.all() and len(series) >= LR_RECORDS:
-        return [_lr_finding(series, low, "low")]
-    return []
-
-
-def _lr_finding(series: Series, where: Array, side: str) -> Finding:
-    top, step = float(series.values.max()), series.step(int(np.argmax(where)))
-    return Finding(
-        name="lr_far_off",
-        severity="warning",
-        step=step,
-        message=f"The learning rate reaches {top:.2g}, and the policy moves too fast for the clip "
-        "or its entropy to hold."
-        if side == "high"
-        else f"The learning rate is at most {top:.2g}, and nothing moves.",
-        evidence={"lr": top, "side": side},
-        advice=Advice(
-            "1e-6 is usual for all weights of a large model, 1e-5 to 1e-4 for LoRA or a small one.",
-            steps=(
-                Advice("Lower {lr} tenfold.", change={"lr": TENFOLD})
-                if side == "high"
-                else Advice("Raise {lr}."),
+@detector("kl_by_position", Need("steps", "kl_positional/0"))
+def find_kl_position(context: Context) -> list[Finding]:
+    """Most of the KL to the reference is in one part of the completions, unlike at first."""
+    parts = context.kl_parts
+    if len(parts) < 3:
+        return []
+    ends = np.array([part.end for part in parts])
+    top = int(np.argmax(ends))
+    series, rest = parts[top], float(np.median(np.delete(ends, top)))
+    least = max(KL_GROWTH * series.level, PART_FAR, PART_RATIO * rest)
+    begin = lasting(series, series.smooth >= least)
+    if begin is None or ends[top] < 0.5 * ends.sum():
+        return []
+    step, where = series.step(begin), f"part {top + 1} of {len(parts)}"
+    ends_at = {0: "the beginning", len(parts) - 1: "the end"}.get(top, where)
+    return [
+        Finding(
+            name="kl_by_position",
+            severity="warning",
+            step=step,
+            message=f"The policy leaves the reference model at {ends_at} of completions: "
+            f"{ends[top]:.2g} nats a token in {where}, {rest:.2g} in the others (from step {step} "
+            "on).",
+            evidence={"part": top + 1, "end": float(ends[top]), "others": rest},
+            advice=Advice(
+                "Read how completions of these steps begin or end: a phrase that every one has "
+                "earns something."
             ),
-        ),
-        reference=RATES,
-    )
-
-
-def _moves_fast(context: Context) -> bool:
-    """The policy leaves its batch or its entropy: many tokens clipped, a large k3, a big change."""
-    clipped = max((context.series(f"clip_{side}").smooth.max() for side in ("low", "high")
-                   if len(context.series(f"clip_{side}"))), default=0.0)  # fmt: skip
-    k3, entropy = context.series("kl_old"), context.series("entropy")
-    far = len(k3) > 0 and k3.smooth.max() >= 0.1
-    ratio = entropy.smooth / entropy.level if len(entropy) and entropy.level > 0 else np.ones(1)
-    lost = context.reward is not None and context.reward.lost
-    return bool(clipped >= CLIPPED or far or lost or ratio.max() >= 2 or ratio.min() <= 0.2)
+            reference=REFERENCE,
+        )
+    ]
 
 
 FIRST_PASS_K3 = 0.01
