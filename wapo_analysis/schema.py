@@ -235,16 +235,10 @@ STEPS = Table(
         _measured(
             "engine_prob_diff",
             "probability",
-            "mean |p of the trainer - p of the sampling engine|",
+            "mean |p of the trainer - p of the engine|",
             "float64",
         ),
-        _measured(
-            "staleness",
-            "1",
-            "weight updates between the policy that sampled the rollouts and the one that trains "
-            "on them, mean",
-            "float64",
-        ),
+        _measured("staleness", "1", "weight updates from sampling to training, mean", "float64"),
         _measured("clip_low", "1", "share of kept tokens stopped by the lower clip", "float64"),
         _measured("clip_high", "1", "share of kept tokens stopped by the upper clip", "float64"),
         _measured("clip_any", "1", "share stopped by either, where a log has no sides", "float64"),

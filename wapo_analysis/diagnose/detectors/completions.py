@@ -24,7 +24,7 @@ PAY = 0.15
 """Correlation of reward and length within groups, either way, that counts as paying for length."""
 PAY_DECIDES = 0.5
 """The same correlation where hardly anything but the length decides."""
-PAY_SIGMAS = 4.0
+PAY_SIGMAS = 3.0
 """Standard deviations of its mean over the steps that it must be from zero then."""
 MIN_PAY_STEPS = 8
 """Steps over which the correlation is taken, at least; of a long run it is the later half."""
