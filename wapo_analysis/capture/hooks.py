@@ -5,6 +5,7 @@
 """
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,6 +108,19 @@ class Patches:
         self.closed = True
         while self._undo:
             self._undo.pop()()
+
+
+def own_rank() -> int | None:
+    """Number of this process among those that train on different tokens; None for a twin.
+
+    Of Megatron's tensor-parallel processes, which see the same tokens, the first one records.
+    """
+    megatron = sys.modules.get("megatron.core.parallel_state")
+    if megatron is not None and megatron.model_parallel_is_initialized():
+        if megatron.get_tensor_model_parallel_rank() != 0:
+            return None
+        return int(megatron.get_data_parallel_rank(with_context_parallel=True))
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 PASSIVE, REPLACE, AUTO = "passive", "replace", "auto"

@@ -9,7 +9,6 @@ Shapes: B texts of L positions in a forward, M = B (L - 1) of them predicted, V 
 width; P the shape of the loss's log-probabilities, (b, T) or packed (m,); N tokens under its mask.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,19 +204,18 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
     return f"{type(inner).__name__} does more than head, scale and soft cap to make its logits"
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Reading:
     """What one forward said of the tokens it was given.
 
     Attributes
     ----------
-    stats : TokenStats, shape (M,)
-        Of the token after each position but the last.
+    stats : TokenStats, shape (R,)
+        Of those of the M tokens, each after a position but the last, that are no padding.
     ids : Tensor of int64, shape (M,)
         Those tokens.
+    row : Tensor of int64, shape (M,), or None
+        Number of each among the R; None if all are read, -1 of padding.
     shape : tuple of int
         B and L.
     begins : Tensor of int64, shape (n + 1,), or None
@@ -226,12 +224,18 @@ class Reading:
 
     stats: TokenStats
     ids: Tensor
+    row: Tensor | None
     shape: tuple[int, int]
     begins: Tensor | None
 
-    def at(self, index: Tensor) -> tuple[TokenStats, Tensor]:
-        """Statistics and ids at N places, shape (N,)."""
-        return self.stats.map(lambda values: values[index]), self.ids[index]
+    def at(self, index: Tensor) -> TokenStats | None:
+        """Statistics at N of the M places, shape (N,); None where they are not to be had."""
+        if not len(index):
+            return self.stats.map(lambda values: values[index])
+        if not 0 <= int(index.min()) <= int(index.max()) < len(self.ids):
+            return None
+        row = index if self.row is None else self.row[index]
+        return self.stats.map(lambda values: values[row]) if int(row.min()) >= 0 else None
 
 
 class HeadReader(Guarded):
@@ -249,7 +253,11 @@ class HeadReader(Guarded):
     ----------
     reason : str
         Why the last pass had no statistics.
+    topk : int
+        Most probable tokens that are read, too.
     """
+
+    topk = 0
 
     def __init__(self, temperature: float = 1.0, model: nn.Module | bool = True) -> None:
         self.reason = "no model has returned logits"
@@ -289,18 +297,26 @@ class HeadReader(Guarded):
         logits = output if isinstance(output, Tensor) else _named_logits(output)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if logits is not None and logits.requires_grad:
-            self.guard(self._read, logits.detach(), ids, kwargs.get("position_ids"))
+            self.guard(self._read, logits.detach(), ids, kwargs)
 
-    def _read(self, logits: Tensor, ids: Any, positions: Any) -> None:
+    def _read(self, logits: Tensor, ids: Any, given: Mapping[str, Any]) -> None:
         self._reading, self._used, self._texts = None, 0, 0
-        if not isinstance(ids, Tensor) or ids.shape != logits.shape[:-1] or ids.dim() != 2:
+        count, length = logits.shape[0], logits.shape[-2]
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or logits.dim() != 3 or len(ids) != count:
             self.reason = "the model was not given the token ids of its logits"
             return
-        following = ids[:, 1:]
-        stats = token_stats(logits[:, :-1], following, self._temperature)
-        begins = _begins(positions, ids)
-        count, length = ids.shape
-        self._reading = Reading(stats, following.flatten(), (count, length), begins)
+        skipped = ids.shape[1] - length  # only the last positions were asked for
+        if skipped < 0:
+            self.reason = f"the model made {length} logits of {ids.shape[1]} tokens"
+            return
+        following, row, there = ids[:, skipped + 1 :], None, given.get("attention_mask")
+        if isinstance(there, Tensor) and there.shape == ids.shape:
+            there = there[:, skipped:-1].bool()
+            row = (there.flatten().cumsum(0) - 1).masked_fill(~there.flatten(), -1)
+        there, most = None if row is None else there, min(self.topk, logits.shape[-1])
+        stats = token_stats(logits[:, :-1], following, self._temperature, there, most)
+        begins = None if skipped else _begins(given.get("position_ids"), ids)
+        self._reading = Reading(stats, following.flatten(), row, (count, length), begins)
 
     @guarded
     def take(self, logp: Tensor, mask: Tensor) -> tuple[TokenStats, Tensor] | None:
@@ -316,19 +332,18 @@ class HeadReader(Guarded):
             return None
         wanted = logp.detach()[place]
         for index in self._places(logp, mask, place, reading):
-            if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(reading.ids):
-                continue
-            if self._agrees(reading.stats.logp[index], wanted):
+            stats = reading.at(index)
+            if stats is not None and self._agrees(stats.logp, wanted):
                 self._used += len(logp) if logp.dim() == 1 else 0
                 self._texts += 1
-                return reading.at(index)
+                return stats, reading.ids[index]
         return None
 
     @guarded
     def read(self, logits: Tensor, ids: Tensor, logp: Tensor, mask: Tensor) -> TokenStats | None:
         """Statistics, shape (N,), of logits that the loss itself was given, shape P + (V,)."""
-        mask = mask.bool()
-        stats = token_stats(logits.detach(), ids, self._temperature, mask)
+        mask, most = mask.bool(), min(self.topk, logits.shape[-1])
+        stats = token_stats(logits.detach(), ids, self._temperature, mask, most)
         return stats if self._agrees(stats.logp, logp.detach()[mask]) else None
 
     def _agrees(self, logp: Tensor, wanted: Tensor) -> bool:

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.hooks import Patches, own_rank
 from wapo_analysis.capture.lm_head import HeadReader
 from wapo_analysis.capture.seams import Call, Names
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.record.guard import Closing, Guarded, guarded
+from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import Manifest
 
 log = logging.getLogger(__name__)
@@ -91,11 +92,17 @@ class LossWatch(Guarded):
             one = {n: v[index] if isinstance(v, Sequence) else v for n, v in found.items()}
             self._watch(self.recorder, one)
         self._calls += 1
+        self._look_ahead(self.recorder)
         if self._calls > MOST_CALLS:
             raise UserError(
                 f"no torch optimizer has stepped in {MOST_CALLS} calls of the loss: call "
                 "end_step() of the watched loss after each update"
             )
+
+    def _look_ahead(self, recorder: Recorder) -> None:
+        """Have the most probable tokens read off the next logits, if they are to be kept."""
+        if self._head is not None:
+            self._head.topk = recorder.tops.size_at(self._step)
 
     def _watch(self, recorder: Recorder, found: dict[str, Any]) -> None:
         logp, advantages = found.pop("logp"), found.pop("advantages")
@@ -157,6 +164,7 @@ class LossWatch(Guarded):
         told, self._columns, self._calls = self._columns, {}, 0
         self.recorder.finish_step(self._step, **{"texts": self._texts, **columns, **told})
         self._step += 1
+        self._look_ahead(self.recorder)
 
     def _stop_reading(self) -> None:
         if self._head is not None:
@@ -285,6 +293,8 @@ def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
     if head is not False:
         model = False if Names.of(names).logits is not None else head
         reader = HeadReader(given.get("temperature", 1.0), model)
+        first = on_schedule((given.get("resume_after") or 0) + 1, given["token_every"])
+        reader.topk = given.get("topk", TOPK) if first else 0
 
     def open_recorder() -> Recorder | None:
         number = own_rank() if rank is None else rank()
@@ -309,19 +319,6 @@ def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
     patches.on_close(lambda: atexit.unregister(watch.close))
     atexit.register(watch.close, "finished")
     return watch, patches
-
-
-def own_rank() -> int | None:
-    """Number of this process among those that train on different tokens; None for a twin.
-
-    Of Megatron's tensor-parallel processes, which see the same tokens, the first one records.
-    """
-    megatron = sys.modules.get("megatron.core.parallel_state")
-    if megatron is not None and megatron.model_parallel_is_initialized():
-        if megatron.get_tensor_model_parallel_rank() != 0:
-            return None
-        return int(megatron.get_data_parallel_rank(with_context_parallel=True))
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def watched_loss(

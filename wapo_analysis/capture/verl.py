@@ -100,6 +100,7 @@ class VerlWatcher(LossWatch):
             self._head = HeadReader(temperature)
         step = _plain(data, "global_steps", None)
         self._step = step if isinstance(step, int) else self._step
+        self._look_ahead(self.recorder)
         self._first, self._active = rank * count, True
         data[_ROW] = torch.arange(count)
         uid, scores = _plain(data, "uid", None), data.get("token_level_scores", None)

@@ -279,8 +279,7 @@ class Recorder(Guarded, Closing):
             logp_prox=logp_prox, stats=stats, kept=kept, clip=clip,
         )  # fmt: skip
         self._step.batches.append(batch)
-        if logits is not None:
-            self.tops.look(self._last + 1, batch.tokens, batch.place, logits.__getitem__)
+        self.tops.look(self._last + 1, batch.tokens, batch.place, logits, stats)
         self.watch_pass(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
 
     watch_batch = watch  # its name until packed batches came

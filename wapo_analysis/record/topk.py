@@ -13,6 +13,7 @@ from torch import Tensor
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.guard import Guarded, on_schedule
+from wapo_analysis.stats import TokenStats
 from wapo_analysis.table import Array
 
 if TYPE_CHECKING:
@@ -138,6 +139,10 @@ class TopReader:
         wanted = self._size > 0 and len(self._looked) < TOPK_ROLLOUTS
         return wanted and on_schedule(step, self._every)
 
+    def size_at(self, step: int) -> int:
+        """K while rollouts of this step are still to be looked at, else 0."""
+        return self._size if self.wants(step) else 0
+
     def choose(
         self, step: int, place: Place, rollout: Tensor, position: Tensor, minibatch: int
     ) -> TopTokens | None:
@@ -170,11 +175,26 @@ class TopReader:
         self._tops.append(top)
         return top
 
-    def look(self, step: int, tokens: "TokenPass", place: Place, rows: ReadRows) -> None:
-        """Choose rows of a pass whose logits are at hand, and read them."""
-        tokens.top = self.choose(step, place, tokens.rollout, tokens.position, tokens.minibatch)
-        if tokens.top is not None:
-            tokens.top.read(rows)
+    def look(
+        self,
+        step: int,
+        tokens: "TokenPass",
+        place: Place,
+        logits: Tensor | None,
+        stats: TokenStats | None,
+    ) -> None:
+        """Choose rows of a pass and read them off its logits, or the statistics of its N tokens."""
+        if logits is None and (stats is None or stats.top_ids is None or stats.top_logp is None):
+            return
+        tokens.top = top = self.choose(
+            step, place, tokens.rollout, tokens.position, tokens.minibatch
+        )
+        if top is not None and logits is not None:
+            top.read(logits.__getitem__)
+        elif top is not None and stats is not None:
+            index = torch.isin(tokens.rollout, top.rollout).nonzero().squeeze(1)
+            most = stats.map(lambda values: values[index])
+            top.ids, top.before = most.top_ids, most.top_logp
 
     def taken(self) -> list[TopTokens]:
         """Hand over what the step has, and begin another."""

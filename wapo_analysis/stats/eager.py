@@ -14,9 +14,9 @@ from wapo_analysis.stats.formulas import LOG2_E, Reduced
 from wapo_analysis.stats.rows import Rows
 from wapo_analysis.stats.topk import BLOCK, block_maxima, top_columns, upper_end
 
-# Elements of a block: two of them in float32 (2.5 MiB) stay near a CPU's core; a GPU is kept
-# busy by 64 MiB.
-CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 16, 1 << 23
+# Elements of a block: two of them in float32 (1.25 MiB) stay near a CPU's core, also beside other
+# work (twice as many took a quarter longer); a GPU is kept busy by 64 MiB.
+CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 15, 1 << 23
 # Elements of a group: what a CPU's last cache keeps between the two looks at the logits.
 _GROUP_ELEMENTS = 1 << 21
 # Columns of a group that the search for the largest ones opens at once: some MiB with their ids.

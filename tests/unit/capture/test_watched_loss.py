@@ -47,8 +47,11 @@ class Policy(nn.Module):
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCAB, VOCAB)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.table(input_ids))
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None, logits_to_keep: int = 0,
+    ) -> SimpleNamespace:  # fmt: skip
+        return SimpleNamespace(logits=self.table(input_ids[:, -logits_to_keep:]))
 
 
 def next_logp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -450,10 +453,40 @@ def test_a_watched_loss_trains_the_same_and_every_token_has_its_row(
     np.testing.assert_allclose(first.logp_old, given[chosen], rtol=4e-5)
     assert first.rollout.tolist() == chosen.nonzero()[:, 0].tolist()
     assert set(rows.cls) <= {"pos_peak", "pos_valley", "neg_peak", "neg_valley"}
+    top = run.topk([1])
+    logp, ids = full.topk(8)
+    assert top.token_id.tolist() == ids.flatten().tolist()
+    np.testing.assert_allclose(top.logp, logp.flatten(), rtol=4e-5, atol=1e-6)
     totals = run.classes.groupby(["step", "cls"], observed=True)[["tokens", "grad_mass"]].sum()
     sums = rows.assign(tokens=1, grad_mass=rows.grad_norm).groupby(["step", "cls"], observed=True)
     for key, total in sums[["tokens", "grad_mass"]].sum().iterrows():
         np.testing.assert_allclose(totals.loc[key], total, rtol=1e-4)
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "logits_to_keep", "both", "eos is padding"])
+def test_padding_is_not_read_and_logits_may_be_of_the_last_positions(
+    given: str, tmp_path: Path
+) -> None:
+    whole = SOLID.clone()
+    if given == "eos is padding":  # a mask that hides the last token, which the loss has
+        whole[range(4), PROMPT + LENGTHS - 1] = False
+    arguments: dict[str, Any] = {"attention_mask": whole.long()} if given[:1] != "l" else {}
+    if given in ("logits_to_keep", "both"):
+        arguments["logits_to_keep"] = WIDTH + 1
+
+    def train_one(policy: Policy, loss: Callable[..., Any]) -> None:
+        logits = policy(input_ids=IDS, **arguments).logits[:, -WIDTH - 1 : -1]
+        logp = logits.log_softmax(-1).gather(-1, IDS[:, PROMPT:, None])[..., 0]
+        loss(logp, ADVANTAGES, MASK).backward()
+        torch.optim.SGD(policy.parameters(), lr=0.5).step()
+
+    with watched_loss(plain_loss, run=tmp_path / "r", names=PLAIN) as watched:
+        train_one(Policy(), watched)
+        assert watched.failure is None
+    full = Policy().table(IDS).log_softmax(-1)[:, PROMPT - 1 : -1][MASK].detach()
+    rows = open_run(tmp_path / "r").tokens()
+    np.testing.assert_allclose(rows.entropy, -(full.exp() * full).sum(-1), rtol=4e-5)
+    assert rows.token_id.tolist() == IDS[:, PROMPT:][MASK].tolist()
 
 
 def test_every_trainer_of_the_table_is_called_here() -> None:
