@@ -102,9 +102,9 @@ def train_with_trl(
         with attachment, stop_between_steps(announce=rank == 0) as stop:
             steps = _Steps(recipe, progress, lambda: stop.asked, begun)
             trainer.add_callback(steps.callback(trainer))
-            if config.eval_every and start is None:
-                attachment.recorder.note(eval_before=recipe.evaluated(trainer))
             try:
+                if config.eval_every and start is None:
+                    attachment.recorder.note(eval_before=recipe.evaluated(trainer))
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
             except NonFiniteLogits:
                 attachment.close("diverged")
