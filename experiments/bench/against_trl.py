@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from experiments.bench.sampling import policies
@@ -105,6 +106,7 @@ def theirs(model: Path, prompts: list[str], tokens: int) -> list[float]:
                 disable_tqdm=True,
             ),
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return _between(clock.at)
 

@@ -45,7 +45,8 @@ def check_extra_terms(
     values = seen["coef"][idle]
     touched = values != 0
     if idle.sum() >= 20:
-        share = float(np.abs(values).sum() / np.nansum(np.abs(seen["coef"])))
+        whole = float(np.nansum(np.abs(seen["coef"])))
+        share = float(np.abs(values).sum()) / whole if whole else 0.0
         alone = f"tokens of advantage 0 hold {share:.0%} of |coef|"
         found.facts[name] = alone if touched.mean() >= 0.01 else (
             "none: tokens of advantage 0 carry no gradient"

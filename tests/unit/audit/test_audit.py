@@ -41,6 +41,15 @@ def test_the_own_trainer_does_what_it_says(tiny_run: Path) -> None:
     assert found.facts["advantages"] == "(reward - group mean) / population std of the group"
 
 
+def test_a_run_without_any_gradient_is_judged(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    train(dataclasses.replace(tiny_config, max_new_tokens=1, steps=3), tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    assert run.steps["reward"].tolist() == [0.0, 0.0, 0.0]
+    found = audit(run)
+    assert names(found) == []
+    assert found.facts["other terms"].startswith("none: tokens of advantage 0 carry no gradient")
+
+
 @pytest.mark.parametrize("other", ["dr_grpo", "dapo", "raft++", "wapo"])
 def test_a_wrong_declaration_is_told(tiny_run: Path, other: str) -> None:
     from wapo_analysis.objectives.config import ObjectiveConfig
