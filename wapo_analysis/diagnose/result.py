@@ -377,5 +377,10 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
     rows.append(["sum", f"{net:+.3g}", "", *([""] * alone)])
     return Section(
         "Predicted dH (first-order) by class, nats per unit learning rate",
-        [Grid(rows), Say("Each position for itself: shared parameters can turn it.")],
+        [
+            Grid(rows),
+            Say(
+                "Computed for each token alone; tokens share parameters, so the measured change can differ in sign."
+            ),
+        ],
     )
