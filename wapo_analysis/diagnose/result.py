@@ -380,7 +380,7 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
         [
             Grid(rows),
             Say(
-                "Computed for each token alone; tokens share parameters, so the measured change can differ in sign."
+                "Computed for each token alone; in a network the measured change can differ in sign."
             ),
         ],
     )
