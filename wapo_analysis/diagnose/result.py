@@ -379,8 +379,6 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
         "Predicted dH (first-order) by class, nats per unit learning rate",
         [
             Grid(rows),
-            Say(
-                "Computed for each token alone; in a network the measured change can differ in sign."
-            ),
+            Say("Of each token alone; what is measured can differ in sign."),
         ],
     )
