@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.readers import json_records
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
-from wapo_analysis.importers.values import as_number, as_step, message_text
 from wapo_analysis.store.files import open_regular
 
 _VERL = ("input", "output", "gts", "score", "step", "uid")

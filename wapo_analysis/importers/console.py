@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wapo_analysis.importers.jsonl import JsonLines
+from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
 from wapo_analysis.importers.logs import trainer_names
 from wapo_analysis.importers.mapping import VITAL, NameTable
 from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.importers.values import as_number, parse_json
 from wapo_analysis.store.files import open_regular
 
 MAX_DICT_LINES = 400

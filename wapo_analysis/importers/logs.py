@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import as_step
 from wapo_analysis.importers.readers import json_records, json_value
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.importers.values import as_step
 
 _SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",
             "train_samples_per_second", "epoch")  # fmt: skip

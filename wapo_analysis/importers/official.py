@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.logs import newest_state, read_log
 from wapo_analysis.importers.readers import json_records, json_value, stored_arrays
 from wapo_analysis.importers.report import ImportReport, spans
 from wapo_analysis.importers.rows import StepCounts, class_table, filled_records, numbers
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
-from wapo_analysis.importers.values import as_number, as_step, message_text
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.table import Array
 

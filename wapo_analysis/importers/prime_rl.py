@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wapo_analysis.importers.jsonl import JsonLines
+from wapo_analysis.importers.jsonl import JsonLines, as_number, as_step, message_text
 from wapo_analysis.importers.readers import json_records
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes, sequence_rows
-from wapo_analysis.importers.values import as_number, as_step, message_text
 
 LACKS = {
     "classes.grad_mass": "prime-rl writes neither collision sums nor gradients",

@@ -21,9 +21,8 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import JsonLines, reason_of
+from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json, reason_of
 from wapo_analysis.importers.report import ImportReport, shown
-from wapo_analysis.importers.values import as_number, parse_json
 from wapo_analysis.store.files import open_regular
 from wapo_analysis.table import Array
 

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.derive import class_totals, derive
+from wapo_analysis.importers.jsonl import as_number
 from wapo_analysis.importers.report import ImportReport
-from wapo_analysis.importers.values import as_number
 from wapo_analysis.schema import CLASSES, PAPER_EDGES, PROB_EDGES, Table
 from wapo_analysis.table import Array, Records
 

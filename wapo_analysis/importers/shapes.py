@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wapo_analysis.errors import printable
+from wapo_analysis.importers.jsonl import as_number, as_step, parse_json
 from wapo_analysis.importers.mapping import VITAL, NameTable
-from wapo_analysis.importers.values import as_number, as_step, parse_json
 from wapo_analysis.store.files import open_regular
 
 MAX_PAGE_BYTES = 1 << 30

@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.derive import reward_columns, rollout_sums, step_columns, token_sums
+from wapo_analysis.importers.jsonl import as_step, flat
 from wapo_analysis.importers.mapping import VITAL, NameTable
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import class_rows, clean_tokens, filled_records, numbers
 from wapo_analysis.importers.steplog import StepLog
-from wapo_analysis.importers.values import as_step, flat
 from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Array, Records

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import as_number, flat
 from wapo_analysis.importers.mapping import (
     Feed,
     NameTable,
@@ -26,7 +27,6 @@ from wapo_analysis.importers.mapping import (
     shares_of_counts,
 )
 from wapo_analysis.importers.report import ImportReport, spans
-from wapo_analysis.importers.values import as_number, flat
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 

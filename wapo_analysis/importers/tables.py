@@ -16,6 +16,7 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.boards import pick
+from wapo_analysis.importers.jsonl import MAX_STEP, as_number, as_step, message_text
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
@@ -27,7 +28,6 @@ from wapo_analysis.importers.readers import (
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import json_rows, text_lines, text_tables, unwrapped
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.importers.values import MAX_STEP, as_number, as_step, message_text
 
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name")
 """Columns that name the run of a row; of text, as numbers count records as well."""
