@@ -142,7 +142,7 @@ def test_positional_arguments_as_in_the_documented_signature(watcher: VerlWatche
     )
     assert watcher.failure is None
     assert watcher.recorder is not None
-    assert watcher.recorder.watching
+    assert watcher.recorder.returned() is not None
 
 
 def test_a_folder_that_cannot_be_used_warns_once_and_trains_on(

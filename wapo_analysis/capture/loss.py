@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from wapo_analysis.capture.hooks import Patches, own_rank
 from wapo_analysis.capture.lm_head import HeadReader
-from wapo_analysis.capture.seams import Call, Names
+from wapo_analysis.capture.seams import Call, Names, shaped
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.recorder import Recorder
@@ -67,6 +67,7 @@ class LossWatch(Guarded):
         self.recorder: Recorder | None = None
         self._open, self._head = open_recorder, head
         self._opened, self._closed, self._said = False, False, set[str]()
+        self._waited = set[int]()  # optimizers that stepped before the loss had come back
         self._step, self._calls, self._texts = first_step, 0, texts
         self._columns: dict[str, Any] = {}
 
@@ -105,20 +106,8 @@ class LossWatch(Guarded):
             self._head.topk = recorder.tops.size_at(self._step)
 
     def _watch(self, recorder: Recorder, found: dict[str, Any]) -> None:
-        logp, advantages = found.pop("logp"), found.pop("advantages")
-        mask = found.pop("mask", None)
-        mask = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask.to(logp.device)
-        old, sampler = found.pop("logp_old", None), found.pop("sampler", None)
-        if sampler is not None:
-            found["logp_prox"] = old
-        if advantages.shape == (len(logp), 1):
-            advantages = advantages[:, 0]
-        if logp.dim() == 1 and not {"cu_seqlens", "rollouts"} & found.keys():
-            found["cu_seqlens"] = torch.tensor([0, len(logp)])
-        weights = found.pop("weights", None)
-        if weights is not None:
-            found["kept"] = weights != 0
-        tokens, groups = found.pop("tokens", None), found.pop("groups", None)
+        found = shaped(found)
+        logp, mask, tokens = found["logp"], found["mask"], found.get("tokens")
         logits = found.pop("logits", None)
         if self._head is None or "collision" in found:
             pass
@@ -127,15 +116,11 @@ class LossWatch(Guarded):
         elif (read := self._head.take(logp, mask)) is not None:
             found["stats"] = read[0]
             if tokens is None:
-                tokens = torch.full_like(mask, -1, dtype=torch.int64)
-                tokens[mask.bool()] = read[1]
+                found["tokens"] = torch.full_like(mask, -1, dtype=torch.int64)
+                found["tokens"][mask.bool()] = read[1]
         known = "the loss's arguments" if "collision" in found else _NOWHERE
         self._say(recorder, "logits" if found.get("stats") is not None else known)
-        found["loss_scale"] = float(found.get("loss_scale") or 1)
-        recorder.watch(
-            logp, tokens, mask, advantages, groups, logp_old=old if sampler is None else sampler,
-            minibatch=self._calls, **found,
-        )  # fmt: skip
+        recorder.watch(**{"tokens": None, "groups": None, **found}, minibatch=self._calls)
 
     def _say(self, recorder: Recorder, source: str) -> None:
         """Say once where the statistics come from, and that a pass has none."""
@@ -159,12 +144,26 @@ class LossWatch(Guarded):
     @guarded
     def end_step(self, **columns: Any) -> None:
         """Write the step, if a loss was watched in it."""
-        if self.recorder is None or not self.recorder.watching:
+        if self.recorder is None or self.recorder.returned() is None:
             return
+        self._waited.clear()
         told, self._columns, self._calls = self._columns, {}, 0
         self.recorder.finish_step(self._step, **{"texts": self._texts, **columns, **told})
         self._step += 1
         self._look_ahead(self.recorder)
+
+    @guarded
+    def stepped(self, optimizer: Optimizer) -> None:
+        """Write the step after an optimizer's, unless the loss has yet to come back.
+
+        Another optimizer may step between a loss and its backward pass; if the same one steps
+        again, no gradient will come.
+        """
+        if self.recorder is not None and self.recorder.returned() is False:
+            if id(optimizer) not in self._waited:
+                self._waited.add(id(optimizer))
+                return
+        self.end_step(updates=1, lr=float(optimizer.param_groups[0]["lr"]))
 
     def _stop_reading(self) -> None:
         if self._head is not None:
@@ -307,7 +306,7 @@ def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
     watch = LossWatch(open_recorder, reader, (given.get("resume_after") or 0) + 1, texts)
 
     def stepped(stepping: Optimizer, args: Any, kwargs: Any) -> None:
-        watch.guard(lambda: watch.end_step(updates=1, lr=float(stepping.param_groups[0]["lr"])))
+        watch.stepped(stepping)
 
     patches = Patches()
     register = (

@@ -235,3 +235,23 @@ SEAMS: Mapping[str, Names] = {
     ),
 }  # fmt: skip
 """How each trainer calls its policy loss."""
+
+
+def shaped(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Names.find` found of one pass, as `Recorder.watch` names and shapes it."""
+    given = dict(found)
+    logp, advantages = given["logp"], given["advantages"]
+    mask, weights = given.get("mask"), given.pop("weights", None)
+    whole = torch.ones_like(logp, dtype=torch.bool)
+    given["mask"] = whole if mask is None else mask.to(logp.device)
+    sampler = given.pop("sampler", None)
+    if sampler is not None:
+        given["logp_prox"], given["logp_old"] = given.get("logp_old"), sampler
+    if advantages.shape == (len(logp), 1):
+        given["advantages"] = advantages[:, 0]
+    if logp.dim() == 1 and not {"cu_seqlens", "rollouts"} & given.keys():
+        given["cu_seqlens"] = torch.tensor([0, len(logp)])
+    if weights is not None:
+        given["kept"] = weights != 0
+    given["loss_scale"] = float(given.get("loss_scale") or 1)
+    return given

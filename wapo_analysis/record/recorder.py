@@ -174,10 +174,9 @@ class Recorder(Guarded, Closing):
             if self.failure is None and ring.write(self._last, save):
                 self.note(guard_checkpoints=ring.entry())
 
-    @property
-    def watching(self) -> bool:
-        """Whether a gradient pass was watched since the last finished step."""
-        return bool(self._step.passes or self._step.settled)
+    def returned(self) -> bool | None:
+        """Whether a gradient reached a pass of the open step, see `OpenStep`; None of no pass."""
+        return self._step.returned() if self._step.passes or self._step.settled else None
 
     @guarded
     def watch_pass(

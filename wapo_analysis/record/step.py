@@ -62,6 +62,20 @@ class OpenStep:
         """Rollouts of the padded batches so far, each as often as it was passed."""
         return sum(len(batch.lengths) for batch in self.batches)
 
+    def returned(self) -> bool:
+        """Whether a gradient reached a pass; those that it did not reach are forgotten then.
+
+        They were looked at, but not trained on: a loss called for logging, a batch that failed.
+        """
+        back = [b for b in self.batches if b.tokens.coef is not None]
+        if back or not self.batches:
+            for batch in self.batches:
+                if batch.tokens.coef is None and batch.tokens.top is not None:
+                    batch.tokens.top.ids = None
+            gone = {id(batch.tokens) for batch in self.batches} - {id(b.tokens) for b in back}
+            self.batches, self.passes = back, [p for p in self.passes if id(p) not in gone]
+        return bool(back) or not self.batches
+
     def lacks_gradients(self) -> bool:
         """Whether no gradient has reached the tensors given to ``watch``, which is told."""
         lacks = any(b.needs_grad and b.tokens.coef is None for b in self.batches)

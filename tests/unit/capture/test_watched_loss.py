@@ -550,7 +550,7 @@ def test_the_optimizer_ends_a_step_and_no_other_one(tmp_path: Path) -> None:
     watched.close()
     step(policy, watched, own)
     assert watched.failure is None
-    assert not watched._watch.recorder.watching, "nothing is kept once closed"
+    assert watched._watch.recorder.returned() is None, "nothing is kept once closed"
     run = open_run(tmp_path / "r")
     assert run.steps.step.tolist() == [1, 2]
     assert run.steps.grad_norm.tolist()[0] == 2.0

@@ -1,0 +1,203 @@
+"""Odd but ordinary loops: what they show is exact, and nothing of ours can stop them."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wapo_analysis import open_run, watched_loss
+from wapo_analysis.capture.loss import WatchedLoss
+
+VOCAB, PROMPT, WIDTH = 13, 2, 6
+GENERATOR = torch.Generator().manual_seed(5)
+IDS = torch.randint(VOCAB, (6, PROMPT + WIDTH), generator=GENERATOR)
+MASK = torch.arange(WIDTH) < torch.tensor([6, 2, 5, 1, 4, 3])[:, None]
+ADVANTAGES = torch.randn(6, 1, generator=GENERATOR)
+NAMES = {"logp": "logp", "advantages": "advantages", "mask": "mask"}
+Loss = Callable[..., Tensor]
+
+
+class Policy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCAB, VOCAB)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table(input_ids))
+
+
+class Wrapped(nn.Module):
+    """As DataParallel, DDP and PEFT wrap a model: it calls the module inside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def plain(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return -(logp * advantages * mask).sum()
+
+
+def logps(model: nn.Module, rows: slice) -> Tensor:
+    logits = model(input_ids=IDS[rows]).logits[:, PROMPT - 1 : -1]
+    picked: Tensor = logits.log_softmax(-1).gather(-1, IDS[rows, PROMPT:, None])[..., 0]
+    return picked
+
+
+def backward(model: nn.Module, loss: Loss, rows: slice, scale: float = 1.0) -> None:
+    (loss(logps(model, rows), ADVANTAGES[rows], MASK[rows]) * scale).backward()
+
+
+def uneven_micro_batches(model: nn.Module, loss: Loss) -> None:
+    """Gradient accumulation over micro-batches of 3, 2 and 1 rollouts, the last step cut short."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for pieces in ([slice(0, 3), slice(3, 5), slice(5, 6)], [slice(0, 3), slice(3, 6)]):
+        optimizer.zero_grad()
+        for rows in pieces:
+            backward(model, loss, rows, scale=1 / len(pieces))
+        optimizer.step()
+
+
+def two_optimizers(model: nn.Module, loss: Loss) -> None:
+    """A critic's optimizer steps between the policy's loss and its backward pass."""
+    critic = nn.Linear(1, 1)
+    own = torch.optim.SGD(model.parameters(), lr=0.3)
+    other = torch.optim.SGD(critic.parameters(), lr=0.7)
+    for _ in range(2):
+        value = loss(logps(model, slice(0, 6)), ADVANTAGES, MASK)
+        critic(torch.ones(1)).backward()
+        other.step()
+        value.backward()
+        own.step()
+        own.zero_grad()
+
+
+def logs_its_loss(model: nn.Module, loss: Loss) -> None:
+    """The loss is called for logging: without gradients, and with a graph nobody goes back."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for _ in range(2):
+        with torch.no_grad():
+            loss(logps(model, slice(0, 6)), ADVANTAGES, MASK)
+        with torch.inference_mode():
+            loss(logps(model, slice(0, 6)), ADVANTAGES, MASK)
+        loss(logps(model, slice(0, 6)), ADVANTAGES, MASK).item()
+        backward(model, loss, slice(0, 6))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def wrapped(model: nn.Module, loss: Loss) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    outer = Wrapped(Wrapped(model))
+    for _ in range(2):
+        backward(outer, loss, slice(0, 6))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def raises_and_goes_on(model: nn.Module, loss: Loss) -> None:
+    """A batch that fails after its loss is skipped, as one without memory is."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(3):
+        optimizer.zero_grad()
+        try:
+            value = loss(logps(model, slice(0, 6)), ADVANTAGES, MASK)
+            if step == 1:
+                raise MemoryError
+            value.backward()
+        except MemoryError:
+            continue
+        optimizer.step()
+
+
+@contextmanager
+def autograd(watched: Loss | None) -> Iterator[tuple[Loss, list[Tensor]]]:
+    """The loss, and what autograd puts on the tokens of the passes that came back."""
+    coefs: list[Tensor] = []
+
+    def shown(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        if logp.requires_grad and torch.is_grad_enabled():
+            logp.register_hook(lambda gradient: coefs.append(-gradient[mask]))
+        return (watched or plain)(logp=logp, advantages=advantages, mask=mask)
+
+    yield shown, coefs
+
+
+LOOPS = [uneven_micro_batches, two_optimizers, logs_its_loss, wrapped, raises_and_goes_on]
+
+
+@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
+def test_rows_coef_and_weights_of_an_odd_loop(loop: Callable[..., None], tmp_path: Path) -> None:
+    alone, seen = Policy(), Policy()
+    loop(alone, plain)
+    with watched_loss(plain, run=tmp_path / "r", names=NAMES, token_every=1) as watched:
+        with autograd(watched) as (loss, coefs):
+            loop(seen, loss)
+        assert watched.failure is None
+    assert torch.equal(alone.table.weight, seen.table.weight)
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == [1, 2]
+    assert run.steps.lr.tolist() == [0.3, 0.3]
+    rows = run.tokens()
+    assert len(rows) == 2 * int(MASK.sum())
+    np.testing.assert_allclose(rows.coef, torch.cat(coefs), rtol=4e-5, atol=1e-8)
+    for _, step in rows.groupby("step"):
+        assert step.groupby("rollout").size().tolist() == MASK.sum(1).tolist()
+    assert not set(rows.cls) & {"unknown", "none"}
+
+
+def test_rewards_belong_to_the_rollouts_that_were_trained_on(tmp_path: Path) -> None:
+    model = Policy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    rewards = [0.0, 1.0, 0.5, 0.0, 1.0, 0.25]
+    with watched_loss(plain, run=tmp_path / "r", names=NAMES, token_every=1) as watched:
+        for rows in (slice(0, 3), slice(3, 6)):
+            watched(logps(model, rows), ADVANTAGES[rows], MASK[rows])  # for the log
+            backward(model, watched, rows)
+        watched.tell(reward=rewards)
+        optimizer.step()
+        assert watched.failure is None
+    run = open_run(tmp_path / "r")
+    assert run.rollouts.reward.tolist() == rewards
+    assert run.rollouts.rollout.tolist() == sorted(set(run.tokens().rollout))
+    top = run.topk()
+    assert set(top.rollout) <= set(run.tokens().rollout)
+
+
+def test_a_loss_that_raises_raises_the_same_and_is_watched_on(tmp_path: Path) -> None:
+    def fails(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        if advantages.isnan().any():
+            raise ZeroDivisionError("the user's own")
+        return plain(logp, advantages, mask)
+
+    model = Policy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    watched: WatchedLoss = watched_loss(fails, run=tmp_path / "r", names=NAMES, token_every=1)
+    with watched:
+        with pytest.raises(ZeroDivisionError, match="the user's own"):
+            watched(logps(model, slice(0, 6)), ADVANTAGES * torch.nan, MASK)
+        backward(model, watched, slice(0, 6))
+        optimizer.step()
+        assert watched.failure is None
+    assert len(open_run(tmp_path / "r").tokens()) == int(MASK.sum())
+
+
+def test_tensors_of_no_shape_at_all_stop_watching_and_nothing_else(tmp_path: Path) -> None:
+    model = Policy()
+    with watched_loss(plain, run=tmp_path / "r", names=NAMES) as watched:
+        odd = partial(watched, advantages=ADVANTAGES[:, 0].repeat(2)[None], mask=MASK.float())
+        with pytest.raises(RuntimeError):  # torch's own: the loss cannot do it either
+            odd(logps(model, slice(0, 6)))
+        backward(model, watched, slice(0, 6))
+    assert watched.failure is not None
