@@ -62,14 +62,18 @@ def window(ids: list[int]) -> list[int]:
 class Trainer:
     """The loop: sample groups, make advantages, sum token losses, divide."""
 
-    def __init__(self, out: Path, bug: str, recipe: Recipe, seed: int) -> None:
+    def __init__(
+        self, out: Path, bug: str, recipe: Recipe, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         torch.manual_seed(seed)
+        self.ranks = ranks
         self.bug, self.r = bug, recipe
         self.net = network(recipe.dropout, recipe.dtype)
         self.start, self.behind = (network(recipe.dropout, recipe.dtype) for _ in range(2))
         for other in (self.start, self.behind):
             other.load_state_dict(self.net.state_dict())
             other.eval()
+        torch.manual_seed(seed + 1 + rank)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=recipe.lr)
         name = {"token": "dapo", "rollout": "grpo"}[recipe.mean]
         declared = {"name": name, "bounds": list(recipe.bounds), "beta": 0.0}
@@ -78,7 +82,7 @@ class Trainer:
         heat = 1.0 if bug == "temperature only in the sampler" else recipe.temperature
         self.heat = heat
         manifest = {"objective": {**declared, **recipe.declared}}
-        self.recorder = Recorder(out, manifest, temperature=heat)
+        self.recorder = Recorder(out, manifest, temperature=heat, rank=rank)
 
     @torch.no_grad()
     def sample(self, group: int, prompt: list[int], count: int) -> list[Rollout]:
@@ -230,11 +234,19 @@ class Trainer:
                     loss = loss + self.r.entropy * (full.exp() * full).sum(-1)
                 total = self.reduced(loss, mask, rows, numbers, tokens, made)
                 total.backward()
+            for parameter in self.net.parameters():
+                parameter.grad = self.mean_of_ranks(parameter.grad)
             self.optimizer.step()
         self.recorder.finish_step(
             number, reward=[m.reward for m in made], updates=self.r.epochs, lr=self.r.lr,
             prompts=[str(m.ids[:2]) for m in made],
         )  # fmt: skip
+
+    def mean_of_ranks(self, value: Tensor) -> Tensor:
+        """Mean over processes, as data-parallel training takes it of gradients."""
+        if self.ranks > 1:
+            torch.distributed.all_reduce(value)
+        return value / self.ranks
 
     def token_losses(
         self, logp: Tensor, old: Tensor, advantage: Tensor, of: Tensor, mask: Tensor
@@ -262,6 +274,8 @@ class Trainer:
     ) -> Tensor:  # fmt: skip
         """One number: sum of the losses of a micro-batch over a denominator of the batch."""
         mine, micro, whole = mask[rows], self.r.micro, mask.sum().clamp(min=1)
+        if self.bug != "every rank divides by its own tokens":
+            whole = self.mean_of_ranks(whole)
         own = torch.tensor([o for m in made for o in m.own])
         if self.bug == "masked positions in the numerator":
             mine = torch.ones_like(mine)
@@ -286,7 +300,8 @@ class Trainer:
             size = mine[here].sum() + (2 if self.bug == "prompt counted in the length" else 0)
             total = total + (loss[here] * mine[here]).sum() / size.clamp(min=1)
             used += 1
-        return total / used if self.bug == "means of micro-batches summed" else total / len(made)
+        count = float(self.mean_of_ranks(torch.tensor(float(len(made)))))
+        return total / used if self.bug == "means of micro-batches summed" else total / count
 
 
 def train(
@@ -299,3 +314,21 @@ def train(
         trainer.step(step)
     trainer.recorder.close()
     return trainer.recorder
+
+
+def _rank(rank: int, out: Path, bug: str, recipes: list[Recipe], meeting: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=len(recipes)
+    )
+    trainer = Trainer(out, bug, recipes[rank], 0, rank, len(recipes))
+    for step in range(1, STEPS + 1):
+        trainer.step(step)
+    trainer.recorder.close()
+    torch.distributed.destroy_process_group()
+
+
+def train_ranks(out: Path, recipes: list[Recipe], bug: str = "") -> None:
+    """Train in as many gloo processes as there are recipes, which may have other sizes."""
+    meeting = f"file://{out.parent.resolve()}/meeting"
+    torch.multiprocessing.spawn(_rank, (out, bug, recipes, meeting), nprocs=len(recipes))

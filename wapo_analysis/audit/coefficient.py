@@ -50,6 +50,7 @@ MEANS = {
     "batch": "token mean over the batch",
     "pass": "token mean over each gradient pass",
     "group": "token mean over each group",
+    "rank": "token mean over each process",
     "constant": "division by a constant length",
     "padded": "division by the padded length",
     "sum": "sum over a rollout's tokens",
@@ -370,6 +371,12 @@ def _forms(
         "pass of kept tokens": np.bincount(passes, kept_lengths)[passes[known]],
         "padded": longest[passes[known]],
     }
+    if len(np.unique(seen["rank"])) > 1:
+        process = np.unique(np.stack([seen["step"], seen["rank"]]), axis=1, return_inverse=True)[1]
+        # Each token once, whatever the number of passes.
+        here = process.reshape(-1)[first_all]
+        shares = np.bincount(here, lengths / visits[member[first_all]])
+        forms["rank"] = shares[here[known]]
     if (group[pushed] >= 0).all():
         forms["group"] = per_group[mine]
         forms["group of active rollouts"] = active_group[mine]

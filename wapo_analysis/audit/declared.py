@@ -151,7 +151,8 @@ def declared_of(manifest: Mapping[str, Any]) -> Known | None:
     known = library(source).get(str(objective.get("name", "")).lower())
     if known is None and source == "trl":
         known = OWN.get(str(objective.get("name", "")))  # use_wapo
-    if known is None and source not in OWN_SOURCES and objective.get("name"):
+    named = objective.get("name") not in (None, "", "unknown")
+    if known is None and source not in OWN_SOURCES and named:
         known = Known(name=str(objective["name"]), positive_only=None)
     if known is None:
         return None

@@ -172,8 +172,10 @@ class Evidence:
         """Rows of a rollout's first gradient pass after it was sampled, bool of shape (N,).
 
         Only the very first pass of a step, for an update may follow it; of TRL only steps that
-        sampled anew.
+        sampled anew. A table that numbers no passes may hold a later one: none then.
         """
+        if self.source == "import" and not (self["minibatch"] > 0).any():
+            return np.zeros(len(self), bool)
         fresh = np.isin(self["step"], list(self.fresh_steps()))
         return np.asarray(fresh & (self["minibatch"] == 0))
 

@@ -20,7 +20,8 @@ def judge(seen: Evidence, name: str) -> Audit:
     """Audit of evidence; ``name`` is that of the run."""
     found = Findings()
     declared = declared_of(seen.manifest)
-    told = str((seen.manifest.get("objective") or {}).get("name") or "nothing")
+    told = str((seen.manifest.get("objective") or {}).get("name") or "unknown")
+    told = "nothing" if told == "unknown" else told
     if not len(seen):
         why = "no token rows were recorded (token_every, attach, or an import of token tables)"
         found.missing["everything"] = why

@@ -272,7 +272,7 @@ def check_scale(
 def _check_summed(seen: Evidence, coefficient: Coefficient, found: Findings) -> None:
     """Micro-batches of one update whose means are added."""
     total = coefficient.summed
-    if total is None or not np.isfinite(total.updates).all():
+    if total is None or total.ranks > 1 or not np.isfinite(total.updates).all():
         return
     if (total.passes > total.updates).all() and _all_near(total.totals, total.passes):
         found.deviates(

@@ -14,7 +14,7 @@ _SCALE = 1e-3
 """Relative distance from a whole count at which a sum of weights is that count."""
 ANY_SIZE = {
     "seq": {"seq"}, "group": {"group"}, "pass": {"pass"}, "padded": {"padded"},
-    "even": {"batch", "constant", "sum"}, "long": {"long"},
+    "even": {"batch", "constant", "sum"}, "long": {"long"}, "rank": {"rank"},
 }  # fmt: skip
 """Means that a form may be as long as nothing is known of the size of its weights."""
 
@@ -27,11 +27,14 @@ class Sum:
     ----------
     totals : ndarray, shape (steps,)
         Over all rollouts, each once: 1 where a step's losses are averaged.
+    ranks : int
+        Processes; each may scale its loss up by their number.
     passes, updates : ndarray, shape (steps,)
         Gradient passes and updates of a step, each rollout counted once; NaN if not known.
     """
 
     totals: Array
+    ranks: int
     passes: Array
     updates: Array
 
@@ -47,7 +50,7 @@ class Totals:
         sizes = np.bincount(seen.members) / visits
         self.longest = float(sizes.max())
         self.whole = not seen.sampled
-        ranks = len(np.unique(seen["rank"]))
+        ranks = self.ranks = len(np.unique(seen["rank"]))
         self.passes = self._per_step(seen, seen.passes, count) / ranks
         repeats = np.bincount(step, visits, minlength=count) / np.bincount(step, minlength=count)
         self.passes = np.maximum(self.passes / repeats, 1)
@@ -68,6 +71,7 @@ class Totals:
         self._bases = {
             "seq": rollouts, "padded": rollouts, "sum": rollouts, "batch": tokens,
             "group": per_group, "pass": [self.passes], "long": rollouts,
+            "rank": [np.full(count, float(ranks))],
         }  # fmt: skip
 
     def _per_step(self, seen: Evidence, index: Array, count: int) -> Array:
@@ -98,7 +102,7 @@ class Totals:
         """Weights of each step summed, for scales of shape (steps,)."""
         kind = form.split(" ")[0]
         base = self._bases["batch" if kind == "even" else kind][0]
-        return Sum(scale * base, self.passes, self.updates)
+        return Sum(scale * base, self.ranks, self.passes, self.updates)
 
     def _close(self, scale: Array, bases: list[Array]) -> bool:
         there = np.isfinite(scale)

@@ -126,6 +126,37 @@ def test_a_loop_names_no_other_loss_for_its_advantages(tmp_path: Path) -> None:
     assert audited_flat(tmp_path / "run", recipe=recipe).fits[0] == "dapo"
 
 
+def test_an_imported_table_without_passes_tells_no_first_pass(tmp_path: Path) -> None:
+    flat.train(tmp_path / "run", steps=1)
+    rows = open_run(tmp_path / "run").tokens()
+    names_few = ["step", "rollout", "position", "advantage", "logp", "logp_old", "coef"]
+    rows[names_few].to_parquet(tmp_path / "few.parquet")
+    assert wapo(["import", str(tmp_path / "few.parquet"), "--out", str(tmp_path / "imported")]) == 0
+    found = audit(open_run(tmp_path / "imported"))
+    assert not found.deviations
+    assert found.declared == "nothing"
+    assert "first pass" in found.missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [{}, {"prompts": 2, "size": 6}, {"prompts": 2, "cut": True}])
+def test_nothing_is_said_of_two_processes(tmp_path: Path, second: dict[str, Any]) -> None:
+    one = recipes.Recipe(prompts=4)
+    flat.train_ranks(tmp_path / "run", [one, dataclasses.replace(one, **second)])
+    found = audit(open_run(tmp_path / "run"))
+    assert not found.deviations
+    assert found.fits[0] == "dapo"
+
+
+@pytest.mark.slow
+def test_a_token_mean_over_each_process_is_named(tmp_path: Path) -> None:
+    given = [recipes.Recipe(prompts=4), recipes.Recipe(prompts=3, size=6)]
+    flat.train_ranks(tmp_path / "run", given, "every rank divides by its own tokens")
+    found = audit(open_run(tmp_path / "run"))
+    assert names(found) == ["another mean"]
+    assert "token mean over each process" in found.deviations[0].says
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", sorted(recipes.BUGS))
 def test_a_bug_of_a_flat_loop_is_named_within_three_steps(tmp_path: Path, bug: str) -> None:
