@@ -207,13 +207,16 @@ def _slow_loss(series: Series) -> Departure | None:
 
 
 def _fast_loss(series: Series, peak: np.ndarray, stake: np.ndarray) -> Departure | None:
-    """A loss so deep that its first two records leave no doubt; short runs only."""
+    """A loss so deep that its first two records leave no doubt; short runs only.
+
+    Their mean is lost, and each of them by half of that at least, as one bad batch is no loss.
+    """
     begin = len(series) - FEW
     if series.window > 3 or begin < CALM_STEPS // 2:
         return None
-    drop = peak[begin - 1] - float(series.values[begin:].max())
+    drops = peak[begin - 1] - series.values[begin:]
     least = max(LOST * stake[begin - 1], LEAST_LOSS * abs(peak[begin - 1]))
-    if drop < max(least, SIGMAS * series.noise / np.sqrt(FEW)):
+    if drops.mean() < max(least, SIGMAS * series.noise / np.sqrt(FEW)) or drops.min() < least / 2:
         return None
     return Departure(begin, begin, begin, ongoing=True)
 

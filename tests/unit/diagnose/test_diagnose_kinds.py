@@ -172,3 +172,11 @@ def test_kl_at_the_beginning_of_completions(tmp_path: Path) -> None:
     parts["kl_positional/0"] = noisy(ramp(0.05, 0.6, 80, 30, 30), 0.005)
     d = judge(tmp_path / "b", **parts)
     assert "leaves the reference model at the beginning" in finding(d, "kl_by_position").message
+
+
+@pytest.mark.parametrize(("tail", "lost"), [([0.05], False), ([0.35, 0.1], True)])
+def test_two_records_show_a_deep_loss_and_one_bad_batch_does_not(
+    tmp_path: Path, tail: list[float], lost: bool
+) -> None:
+    d = judge(tmp_path, reward=np.r_[noisy(np.full(30, 0.5), 0.02), tail])
+    assert (d.verdict == "reward_collapse") is lost

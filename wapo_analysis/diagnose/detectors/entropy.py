@@ -12,7 +12,7 @@ from wapo_analysis.diagnose.detectors.completions import degenerate_since
 from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
 from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding, Severity
-from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState
+from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, reward_state
 from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -31,6 +31,8 @@ HOME = 0.25
 """Share of the baseline within which a run has not left it: half the way to a warning."""
 MIN_RISE = 0.05
 """Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
+LATELY = 2
+"""Records back at which a fall that was paid for still counts as paid."""
 SOUND = 0.3
 """Entropy in nats that is nothing to worry about while the reward gains, wherever it began."""
 SIGMAS = 6.0
@@ -92,7 +94,7 @@ def find_entropy_fall(context: Context) -> list[Finding]:
         return []
     if not gone.ongoing:
         return [_entropy_finding(context, gone, -1, "entropy_excursion", "warning")]
-    if _paid_for(reward, series, gone) and degenerate_since(context.sameness) is None:
+    if _paid_lately(context, series, gone) and degenerate_since(context.sameness) is None:
         return [_entropy_finding(context, gone, -1, "entropy_decline", "info")]
     if gone.crossed is None:
         return [_entropy_finding(context, gone, -1, "entropy_fall", "warning")]
@@ -100,9 +102,11 @@ def find_entropy_fall(context: Context) -> list[Finding]:
 
 
 def _before_loss(entropy: Series, reward: RewardState) -> bool:
-    """The reward was lost, and by then the entropy was below half of its baseline."""
+    """The reward was lost, the entropy was below half of its baseline by then, and stays there."""
     if not reward.lost or reward.loss is None or reward.loss.crossed is None:
         return False
+    if entropy.smooth[-2 * entropy.persist :].max() > FALL_LOST * entropy.level:
+        return False  # a dip on the way to an explosion looks the same
     span = entropy.step(-1) - entropy.step(0)
     lost = reward.series.step(reward.loss.crossed) + LATE * span
     seen = entropy.smooth[entropy.steps <= lost]
@@ -113,6 +117,17 @@ def _home(series: Series) -> Array:
     """Where a smoothed value counts as still at the level of the baseline."""
     near = max(3 * series.smooth_noise, HOME * abs(series.level))
     return np.abs(series.smooth - series.level) <= near
+
+
+def _paid_lately(context: Context, entropy: Series, gone: Departure) -> bool:
+    """Whether the reward pays for the fall, or did two records ago: one record decides nothing."""
+    reward = context.reward
+    if reward is None or reward.lost:
+        return False
+    steps, values = reward.series.steps, reward.series.values
+    ends = range(len(values), max(len(values) - 1 - LATELY, CALM_STEPS - 1), -1)
+    states = (reward_state(Series(steps[:n], values[:n]), reward.solved) for n in ends)
+    return any(_paid_for(state, entropy, gone) for state in states)
 
 
 def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> bool:
