@@ -55,7 +55,7 @@ fuzz: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[fuzz]' || true
 	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
-# Small faults, one at a time, that the nearest tests should notice; about an hour for 100.
+# Small faults, one at a time, that the nearest tests should notice: an hour for 100, from every room alike.
 SAMPLE ?= 100
 SEED ?= 0
 mutants: $(STAMP)

@@ -226,3 +226,25 @@ def test_rewards_of_groups() -> None:
     alone = reward_columns(reward, np.arange(8))
     assert "groups_all_wrong" not in alone, "a group of one rollout is flat by itself"
     assert reward_columns(np.full(3, np.nan), None) == {}
+
+
+def test_what_two_engines_differ_by_and_what_has_no_ratio() -> None:
+    """Probabilities of the sampling engine and the trainer; a clip flag without a ratio is none."""
+    sampled, scored = np.array([-1.0, -2.0, np.nan, -0.5]), np.array([-1.1, -1.8, -3.0, np.nan])
+    columns = {
+        "advantage": np.array([1.0, -1.0, 1.0, 1.0]),
+        "logp": np.array([-1.0, -2.1, -3.0, -0.4]),
+        "logp_old": sampled,
+        "logp_prox": scored,
+        "kept": np.ones(4),
+        "clipped": np.array([1.0, 1.0, 0.0, 0.0]),
+    }
+    row = step_columns(token_sums(columns))
+    both = slice(0, 2)
+    apart = np.abs(np.exp(scored[both]) - np.exp(sampled[both])).mean()
+    assert row["engine_prob_diff"] == pytest.approx(apart)
+    assert row["engine_logp_diff"] == pytest.approx(np.mean([0.1, 0.2]))
+    # The ratio is to what was scored, else to what sampled: 1.11, 0.74, 1.0, 1.11.
+    assert (row["clip_high"], row["clip_low"]) == pytest.approx((0.25, 0.25))
+    nowhere = columns | {"logp_old": np.full(4, np.nan), "logp_prox": np.full(4, np.nan)}
+    assert "clip_high" not in step_columns(token_sums(nowhere))

@@ -6,7 +6,9 @@ import pytest
 
 from tests.support.builders import write_fake_run
 from tests.support.step_logs import write_steps
-from wapo_analysis.store import Need, Run, open_run
+from wapo_analysis.schema import ROLLOUTS
+from wapo_analysis.store import Need, Run, RunWriter, open_run
+from wapo_analysis.table import Records
 
 REWARD = Need("steps", "reward")
 
@@ -77,3 +79,18 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
         "rollouts": "empty has no completions",
         "tokens": "empty has no token rows (recorded with token_every or token_fraction 0)",
     }
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_the_first_the_middle_and_the_last_step_of_the_rows_are_looked_at(
+    step: int, tmp_path: Path
+) -> None:
+    """A text that stands at one step alone is found at each of the three places."""
+    writer = RunWriter(tmp_path / "run", {"name": "run", "objective": {"name": "grpo"}})
+    for number in range(1, 6):
+        columns = {name: [number if name == "step" else 0] for name in ("step", "rank", "rollout")}
+        columns |= {"group": [0], "reward": [1.0 if number == step else float("nan")]}
+        writer.write_part(Records.build(ROLLOUTS, columns), number)
+        writer.append_step({"step": number})
+    writer.close("finished")
+    assert open_run(tmp_path / "run").lacks(Need("rollouts", "reward")) is None

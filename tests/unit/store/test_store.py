@@ -251,3 +251,14 @@ def test_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
     path = written_run(tmp_path / "r")
     files = [path / "manifest.json", *(path / "tokens").iterdir()]
     assert {f.stat().st_mode for f in files} == {plain.stat().st_mode}
+
+
+def test_a_text_is_kept_under_a_trainer_s_own_name_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunWriter(path, {"name": "run"}).close("finished")
+    log = path / "steps.jsonl"
+    log.write_text('{"step": 1, "trainer/phase": "warm"}\n')
+    assert open_run(path).steps["trainer/phase"].tolist() == ["warm"]
+    log.write_text('{"step": 1, "reward": "warm"}\n')
+    with pytest.raises(UserError, match="reward is not a number"):
+        _ = open_run(path).steps
