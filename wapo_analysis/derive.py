@@ -9,6 +9,7 @@ Step columns come of sums that add up over micro-batches, processes and parts of
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,114 +20,104 @@ from wapo_taxonomy.vocabulary import namespace
 from wapo_analysis.schema import CLASSES, PROB_EDGES
 from wapo_analysis.table import Array, Records
 
-_CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
+CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
 _STATISTICS = ("logp", "logp_old", "entropy")
 """Statistics a token is counted in ``nonfinite`` for."""
 K3_LIMIT = 20.0
 """Largest ln(pi / pi_old) in ``kl_old``, nats: an impossible token gives e^20, not inf."""
 
 
-def probability_bin(prob: Array) -> Array:
-    """Index of the half-open bin of PROB_EDGES each probability lies in; p = 1 is in the last.
-
-    Parameters
-    ----------
-    prob : ndarray, shape (rows,)
-        Probabilities in [0, 1].
-
-    Returns
-    -------
-    ndarray of int8, shape (rows,)
-    """
-    inner = np.searchsorted(PROB_EDGES[1:-1], prob, side="right")
-    return inner.astype(np.int8)
+def probability_bin(prob: Any) -> Any:
+    """Index of the half-open bin of PROB_EDGES of ndarray or Tensor; p = 1 is in the last."""
+    if isinstance(prob, np.ndarray):
+        return np.searchsorted(PROB_EDGES[1:-1], prob, side="right").astype(np.int8)
+    return sum((~(prob < edge)) * 1 for edge in PROB_EDGES[1:-1])
 
 
 @np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
-def derived_columns(columns: Mapping[str, Array], temperature: float) -> dict[str, Array]:
+def derived_columns(columns: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """Compute every derived column of the token table.
 
     Parameters
     ----------
-    columns : mapping of str to ndarray, shape (rows,)
+    columns : mapping of str to ndarray or Tensor, shape (rows,)
         Measured columns of the token table; missing statistics are NaN.
     temperature : float
         Softmax temperature the statistics were taken at.
 
     Returns
     -------
-    dict of str to ndarray
+    dict of str to array of the columns' own library
         Derived columns in the order the schema declares them. ``pred_*`` are per unit learning
         rate: the logit step is ``coef / T**2`` (taxonomy/README.md, section on temperature).
     """
-    logp = columns["logp"].astype(np.float64)
-    entropy = columns["entropy"].astype(np.float64)
-    rest = columns["collision_rest"].astype(np.float64)
-    step = tax.logit_step(columns["coef"].astype(np.float64), temperature)
+    xp = namespace(columns["logp"])
+    names = ("logp", "entropy", "collision_rest", "coef", "logp_after", "entropy_after")
+    logp, entropy, rest, coef, after, entropy_after = (_wide(columns[name], xp) for name in names)
+    step = tax.logit_step(coef, temperature)
     update = update_columns(columns, temperature)
     prob, complement = update["prob"], update["complement"]
-    after, entropy_after = columns["logp_after"], columns["entropy_after"]
     return {
         "prob": prob,
         "complement": complement,
         "collision": tax.collision(prob, rest),
-        "sign": np.asarray(tax.sign_code(columns["advantage"]), np.int8),
-        "regime": np.asarray(tax.regime_code(prob, complement, rest), np.int8),
+        "sign": xp.asarray(tax.sign_code(columns["advantage"]), dtype=xp.int8),
+        "regime": xp.asarray(tax.regime_code(prob, complement, rest), dtype=xp.int8),
         "cls": update["cls"],
         "prob_bin": probability_bin(prob),
         "grad_norm": update["grad_norm"],
         "pred_dprob": tax.dprob_sampled(step, prob, complement, rest),
         "pred_dentropy": update["pred_dentropy"],
         # A difference of logs keeps its digits where a difference of probabilities loses them.
-        "dprob": prob * np.expm1(after.astype(np.float64) - logp),
-        "dentropy": entropy_after.astype(np.float64) - entropy,
-        "ratio": np.exp(logp - _loss_old(columns)),
+        "dprob": prob * xp.expm1(after - logp),
+        "dentropy": entropy_after - entropy,
+        "ratio": xp.exp(logp - _loss_old(columns)),
     }
 
 
-# fmt: off
+def _wide(values: Any, xp: Any) -> Any:
+    return xp.asarray(values, dtype=xp.float64)
+
+
 UPDATE_STATISTICS = (
-    "advantage", "logp", "entropy", "collision_rest", "collision_logp_rest", "coef"
+    "advantage",
+    "logp",
+    "entropy",
+    "collision_rest",
+    "collision_logp_rest",
+    "coef",
 )
-# fmt: on
 """Measured columns that `update_columns` reads."""
 
 
 @np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
-def update_columns(columns: Mapping[str, Array], temperature: float) -> dict[str, Array]:
+def update_columns(columns: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """The derived columns that say what a token's update does.
 
-    Parameters
-    ----------
-    columns : mapping of str to ndarray, shape (rows,)
-        ``UPDATE_STATISTICS``; missing ones are NaN.
-    temperature : float
-
-    Returns
-    -------
-    dict of str to ndarray
-        ``prob``, ``complement``, ``cls`` (code), ``grad_norm`` and ``pred_dentropy``.
+    Takes ``UPDATE_STATISTICS``, arrays of shape (rows,), missing ones NaN; gives ``prob``,
+    ``complement``, ``cls`` (code), ``grad_norm`` and ``pred_dentropy``.
     """
-    logp, entropy, rest, logp_rest, coef = (
-        columns[name].astype(np.float64) for name in UPDATE_STATISTICS[1:]
-    )
-    prob, complement = np.exp(logp), -np.expm1(logp)
+    xp = namespace(columns["logp"])
+    logp, entropy, rest, logp_rest, coef = (_wide(columns[n], xp) for n in UPDATE_STATISTICS[1:])
+    prob, complement = xp.exp(logp), -xp.expm1(logp)
     step = tax.logit_step(coef, temperature)
+    cls = tax.class_code(columns["advantage"], prob, complement, rest)
     return {
         "prob": prob,
         "complement": complement,
-        "cls": np.asarray(tax.class_code(columns["advantage"], prob, complement, rest), np.int8),
+        "cls": xp.asarray(cls, dtype=xp.int8),
         "grad_norm": tax.grad_norm(coef, complement, rest, temperature),
         "pred_dentropy": tax.dentropy(step, prob, complement, logp, entropy, rest, logp_rest),
     }
 
 
-def _loss_old(columns: Mapping[str, Array]) -> Array:
+def _loss_old(columns: Mapping[str, Any]) -> Any:
     """Old log-probabilities of the loss's ratio: the proximal policy's, else the behaviour's."""
-    old = columns["logp_old"].astype(np.float64)
+    xp = namespace(columns["logp_old"])
+    old = _wide(columns["logp_old"], xp)
     if "logp_prox" not in columns:
         return old
-    return np.where(np.isnan(columns["logp_prox"]), old, columns["logp_prox"])
+    return xp.where(xp.isnan(columns["logp_prox"]), old, columns["logp_prox"])
 
 
 def derive(tokens: Records, temperature: float) -> Records:
@@ -159,18 +150,18 @@ def class_totals(tokens: Records) -> Records:
         of the sums they enter, so one missing value does not erase a total; a sum of nothing but
         NaN is NaN.
     """
-    return _added(tokens, _cell_terms(tokens))
+    return _added(tokens, cell_terms(tokens.columns))
 
 
 def merged_totals(parts: Iterable[Records]) -> Records:
     """Class totals of parts of the same tokens, at least one, as one table."""
     whole = Records.concat(parts)
-    return _added(whole, {n: v for n, v in whole.columns.items() if n not in _CELL_KEYS})
+    return _added(whole, {n: v for n, v in whole.columns.items() if n not in CELL_KEYS})
 
 
 def _added(rows: Records, terms: Mapping[str, Array]) -> Records:
     order, starts = _cells(rows)
-    keys = {name: rows[name][order[starts]] for name in _CELL_KEYS}
+    keys = {name: rows[name][order[starts]] for name in CELL_KEYS}
     sums = {name: run_sums(values[order], starts) for name, values in terms.items()}
     return Records.build(CLASSES, {**keys, **sums})
 
@@ -180,9 +171,7 @@ def _cells(tokens: Records) -> tuple[Array, Array]:
 
     Cells come in the order of their keys, rows of a cell in the order they have.
     """
-    sign, regime, prob_bin = (tokens[name].astype(np.int16) + 1 for name in _CELL_KEYS[2:])
-    cell = (sign * 3 + regime) * len(PROB_EDGES) + prob_bin
-    cells = 9 * len(PROB_EDGES)
+    cell, cells = cell_numbers(tokens.columns), CELLS
     for name in ("rank", "step"):
         values = tokens[name]
         if len(values) and values.min() != values.max():  # one step of one rank, as a rule
@@ -196,6 +185,16 @@ def _cells(tokens: Records) -> tuple[Array, Array]:
     return order, np.flatnonzero(change)
 
 
+CELLS = 9 * len(PROB_EDGES)  # of one step of one rank
+
+
+def cell_numbers(columns: Mapping[str, Any]) -> Any:
+    """Number of the cell of each token, 0 to ``CELLS`` - 1, of derived columns."""
+    xp = namespace(columns["sign"])
+    sign, regime, prob_bin = (xp.asarray(columns[n], dtype=xp.int16) + 1 for n in CELL_KEYS[2:])
+    return (sign * 3 + regime) * len(PROB_EDGES) + prob_bin
+
+
 def run_sums(values: Array, starts: Array) -> Array:
     """Sum of each run of values; NaN is left out, of nothing else it is the sum."""
     if not len(starts):
@@ -207,26 +206,27 @@ def run_sums(values: Array, starts: Array) -> Array:
     return np.where(np.logical_and.reduceat(missing, starts), np.nan, total)
 
 
-def _cell_terms(tokens: Records) -> dict[str, Array]:
-    """Terms that the class table adds up, shape (rows,) each."""
-    c = tokens.columns
-    coef = c["coef"].astype(np.float64)
+def cell_terms(c: Mapping[str, Any]) -> dict[str, Any]:
+    """Terms that the class table adds up, shape (rows,) each, of derived columns."""
+    xp = namespace(c["coef"])
+    coef = _wide(c["coef"], xp)
     moved = c["pred_dentropy"] * c["sign"]
-    expected = np.where(c["regime"] == 1, -1.0, 1.0)
+    expected = xp.where(c["regime"] == 1, -1.0, 1.0)
+    count = partial(xp.asarray, dtype=xp.int64)
     return {
-        "tokens": np.ones(len(tokens), np.int64),
-        "kept": c["kept"].astype(np.int64),
-        "clipped": (c["clipped"] & c["kept"]).astype(np.int64),
-        "entropy_sum": c["entropy"].astype(np.float64),
-        "logp_sum": c["logp"].astype(np.float64),
+        "tokens": xp.ones_like(count(c["kept"])),
+        "kept": count(c["kept"]),
+        "clipped": count(c["clipped"] & c["kept"]),
+        "entropy_sum": _wide(c["entropy"], xp),
+        "logp_sum": _wide(c["logp"], xp),
         "coef_sum": coef,
-        "coef_abs_sum": np.abs(coef),
+        "coef_abs_sum": abs(coef),
         "grad_mass": c["grad_norm"],
-        "grad_mass_proxy": np.abs(coef) * c["complement"],
+        "grad_mass_proxy": abs(coef) * c["complement"],
         "pred_dprob_sum": c["pred_dprob"],
         "pred_dentropy_sum": c["pred_dentropy"],
-        "rule_breaks": (moved * expected < 0).astype(np.int64),
-        "rescored": np.isfinite(c["dentropy"]).astype(np.int64),
+        "rule_breaks": count(moved * expected < 0),
+        "rescored": count(xp.isfinite(c["dentropy"])),
         "dprob_sum": c["dprob"],
         "dentropy_sum": c["dentropy"],
     }

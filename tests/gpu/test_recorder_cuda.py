@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from experiments.bench.micro_step import MicroStep, Shape, Watcher
+from tests.support.pretend_device import LEDGER, installed
 from tests.support.recorder_passes import ROLLOUTS, record, spell, tokens
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import DevicePass, on_host
@@ -66,3 +68,31 @@ def test_a_watched_step_on_the_gpu_holds_its_tokens(tmp_path: Path) -> None:
     rows = open_run(tmp_path / "run").tokens()
     assert len(rows) == step.tokens
     assert set(rows["rollout"]) == {0, 1}
+
+
+def test_off_schedule_nothing_but_totals_leaves_the_gpu(tmp_path: Path) -> None:
+    recorders = [Recorder(tmp_path / name, {"name": "r"}, token_every=2) for name in "hd"]
+    copied = []
+    for step, rows in ((1, 4000), (2, 4000), (3, 4000), (4, 40_000)):
+        for recorder, move in zip(recorders, (TokenPass, on_gpu), strict=True):
+            before = LEDGER.to_host
+            for number in range(2):
+                given = tokens(10 * step + number, rows, minibatch=number)
+                recorder.watch_pass(given if move is TokenPass else move(given))
+            with LEDGER.counting() as waits:
+                recorder.finish_step(step, reward=0.5, sums={}, texts=spell)
+            assert not waits or installed()
+            recorder.flush()
+        copied.append(LEDGER.to_host - before)
+    for recorder in recorders:
+        recorder.close("finished")
+        assert recorder.failure is None
+    host, device = (open_run(tmp_path / name) for name in "hd")
+    pd.testing.assert_frame_equal(host.classes, device.classes, rtol=1e-12, atol=0)
+    assert host.tokens().equals(device.tokens())
+    timed = [name for name in host.steps if name.startswith("seconds")]
+    one, other = (run.steps.drop(columns=timed) for run in (host, device))
+    pd.testing.assert_frame_equal(one, other, rtol=1e-12, atol=0)
+    if installed():
+        assert copied[0] == copied[2] > 2 * 4000 * 4 * 10
+        assert copied[1] == copied[3] < 2 * 30_000, "the same for four thousand tokens and forty"

@@ -32,11 +32,14 @@ class Ledger:
     ----------
     waits : Counter
         Waits of the host, by (kind, file:line).
+    to_host : int
+        Bytes of tensors that were copied to the host.
     most_bytes : int or None
         Largest result the device has room for.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    to_host: int = 0
     most_bytes: int | None = None
 
     @contextlib.contextmanager

@@ -254,6 +254,8 @@ def _pin(tensor: Any, device: Any = None) -> Any:
 def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
     there, from_there = isinstance(target, DeviceTensor), isinstance(source, DeviceTensor)
     STREAM.launched += there or from_there
+    if from_there and not there:
+        LEDGER.to_host += source.host.nbytes
     if there != from_there and source.numel():
         free = non_blocking and _is_pinned(source if there else target)
         if free and from_there:
@@ -272,6 +274,7 @@ def _to_copy(tensor: Any, *, device: Any = None, non_blocking: bool = False, **h
     if tensor.numel() == 0:
         pass  # nothing to copy, nothing to wait for
     elif from_there and not there:
+        LEDGER.to_host += tensor.host.nbytes
         STREAM.wait("copy to the host")
     elif there and not from_there and not (non_blocking and _is_pinned(tensor)):
         STREAM.wait("copy to the device")

@@ -22,7 +22,7 @@ from wapo_analysis.derive import (
 )
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.batches import BatchPass
-from wapo_analysis.record.tokens import HostPass, TokenPass, given_in_all, on_host
+from wapo_analysis.record.tokens import DeviceTotals, HostPass, TokenPass, given_in_all, on_host
 from wapo_analysis.record.topk import TopTokens, chosen_rows
 from wapo_analysis.schema import ROLLOUTS, TOKENS, TOPK
 from wapo_analysis.table import Array, Records
@@ -100,6 +100,7 @@ class OpenStep:
         **settings: Any,
     ) -> "StepJob":
         """Everything of the step for the writer; what the caller may write again is copied."""
+        summed = self._summed_there(settings)
         passes = self._taken()
         given = frozenset.intersection(*self._given) if self._given else frozenset()
         others = [Records.concat(self.probes)] if self.probes else []
@@ -109,7 +110,20 @@ class OpenStep:
             own = {n: v.copy() if isinstance(v, np.ndarray) else v for n, v in rollouts.items()}
             others.insert(0, Records.build(ROLLOUTS, {**keys, **own}))
         read = [on_host(top) for top in tops if top.ids is not None]
-        return StepJob(row, passes, self.settled, given, others, read, self._outside, **settings)
+        return StepJob(
+            row, passes, self.settled, given, others, read, self._outside, summed, **settings
+        )
+
+    def _summed_there(self, settings: Mapping[str, Any]) -> list[DeviceTotals]:
+        """Sum up on their device the passes of a step of which no token row will be written."""
+        on_device = all(tokens.logp.device.type == "cuda" for tokens in self.passes)
+        if settings.get("share", 1.0) > 0 or self.settled or not on_device:
+            return []
+        taken, self.passes = self.passes, []
+        self._outside += [count for tokens in taken for count in tokens.outside]
+        given = None if settings.get("sums") is None else given_in_all(taken)
+        how = settings.get("temperature", 1.0), given, settings.get("sequence_level", False)
+        return [DeviceTotals(tokens, *how) for tokens in taken]
 
     def _taken(self) -> list[HostPass]:
         taken, self.passes = self.passes, []
@@ -138,6 +152,8 @@ class StepJob:
         The most probable tokens of a few rollouts.
     outside : list of Tensor
         Of each pass, positions that got a gradient outside the loss mask, see `outside_counts`.
+    summed : list of DeviceTotals
+        Passes that were summed up where they are: no row of them is written.
     rank : int
     temperature : float
         Softmax temperature of the statistics.
@@ -157,6 +173,7 @@ class StepJob:
     others: list[Records]
     tops: list[HostPass] = field(default_factory=list)
     outside: list[Tensor] = field(default_factory=list)
+    summed: list[DeviceTotals] = field(default_factory=list)
     rank: int = 0
     temperature: float = 1.0
     share: float = 1.0
@@ -188,6 +205,10 @@ class StepJob:
             self.row |= {name: sum(c[k] for c in counts) for k, name in enumerate(places)}
             self.outside = []
         self.passes, self.tokens = [], []
+        if self.summed:
+            found = [totals.arrived(self.step, self.rank) for totals in self.summed]
+            self.summed, self.row["token_fraction"] = [], self.share
+            self._keep([totals for totals, _ in found], [sums for _, sums in found])
         if not given:
             return
         tokens = Records.concat(given) if len(given) > 1 else given[0]
@@ -204,7 +225,7 @@ class StepJob:
         columns = dict(tokens.columns)
         if self.sums is not None and self.sequence_level:
             columns["ratio"] = sequence_ratio(columns)
-        totals, sums = [], Counter[str]()
+        totals, sums = [], []
         for start in range(0, max(1, len(tokens)), _BLOCK):
             end = start + _BLOCK
             block = Records(TOKENS, {name: values[start:end] for name, values in columns.items()})
@@ -212,10 +233,17 @@ class StepJob:
             totals.append(class_totals(derived))
             if self.sums is not None:
                 ratio = {"ratio": block["ratio"]} if "ratio" in columns else {}
-                sums.update(pass_sums(derived.with_columns(ratio), self.given))
-        self._totals = totals if len(totals) == 1 else [merged_totals(totals)]
+                sums.append(pass_sums(derived.with_columns(ratio), self.given))
+        self._keep(totals, sums)
+
+    def _keep(self, totals: Sequence[Records], sums: Iterable[Mapping[str, float]]) -> None:
+        """Class totals and sums of parts of the tokens, as those of the step."""
+        self._totals = [totals[0] if len(totals) == 1 else merged_totals(totals)]
         if self.sums is not None:
-            self.row = step_columns({**sums, **self.sums}) | self.row
+            added = Counter[str]()
+            for part in sums:
+                added.update(part)
+            self.row = step_columns({**added, **self.sums}) | self.row
 
     def records(self) -> list[Records]:
         """Tables to be written, once condensed: class totals, token rows, rollouts, probes."""

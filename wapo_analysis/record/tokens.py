@@ -1,15 +1,25 @@
 """The tokens of one gradient pass, and their way from the trainer's device to numpy columns."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wapo_analysis.derive import (
+    CELL_KEYS,
+    CELLS,
+    cell_numbers,
+    cell_terms,
+    derived_columns,
+    token_sums,
+)
 from wapo_analysis.record.topk import TopTokens
+from wapo_analysis.schema import CLASSES, TOKENS
 from wapo_analysis.stats import TokenStats
-from wapo_analysis.table import Array
+from wapo_analysis.table import Array, Records
 
 
 @dataclass
@@ -135,6 +145,26 @@ class HostPass:
         return dict(self._given)
 
 
+class Sent:
+    """A tensor on its way to pinned memory; nobody waits for it but who calls `arrived`."""
+
+    def __init__(self, values: Tensor) -> None:
+        pinned = values.device.type == "cuda"
+        self.shape = values.shape
+        self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=pinned)
+        self._host.copy_(values, non_blocking=pinned)
+        self._event: torch.cuda.Event | None = None
+        if pinned:
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(values.device))
+
+    def arrived(self) -> Array:
+        """The values on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return np.asarray(self._host.numpy())
+
+
 class DevicePass(HostPass):
     """Columns of a pass on an accelerator, packed and on their way to pinned memory.
 
@@ -159,17 +189,10 @@ class DevicePass(HostPass):
         flags = torch.zeros_like(rows[0])
         for bit, name in enumerate(self._flags):
             flags |= given[name].to(device, torch.int32) << bit
-        packed = torch.stack([*rows, flags])
-        pinned = device.type == "cuda"
-        self._host = torch.empty(packed.shape, dtype=torch.int32, pin_memory=pinned)
-        self._host.copy_(packed, non_blocking=pinned)
-        self._event: torch.cuda.Event | None = None
-        if pinned:
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
+        self._sent = Sent(torch.stack([*rows, flags]))
 
     def __len__(self) -> int:
-        return int(self._host.shape[1])
+        return int(self._sent.shape[1])
 
     @property
     def token_ids(self) -> Array | None:
@@ -177,14 +200,119 @@ class DevicePass(HostPass):
         return None
 
     def _arrived(self) -> dict[str, Array]:
-        if self._event is not None:
-            self._event.synchronize()
-        words = self._host.numpy()
+        words = self._sent.arrived()
         given = {name: words[row].view(np.float32) for row, name in enumerate(self._floats)}
         start = len(self._floats)
         given |= {name: words[start + row] for row, name in enumerate(self._ints)}
         given |= {name: words[-1] >> bit & 1 == 1 for bit, name in enumerate(self._flags)}
         return given
+
+
+_BLOCK = 1 << 19
+"""Tokens summed up at a time on a device: what is derived of them takes 120 MB."""
+_SPREAD = 64
+"""Places a cell has while it is summed up: threads that add to one place wait for each other."""
+
+
+class DeviceTotals:
+    """Class totals and sums of a pass, made in float64 where its tokens are; only they travel.
+
+    Parameters
+    ----------
+    tokens : TokenPass
+    temperature : float
+    given : frozenset of str, optional
+        Statistics every pass of the step has, for sums for the step columns; None makes no sums.
+    sequence_level : bool
+        The clip looks at the ratio of the whole rollout, all of it in this pass.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenPass,
+        temperature: float,
+        given: frozenset[str] | None,
+        sequence_level: bool = False,
+    ) -> None:
+        columns = _stored(tokens)
+        ratio = _rollout_ratio(columns) if given is not None and sequence_level else None
+        parts = []
+        for start in range(0, max(1, len(columns["logp"])), _BLOCK):
+            block = {name: values[start : start + _BLOCK] for name, values in columns.items()}
+            block |= derived_columns(block, temperature)
+            terms = cell_terms(block)
+            part = [_cell_sums(cell_numbers(block), terms).flatten()]
+            self._names, self._sums = list(terms), list[str]()
+            if given is not None:
+                if ratio is not None:
+                    block["ratio"] = ratio[start : start + _BLOCK]
+                sums = token_sums(block, given)
+                self._sums = list(sums)
+                part += [value.double().reshape(1) for value in sums.values()]
+            parts.append(torch.cat(part))
+        self._sent = Sent(torch.stack(parts).sum(0))
+
+    def arrived(self, step: int, rank: int) -> tuple[Records, dict[str, float]]:
+        """Rows of the ``classes`` table, and the sums."""
+        values = self._sent.arrived()
+        cells = values[: 2 * len(self._names) * CELLS].reshape(2, -1, CELLS)
+        held = np.flatnonzero(cells[0, 0])
+        codes = np.unravel_index(held, (3, 3, CELLS // 9))
+        keys = {name: code - 1 for name, code in zip(CELL_KEYS[2:], codes, strict=True)}
+        keys |= {"step": np.full(len(held), step), "rank": np.full(len(held), rank)}
+        total = np.where(cells[1] > 0, cells[0], np.nan)[:, held]
+        totals = Records.build(CLASSES, {**keys, **dict(zip(self._names, total, strict=True))})
+        return totals, dict(zip(self._sums, values[cells.size :].tolist(), strict=True))
+
+
+def _stored(tokens: TokenPass) -> dict[str, Tensor]:
+    """Columns as the token table would hold them, missing statistics NaN."""
+    given = tokens.given()
+    like = given["logp"].float()
+    columns = {
+        column.name: given[column.name].to(like.device, getattr(torch, column.dtype))
+        if column.name in given
+        else torch.full_like(like, math.nan)
+        for column in TOKENS.stored
+        if column.dtype == "float32"
+    }
+    flags = {"kept": torch.ones_like, "clipped": torch.zeros_like}
+    for name, absent in flags.items():
+        there = given[name].to(like.device, torch.bool) if name in given else None
+        columns[name] = absent(like, dtype=torch.bool) if there is None else there
+    return columns | {"rollout": given["rollout"].to(like.device)}
+
+
+def _rollout_ratio(columns: Mapping[str, Tensor]) -> Tensor:
+    """`wapo_analysis.derive.sequence_ratio` of one pass, without a wait for the device."""
+    rollout, order = columns["rollout"].sort(stable=True)
+    index = torch.empty_like(order)
+    index[order] = (rollout.diff(prepend=rollout[:1]) != 0).cumsum(0)
+    old = columns["logp_old"].double()
+    prox = columns["logp_prox"].double()
+    log_ratio = columns["logp"].double() - torch.where(prox.isnan(), old, prox)
+    sums = torch.zeros(2, len(index), dtype=torch.float64, device=index.device)
+    sums[0].index_add_(0, index, log_ratio)
+    sums[1].index_add_(0, index, torch.ones_like(log_ratio))
+    return (sums[0] / sums[1].clamp(min=1)).exp()[index]
+
+
+def _cell_sums(cell: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+    """Sum of every term in every cell without NaN, and the tokens it is known of.
+
+    Returns
+    -------
+    Tensor of float64, shape (2, terms, CELLS)
+    """
+    place = torch.arange(len(cell), device=cell.device) % _SPREAD * CELLS + cell
+    sums = torch.zeros(
+        2, len(terms), _SPREAD * CELLS, dtype=torch.float64, device=cell.device
+    )  # fmt: skip
+    for row, values in enumerate(terms.values()):
+        wide = values.double()
+        sums[0, row].index_add_(0, place, wide.nan_to_num(0.0, math.inf, -math.inf))
+        sums[1, row].index_add_(0, place, (~wide.isnan()).double())
+    return sums.reshape(2, len(terms), _SPREAD, CELLS).sum(2)
 
 
 def on_host(tokens: TokenPass | TopTokens) -> HostPass:
