@@ -1,12 +1,13 @@
 """What watching costs, measured side by side.
 
-A model of four layers (width 512) with a vocabulary of 32000. In TRL: plain, `attach` with each
-``detail``, and with our head in place of TRL's (mode="replace"). With ``--loop``: a loop of one's
-own, its policy loss plain and inside `watched_loss`. Arms take turns in one process; the time is
-that of an update without generation. Needs the extra [trl]; about ten minutes.
+A GRPOTrainer on a model of two layers (width 128) with a vocabulary of 49152: plain, class totals
+only, full token rows, full rows scored again after the update, and both with our head in place of
+TRL's (mode="replace"). With ``--loop``: a policy loss plain and inside `watched_loss`, four layers
+of width 512 with a vocabulary of 32000. Arms take turns in one process; the time is that of an
+update without generation. Needs the extra [trl]; minutes.
 
-    python experiments/watching_cost.py --rounds 3
-    python experiments/watching_cost.py --loop --rounds 30
+    python experiments/watching_cost.py --rounds 5
+    python experiments/watching_cost.py --loop --rounds 16
 """
 
 import argparse
@@ -30,13 +31,14 @@ from wapo_analysis import watched_loss
 from wapo_analysis.capture.trl.attachment import attach
 from wapo_analysis.errors import UserError
 
-VOCABULARY, WIDTH, LAYERS, STEPS = 32_000, 512, 4, 10
+VOCABULARY = 49152
 KNOBS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "totals": {"detail": "totals"},
-    "sampled": {"detail": "sampled"},
-    "full": {"detail": "full"},
-    "full, replace": {"detail": "full", "mode": "replace"},
+    "class totals": {"token_every": 0, "rescore_every": 0},
+    "full rows": {"token_every": 1, "rescore_every": 0},
+    "full rows, scored again": {"token_every": 1, "rescore_every": 1},
+    "replace, full rows": {"mode": "replace", "token_every": 1, "rescore_every": 0},
+    "replace, scored again": {"mode": "replace", "token_every": 1, "rescore_every": 1},
 }
 """The arms that are compared, and what `attach` is given in each."""
 
@@ -59,7 +61,7 @@ class Cost:
 
 
 def watching_cost(
-    make_trainer: Callable[[str], Any], rounds: int = 7, steps: int = STEPS
+    make_trainer: Callable[[str], Any], rounds: int = 7, steps: int = 3
 ) -> dict[str, Cost]:
     """Measure all arms side by side.
 
@@ -138,17 +140,19 @@ def _wait(trainer: Any) -> None:
         torch.cuda.synchronize()
 
 
-def model() -> LlamaForCausalLM:
-    """Four layers under a head of 32000 tokens."""
+def model(
+    vocabulary: int = VOCABULARY, width: int = 128, layers: int = 2, heads: int = 2
+) -> LlamaForCausalLM:
+    """Two layers under a head as large as SmolLM2's."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
-            num_key_value_heads=8,
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
             max_position_embeddings=64,
             pad_token_id=0,
             eos_token_id=1,
@@ -158,11 +162,11 @@ def model() -> LlamaForCausalLM:
 
 
 def loop_cost(rounds: int, token_every: int) -> Cost:
-    """Cost of a watched loss in a loop: 8 rollouts, prompts of 16 tokens, completions of 48."""
+    """Cost of a watched loss: four layers, 8 rollouts, prompts of 16 tokens, completions of 48."""
     torch.manual_seed(1)
-    ids, advantages = torch.randint(2, VOCABULARY, (8, 64)), torch.randn(8, 1)
+    ids, advantages = torch.randint(2, 32_000, (8, 64)), torch.randn(8, 1)
     names = {"logp": "logp", "logp_old": "old", "advantages": "advantages"}
-    policies = [model(), model()]
+    policies = [model(32_000, 512, layers=4, heads=8) for _ in range(2)]
     optimizers = [torch.optim.AdamW(policy.parameters(), lr=1e-5) for policy in policies]
     times: tuple[list[float], list[float]] = ([], [])
     with (
@@ -199,14 +203,14 @@ def digits(completions: list[str], **_: Any) -> list[float]:
 
 
 def trainer(out: str) -> GRPOTrainer:
-    """A fresh trainer of ten steps, the same one every time."""
+    """A fresh trainer of three steps, the same one every time."""
     return GRPOTrainer(
         model=model(),
         reward_funcs=digits,
         args=GRPOConfig(
             output_dir=out,
-            max_steps=STEPS,
-            per_device_train_batch_size=8,
+            max_steps=3,
+            per_device_train_batch_size=16,
             num_generations=8,
             max_completion_length=32,
             learning_rate=1e-4,
