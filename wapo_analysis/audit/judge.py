@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.audit import checks, rollouts, sampling, terms
-from wapo_analysis.audit.advantages import RULES, Advantages, read_advantages
 from wapo_analysis.audit.coefficient import MEANS, Coefficient, Core, read_coefficient
 from wapo_analysis.audit.declared import Known, declared_of, exact, library, settings_of
 from wapo_analysis.audit.evidence import Evidence
 from wapo_analysis.audit.result import Audit, Findings, look
+from wapo_analysis.audit.rollouts import RULES, Advantages, read_advantages
 
 STEPS = 10
 """Steps with token rows that are looked at."""
