@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,11 @@ def console_error(text: str) -> None:
     """One error line on stderr; where that cannot be written, nothing."""
     with suppress(OSError):
         typer.echo(f"wapo: {printable(text)}", err=True)
+
+
+def next_commands(*commands: tuple[str | Path, ...]) -> str:
+    """Line of commands that go on from here, each ready to be pasted."""
+    return "next: " + "   |   ".join(shlex.join(map(str, one)) for one in commands)
 
 
 def drop_output() -> None:

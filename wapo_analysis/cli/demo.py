@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import check_new, console_error, progress, say, show
+from wapo_analysis.cli.common import check_new, console_error, next_commands, progress, say, show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.errors import UserError
 
@@ -157,4 +157,5 @@ def _conclude(out: Path, folders: Sequence[Path]) -> None:
     write_figures(runs, out / "figures", "png", None)
     report = out / "report.html"
     build_report(runs, report)
-    say(f"\nreport: {report}\nnext: wapo diagnose {folders[0]}   |   wapo board {out}")
+    say(f"\nreport: {report}")
+    say(next_commands(("wapo", "diagnose", folders[0]), ("wapo", "board", out)))

@@ -1,12 +1,13 @@
 """``wapo diagnose``."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunsArgument, open_runs, say, show
+from wapo_analysis.cli.common import Format, RunsArgument, next_commands, open_runs, say, show
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def diagnose(
         if format == "text" and (line := _audit_line(path, run)):
             say(line)
         if format == "text" and (one.culprits or one.drivers):
-            say(f"\nnext: {_next_commands(path, run, one)}")
+            say(f"\n{_next(path, run, one)}")
     if fail_on is not None and any(one.reaches(fail_on) for one in found):
         raise typer.Exit(1)
 
@@ -87,17 +88,18 @@ def _audit_line(path: Path, run: "Run") -> str:
     found = first_audit(run)
     if found is None or not found.deviations:
         return ""
-    return f"\naudit: {found.line} (wapo audit {path})"
+    return f"\naudit: {found.line} (wapo audit {shlex.quote(str(path))})"
 
 
-def _next_commands(path: Path, run: "Run", found: "Diagnosis") -> str:
+def _next(path: Path, run: "Run", found: "Diagnosis") -> str:
     """Commands that go on from a diagnosis: its tokens, what leaving the class out would do."""
-    commands = [f"wapo report {path}"]
+    commands: list[tuple[str | Path, ...]] = [("wapo", "report", path)]
     if not run.probes.empty and found.drivers:
-        commands.insert(0, f"wapo whatif {path} --exclude-bins {found.drivers[0].cls}")
+        commands.insert(0, ("wapo", "whatif", path, "--exclude-bins", found.drivers[0].cls))
     if found.culprits:
-        commands.insert(0, f"wapo diagnose {path} --step {found.culprits.steps[0]}")
-    return "   |   ".join(commands)
+        step = str(found.culprits.steps[0])
+        commands.insert(0, ("wapo", "diagnose", path, "--step", step))
+    return next_commands(*commands)
 
 
 def _only(path: Path) -> "Run":

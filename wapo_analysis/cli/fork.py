@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, console_error, say, show
+from wapo_analysis.cli.common import Format, RunArgument, console_error, next_commands, say, show
 from wapo_analysis.cli.train import MAX_THREADS, as_settings, assigned, shown_progress
 from wapo_analysis.errors import printable
 
@@ -78,4 +78,4 @@ def fork(
     show(result, format)
     if format != "json":
         say(f"run: {folder}")
-        say(f"next: wapo compare {run} {folder}   |   wapo diagnose {folder}")
+        say(next_commands(("wapo", "compare", run, folder), ("wapo", "diagnose", folder)))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import say
+from wapo_analysis.cli.common import next_commands, say
 
 Option = typer.Option
 
@@ -83,4 +83,4 @@ def import_(
     report = import_run(source, folder, settings)
     say(report.to_text())
     say(f"run: {folder}")
-    say(f"next: wapo diagnose {folder}   |   wapo report {folder}")
+    say(next_commands(("wapo", "diagnose", folder), ("wapo", "report", folder)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import console_error, drop_output, progress, say
+from wapo_analysis.cli.common import console_error, drop_output, next_commands, progress, say
 from wapo_analysis.declare import Declared, declared_settings, settings_table
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig
@@ -193,7 +193,8 @@ def _ended(folder: Path) -> None:
         console_error(f"the training is done, but the run in {folder} is not whole: {status}")
         raise typer.Exit(3)
     try:
-        say(f"run: {folder}\nnext: wapo diagnose {folder}   |   wapo report {folder}")
+        say(f"run: {folder}")
+        say(next_commands(("wapo", "diagnose", folder), ("wapo", "report", folder)))
     except OSError:
         drop_output()  # what counts is on disk
 
