@@ -105,7 +105,7 @@ def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame:
 def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     """Names of the columns with a value: a finite number, or a text in a column of texts."""
     # A look at the first rows, of all columns of numbers at once, is nearly always enough.
-    numbers = frame.iloc[:_LOOK].select_dtypes(("number", "bool"), exclude="timedelta")
+    numbers = frame.iloc[:_LOOK].select_dtypes(["number", "bool"], exclude=["timedelta"])
     known = set(numbers.columns[np.isfinite(numbers.to_numpy(np.float64)).any(axis=0)])
     declared = TABLES[table]
     for name in map(str, frame.columns):
