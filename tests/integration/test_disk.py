@@ -94,7 +94,7 @@ def test_a_log_on_a_full_disk_ends_no_training(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_result_that_cannot_be_printed_is_one_line_and_a_failure(tmp_path: Path) -> None:
     run = write_fake_run(tmp_path / "run", steps=8)
-    command = f"{sys.executable} -m wapo_analysis diagnose '{run}' > /dev/full"
+    command = f"'{sys.executable}' -m wapo_analysis diagnose '{run}' > /dev/full"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         2,

@@ -148,7 +148,7 @@ def test_prompts_are_shown_by_what_sets_them_apart(tmp_path: Path) -> None:
     from wapo_analysis.store import RunWriter
     from wapo_analysis.table import Records
 
-    run = open_run(write_fake_run(tmp_path / "run", steps=6))
+    run = open_run(write_fake_run(tmp_path / "run", steps=6, loose=True))
     head = "<|im_start|>system You are a helpful assistant. <|im_end|> user "
     rows = run.table("rollouts", [6])
     asked = rows.assign(prompt=[f"{head}What is {group} + 1? end" for group in rows["group"]])
@@ -169,7 +169,9 @@ def test_a_large_step_equals_the_plain_groupby(tmp_path: Path) -> None:
     from wapo_analysis.store import RunWriter
     from wapo_analysis.table import Records
 
-    once = open_run(write_fake_run(tmp_path / "run", steps=1, prompts=8, rollouts=8, length=40))
+    once = open_run(
+        write_fake_run(tmp_path / "run", steps=1, loose=True, prompts=8, rollouts=8, length=40)
+    )
     given = {n: v.to_numpy() for n, v in once.tokens([1], derived=False).items()}
     many = {n: np.concatenate([v] * 30) for n, v in given.items()}
     draw = np.random.default_rng(0)
