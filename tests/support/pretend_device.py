@@ -18,6 +18,7 @@ unseen. As a pytest plugin (``-p tests.support.pretend_device``) it is installed
 import contextlib
 import ctypes
 import functools
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,6 +196,8 @@ def _set_libraries() -> None:
         return flatten({name: tensor.cpu() for name, tensor in tensors.items()}, *more)
 
     safe._flatten_as_ptr = flattened  # type: ignore[assignment]
+    # Beside a torch with CUDA Triton is installed, and would look for a driver.
+    sys.modules["triton"] = None  # type: ignore[assignment]
 
 
 def _set_threads() -> None:
