@@ -369,7 +369,8 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
     """Predicted dH of every class, the sum, and what the numbers are."""
     alone = any(driver.counterfactual_dentropy is not None for driver in drivers)
     net = sum(driver.predicted_dentropy for driver in drivers)
-    rows = [["class", "predicted dH", "share", *(["class alone, measured (nats)"] * alone)]]
+    way = "rise" if drivers[0].predicted_dentropy > 0 else "fall"
+    rows = [["class", "predicted dH", f"of the {way}", *(["class alone, measured (nats)"] * alone)]]
     for one in drivers:
         measured = one.counterfactual_dentropy
         last = [short(measured) if measured is None else f"{measured:+.3g}"]
