@@ -54,6 +54,7 @@ def test_the_gpu_tier_runs_on_the_pretended_device(tmp_path: Path) -> None:
     assert reasons <= {
         "triton is not installed",
         "could not import 'triton': No module named 'triton'",
+        "could not import 'triton': import of triton halted; None in sys.modules",
     }
 
 
