@@ -92,7 +92,8 @@ class RewardState:
             return False
         count = max(CALM_STEPS, len(self.series) // 3)
         rise, noise = _straight_rise(self.series.values[-count:])
-        return rise > max(GAINING * noise, LEAST_GAIN * (self.peak - self.series.level))
+        rounding = 1e-9 * abs(self.peak)  # a reward that never moves has no other noise
+        return rise > max(GAINING * noise, LEAST_GAIN * (self.peak - self.series.level), rounding)
 
     @cached_property
     def stands_from(self) -> int:
