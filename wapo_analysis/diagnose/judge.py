@@ -108,21 +108,29 @@ def diagnose(run: Run) -> Diagnosis:
         skipped=tuple(skipped),
         sentence=(main.message if main else _calm_sentence(context, fallback, findings)) + note,
         best_step=reward.best_step if reward is not None else None,
-        best_checkpoint=context.best_checkpoint,
-        best_words=_best_words(context),
+        best_checkpoint=_best_checkpoint(context, main),
+        best_words=_best_words(context, main),
         command=command,
     )
 
 
-def _best_words(context: Context) -> str:
+def _best_words(context: Context, main: Finding | None) -> str:
     """When the reward was best, and which checkpoint earned most; empty without a reward."""
-    reward, saved = context.reward, context.best_checkpoint
+    reward, saved = context.reward, _best_checkpoint(context, main)
     if reward is None:
         return ""
     said = f"The reward was best at step {reward.best_step} ({reward.peak:.2f})."
     if saved is not None:
-        said += f" Best checkpoint: {saved} (reward {context.earned_by(saved):.2f})."
+        return f"{said} Best checkpoint: {saved} (reward {context.earned_by(saved):.2f})."
+    if main is not None and context.best_checkpoint is not None:
+        return f"{said} No checkpoint is from before step {main.step}."
     return said
+
+
+def _best_checkpoint(context: Context, main: Finding | None) -> int | None:
+    """Step of the checkpoint that earned most, if it is from before the failure."""
+    saved = context.best_checkpoint
+    return saved if saved is None or main is None or saved < main.step else None
 
 
 def _advised(

@@ -184,6 +184,7 @@ def test_a_failed_run_names_the_command_that_tests_its_advice(tmp_path: Path) ->
 
 def test_without_a_checkpoint_the_command_repeats_the_run_from_its_start(tmp_path: Path) -> None:
     d = exploding(tmp_path / "run", (30, 40))
+    assert f"No checkpoint is from before step {d.onset_step}." in d.to_text()
     assert d.command is not None
     assert d.command.startswith(f"wapo fork {tmp_path}/run --at 0 --")
 
