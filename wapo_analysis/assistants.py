@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.results import plain
-from wapo_analysis.store import MANIFEST, Run, open_run
+from wapo_analysis.store import MANIFEST, Run, open_run, run_folders
 
 if TYPE_CHECKING:
     from mcp.server import MCPServer
@@ -61,9 +61,8 @@ class Library:
         """Name of every run to its folder; a second one of a name carries a number."""
         found: dict[str, Path] = {}
         for folder in self._folders:
-            for manifest in sorted(folder.glob(f"**/{MANIFEST}"))[:MOST_RUNS]:
-                path = manifest.parent
-                if not manifest.resolve().is_relative_to(folder):
+            for path in run_folders(folder)[:MOST_RUNS]:
+                if not (path / MANIFEST).resolve().is_relative_to(folder):
                     continue  # a link that leads outside
                 name = str(path.relative_to(folder)) if path != folder else folder.name
                 while name in found and found[name] != path:

@@ -82,10 +82,9 @@ def holds_runs(path: Path) -> bool:
     """Whether a path is a run, also one that lost its manifest, or holds runs, or is not there."""
     if not path.is_dir():
         return not path.exists()
-    from wapo_analysis.store import is_run
+    from wapo_analysis.store import STEP_LOG, run_folders
 
-    inside = (file.parent for file in path.rglob("manifest.json"))
-    return (path / "steps.jsonl").exists() or any(map(is_run, inside))
+    return (path / STEP_LOG).exists() or bool(run_folders(path))
 
 
 def open_foreign(path: Path) -> "Run":

@@ -22,7 +22,7 @@ from wapo_analysis.report.build import render
 from wapo_analysis.report.data import Json, comparison_data, run_data, run_id
 from wapo_analysis.report.steps import block, step_data
 from wapo_analysis.settings import setting_labels
-from wapo_analysis.store import MANIFEST, STEP_LOG, Run, open_run
+from wapo_analysis.store import MANIFEST, STEP_LOG, Run, open_run, run_folders
 from wapo_analysis.store.tail import Tail
 
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Shelf:
         """Every run with a mark that changes when the run does."""
         found: dict[str, Json] = {}
         for folder in self.folders:
-            for manifest in sorted(folder.glob(f"**/{MANIFEST}"))[:MOST_RUNS]:
-                path = manifest.parent
+            for path in run_folders(folder)[:MOST_RUNS]:
                 number = run_id(path)
                 self._tails.setdefault(number, Tail(path))
                 found[number] = {"id": number, "name": path.name, "mark": _mark(path)}

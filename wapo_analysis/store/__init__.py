@@ -13,7 +13,7 @@ from wapo_analysis.store.files import (
 from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.parquet import round_mantissa
-from wapo_analysis.store.reader import Run, find_runs, open_run
+from wapo_analysis.store.reader import Run, find_runs, open_run, run_folders
 from wapo_analysis.store.writer import PartWriter, RunWriter
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "is_run",
     "read_manifest",
     "round_mantissa",
+    "run_folders",
     "write_atomic",
 ]

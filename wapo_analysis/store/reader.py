@@ -271,6 +271,11 @@ def open_run(path: str | Path) -> Run:
     return Run(folder, read_manifest(folder))
 
 
+def run_folders(folder: Path) -> list[Path]:
+    """Run folders of ours at or below a folder, by name; what other tools left is none."""
+    return sorted(filter(is_run, (file.parent for file in folder.glob(f"**/{MANIFEST}"))))
+
+
 def find_runs(path: str | Path) -> list[Path]:
     """Run folders at or below a path: the path itself if it is a run, else its run subfolders.
 
@@ -282,8 +287,7 @@ def find_runs(path: str | Path) -> list[Path]:
     folder = Path(path)
     if is_run(folder):
         return [folder]
-    inside = (p.parent for p in folder.glob(f"**/{MANIFEST}")) if folder.is_dir() else ()
-    found = sorted(filter(is_run, inside))
+    found = run_folders(folder) if folder.is_dir() else []
     if not found:
         read_manifest(folder)
     return found

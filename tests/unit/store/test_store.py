@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.builders import write_fake_run
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import ROLLOUTS, TOKENS
-from wapo_analysis.store import Run, RunWriter, find_runs, open_run, round_mantissa
+from wapo_analysis.store import Run, RunWriter, find_runs, open_run, round_mantissa, run_folders
 from wapo_analysis.table import Records
 
 
@@ -262,3 +263,10 @@ def test_a_text_is_kept_under_a_trainer_s_own_name_alone(tmp_path: Path) -> None
     log.write_text('{"step": 1, "reward": "warm"}\n')
     with pytest.raises(UserError, match="reward is not a number"):
         _ = open_run(path).steps
+
+
+def test_another_tools_manifest_is_no_run_folder(tmp_path: Path) -> None:
+    mine = write_fake_run(tmp_path / "deep" / "mine", steps=2)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text('{"tool": "another"}')
+    assert run_folders(tmp_path) == [mine]
