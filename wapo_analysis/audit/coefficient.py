@@ -14,8 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.audit.evidence import Evidence, by_unit, exponential, first_of
-from wapo_analysis.audit.totals import ANY_SIZE, Sum, Totals
+from wapo_analysis.audit.evidence import (
+    ANY_SIZE,
+    Evidence,
+    Sum,
+    Totals,
+    by_unit,
+    exponential,
+    first_of,
+)
 from wapo_analysis.table import Array
 
 OUTLIERS = 0.002

@@ -7,8 +7,7 @@ from typing import Any
 
 from wapo_analysis.audit.coefficient import MEANS, Core
 from wapo_analysis.audit.evidence import OWN_SOURCES
-from wapo_analysis.objectives.table import OBJECTIVES, Objective
-from wapo_analysis.objectives.token_losses import rollout_surrogate
+from wapo_analysis.objectives.table import OBJECTIVES, Objective, rollout_surrogate
 
 STANDARD = frozenset({"group mean, population std", "group mean, sample std"})
 CENTRED = frozenset({"group mean"})

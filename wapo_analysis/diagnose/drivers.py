@@ -1,4 +1,6 @@
-"""Which class drives the entropy: predicted dH and counterfactual probes over a window."""
+"""Who drives the entropy: classes by predicted dH and probes, the tokens and rollouts behind."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -6,8 +8,9 @@ import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.advice import CLASS_ADVICE, LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.result import Driver
+from wapo_analysis.diagnose.result import Culprits, Driver
 from wapo_analysis.schema import ALL_TOKENS
+from wapo_analysis.store import Run
 
 MIN_WINDOW = 5
 
@@ -84,3 +87,80 @@ def driver_advice(drivers: tuple[Driver, ...]) -> Advice:
     if not drivers:
         return Advice("No class is known to drive it.", steps=(LOWER_LR,))
     return CLASS_ADVICE[drivers[0].cls]
+
+
+READ_STEPS = 3
+"""Most steps whose token rows are read."""
+NEAR = 10
+"""Steps beyond the window at which token rows still speak for it."""
+SHOWN = 3
+
+
+def find_culprits(
+    run: Run, finding: str, cls: str, first: int, last: int, direction: int
+) -> Culprits | None:
+    """Split the predicted dH of a class over its tokens and rollouts.
+
+    A token counts with its exact first-order dH (taxonomy/README.md) where that points in the
+    direction, summed over the gradient passes that saw it.
+
+    Parameters
+    ----------
+    run : Run
+        The run.
+    finding : str
+        Name of the finding the class is behind.
+    cls : str
+        Class name of the taxonomy.
+    first, last : int
+        Window of steps; of those in it that have token rows the earliest are read, else the nearest
+        one at most ``NEAR`` steps away.
+    direction : int
+        1 for what raises the entropy, -1 for what lowers it.
+
+    Returns
+    -------
+    Culprits or None
+        None without token rows near the window, or with none that point there. Tokens and
+        rollouts whose number the source could not give (-1) are not named.
+    """
+    steps = _steps(run.token_steps(), first, last)
+    if not steps:
+        return None
+    rows = run.tokens(steps)
+    toward = direction * rows["pred_dentropy"].astype(np.float64)
+    mine = (rows["cls"] == cls) & (toward > 0)
+    if not mine.any():
+        return None
+    toward, rows = toward[mine], rows[mine]
+    total = float(toward.sum())
+    vocab = run.vocab
+    by_token = _largest(toward[rows["token_id"] >= 0].groupby(rows["token_id"]).sum())
+    named = toward[rows["rollout"] >= 0].groupby([rows["step"], rows["rollout"]]).sum()
+    by_rollout = _largest(named).reset_index()
+    return Culprits(
+        finding=finding,
+        cls=cls,
+        steps=tuple(steps),
+        tokens=tuple(
+            (vocab.get(int(token), f"#{token}"), value / total)
+            for token, value in zip(by_token.index, by_token.to_list(), strict=True)
+        ),
+        rollouts=tuple(
+            (int(step), int(number), float(value) / total)
+            for step, number, value in by_rollout.itertuples(index=False)
+        ),
+    )
+
+
+def _steps(recorded: Sequence[int], first: int, last: int) -> list[int]:
+    inside = [step for step in recorded if first <= step <= last]
+    if inside or not recorded:
+        return inside[:READ_STEPS]
+    away = {step: max(first - step, step - last) for step in recorded}
+    nearest = min(recorded, key=away.__getitem__)
+    return [nearest] if away[nearest] <= NEAR else []
+
+
+def _largest(values: pd.Series) -> pd.Series:
+    return values.sort_values(ascending=False, kind="stable").head(SHOWN)

@@ -7,11 +7,10 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import Advice, Situation, fork_command
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.culprits import find_culprits
 from wapo_analysis.diagnose.detectors import run_detectors
 from wapo_analysis.diagnose.detectors.forecast import EARLY, TREND_WINDOW
 from wapo_analysis.diagnose.detectors.registry import MIN_STEPS
-from wapo_analysis.diagnose.drivers import entropy_drivers
+from wapo_analysis.diagnose.drivers import entropy_drivers, find_culprits
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
     Culprits,

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
-from wapo_analysis.importers.logs import trainer_names
-from wapo_analysis.importers.mapping import VITAL, NameTable
+from wapo_analysis.importers.mapping import VITAL, NameTable, trainer_names
 from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink

@@ -1,23 +1,23 @@
-"""Metrics logs of verl and of trainers built on Transformers: TRL, ms-swift, LLaMA-Factory.
+"""Metrics logs and completions of verl and of trainers built on Transformers."""
 
-verl's ``file`` logger writes ``{"step": N, "data": {name: number}}``. A trainer's state holds the
-log from the first step on under ``log_history``, so the newest is enough. ms-swift writes the same
-records to ``logging.jsonl`` with the step as "17/4389", LLaMA-Factory some of them to
-``trainer_log.jsonl`` with ``current_steps``.
-"""
-
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import as_step
+from wapo_analysis.importers.jsonl import as_number, as_step, message_text
+from wapo_analysis.importers.mapping import trainer_names
 from wapo_analysis.importers.readers import json_records, json_value
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.sink import Sink
+from wapo_analysis.importers.tables import Codes
+from wapo_analysis.store.files import open_regular
 
-_SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",
-            "train_samples_per_second", "epoch")  # fmt: skip
 _REWARD_STD = "reward_std is TRL's: by default the mean of the groups' standard deviations"
 Records = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -126,10 +126,140 @@ def read_log(records: Records, sink: Sink, report: ImportReport, file: Path, pre
             sink.add_log(trainer_names(record), prefix, (file, number))
 
 
-def trainer_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of a Transformers log: eval_x is eval/x, the final summary is summary/x."""
-    return {
-        (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else
-         f"summary/{key}" if key in _SUMMARY else key): value
-        for key, value in record.items()
-    }  # fmt: skip
+_VERL = ("input", "output", "gts", "score", "step", "uid")
+_TEXTS = ("step", "prompt", "completion", "advantage", "advantages", "gen_step")
+
+
+def read_verl_rollouts(file: Path, sink: Sink, report: ImportReport) -> None:
+    """Read one dump of verl's completions."""
+    codes = Codes()
+    extras: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for number, values in json_records(file, report):
+        # The file is named after its step; old dumps lack the key inside.
+        step = as_step(values.get("step", file.stem))
+        reward = as_number(values.get("score"))
+        if step is None or reward is None:
+            report.bad_line(file, number, "no step or no score")
+            continue
+        with report.record(file, number):
+            named = (
+                str(values["uid"]).split("_")[0] if "uid" in values else str(values.get("input"))
+            )
+            sink.add_rollout(
+                {
+                    "step": step,
+                    "group": codes.code("group", step, named),
+                    "rollout": codes.next("rollout", step),
+                    "prompt": message_text(values.get("input")),
+                    "completion": message_text(values.get("output")),
+                    "answer": message_text(values.get("gts")),
+                    "reward": reward,
+                }
+            )
+            _collect(values, extras[step], report)
+    for step, columns in extras.items():
+        means = {f"rollouts/{name}": sum(v) / len(v) for name, v in columns.items()}
+        sink.add_step(step, means)
+    report.mapped |= {"prompt": "input", "completion": "output", "answer": "gts"}
+    report.mapped.setdefault("reward", "score")
+    report.trainer = "verl"
+
+
+def _collect(
+    values: Mapping[str, Any], columns: dict[str, list[float]], report: ImportReport
+) -> None:
+    """Numbers the reward function added are kept as means of the step; the rest is reported."""
+    for key, value in values.items():
+        if key in _VERL:
+            continue
+        number = as_number(value)
+        if number is None:
+            report.unknown_keys[key] += 1
+        else:
+            columns[key].append(number)
+            report.kept_keys[key] += 1
+
+
+@dataclass
+class TrainerCompletions:
+    """Reads completions that have one column for each reward function.
+
+    Parameters
+    ----------
+    rewards : list of str
+        Names of the reward functions, as the log tells them; empty if there is no log.
+    """
+
+    sink: Sink
+    report: ImportReport
+    rewards: list[str]
+    _codes: Codes = field(default_factory=Codes)
+
+    def read(self, file: Path) -> None:
+        """Read one file, Parquet or JSON lines.
+
+        Raises
+        ------
+        UserError
+            If a Parquet file is broken.
+        """
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, self.report)
+        for number, row in rows:
+            with self.report.record(file, number):
+                self._row(file, number, row)
+        self.report.files += file.suffix == ".parquet"
+
+    def _row(self, file: Path, number: int, row: Mapping[str, Any]) -> None:
+        named = self.rewards or [k for k, v in row.items() if _is_reward(k, v)]
+        if not self.rewards:
+            self.report.note(
+                "no log names the reward functions; every numeric column counts as one"
+            )
+        parts = [as_number(row.get(name)) for name in named]
+        given = [part for part in parts if part is not None]
+        step = as_step(row.get("step"))
+        if step is None or not given:
+            self.report.bad_line(file, number, "no step or no reward")
+            return
+        if len(named) > 1:
+            self.report.note(f"reward of a completion is the plain sum of {', '.join(named)}")
+        self.sink.add_rollout(
+            {
+                "step": step,
+                "group": self._codes.code("group", step, str(row.get("prompt"))),
+                "rollout": self._codes.next("rollout", step),
+                "prompt": message_text(row.get("prompt")),
+                "completion": message_text(row.get("completion")),
+                "reward": sum(given),
+                "advantage": as_number(row.get("advantage", row.get("advantages"))),
+            }
+        )
+        for key in row.keys() - {*_TEXTS, *named}:
+            self.report.unknown_keys[key] += 1
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with open_regular(file) as stream:
+            rows = pq.read_table(stream).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = printable(str(error).splitlines()[0])
+        raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
+    yield from enumerate(rows, start=1)
+
+
+def _json_rows(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One row a completion; columns that are lists hold one entry for each."""
+    for number, values in json_records(file, report):
+        lists = {key: value for key, value in values.items() if isinstance(value, list)}
+        lengths = {len(value) for value in lists.values()}
+        if len(lengths) > 1:
+            said = ", ".join(f"{key} {len(value)}" for key, value in sorted(lists.items()))
+            report.bad_line(file, number, f"lists of different length ({said})")
+            continue
+        for place in range(next(iter(lengths), 1)):
+            yield number, {k: v[place] if k in lists else v for k, v in values.items()}
+
+
+def _is_reward(key: str, value: Any) -> bool:
+    return key not in _TEXTS and isinstance(value, int | float)

@@ -315,3 +315,16 @@ def shares_of_counts(
                 rows[step][ours] = value / sum(known)
             elif value > 1:
                 del rows[step][ours]  # a count, of prompts nobody knows how many
+
+
+_SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",
+            "train_samples_per_second", "epoch")  # fmt: skip
+
+
+def trainer_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a Transformers log: eval_x is eval/x, the final summary is summary/x."""
+    return {
+        (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else
+         f"summary/{key}" if key in _SUMMARY else key): value
+        for key, value in record.items()
+    }  # fmt: skip

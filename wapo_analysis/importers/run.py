@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers import boards, completions, logs, official, prime_rl
+from wapo_analysis.importers import boards, logs, official, prime_rl
 from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.detect import Found, detect
 from wapo_analysis.importers.mapping import (
@@ -186,11 +186,11 @@ def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> No
     for file in found.of("verl-metrics"):
         logs.read_verl_metrics(file, sink, report)
     for file in found.of("verl-rollouts"):
-        completions.read_verl_rollouts(file, sink, report)
+        logs.read_verl_rollouts(file, sink, report)
     kinds = {kind: found.of(kind) for kind in ("state", "swift-log", "trainer-log")}
     if found.format == "trl":
         functions = sorted(logs.read_trainer_logs(kinds, sink, report))
-        reader = completions.TrainerCompletions(sink, report, functions)
+        reader = logs.TrainerCompletions(sink, report, functions)
         for file in found.of("completions"):
             reader.read(file)
     _read_boards(found, sink, report, run)

@@ -17,8 +17,14 @@ from wapo_taxonomy import CLASSES, expand_bins
 from wapo_analysis.declare import Limit, between, check_settings, setting
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.objectives.official import Rules, rules
-from wapo_analysis.objectives.table import OBJECTIVES, Objective
-from wapo_analysis.objectives.token_losses import Bounds, TokenLoss, TokenLossFunction, likelihood
+from wapo_analysis.objectives.table import (
+    OBJECTIVES,
+    Bounds,
+    Objective,
+    TokenLoss,
+    TokenLossFunction,
+    likelihood,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

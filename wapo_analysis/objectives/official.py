@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from wapo_analysis.objectives.token_losses import MAX_LOG_RATIO
+from wapo_analysis.objectives.table import MAX_LOG_RATIO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,8 +11,8 @@ numbers, `formulas` makes the statistics of them, `topk` finds the largest colum
 `head` are the two ways in.
 """
 
+from wapo_analysis.stats.formulas import TokenStats
 from wapo_analysis.stats.head import fused_head_stats
 from wapo_analysis.stats.logits import token_stats
-from wapo_analysis.stats.result import TokenStats
 
 __all__ = ["TokenStats", "fused_head_stats", "token_stats"]

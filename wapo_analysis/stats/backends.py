@@ -36,7 +36,7 @@ def reducer(backend: str, logits: Tensor) -> Reducer:
         If the backend was asked for by name and cannot run here.
     """
     if backend == "compile":
-        from wapo_analysis.stats.compiled import reduce_compiled
+        from wapo_analysis.stats.eager import reduce_compiled
 
         return reduce_compiled
     if backend == "triton" or (backend == "auto" and logits.is_cuda):

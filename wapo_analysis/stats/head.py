@@ -15,8 +15,7 @@ from torch import Tensor
 from wapo_analysis.errors import UserError
 from wapo_analysis.stats.backends import reducer
 from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows
-from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed, wide
-from wapo_analysis.stats.result import TokenStats
+from wapo_analysis.stats.formulas import LOG2_E, TokenStats, finish, narrowed, wide
 from wapo_analysis.stats.rows import Rows, check, chosen_rows
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory.

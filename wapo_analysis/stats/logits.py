@@ -9,8 +9,7 @@ from torch.autograd.function import once_differentiable
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.stats.backends import BACKENDS, reducer
 from wapo_analysis.stats.eager import block_rows
-from wapo_analysis.stats.formulas import LOG2_E, finish, narrowed
-from wapo_analysis.stats.result import TokenStats
+from wapo_analysis.stats.formulas import LOG2_E, TokenStats, finish, narrowed
 from wapo_analysis.stats.rows import Rows, check, chosen_rows
 
 

@@ -10,7 +10,7 @@ import torch
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
 from wapo_analysis.objectives.loss import policy_loss
-from wapo_analysis.objectives.token_losses import MAX_LOG_RATIO
+from wapo_analysis.objectives.table import MAX_LOG_RATIO
 
 Array = np.ndarray
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wapo_analysis.capture.lm_head import inner_model, rows_of
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives.token_losses import rollout_surrogate
+from wapo_analysis.objectives.table import rollout_surrogate
 from wapo_analysis.store import Manifest
 
 SCORER = "_get_per_token_logps_and_entropies"
