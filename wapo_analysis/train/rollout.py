@@ -133,6 +133,8 @@ def sample(
     """
     ids, mask = pad_left(prompts, policy.pad_id)
     wanted = torch.arange(len(prompts)) if rows is None else rows.cpu()
+    first_of: dict[tuple[int, ...], int] = {}
+    whole = torch.tensor([first_of.setdefault(tuple(p), i) for i, p in enumerate(prompts)])
     start, device, parts = generator.get_state(), policy.device, []
     with policy.sampling() as model:
         for some in wanted.split(at_once or len(prompts)):
@@ -142,9 +144,11 @@ def sample(
             if device.type != "cpu":
                 noise = Uniforms(generator, len(prompts), max_new_tokens)
             draw = Sampler(policy, model, max_new_tokens, temperature, noise, entropy)
-            shown = mask[some, first:]
-            text, there, numbers = (sent(t, device) for t in (ids[some, first:], shown, some))
-            parts.append(draw(text, there, numbers, padded=not bool(shown.all())))
+            once, copies = torch.unique(whole[some], return_inverse=True)
+            shown = mask[once, first:]
+            held = (ids[once, first:], shown, some, copies)
+            text, there, numbers, copies = (sent(t, device) for t in held)
+            parts.append(draw(text, there, numbers, not bool(shown.all()), copies))
     prompt_ids, prompt_mask = sent(ids[wanted], device), sent(mask[wanted], device)
     return _joined(parts, prompt_ids, prompt_mask, policy.pad_id)
 

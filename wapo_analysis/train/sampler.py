@@ -68,8 +68,10 @@ class _Context:
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-    ids, mask : Tensor, shape (n, L)
-        Left-padded prompts; the mask is 1 on real tokens.
+    ids, mask : Tensor, shape (u, L)
+        Left-padded prompts, each once; the mask is 1 on real tokens.
+    copies : Tensor of int64, shape (n,)
+        The prompt of each row: a group's is read once.
     padded : bool
         Some prompt is padded.
     room : int
@@ -84,6 +86,7 @@ class _Context:
     model: Any
     ids: Tensor
     mask: Tensor
+    copies: Tensor
     padded: bool
     room: int
     token: Tensor | None = None
@@ -95,33 +98,46 @@ class _Context:
         self._texts = self.mask.sum(1, keepdim=True) - length
         self._cache: Any = None
         self._roomy = self._plain = False
+        self._known = takes_whole_masks(self.model)
 
     def logits(self) -> Tensor:
         """Read what has not been read; logits of the next token, shape (n, V)."""
-        mask: Tensor | None = self.mask
         if self.token is None:
-            ids, places = self.ids, positions(self.mask)
-        else:
-            ids, places = self.token.unsqueeze(1), self._texts + self._read
-            self._read += 1
-            mask = self._mask()
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        if self._cache is None:
-            self._hold(out.past_key_values)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+            return self._first()
+        places = self._texts + self._read
+        self._read += 1
+        return self._forward(self.token.unsqueeze(1), self._mask(), places).logits[:, -1]
+
+    def _first(self) -> Tensor:
+        """Read the prompts."""
+        out = self._forward(self.ids, self.mask, positions(self.mask))
+        self._hold(out.past_key_values)
+        if len(self.copies) == len(self.ids):
+            return out.logits[:, -1]
+        if self.keep(self.copies):
+            return out.logits[:, -1][self.copies]
+        self.ids, self.mask = self.ids[self.copies], self.mask[self.copies]
+        self.__post_init__()
+        return self._first()
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, places: Tensor) -> Any:
+        # Inference mode saves a small model on a CPU a tenth of a step. A model that keeps tensors
+        # of its forward pass could not train on with them, so only known kinds of model get it.
+        quick = self._known and ids.device.type == "cpu"
+        with torch.inference_mode() if quick else torch.no_grad():
+            return self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=places,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
 
     def _hold(self, cache: Any) -> None:
         self._cache, layers = cache, getattr(cache, "layers", [])
         self._roomy = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
-        self._plain = self._roomy and takes_whole_masks(self.model)
+        self._plain = self._roomy and self._known
         if self._roomy:
             cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
 
@@ -193,8 +209,13 @@ class Sampler:
     block: int | None = None
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, mask: Tensor, rows: Tensor, padded: bool) -> Sampled:
-        """Sample; prompts left-padded, ids and mask (n, L), ``rows`` their numbers in the batch.
+    def __call__(
+        self, ids: Tensor, mask: Tensor, rows: Tensor, padded: bool, copies: Tensor | None = None
+    ) -> Sampled:
+        """Sample; ``rows`` (n,) are the numbers in the batch.
+
+        Prompts are left-padded, ids and mask (u, L); ``copies`` (n,) says which each row has, None
+        that each has its own.
 
         Raises
         ------
@@ -202,12 +223,13 @@ class Sampler:
             If the policy gives NaN or infinite logits.
         """
         policy, device = self.policy, ids.device
-        told = [_Row() for _ in range(len(ids))]
-        hand, at = list(range(len(ids))), torch.arange(len(ids), device=device)
-        shape = len(ids), self.max_new_tokens
+        told = [_Row() for _ in range(len(rows))]
+        hand, at = list(range(len(rows))), torch.arange(len(rows), device=device)
+        shape = len(rows), self.max_new_tokens
         out = [torch.full(shape, policy.pad_id, device=device)]
         out += [torch.zeros(shape, device=device) for _ in range(1 + self.entropy)]
-        context = _Context(self.model, ids, mask, padded, ids.shape[1] + self.max_new_tokens)
+        copies, room = at if copies is None else copies, ids.shape[1] + self.max_new_tokens
+        context = _Context(self.model, ids, mask, copies, padded, room)
         start = 0
         while True:
             stop = min(start + (self.block or BLOCK[device.type]), self.max_new_tokens)

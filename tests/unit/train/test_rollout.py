@@ -167,6 +167,27 @@ def test_uniform_noise_samples_the_distribution_and_knows_its_row() -> None:
     assert not torch.equal(noise.pick(probabilities, rows, 2), found)
 
 
+@pytest.mark.parametrize("selects", [True, False], ids=["", "a cache that cannot repeat rows"])
+def test_a_prompt_is_read_once_for_its_whole_group(tiny_llama: Path, selects: bool) -> None:
+    policy = load_policy(str(tiny_llama), CPU)
+    encoded = [policy.encode(p) for p in PROMPTS for _ in range(4)]
+    length, shapes, forward = max(map(len, encoded)), [], policy.model.forward
+
+    def seen(**inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return forward(**inputs)
+
+    apart = sample(policy, encoded, 12, 1.0, torch.Generator().manual_seed(3), at_once=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy.model, "forward", seen)
+        if not selects:
+            patch.setattr(sampler._Context, "keep", lambda *_: False)
+        whole = sample(policy, encoded, 12, 1.0, torch.Generator().manual_seed(3))
+    assert shapes[:2] == [(3, length), (12, 1 if selects else length)]
+    assert torch.equal(whole.completion_ids, apart.completion_ids)
+    torch.testing.assert_close(whole.logp_old, apart.logp_old, rtol=0, atol=2e-5)
+
+
 def test_rows_that_ended_leave_without_a_trace_in_the_others(tiny_llama: Path) -> None:
     policy = load_policy(str(tiny_llama), CPU)
     policy = replace(policy, eos_ids=tuple(range(20, 60)))  # most rows end early
