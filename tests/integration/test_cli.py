@@ -168,6 +168,19 @@ def test_an_existing_run_or_demo_is_not_overwritten(
     )
 
 
+def test_a_folder_of_runs_is_diagnosed_whole_and_audited_one_by_one(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_fake_run(tmp_path / "runs" / "bad", steps=60, drift="explosion")
+    write_fake_run(tmp_path / "runs" / "good", steps=60, drift="healthy")
+    folder = str(tmp_path / "runs")
+    assert run(["diagnose", folder, f"{folder}/bad", "--format", "json"]) == 0
+    verdicts = [one["verdict"] for one in json.loads(capfd.readouterr().out)]
+    assert verdicts == ["entropy_explosion", "healthy"], "each run once"
+    assert "name one" in refused(capfd, "diagnose", folder, "--step", "3")
+    assert "holds 2 runs; name one" in refused(capfd, "audit", folder)
+
+
 def test_fail_on_sets_the_exit_code(tmp_path: Path) -> None:
     bad = write_fake_run(tmp_path / "bad", steps=60, drift="explosion")
     good = write_fake_run(tmp_path / "good", steps=60, drift="healthy")

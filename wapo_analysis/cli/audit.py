@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, open_runs, show
+from wapo_analysis.cli.common import Format, open_one, show
 
 Option = typer.Option
 
@@ -31,8 +31,7 @@ def audit(
     """
     from wapo_analysis.audit import audit as audit_run
 
-    (opened,) = open_runs([run])
-    found = audit_run(opened, steps)
+    found = audit_run(open_one(run), steps)
     show(found, format)
     if found.deviations:
         raise typer.Exit(1)

@@ -15,7 +15,8 @@ def register(app: typer.Typer) -> None:
 
 def board(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Folders that hold runs.", metavar="FOLDER")
+        list[Path] | None,
+        typer.Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
     ] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,

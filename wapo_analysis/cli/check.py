@@ -16,7 +16,7 @@ def check(
     run: RunArgument,
     format: Annotated[Format, typer.Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
-    """Verify a run folder: checksums, step lines, gaps, duplicates, and what is lost.
+    """Verify a run folder: checksums, gaps, duplicates, what is lost.
 
     Every byte of the tables is read. Exit code 0 if the run is whole, 1 if something is damaged or
     missing. Example:

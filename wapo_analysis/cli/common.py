@@ -78,6 +78,15 @@ def open_runs(paths: list[Path]) -> "list[Run]":
     return list(runs.values())
 
 
+def open_one(path: Path) -> "Run":
+    """Open the one run at or below a path, or of a log; several are an error that lists them."""
+    opened = open_runs([path])
+    if len(opened) > 1:
+        names = ", ".join(str(run.path) for run in opened[:6])
+        raise UserError(f"{path} holds {len(opened)} runs; name one, such as {names}")
+    return opened[0]
+
+
 def holds_runs(path: Path) -> bool:
     """Whether a path is a run, also one that lost its manifest, or holds runs, or is not there."""
     if not path.is_dir():

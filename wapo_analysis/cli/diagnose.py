@@ -42,16 +42,14 @@ def diagnose(
 
     Entropy is judged both ways against the run's own baseline. Examples:
 
-        wapo diagnose runs/mine --format json --fail-on critical
-
-        wapo diagnose runs/mine --step 41 --top 5
-
         wapo diagnose train.log
+        wapo diagnose runs/mine --step 41 --top 5
+        wapo diagnose runs/mine --format json --fail-on critical
     """
     from wapo_analysis.diagnose import diagnose as diagnose_run
     from wapo_analysis.store.lock import DEAD
 
-    opened = [(path, _only(path)) for path in dict.fromkeys(runs)]
+    opened = list({path: run for given in runs for path, run in _at(given)}.items())
     if step is not None:
         from wapo_analysis.attribute import attribute_step
 
@@ -102,10 +100,7 @@ def _next(path: Path, run: "Run", found: "Diagnosis") -> str:
     return next_commands(*commands)
 
 
-def _only(path: Path) -> "Run":
-    """Open the one run at or below a path, or of a log; several are an error that lists them."""
+def _at(path: Path) -> "list[tuple[Path, Run]]":
+    """Runs at or below a path, or the one of a log, each with the path to name it by."""
     opened = open_runs([path])
-    if len(opened) > 1:
-        names = ", ".join(str(run.path) for run in opened[:6])
-        raise UserError(f"{path} holds {len(opened)} runs; name one of: {names}")
-    return opened[0]
+    return [(path, opened[0])] if len(opened) == 1 else [(run.path, run) for run in opened]

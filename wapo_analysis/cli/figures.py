@@ -36,7 +36,10 @@ ImageFormat = Literal["png", "svg", "pdf"]
 def figures(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders; none draws the theory figures.", metavar="RUN"),
+        typer.Argument(
+            help="Run folders, folders of runs, or any trainer's logs; none: theory.",
+            metavar="RUN",
+        ),
     ] = None,
     only: Annotated[
         str | None, Option(help="Names of figures, comma-separated.  [default: all]")

@@ -45,7 +45,7 @@ def fork(
     ] = False,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
-    """Train the rest of a run again with one thing changed, and compare.
+    """Train the rest of a run again with one thing changed.
 
     It starts from the nearest checkpoint at or before --at, meets the same prompts and the same
     sampling noise as the run did, and ends with rewards paired by prompt. A run keeps its last two

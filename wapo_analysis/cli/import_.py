@@ -54,14 +54,12 @@ def import_(
 ) -> None:
     """Make a run from what another trainer wrote.
 
-    Known: console output, JSON and CSV logs of every trainer in use, TensorBoard and W&B folders,
-    trainer states, dumped completions, token exports, and tables of your own. The source is only
-    read. What had no place in a run is listed. Examples:
+    Known: console output, JSON and CSV logs, TensorBoard and W&B folders, trainer states, dumped
+    completions, token exports, and tables of your own (docs/import.md). The source is only read.
+    What had no place in a run is listed. Examples:
 
         wapo import train.log --out runs/theirs
-
         wapo import outputs/plots/my-run --objective wapo --out runs/official
-
         wapo import tokens.csv --map logp=my_logprob --map advantage=adv
     """
     from wapo_analysis.importers import import_run, parse_mapping

@@ -13,13 +13,15 @@ def register(app: typer.Typer) -> None:
 
 def mcp(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Folders that hold runs.", metavar="FOLDER")
+        list[Path] | None,
+        typer.Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Let an assistant read the runs below some folders, over standard input and output.
+    """Let an assistant read runs (Model Context Protocol).
 
-    Tools: list_runs, diagnose, step, tokens, compare, schema; nothing is written, and nothing
-    outside the folders is read. Needs the extra mcp. Example:
+    The assistant starts it and talks to it over standard input and output (docs/mcp.md). Tools:
+    list_runs, diagnose, step, tokens, compare, schema; nothing is written, and nothing outside the
+    folders is read. Needs the extra mcp. Example:
 
         wapo mcp runs
     """

@@ -14,9 +14,9 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the random trials.")] = 0,
     trials: Annotated[int, typer.Option(help="Random distributions per identity.", min=1)] = 2000,
 ) -> None:
-    """Check the taxonomy's formulas numerically, against differences of a plain softmax.
+    """Check the taxonomy's formulas numerically.
 
-    Exits with code 1 if one fails.
+    Against differences of a plain softmax; exits with code 1 if one fails.
     """
     from wapo_analysis.verify.identities import run_identities
 

@@ -330,6 +330,8 @@ def read_manifest(path: Path, tell: bool = True) -> Manifest:
         temperature that is none.
     """
     file = path / MANIFEST
+    if not path.exists():
+        raise UserError(f"no run folder at {path}: there is no such file or folder")
     if not path.is_dir():
         raise UserError(f"no run folder at {path}; give a folder written by wapo train or attach")
     if not file.exists():

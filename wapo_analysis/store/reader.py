@@ -265,7 +265,7 @@ def open_run(path: str | Path) -> Run:
     --------
     >>> open_run("no/such/folder")
     Traceback (most recent call last):
-    wapo_analysis.errors.UserError: no run folder at no/such/folder; give a folder ...
+    wapo_analysis.errors.UserError: no run folder at no/such/folder: there is no such ...
     """
     folder = Path(path)
     return Run(folder, read_manifest(folder))
