@@ -131,3 +131,25 @@ def test_an_interrupt_of_one_ends_both_after_a_whole_batch(tmp_path: Path) -> No
     last = int(run.steps["step"].max())
     assert last % 2 == 0
     assert (out / "trl" / f"checkpoint-{last}").is_dir()
+
+
+def test_a_guard_stops_it_between_batches_and_it_goes_on_from_a_checkpoint_of_the_guard(
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    recipe = ["--include-bins", "neg_peak", "--lr", "3e-3", "--minibatches", "2", "--steps", "60"]
+    guard = ["--on-warning", "checkpoint", "--on-critical", "stop", "--engine", "trl"]
+    assert wapo(["train", *SMALL, *recipe, *guard, "--out", str(out)]) == 130
+    run = open_run(out)
+    last = int(run.steps["step"].iloc[-1])
+    assert last < 120
+    assert "stop" in {entry["did"] for entry in run.manifest["guard"]}
+    held = {int(f.name.split("-")[1]) for f in (out / "checkpoints").glob("step-*")}
+    assert held >= set(run.manifest["guard_checkpoints"]["steps"])
+    assert {step % 2 for step in held} == {0}, "a batch is two updates"
+    back = min(held)
+    again = ["train", "--out", str(out), "--resume", "--checkpoint", str(back)]
+    assert wapo([*again, "--steps", str(last // 2)]) == 0
+    found = open_run(out)
+    assert found.steps["step"].tolist() == list(range(1, last + 1))
+    assert len(found.manifest["resumed"]) == 1

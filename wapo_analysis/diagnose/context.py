@@ -208,6 +208,8 @@ class Context:
                 f"No checkpoint from before step {step} is left: start again, with "
                 "{checkpoint_every} set lower."
             )
+        if step <= 1:
+            return Advice("Start again: nothing is from before it.")
         return Advice(f"Go back to the last checkpoint before step {step}.")
 
     @cached_property

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from wapo_analysis.engines.trl_settings import updates_per_batch
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.beside import Ring
 from wapo_analysis.train.batch import encode_problems
 from wapo_analysis.train.checkpoint import save_checkpoint
 from wapo_analysis.train.config import TrainConfig
@@ -170,13 +171,13 @@ class Recipe:
                 return {}
             return evaluate(self.policy, self.task, self.config).columns()
 
-    def keep(self, trainer: Any, out: Path) -> None:
+    def keep(self, trainer: Any, out: Path, ring: Ring | None) -> None:
         """Write the trained policy where ``wapo eval`` looks for it, if a process has it whole."""
         if trainer.accelerator.process_index or _is_sharded(trainer):
             return
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         step, keep = int(trainer.state.global_step), self.config.keep_checkpoints
-        save_checkpoint(out, step, self.policy, optimizer, keep)
+        save_checkpoint(out, step, self.policy, optimizer, keep, ring)
 
 
 @contextmanager

@@ -28,8 +28,14 @@ from wapo_analysis.engines.trl_settings import (
     updates_per_batch,
 )
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.train.checkpoint import checkpoints
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.lifecycle import check_resumed, nothing_left_if_refused, stop_between_steps
+from wapo_analysis.train.lifecycle import (
+    check_resumed,
+    guard_action,
+    nothing_left_if_refused,
+    stop_between_steps,
+)
 from wapo_analysis.train.models import Policy, no_progress_bars
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.tasks.judge import require
@@ -113,7 +119,7 @@ def train_with_trl(
                 if _exchange_broke(error):
                     raise ProcessFailed from error
                 raise
-            recipe.keep(trainer, out)
+            recipe.keep(trainer, out, attachment.recorder.ring)
             if steps.interrupted:
                 raise KeyboardInterrupt
             attachment.recorder.flush()
@@ -146,7 +152,9 @@ class _Steps:
         class Callback(TrainerCallback):  # type: ignore[misc]
             def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 steps._begun.yes = True
-                if state.global_step % steps._updates == 0 and _on_any(trainer, steps._asked()):
+                guarded = control.should_training_stop and state.global_step < state.max_steps
+                asked = steps._asked() or guarded
+                if state.global_step % steps._updates == 0 and _on_any(trainer, asked):
                     steps.interrupted = state.global_step < state.max_steps
                     control.should_save = control.should_training_stop = True
 
@@ -196,6 +204,8 @@ def _attach(
         probe_rows=config.probe_rows or trainer.args.per_device_train_batch_size,
         topk=config.topk,
         audit=config.audit,
+        on_warning=guard_action(config.on_warning),
+        on_critical=guard_action(config.on_critical),
         log_metrics=False,
         name=f"{config.shown_label} seed {config.seed}",
         label=config.shown_label,
@@ -215,9 +225,11 @@ def _updates_of(checkpoint: Path) -> int:
 
 
 def _resumed(out: Path, config: TrainConfig, wanted: int | None) -> Path:
-    """TRL's checkpoint to go on from."""
+    """TRL's checkpoint to go on from, one that a guard kept among them."""
     check_resumed(out, config)
-    found = {_updates_of(p): p for p in (out / STATE).glob("checkpoint-*") if p.is_dir()}
+    guarded = [p for p in checkpoints(out) if (p / "trainer_state.json").is_file()]
+    saved = [*guarded, *(p for p in (out / STATE).glob("checkpoint-*") if p.is_dir())]
+    found = {_updates_of(p): p for p in saved}
     if not found:
         raise UserError(f"{out} has no checkpoint to resume from; start a new run with --out")
     step = max(found) if wanted is None else wanted

@@ -42,8 +42,8 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "eval_every": _EVALUATION, "eval_prompts": _EVALUATION, "eval_samples": _EVALUATION,
     "token_every": _RECORDING, "token_fraction": _RECORDING, "rescore_every": _RECORDING,
     "probe_every": _RECORDING, "probe_rows": _RECORDING, "capture_mode": _RECORDING,
-    "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING, "on_warning": _NONE,
-    "on_critical": _NONE,
+    "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING,
+    "on_warning": _RECORDING, "on_critical": _RECORDING,
 }  # fmt: skip
 """Each setting of ours: where it goes on this engine; empty where there is no counterpart."""
 _TOLD: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -250,8 +250,8 @@ def open_recorder(
         rescore_every=config.rescore_every,
         topk=config.topk,
         audit=config.audit,
-        on_warning=_action(config.on_warning),
-        on_critical=_action(config.on_critical),
+        on_warning=guard_action(config.on_warning),
+        on_critical=guard_action(config.on_critical),
         probe_every=config.probe_every,
         temperature=config.temperature,
         resume_after=resume_after,
@@ -262,6 +262,6 @@ def open_recorder(
     return recorder
 
 
-def _action(word: str) -> str | None:
+def guard_action(word: str) -> str | None:
     """What the guard is to do."""
     return None if word == "none" else word

@@ -106,26 +106,27 @@ class _Context:
             return self._first()
         places = self._texts + self._read
         self._read += 1
-        return self._forward(self.token.unsqueeze(1), self._mask(), places).logits[:, -1]
+        return self._forward(self.token.unsqueeze(1), self._mask(), places)[0]
 
     def _first(self) -> Tensor:
         """Read the prompts."""
-        out = self._forward(self.ids, self.mask, positions(self.mask))
-        self._hold(out.past_key_values)
+        logits, cache = self._forward(self.ids, self.mask, positions(self.mask))
+        self._hold(cache)
         if len(self.copies) == len(self.ids):
-            return out.logits[:, -1]
+            return logits
         if self.keep(self.copies):
-            return out.logits[:, -1][self.copies]
+            return logits[self.copies]
         self.ids, self.mask = self.ids[self.copies], self.mask[self.copies]
         self.__post_init__()
         return self._first()
 
-    def _forward(self, ids: Tensor, mask: Tensor | None, places: Tensor) -> Any:
+    def _forward(self, ids: Tensor, mask: Tensor | None, places: Tensor) -> tuple[Tensor, Any]:
+        """Logits of the last position, shape (rows of ids, V), and the cache."""
         # Inference mode saves a small model on a CPU a tenth of a step. A model that keeps tensors
         # of its forward pass could not train on with them, so only known kinds of model get it.
         quick = self._known and ids.device.type == "cpu"
         with torch.inference_mode() if quick else torch.no_grad():
-            return self.model(
+            out = self.model(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=places,
@@ -133,6 +134,7 @@ class _Context:
                 use_cache=True,
                 logits_to_keep=1,
             )
+        return out.logits[:, -1], out.past_key_values
 
     def _hold(self, cache: Any) -> None:
         self._cache, layers = cache, getattr(cache, "layers", [])

@@ -231,6 +231,16 @@ class TrlTrainer:
         return self.done + int(self.raw.state.global_step) + 1
 
     @property
+    def between_batches(self) -> bool:
+        """The updates on a generated batch are done, so training goes on from here as it would."""
+        args = self.raw.args
+        passes = (getattr(args, "steps_per_generation", None) or 1) * (
+            getattr(args, "num_iterations", None) or 1
+        )
+        updates = max(1, passes // max(1, int(args.gradient_accumulation_steps)))
+        return int(self.raw.state.global_step) % updates == 0
+
+    @property
     def loss_scale(self) -> float:
         """What the back-propagated loss is multiplied by on top of the objective.
 

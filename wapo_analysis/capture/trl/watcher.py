@@ -306,8 +306,9 @@ class TrlWatcher:
 
     def obey(self, control: Any) -> None:
         """Do what the guard asked for: keep a checkpoint of its own, stop after one of TRL's."""
-        self._recorder.checkpoint(self._trainer.save)
-        if self._recorder.asked("stop"):
+        if self._trainer.between_batches:
+            self._recorder.checkpoint(self._trainer.save)
+        if self._trainer.between_batches and self._recorder.asked("stop"):
             control.should_save = control.should_training_stop = True
 
     def flush(self) -> None:
