@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.tokens import TokenPass
+from wapo_analysis.record.tokens import TokenPass, beside_logp
 from wapo_analysis.stats import TokenStats, token_stats
 
 MATCH = 0.1
@@ -268,6 +268,7 @@ def batch_pass(
         # The recorded logp is more exact than the loss's; the ratio must stay the loss's own.
         old, prox = (None if v is None else stats.logp - (now - v).float() for v in (old, prox))
     rest = None if given_s is None else (given_s - now.exp().square()).clamp(min=0)
+    known = beside_logp(stats or {"entropy": _flat(entropy, place), "collision_rest": rest})
     return BatchPass(
         tokens=TokenPass(
             group=groups[row],
@@ -278,12 +279,9 @@ def batch_pass(
             logp=now if stats is None else stats.logp,
             logp_old=old,
             logp_prox=prox,
-            entropy=_flat(entropy, place) if stats is None else stats.entropy,
-            collision_rest=rest if stats is None else stats.collision_rest,
-            collision_logp_rest=None if stats is None else stats.collision_logp_rest,
             kept=_flat(kept, place),
-            top1=None if stats is None else stats.top1,
             minibatch=minibatch,
+            **known,
         ),
         place=place,
         rollouts=numbers,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,19 +96,22 @@ class TokenPass:
             advantage=advantage[row],
             logp=stats.logp.detach(),
             logp_old=logp_old.reshape(-1)[at],
-            entropy=stats.entropy,
-            collision_rest=stats.collision_rest,
-            collision_logp_rest=stats.collision_logp_rest,
             clipped=clipped.reshape(-1)[at],
             kept=kept.reshape(-1)[at],
-            top1=stats.top1,
             minibatch=minibatch,
+            **beside_logp(stats),
         )
 
     def given(self) -> dict[str, Tensor]:
         """Statistics that are there, without their graph."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: v.detach() for name, v in values.items() if isinstance(v, Tensor)}
+
+
+def beside_logp(stats: TokenStats | Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """Statistics but ``logp`` as fields of a `TokenPass`; what is unknown is None."""
+    given = stats._asdict() if isinstance(stats, TokenStats) else stats
+    return {name: given.get(name) for name in TokenStats.measured() if name != "logp"}
 
 
 class HostPass:

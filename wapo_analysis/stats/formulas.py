@@ -88,8 +88,8 @@ def finish(reduced: Reduced, temperature: float) -> Columns:
     return Columns(logp, entropy, rest, rest_logp, top1, log_z, highest, top_logp, top_ids)
 
 
-def narrowed(columns: Columns, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """First five columns in the dtypes of `TokenStats`.
+def narrowed(columns: Columns, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Columns of `TokenStats` that are always measured, in its order and dtypes.
 
     Where the log-probability fades to 0 the squares do too: 1 - p = 0 beside a positive sum of
     squares would be no distribution, and would call a certain token a valley.
@@ -135,6 +135,11 @@ class TokenStats(NamedTuple):
     top1: Tensor
     top_logp: Tensor | None = None
     top_ids: Tensor | None = None
+
+    @classmethod
+    def measured(cls) -> tuple[str, ...]:
+        """Names of the statistics that are there whatever is asked for."""
+        return tuple(name for name in cls._fields if name not in cls._field_defaults)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TokenStats":
         """Apply a function to every statistic that is there."""

@@ -233,7 +233,7 @@ class _Head(torch.autograd.Function):
             )
             push = _push(logits, targets[rows], centre[rows], logp[rows], how)
             parts.append((push * moved).sum(1) * (-how.scale / how.temperature))
-        return torch.cat(parts), None, None, None, None, None
+        return torch.cat(parts), *(None,) * len(TokenStats.measured())
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

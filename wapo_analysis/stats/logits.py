@@ -80,7 +80,7 @@ def token_stats(
         raise UserError(f"topk must be in 0..{logits.shape[-1]}, got {topk}")
     chosen, kept = chosen_rows(targets, logits.shape[-1], mask, kept)
     columns = _FromLogits.apply(logits, chosen, kept, float(temperature), topk, backend, chunk_rows)
-    return TokenStats(*columns[:7])
+    return TokenStats(*columns[:-2])
 
 
 class _FromLogits(torch.autograd.Function):
@@ -143,7 +143,8 @@ class _FromLogits(torch.autograd.Function):
             for _, start, stop, slope in _slopes(ctx)
         ]
         logp = ctx.saved_tensors[3]
-        return torch.cat(parts) if parts else torch.zeros_like(logp), *(None,) * 8
+        known = torch.cat(parts) if parts else torch.zeros_like(logp)
+        return known, *(None,) * (len(TokenStats._fields) + 1)
 
 
 def _slopes(ctx: Any) -> Any:

@@ -26,6 +26,7 @@ from wapo_analysis.probes.measure import Scorable, Update, clip_factor, take_apa
 from wapo_analysis.probes.split import Before
 from wapo_analysis.record.batches import outside_counts
 from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.tokens import beside_logp
 
 log = logging.getLogger(__name__)
 
@@ -140,11 +141,8 @@ def token_pass(
         logp=logp,
         logp_old=shifted(old_BT),
         logp_prox=shifted(prox_BT),
-        entropy=columns.get("entropy"),
-        collision_rest=columns.get("collision_rest"),
-        collision_logp_rest=columns.get("collision_logp_rest"),
-        top1=columns.get("top1"),
         minibatch=index,
+        **beside_logp(columns),
     )
     loss_old_BT = old_BT if prox_BT is None else prox_BT
     log_ratio_BT = trainer.log_ratio(inputs, logps_BT, loss_old_BT, mask_BT)
