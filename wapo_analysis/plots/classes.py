@@ -12,7 +12,6 @@ from wapo_analysis.plots.frames import (
     RUN_KEYS,
     class_frame,
     keep_labels,
-    labels_of,
     token_frame,
     with_empty_classes,
 )
@@ -23,11 +22,10 @@ from wapo_analysis.plots.panels import (
     class_legend,
     class_table,
     class_text,
-    figure_height,
     fit_steps,
+    label_figure,
     label_legend,
     label_lines,
-    label_panels,
     log_y,
     note,
     replicate_line,
@@ -86,9 +84,7 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
 
     Returns axes of shape (1, labels).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
-    axes = label_panels(figure, labels)
+    labels, figure, axes = label_figure(frame, figure, 3.0)
     for ax, label in zip(axes[0], labels, strict=True):
         part = frame[frame["label"] == label]
         stack(ax, class_table(part, "share"))
@@ -149,9 +145,7 @@ def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
 
     Returns axes of shape (2, labels).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 2, 2.5))
-    axes = label_panels(figure, labels, rows=2)
+    labels, figure, axes = label_figure(frame, figure, 2.5, 2)
     for column, label in enumerate(labels):
         part = frame[frame["label"] == label]
         if not (part["grad_mass"] > 0).any():

@@ -23,11 +23,10 @@ from wapo_analysis.plots.panels import (
     class_legend,
     class_table,
     corner,
-    figure_height,
     fit_steps,
+    label_figure,
     label_legend,
     label_lines,
-    label_panels,
     log_y,
     mark_missing,
     note,
@@ -169,9 +168,7 @@ def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> A
 
     Returns axes of shape (1, labels).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
-    axes = label_panels(figure, labels)
+    labels, figure, axes = label_figure(frame, figure, 3.0)
     for ax, label in zip(axes[0], labels, strict=True):
         rows = frame[frame["label"] == label]
         for sign, column in _BY_SIGN.items():
@@ -282,10 +279,8 @@ def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
 
     Returns axes of shape (1 or 2, labels); the second row is there if anything was re-scored.
     """
-    labels = labels_of(frame)
     rows = 2 if frame["measured"].notna().any() else 1
-    figure = figure or new_figure(figure_height(len(labels), rows, 2.7))
-    axes = label_panels(figure, labels, rows, share_y=False)
+    labels, figure, axes = label_figure(frame, figure, 2.7, rows, share_y=False)
     for column, label in enumerate(labels):
         part = frame[frame["label"] == label]
         _predicted_flow(axes[0, column], part)

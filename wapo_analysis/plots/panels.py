@@ -23,6 +23,7 @@ from wapo_analysis.plots.style import (
     SIGN_NAMES,
     SIGNS,
     label_styles,
+    new_figure,
 )
 
 AxesArray: TypeAlias = np.ndarray[Any, Any]
@@ -91,6 +92,37 @@ def figure_height(labels: int, rows: int, panel: float = 2.6, columns: int = MAX
     """Height in inches of a figure laid out by :func:`label_panels`, legend included."""
     blocks = -(-max(labels, 1) // columns)
     return 1.0 + blocks * rows * panel
+
+
+def label_figure(
+    frame: pd.DataFrame, figure: Figure | None, panel: float, rows: int = 1, **layout: Any
+) -> tuple[list[str], Figure, AxesArray]:
+    """Labels of a frame, a figure with ``rows`` panels for each, and their axes.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        With the column ``label``.
+    figure : Figure, optional
+        Empty; None makes one.
+    panel : float
+        Height of a panel, inches.
+    rows : int
+    **layout
+        Of :func:`label_panels`.
+    """
+    labels, columns = labels_of(frame), layout.get("columns", MAX_COLUMNS)
+    figure = figure or new_figure(figure_height(len(labels), rows, panel, columns))
+    return labels, figure, label_panels(figure, labels, rows, **layout)
+
+
+def label_row(
+    frame: pd.DataFrame, figure: Figure | None, panel: float, **layout: Any
+) -> tuple[list[str], Figure, AxesArray]:
+    """:func:`label_figure` with one panel for each label; axes of shape (labels,)."""
+    labels, figure, axes = label_figure(frame, figure, panel, **layout)
+    row: AxesArray = axes[0]
+    return labels, figure, row
 
 
 def share_y_if_close(row: AxesArray) -> None:

@@ -20,11 +20,10 @@ from wapo_analysis.plots.marks import after, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
-    figure_height,
     fit_steps,
     label_legend,
     label_lines,
-    label_panels,
+    label_row,
     note,
     sign_legend,
     step_axis,
@@ -245,9 +244,7 @@ def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> A
 
     Returns axes of shape (labels,).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.2))
-    axes: AxesArray = label_panels(figure, labels)[0]
+    labels, figure, axes = label_row(frame, figure, 3.2)
     means = mean_over_runs(frame, ("sign", "bin"))
     for ax, label in zip(axes, labels, strict=True):
         part = means[means["label"] == label].dropna(subset="bin")

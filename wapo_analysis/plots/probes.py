@@ -12,7 +12,7 @@ from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
 from wapo_analysis.plots.marks import joined, largest_key
-from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note
+from wapo_analysis.plots.panels import AxesArray, label_row, note
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.probes import agreement, closure, part_name, three_numbers, window
@@ -211,9 +211,7 @@ def plot_waterfall(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArr
 
     Returns axes of shape (labels,).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.2, 2))
-    axes: AxesArray = label_panels(figure, labels, share_x=False, share_y=False, columns=2)[0]
+    labels, figure, axes = label_row(frame, figure, 3.2, share_x=False, share_y=False, columns=2)
     for ax, label in zip(axes, labels, strict=True):
         part = frame[frame["label"] == label].dropna(subset="part")
         if part.empty:

@@ -17,7 +17,7 @@ from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.marks import joined
-from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note
+from wapo_analysis.plots.panels import AxesArray, label_row, note
 from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
 from wapo_analysis.probes import agreement
@@ -134,9 +134,7 @@ def _class_row(rows: pd.DataFrame, factor: float) -> dict[str, object]:
 
 
 def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.4))
-    axes: AxesArray = label_panels(figure, labels, share_x=False, share_y=False)[0]
+    labels, figure, axes = label_row(frame, figure, 3.4, share_x=False, share_y=False)
     for ax, label in zip(axes, labels, strict=True):
         part = frame[(frame["label"] == label) & (frame["tokens"] >= _FEW)]
         _class_axis(ax, frame[frame["label"] == label])

@@ -13,11 +13,10 @@ from wapo_analysis.plots.marks import after, changes, joined, largest
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
-    figure_height,
     fit_steps,
     label_legend,
     label_lines,
-    label_panels,
+    label_row,
     note,
     step_axis,
 )
@@ -162,9 +161,7 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
 
     Returns axes of shape (labels,).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
-    axes: AxesArray = label_panels(figure, labels)[0]
+    labels, figure, axes = label_row(frame, figure, 3.0)
     means, styles = mean_over_runs(frame, ("edge",)), label_styles(labels)
     for ax, label in zip(axes, labels, strict=True):
         part = means[means["label"] == label].dropna(subset="edge")
@@ -319,9 +316,7 @@ def _says_position_profile(frame: pd.DataFrame) -> str:
 )
 def plot_position_profile(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Stacked bars of the gradient share by position and class; axes of shape (labels,)."""
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
-    axes: AxesArray = label_panels(figure, labels)[0]
+    labels, figure, axes = label_row(frame, figure, 3.0)
     means = mean_over_runs(frame, ("cls", "place"))
     width = float(means["width"].max()) if means["width"].notna().any() else 1.0
     places = np.arange(0, means["place"].max() + 1, width)

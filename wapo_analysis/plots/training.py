@@ -12,11 +12,10 @@ from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_
 from wapo_analysis.plots.marks import after, changes, ends, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
-    figure_height,
     fit_steps,
     label_legend,
     label_lines,
-    label_panels,
+    label_row,
     log_y,
     mark_missing,
     note,
@@ -296,9 +295,7 @@ def _says_reward_and_entropy(frame: pd.DataFrame) -> str:
 )
 def plot_reward_and_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Reward against entropy, one point per step, with the fitted law; axes of shape (labels,)."""
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.4))
-    axes: AxesArray = label_panels(figure, labels)[0]
+    labels, figure, axes = label_row(frame, figure, 3.4)
     styles = label_styles(labels)
     for ax, label in zip(axes, labels, strict=True):
         rows = frame[frame["label"] == label].dropna(subset=["reward", "entropy"])
