@@ -182,7 +182,7 @@ def _outside(part: pd.DataFrame, low: float, high: float) -> str:
         sides.append(f"{(ratio < low).mean():.1%} below {low:g}")
     if np.isfinite(high):
         sides.append(f"{(ratio > high).mean():.1%} above {high:g}")
-    return "\n".join(["ratio:", *sides]) if sides else "no clip on single tokens"
+    return "\n".join(["ratio:", *sides]) if sides else "no clip range of tokens known"
 
 
 def prepare_ratio_histogram(runs: Sequence[Run]) -> pd.DataFrame:
