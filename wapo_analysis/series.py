@@ -111,6 +111,11 @@ class Series:
         return max(_spread(self._early, 1), RELATIVE_FLOOR * abs(self.level), 1e-12)
 
     @cached_property
+    def whole_noise(self) -> float:
+        """Like :attr:`noise`, but of the whole series where that is noisier."""
+        return max(self.noise, _spread(self.values, 1))
+
+    @cached_property
     def smooth_noise(self) -> float:
         """Standard deviation of a smoothed value.
 
@@ -124,7 +129,7 @@ class Series:
     @cached_property
     def late_noise(self) -> float:
         """Like :attr:`smooth_noise`, but of the whole series where that is noisier."""
-        whole = MEDIAN_EFFICIENCY * _spread(self.values, 1) / float(np.sqrt(self.window))
+        whole = MEDIAN_EFFICIENCY * self.whole_noise / float(np.sqrt(self.window))
         return max(self.smooth_noise, whole)
 
     @cached_property

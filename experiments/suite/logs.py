@@ -373,7 +373,11 @@ def right(kind: str, diagnosis: Diagnosis) -> bool:
 
 def write_log(path: Path, kind: str, seed: int) -> Path:
     """Write one log as a run folder without tokens or completions."""
-    steps, columns = make_log(kind, seed)
+    return write_steps(path, *make_log(kind, seed))
+
+
+def write_steps(path: Path, steps: Values, columns: Mapping[str, Values]) -> Path:
+    """Write step columns as a run folder."""
     described = {"name": path.name, "source": "import", "objective": {"name": "grpo"}}
     writer = RunWriter(path, described)
     for place, step in enumerate(steps.tolist()):

@@ -11,7 +11,14 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.advice import Advice, Situation, trained_classes
-from wapo_analysis.diagnose.reward import SOLVED, Fall, RewardState, block_fall, reward_state
+from wapo_analysis.diagnose.reward import (
+    SOLVED,
+    Fall,
+    RewardState,
+    block_fall,
+    ends_solved,
+    reward_state,
+)
 from wapo_analysis.diagnose.samples import (
     answer_shares,
     completion_rows,
@@ -86,7 +93,7 @@ class Context:
         for name in ("pass_rate", "reward", *HELD_OUT):
             series = self.series(name)
             if len(series) and series.values.min() >= 0 and series.values.max() <= 1:
-                return series.end >= SOLVED
+                return ends_solved(series)
         content = [s for name, s in self.reward_functions.items() if not grades_form(name)]
         return bool(content) and all(SOLVED <= s.end <= 1 for s in content)
 

@@ -8,6 +8,9 @@ import numpy as np
 from wapo_analysis.series import Departure, Series, departure, silent_since
 
 SOLVED = 0.8
+"""Score in [0, 1] at which a task is all but solved."""
+SOLVED_SIGMAS, SOLVED_SLACK = 2.0, 0.1
+"""Standard deviations below it that a score which was there stays solved, and at most so far."""
 CALM_STEPS = 8
 """Steps up to the peak on which the noise of the reward can be measured."""
 GAINING = 2.5
@@ -29,6 +32,9 @@ FEW = 2
 SIGMAS = 6.0
 DROP_SIGMAS = 8.0
 """Standard deviations of a drop that is no loss yet."""
+
+SWING = 1.25
+"""A drop that is no loss yet is this much deeper than any that was won back."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +186,31 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     gain, drop = peak - level, peak - smooth
     margin = max(4 * noise, 0.02 * abs(level))
     stake = np.where(gain > margin, gain, abs(level))
-    strict = (drop >= LOST * stake) & (drop >= np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak)))
+    before = _won_back(drop)
+    most = np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak))
+    strict = (drop >= LOST * stake) & (drop >= most) & (drop > before)
     least = np.maximum(DROP_SIGMAS * max(noise, series.late_noise), 0.1 * abs(peak))
+    least = np.maximum(least, SWING * before)
     loose = strict | ((drop >= 0.25 * stake) & (drop >= least))
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
     loss = _death(series) or departure(loose, strict, home, series.persist)
     if loss is None or not loss.ongoing or loss.crossed is None:
         loss = _slow_loss(series) or _fast_loss(series, peak, stake) or loss
     return RewardState(series, float(peak.max()), margin, loss, solved)
+
+
+def ends_solved(series: Series) -> bool:
+    """Whether a score in [0, 1] ends at ``SOLVED``, or was there and is lower by noise at most."""
+    least = SOLVED
+    if series.smooth.max() >= SOLVED:
+        least -= min(SOLVED_SIGMAS * series.smooth_noise, SOLVED_SLACK)
+    return series.end >= least
+
+
+def _won_back(drop: np.ndarray) -> np.ndarray:
+    """Deepest drop that a later peak had made good, by each record."""
+    peaks = np.maximum.accumulate(np.where(drop <= 0, np.arange(len(drop)), 0))
+    return np.asarray(np.maximum.accumulate(drop)[peaks])
 
 
 def _death(series: Series) -> Departure | None:
@@ -250,7 +273,7 @@ def block_fall(series: Series) -> Fall | None:
 
 def _block_noise(series: Series, size: int) -> float:
     """Standard deviation of the difference of the means of two blocks."""
-    return float(np.sqrt(2 * (series.noise**2 / size + series.wander)))
+    return float(np.sqrt(2 * (series.whole_noise**2 / size + series.wander)))
 
 
 def _differ(series: Series) -> bool:

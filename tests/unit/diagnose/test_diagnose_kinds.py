@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.suite.logs import KINDS, make_log, right, write_log
+from experiments.suite.shapes import ALLOWED, SHAPES, write_shape
 from tests.support.step_logs import finding, judge, names, noisy, ramp
 from wapo_analysis.diagnose import Diagnosis, diagnose
 from wapo_analysis.store import open_run
@@ -29,6 +30,24 @@ def test_a_kind_is_named_whatever_its_level_noise_length_and_columns(
 ) -> None:
     wrong = [seed for seed in range(1000, 1100) if not right(kind, read(tmp_path, kind, seed))]
     assert len(wrong) <= 2, wrong
+
+
+def warned(path: Path, shape: str, seed: int) -> set[str]:
+    d = diagnose(open_run(write_shape(path / f"{shape}-{seed}", shape, seed)))
+    said = {f.name for f in d.findings if f.severity != "info"}
+    return said - ALLOWED.get(shape, frozenset())
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_a_healthy_shape_is_left_alone(tmp_path: Path, shape: str) -> None:
+    assert not warned(tmp_path, shape, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - {"many_records"}))
+def test_healthy_shapes_are_left_alone_but_for_one_in_fifty(tmp_path: Path, shape: str) -> None:
+    loud = {seed: said for seed in range(100, 150) if (said := warned(tmp_path, shape, seed))}
+    assert len(loud) <= 1, loud
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -180,3 +199,44 @@ def test_two_records_show_a_deep_loss_and_one_bad_batch_does_not(
 ) -> None:
     d = judge(tmp_path, reward=np.r_[noisy(np.full(30, 0.5), 0.02), tail])
     assert (d.verdict == "reward_collapse") is lost
+
+
+# Two runs of the suite as they were recorded, up to the step at which the old rules were wrong.
+SOLVED_REWARD = [
+    0.477, 0.508, 0.594, 0.688, 0.578, 0.742, 0.734, 0.688, 0.773, 0.758, 0.789, 0.859, 0.758,
+    0.852, 0.82, 0.844, 0.828, 0.867, 0.797, 0.906, 0.773, 0.844, 0.852, 0.891, 0.789, 0.867,
+    0.852, 0.883, 0.875, 0.852, 0.844, 0.906, 0.898, 0.844, 0.828, 0.875, 0.797, 0.914, 0.898,
+    0.82, 0.875, 0.797, 0.766, 0.828, 0.805, 0.695,
+]  # fmt: skip
+SOLVED_ENTROPY = [
+    0.332, 0.292, 0.241, 0.213, 0.203, 0.172, 0.154, 0.16, 0.14, 0.14, 0.113, 0.11, 0.113, 0.103,
+    0.103, 0.087, 0.093, 0.085, 0.092, 0.079, 0.088, 0.086, 0.083, 0.074, 0.091, 0.076, 0.073,
+    0.065, 0.067, 0.068, 0.066, 0.061, 0.064, 0.073, 0.067, 0.062, 0.075, 0.06, 0.059, 0.06, 0.061,
+    0.073, 0.068, 0.069, 0.056, 0.058,
+]  # fmt: skip
+EXPLODING_REWARD = [
+    0.359, 0.477, 0.453, 0.57, 0.586, 0.648, 0.711, 0.727, 0.703, 0.703, 0.758, 0.555, 0.398, 0.523,
+]  # fmt: skip
+EXPLODING_ENTROPY = [
+    0.365, 0.32, 0.31, 0.25, 0.215, 0.191, 0.162, 0.141, 0.121, 0.115, 0.1, 0.131, 0.128, 0.103,
+]  # fmt: skip
+
+
+def test_a_solved_task_stays_solved_while_noise_takes_it_a_little_lower(tmp_path: Path) -> None:
+    d = judge(tmp_path, reward=SOLVED_REWARD, entropy=SOLVED_ENTROPY)
+    assert not [f.name for f in d.findings if f.severity != "info"]
+
+
+def test_an_entropy_that_rises_as_the_reward_is_lost_is_no_collapse(tmp_path: Path) -> None:
+    d = judge(tmp_path, reward=EXPLODING_REWARD, entropy=EXPLODING_ENTROPY)
+    assert d.verdict == "reward_collapse"
+    assert "entropy_collapse" not in names(d)
+
+
+def test_a_drop_no_deeper_than_those_before_that_came_back_is_none(tmp_path: Path) -> None:
+    steps = np.arange(285)
+    swings = 0.3 + 0.35 * steps / 300 + 0.1 * np.sin(20 * np.pi * steps / 300)
+    d = judge(tmp_path, reward=noisy(swings, 0.02))
+    assert not [f.name for f in d.findings if f.severity != "info"]
+    deeper = np.where(steps < 265, swings, 0.2)
+    assert "reward_collapse" in names(judge(tmp_path / "deeper", reward=noisy(deeper, 0.02)))

@@ -98,7 +98,7 @@ def find_length_drift(context: Context) -> list[Finding]:
     )
     begin = longer if longer is not None else shorter
     reward = context.reward
-    paid = reward is not None and reward.improved
+    paid = reward is not None and (reward.improved or reward.rising)
     alone = paid and not held_out_follows(context)
     what = f"Completions keep getting {'longer' if longer is not None else 'shorter'}"
     if alone:
