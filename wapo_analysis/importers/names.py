@@ -227,12 +227,10 @@ ALIASES: Final[tuple[Alias, ...]] = (
     ),
     *_rows(
         "steps", "torchforge", "apps/grpo/main.py and src/forge/actors/trainer.py",
-        reward="reward/evaluate_response/avg_total_reward", loss="rl_trainer/avg_grpo_loss",
-        lr="rl_trainer/learning_rate",
-    ),
-    *_rows(
-        "steps", "torchforge", "src/forge/actors/policy.py",
-        length="policy/generate/avg_tokens_generated",
+        reward="reward/evaluate_response/avg_total_reward", lr="rl_trainer/learning_rate",
+        loss="rl_trainer/loss | rl_trainer/avg_loss | rl_trainer/avg_grpo_loss",
+        kl_ref="grpo_loss/kl_divergence_mean",
+        length="generator/generate/avg_tokens_generated | policy/generate/avg_tokens_generated",
     ),
     *_functions(
         "torchforge", "reward/evaluate_response/avg_NAME_reward",

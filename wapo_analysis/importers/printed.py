@@ -28,6 +28,9 @@ _STEP = re.compile(
     re.I,
 )
 _HEADING = re.compile(rf"[\W_]*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?[\W_]*", re.I)
+_FRAMED = re.compile(
+    rf"[=*#-]{{3,}}.*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?\s*[=*#-]{{3,}}\s*", re.I
+)
 _OF_ALL = re.compile(rf"(?:{_STEP_NAME})\W{{1,3}}\d+\s*/\s*\d+", re.I)
 _BAR = re.compile(r"(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it|\?)(?:,\s*([^\]]*))?\]?")
 _EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
@@ -78,7 +81,8 @@ def line_of(text: str) -> Line | None:
     step = int(found[2])
     values = _pairs(text[: found.start()]) | _pairs(text[found.end() :])
     if not values:
-        alone = _HEADING.fullmatch(text) or _OF_ALL.search(text)
+        known = (_HEADING.fullmatch(text), _OF_ALL.search(text), _FRAMED.search(text))
+        alone = any(known)
         return Line(step, {}, heading=True) if alone else None
     return Line(step, values)
 

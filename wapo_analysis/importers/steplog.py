@@ -36,6 +36,8 @@ UPDATE_STEP = "train/step"
 """slime's number of an update; beside it ``rollout/step`` counts batches."""
 RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
 _RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
+_NO_COUNTER = re.compile(r"token|sample|second|flop|flos|byte", re.IGNORECASE)
+"""What grows beside the steps and counts none."""
 _STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
 _BOOKKEEPING = re.compile(
     r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time)", re.I
@@ -127,6 +129,8 @@ class StepLog:
         """Names whose whole numbers never fall and do rise, most steplike first, with the first."""
         found: list[tuple[bool, bool, str, list[float]]] = []
         for key, held in self._numbers.items():
+            if _NO_COUNTER.search(key) and not _STEPLIKE.search(key):
+                continue
             values = np.array(held.values)
             whole = np.isfinite(values).all() and (values == np.floor(values)).all()
             moves = np.diff(values)

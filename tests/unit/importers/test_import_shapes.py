@@ -55,6 +55,11 @@ PRINTED = {
         "  • Loss: {loss}\n  • Avg Reward: {reward}\n  • Mean Generation Length: 80.5\n"
         "⏱️  Timing:\n  • Total step time: 12.34s"
     ),
+    "torchforge": lines(
+        "INFO === [GlobalReduce] - METRICS STEP {step} ===\n  episode/avg_prompt_tokens: 80.5\n"
+        "  reward/evaluate_response/avg_total_reward: {reward}\n  rl_trainer/loss: {loss}\n"
+        "=============================="
+    ),
     "AReaL": lines(
         "Epoch 1/1 Step {step}/12 Train step {step}/12 done.\n"
         "│ ppo_actor/task_reward/avg │ {reward} │ ppo_actor/update/grad_norm │ 0.25 │"
@@ -96,6 +101,15 @@ def test_lines_without_any_step_are_counted_and_blocks_are_one_record(tmp_path: 
     steps, report = read(log, tmp_path / "run")
     assert_whole(steps)
     assert steps["entropy"].notna().all()
+    assert any("counted from 1" in text for text in report.events)
+
+
+def test_records_whose_only_counter_counts_tokens_are_counted_themselves(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    rows = [{"num_tokens": 500 * row.pop("step"), **row} for row in map(dict, ROWS)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps, report = read(log, tmp_path / "run")
+    assert_whole(steps)
     assert any("counted from 1" in text for text in report.events)
 
 
