@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wapo_analysis.diagnose.detectors import registry
 from wapo_analysis.train.config import TrainConfig
 
 torch.set_num_threads(1)
@@ -26,6 +27,11 @@ def _ctrl_c_as_in_a_terminal() -> Iterator[None]:
     held = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, held)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _faults_of_checks_are_seen() -> None:
+    registry.FAULTS_RAISE = True
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,10 @@ from tests.support.step_logs import (
     write_flows,
     write_steps,
 )
-from wapo_analysis.diagnose import DETECTORS, Diagnosis, diagnose
+from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, diagnose
+from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.detectors import registry
+from wapo_analysis.diagnose.detectors.registry import Detector
 from wapo_analysis.store import RunWriter, open_run
 
 STEPS = 60
@@ -108,6 +111,20 @@ def test_every_detector_says_what_it_needs_and_none_is_listed_twice(tmp_path: Pa
     listed = [s.name for s in d.skipped]
     assert sorted(set(listed)) == sorted(listed)
     assert {detector.name for detector in DETECTORS} <= set(listed)
+
+
+def test_a_check_that_fails_leaves_the_others_standing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(context: Context) -> list[Finding]:
+        raise IndexError("index 5 is out of bounds")
+
+    monkeypatch.setattr(registry, "FAULTS_RAISE", False)
+    monkeypatch.setattr(registry, "DETECTORS", [Detector("odd", broken, (), 0), *DETECTORS])
+    d = judge(tmp_path, entropy=noisy(ramp(0.5, 2.5, STEPS, 20, 20), 0.01))
+    assert d.verdict == "entropy_explosion"
+    assert ["odd"] == [s.name for s in d.skipped if "repair" in s.missing[0]]
+    assert "the check 'odd' failed (index 5 is out of bounds)" in caplog.text
 
 
 @pytest.mark.slow

@@ -233,6 +233,15 @@ def test_an_entropy_that_rises_as_the_reward_is_lost_is_no_collapse(tmp_path: Pa
     assert "entropy_collapse" not in names(d)
 
 
+def test_an_entropy_that_is_no_longer_logged_when_the_reward_falls_is_judged(
+    tmp_path: Path,
+) -> None:
+    reward = np.r_[ramp(0.2, 0.8, 120, 0, 60), ramp(0.8, 0.0, 40, 0, 30)]
+    entropy = np.r_[0.02 + 0.9 * np.exp(-np.arange(100) / 20), np.full(60, np.nan)]
+    d = judge(tmp_path, reward=noisy(reward, 0.01), entropy=noisy(entropy, 0.004))
+    assert {"reward_collapse", "entropy_collapse"} <= names(d)
+
+
 def test_a_drop_no_deeper_than_those_before_that_came_back_is_none(tmp_path: Path) -> None:
     steps = np.arange(285)
     swings = 0.3 + 0.35 * steps / 300 + 0.1 * np.sin(20 * np.pi * steps / 300)

@@ -108,7 +108,8 @@ def _before_loss(entropy: Series, reward: RewardState) -> bool:
     if entropy.smooth[-2 * entropy.persist :].max() > FALL_LOST * entropy.level:
         return False  # a dip on the way to an explosion looks the same
     fell = reward.series.step(max(reward.loss.onset - 1, 0))
-    if entropy.end > entropy.smooth[np.searchsorted(entropy.steps, fell)]:
+    then = min(int(np.searchsorted(entropy.steps, fell)), len(entropy) - 1)
+    if entropy.end > entropy.smooth[then]:
         return False  # it rises since the reward falls: what it lost before, the reward paid for
     span = entropy.step(-1) - entropy.step(0)
     lost = reward.series.step(reward.loss.crossed) + LATE * span

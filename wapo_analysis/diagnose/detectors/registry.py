@@ -1,11 +1,13 @@
 """Detectors register here, with what they read; and the condition that lasts, which many share."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.result import Finding, Number, Severity, Skipped
+from wapo_analysis.errors import UserError
 from wapo_analysis.series import Series, episodes
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -13,6 +15,11 @@ from wapo_analysis.table import Array
 MIN_STEPS = 8
 """Steps with a number below which nothing but broken numbers is judged."""
 
+FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+FAULTS_RAISE = False
+"""Whether a check's own fault ends the diagnosis; tests set it, users get the other checks."""
+
+log = logging.getLogger(__name__)
 Find = Callable[[Context], list[Finding]]
 
 
@@ -66,15 +73,22 @@ def detector(name: str, *needs: Need, min_steps: int = MIN_STEPS) -> Callable[[F
 
 
 def run_detectors(context: Context) -> tuple[list[Finding], list[Skipped]]:
-    """Run every detector that has its data; name those that have not."""
+    """Run every detector that has its data; name those that have not, or that fail."""
     findings: list[Finding] = []
     skipped: list[Skipped] = []
     for check in DETECTORS:
         missing = check.missing(context)
+        try:
+            findings += [] if missing else check.run(context)
+        except UserError:
+            raise
+        except FAULTS as error:
+            if FAULTS_RAISE:
+                raise
+            missing = (f"a repair of the check ({type(error).__name__}: {error})",)
+            log.warning("the check %r failed (%s); all others were made", check.name, error)
         if missing:
             skipped.append(Skipped(check.name, missing))
-        else:
-            findings += check.run(context)
     return findings, skipped
 
 
