@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
 _CALLS = ("open", "replace", "rename", "unlink", "remove", "mkdir", "rmdir", "link", "truncate")
@@ -68,6 +68,8 @@ class Journal:
         self._content: dict[int, bytes] = {}
         self._lasting: dict[int, bytes] = {}
         self._seen: dict[int, tuple[int, int]] = {}
+        self._open: dict[int, BinaryIO] = {}
+        """What keeps the number of a removed file from being given to a new one."""
 
     @contextmanager
     def written(self) -> Iterator[None]:
@@ -76,8 +78,12 @@ class Journal:
             for name in _CALLS:
                 stack.enter_context(patch.object(os, name, self._around(name, getattr(os, name))))
             stack.enter_context(patch.object(os, "fsync", self._fsync(os.fsync)))
-            yield
-            self._look("end")
+            try:
+                yield
+                self._look("end")
+            finally:
+                for file in self._open.values():
+                    file.close()
 
     def _around(self, name: str, real: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -134,9 +140,19 @@ class Journal:
                         self._scan(Path(entry.path), number, folders)
                     elif self._seen.get(number) != (status.st_size, status.st_mtime_ns):
                         self._seen[number] = (status.st_size, status.st_mtime_ns)
-                        self._content[number] = Path(entry.path).read_bytes()
+                        self._read(Path(entry.path), number)
                 except FileNotFoundError:  # gone since, by another thread
                     names.pop(entry.name, None)
+
+    def _read(self, path: Path, number: int) -> None:
+        if number not in self._open:
+            file = path.open("rb")
+            if os.fstat(file.fileno()).st_ino != number:  # another took its name
+                file.close()
+                raise FileNotFoundError(path)
+            self._open[number] = file
+        self._open[number].seek(0)
+        self._content[number] = self._open[number].read()
 
     def _forget(self) -> None:
         """Drop what no name leads to: its number may be given to another file."""
@@ -146,6 +162,8 @@ class Journal:
         for table in (self._content, self._lasting, self._seen, self._lasting_folders):
             for number in set(table) - held:
                 del table[number]
+        for number in set(self._open) - held:
+            self._open.pop(number).close()
 
     def _keep(self, after: str) -> None:
         lasting, content = self._lasting, self._content

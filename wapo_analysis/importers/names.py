@@ -6,9 +6,8 @@ can be mapped by hand. docs/import.md is generated from these rows.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Final
 
 UNVERIFIED: Final = "unverified"
@@ -383,9 +382,10 @@ ALIASES: Final[tuple[Alias, ...]] = (
 )  # fmt: skip
 
 
-def rows_of(table: str) -> Iterable[Alias]:
+@cache
+def rows_of(table: str) -> tuple[Alias, ...]:
     """Rows of one table in the order they are tried."""
-    return (row for row in ALIASES if row.table == table)
+    return tuple(row for row in ALIASES if row.table == table)
 
 
 def alias_page() -> str:

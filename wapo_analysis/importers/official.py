@@ -196,7 +196,7 @@ def _keep_bins(kind: str, step: int, stored: dict[str, Array], sink: Sink) -> No
     """The official numbers as they are, as step columns official/<kind>/<sign>/<bin>."""
     names = stored["bins"].ravel().astype(str).tolist() if "bins" in stored else []
     for sign in ("pos", "neg"):
-        pairs = zip(names, stored[sign].tolist(), strict=False)
+        pairs = zip(names, stored[sign][: len(names)].tolist(), strict=False)
         sink.add_step(step, {f"official/{kind}/{sign}/{name}": value for name, value in pairs})
 
 

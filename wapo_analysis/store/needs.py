@@ -72,33 +72,38 @@ def lack(run: "Run", need: Need) -> str | None:
 
 def _lack(run: "Run", need: Need) -> str | None:
     table, column = need.table, need.column
-    rescored = table == "tokens" and column in _RESCORED
-    held = _held_in(run, table, rescored)
+    held = _held_in(run, table)
+    if held is not None and column not in held and table == "tokens" and column in _RESCORED:
+        held = _held_in(run, table, rescored=True)
+        if held is None:
+            return "no token that was re-scored after its update"
     if held is None:
-        known = rescored and run.token_steps()
-        return "no token that was re-scored after its update" if known else _NONE[table]
+        return _NONE[table]
     if column in held or ("*" in column and any(fnmatchcase(name, column) for name in held)):
         return None
     return f"no {column!r} in its {table} table"
 
 
-def _held_in(run: "Run", table: str, rescored: bool) -> frozenset[str] | None:
+def _held_in(run: "Run", table: str, rescored: bool = False) -> frozenset[str] | None:
     """Columns of a table that hold any value, read once a run; None if it has no rows."""
     key = f"{table} re-scored" if rescored else table
     if key not in run.held:
         frame = _ends(run, table, rescored) if table in _LARGE else getattr(run, table)
-        run.held[key] = None if frame.empty else frozenset(_holding(frame, table))
+        some = frame is not None and not frame.empty
+        run.held[key] = frozenset(_holding(frame, table)) if some else None
     return run.held[key]
 
 
-def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame:
+def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame | None:
     """Rows of the first, the middle and the last step that a table has."""
     steps = run.recorded_steps(table)
     if rescored:
         cells = run.classes
         scored = set(cells.loc[cells["rescored"] > 0, "step"].astype(int))
         steps = [step for step in steps if step in scored]
-    ends = {steps[place] for place in (0, len(steps) // 2, -1)} if steps else set()
+    if not steps:
+        return None
+    ends = {steps[place] for place in (0, len(steps) // 2, -1)}
     return run.tokens(ends) if table == "tokens" else run.table(table, ends)
 
 
@@ -107,10 +112,14 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     # A look at the first rows, of all columns of numbers at once, is nearly always enough.
     numbers = frame.iloc[:_LOOK].select_dtypes(["number", "bool"], exclude=["timedelta"])
     known = set(numbers.columns[np.isfinite(numbers.to_numpy(np.float64)).any(axis=0)])
+    seen = set(numbers.columns) if len(frame) <= _LOOK else known
     declared = TABLES[table]
     for name in map(str, frame.columns):
-        text = name in declared and declared[name].dtype == "str"
-        if name in known or (frame[name].notna().any() if text else _finite(frame[name])):
+        if name in declared and declared[name].dtype == "str":
+            holds = name in known or frame[name].notna().any()
+        else:
+            holds = name in known if name in seen else _finite(frame[name])
+        if holds:
             yield name
 
 
