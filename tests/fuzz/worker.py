@@ -2,6 +2,7 @@
 fault; the file ``beat`` holds the input in hand, for whoever ends a worker that hangs."""
 
 import argparse
+import gc
 import importlib
 import json
 import pkgutil
@@ -45,6 +46,8 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=shared if shared.is_dir() else None))
     try:
         worker = Worker(Fuzz(folder), options.beat, options.until)
+        gc.collect()
+        gc.freeze()  # what is loaded by now need not be gone through again and again
         (worker.guided if options.guided else worker.by_chance)(options.seed)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

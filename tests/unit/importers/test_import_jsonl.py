@@ -167,6 +167,7 @@ def test_an_import_beside_a_writer_takes_what_was_whole(tmp_path: Path) -> None:
         with file.open("ab", buffering=0) as stream:
             while not stop.is_set():
                 stream.write(text[:100])
+                stop.wait(0.0005)  # the half line is there for a while
                 stream.write(text[100:])
 
     writer = threading.Thread(target=write)
