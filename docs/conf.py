@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "taxonomy")]
 from wapo_analysis.version import __version__  # noqa: E402
 
 project = "wapo-analysis"
-author = "The wapo-analysis contributors"
+author = copyright = "the wapo-analysis contributors"
 release = version = __version__
 
 extensions = [

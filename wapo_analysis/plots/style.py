@@ -221,9 +221,16 @@ def wrapped(text: str, width: float = WIDTH) -> str:
     return textwrap.fill(text, int(_TITLE_SIGNS * width))
 
 
+class _Drawn(Figure):
+    """A figure that a notebook shows by itself, though pyplot does not know it."""
+
+    def _repr_png_(self) -> bytes:
+        return encode_figure(self, "png")
+
+
 def new_figure(height: float, width: float = WIDTH) -> Figure:
     """Empty figure in constrained layout, inches; not known to pyplot, so nothing leaks."""
-    return Figure(figsize=(width, height), layout="constrained")
+    return _Drawn(figsize=(width, height), layout="constrained")
 
 
 def sign_map(sign: int) -> Colormap:

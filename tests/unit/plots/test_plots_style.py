@@ -114,6 +114,10 @@ def test_figures_are_unknown_to_pyplot() -> None:
     assert plt.get_fignums() == []
 
 
+def test_a_notebook_shows_a_figure_by_itself() -> None:
+    assert render("theory_vocabulary")._repr_png_().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_same_figure_same_bytes(kind: str) -> None:
     one, two = (encode_figure(render("theory_vocabulary"), kind) for _ in range(2))
