@@ -89,8 +89,10 @@ def _held_in(run: "Run", table: str, rescored: bool = False) -> frozenset[str] |
     key = f"{table} re-scored" if rescored else table
     if key not in run.held:
         frame = _ends(run, table, rescored) if table in _LARGE else getattr(run, table)
-        some = frame is not None and not frame.empty
-        run.held[key] = frozenset(_holding(frame, table)) if some else None
+        if frame is None or frame.empty:
+            run.held[key] = None
+        else:
+            run.held[key] = frozenset(_holding(frame, table))
     return run.held[key]
 
 
@@ -116,7 +118,7 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     declared = TABLES[table]
     for name in map(str, frame.columns):
         if name in declared and declared[name].dtype == "str":
-            holds = name in known or frame[name].notna().any()
+            holds = name in known or bool(frame[name].notna().any())
         else:
             holds = name in known if name in seen else _finite(frame[name])
         if holds:

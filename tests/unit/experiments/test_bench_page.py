@@ -28,6 +28,7 @@ from experiments.bench.numbers import NUMBERS
 from experiments.bench.options import Options
 from experiments.bench.page import shown, to_markdown
 from experiments.bench.run import load, run_bench, save
+from experiments.bench.scaling import Growth, page
 from wapo_analysis.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -224,3 +225,34 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
     except ImportError:
         keys -= {"gpu_speedup_vs_reference_trl", "gpu_fused_head_stats_vs_plain"}
     assert keys <= set(found["measures"])
+
+
+# ---- scaling -------------------------------------------------------------------------------------
+
+
+def test_a_growth_has_its_exponent_and_its_cost_of_one_more() -> None:
+    growth = Growth("work", "rows", {10: 3.0, 100: 30.0, 1_000: 300.0})
+    assert growth.exponent == pytest.approx(1.0)
+    assert growth.per_unit == pytest.approx(0.3)
+    assert "10: 3e+03" in growth.row()
+
+
+def test_the_estimate_multiplies_what_was_measured() -> None:
+    names = ("vocabulary", "rows", "totals", "summary", "ranks", "steps")
+    costs = {"rows": 5e-7, "totals": 1e-7, "summary": 1e-8}
+    found = {
+        name: Growth(name, "rows", {1: costs.get(name, 1.0), 2: 2 * costs.get(name, 1.0)})
+        for name in names
+    }
+    text = page(found, 20.0, "command", "machine")
+    assert "| 2.0 | 0.4 | 0.4 |" in text  # 4 million tokens a process
+    assert "| 5.12 | 0 | 0.080 |" in text  # 256 million rows of 20 bytes
+    assert "| class summary of one step, CPU seconds | 2.6 |" in text
+
+
+def test_the_scaling_page_was_made_by_its_command() -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert "python -m experiments.bench.scaling --doc docs/scaling.md" in text
+    exponents = re.findall(r"\| (\d\.\d\d) \|$", text, re.M)
+    assert len(exponents) == 6
+    assert max(map(float, exponents)) < 1.15, "nothing grows faster than its size"
