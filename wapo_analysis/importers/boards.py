@@ -16,8 +16,7 @@ from typing import Any
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.jsonl import as_number, as_step, parse_json
-from wapo_analysis.importers.mapping import map_option
-from wapo_analysis.importers.names import rows_of
+from wapo_analysis.importers.mapping import map_option, rows_of
 from wapo_analysis.importers.readers import csv_frames, csv_header, json_value
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import text_lines

@@ -18,6 +18,7 @@ from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
 from wapo_analysis.importers.mapping import VITAL, NameTable, trainer_names
 from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
 from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.shapes import unwrapped
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.store.files import open_regular
 
@@ -25,6 +26,7 @@ MAX_DICT_LINES = 400
 MAX_TELLING = 20_000
 """Lines in which a log without dicts must show itself."""
 _MARKS = re.compile(rb"""[{:\['"=|]|tep |ter """)
+_RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _VERL_STEP = re.compile(r"\bstep:(\d+) -(?: |$)")
@@ -77,7 +79,7 @@ def console_lines(file: Path, report: ImportReport | None = None) -> Iterator[tu
     for number, _, data in log.lines():
         for part in data.split(b"\r"):
             if _MARKS.search(part) or b"\xe2\x94" in part:
-                text = _COLOUR.sub("", part.decode("utf-8", "replace"))
+                text = _RAY.sub("", _COLOUR.sub("", part.decode("utf-8", "replace")), count=1)
                 last = text if _TAIL.search(text) else last
                 yield number, text
     with open_regular(file) as stream:
@@ -235,7 +237,7 @@ def _verl_line(line: str) -> tuple[int, dict[str, Any]] | None:
         number = _VERL_VALUE.match(value)
         if name and number is not None:
             record[name] = number[1]
-    return int(found[1]), record
+    return (int(found[1]), record) if record else None
 
 
 def _prime_line(line: str) -> tuple[int, dict[str, Any]] | None:
@@ -278,6 +280,7 @@ def _dict(text: str) -> dict[str, Any] | None:
         except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
             continue
         if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+            value = dict(unwrapped(value))
             return value if any(as_number(v) is not None for v in value.values()) else None
     return None
 

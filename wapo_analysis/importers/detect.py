@@ -1,9 +1,7 @@
 """What a source is, told by what its files hold; two tools in one source are an error."""
 
-import codecs
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,10 +14,13 @@ import pyarrow.parquet as pq
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
-from wapo_analysis.importers.jsonl import JsonLines, unpacked_into, widened
+from wapo_analysis.importers.jsonl import (
+    JsonLines,
+)
+from wapo_analysis.importers.packed import head_of, plain_file
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
-from wapo_analysis.importers.shapes import holds_table, shown_text, text_lines
+from wapo_analysis.importers.shapes import holds_table, text_lines
 from wapo_analysis.store import is_run
 from wapo_analysis.store.files import open_regular
 
@@ -43,7 +44,6 @@ UNREAD = {
     ".png": "a picture", ".pdf": "a document",
 }  # fmt: skip
 """What files are that cannot hold a log for us, by suffix; said when one is named."""
-_HEAD = 1 << 16
 _SEARCHED = 16 << 20
 # By kind of file: the format it belongs to.
 _FORMAT_OF: Mapping[str, Format] = {
@@ -64,7 +64,6 @@ _SKIPPED = (".png", ".svg", ".pdf", ".html", ".safetensors", ".bin", ".pt", ".pt
 _JSON_BEGINS = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|-?[\d.]+(?:[eE][-+]?\d+)?\s*[,\]]|null|$)""")
 # A line of MLflow's file store: time in milliseconds, number, step.
 _MLFLOW = re.compile(rb"\d{13} [-+.\deEinfaN]+ \d+\n")
-_PAGES = (".ipynb", ".html", ".htm")
 # A scalar that TensorBoard lets one download as JSON: time, step, number.
 _SCALARS = re.compile(r"\[\s*\[\s*\d{9,}[\d.eE+]*\s*,\s*\d+\s*,\s*[^,\]]+\]")
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
@@ -130,7 +129,7 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         raise UserError(f"{name} is a run already; it needs no import")
     files = [source] if source.is_file() else list(_files(source))
     told: list[str] = []
-    plain = (_plain(file, source, unpacked, told) for file in files)
+    plain = (plain_file(file, source, unpacked, told) for file in files)
     files = [file for file in plain if file is not None]
     if not any(_size(file) for file in files):
         what = "is empty" if source.is_file() else "is not a run, and is empty"
@@ -200,40 +199,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _size(file: Path) -> int:
     return file.stat().st_size
-
-
-def _head(file: Path, size: int = _HEAD) -> bytes:
-    try:
-        with open_regular(file) as stream:
-            return stream.read(size)
-    except OSError as error:
-        raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
-
-
-def _plain(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
-    """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
-    start = _head(file, 2)
-    if file == source and file.suffix in _PAGES and unpacked is not None:
-        text = unpacked / f"{file.stem}.txt"
-        with text.open("wb") as out:
-            whole = shown_text(file, out)
-        return text if whole else file
-    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    if not wide and not file.name.endswith(".gz") and start != b"\x1f\x8b":
-        return file
-    if unpacked is None:
-        return None
-    inside = file.relative_to(source) if source != file else Path(file.name)
-    target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as out:
-        whole = widened(file, out) if wide else unpacked_into(file, out)
-    if not whole:
-        told.append(f"{shown(file.name)} is cut or damaged: what could be unpacked is read")
-        if not _size(target):
-            raise UserError(f"{printable(shown(file))} cannot be unpacked")
-    shutil.copystat(file, target)
-    return target
 
 
 def _kinds(files: list[Path], named: bool) -> dict[Path, str]:
@@ -308,7 +273,7 @@ def _is_prime(name: str, parents: list[str]) -> bool:
 
 
 def _by_content(file: Path, named: bool) -> str | None:
-    head = _head(file)
+    head = head_of(file)
     if head.startswith(b"PAR1"):
         return _parquet_kind(file)
     if head.startswith(b":W&B"):
@@ -369,7 +334,7 @@ def _json_kind(file: Path, head: str) -> str | None:
     if file.name == "trainer_state.json":
         return "state"
     if whole and head.startswith("{"):
-        if '"log_history"' in head or b'"log_history"' in _head(file, _SEARCHED):
+        if '"log_history"' in head or b'"log_history"' in head_of(file, _SEARCHED):
             return "state"
     if whole and _SCALARS.match(head):
         return "download"

@@ -5,16 +5,14 @@ the writer is faster than the reader. Only whole lines come out; what follows th
 waits for the next pass, so no line is lost and none is read twice.
 """
 
-import codecs
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +21,9 @@ from wapo_analysis.store.files import open_regular
 
 MAX_STEP = 2**31 - 1
 MAX_DEPTH = 64
-_OF_ALL = re.compile(r"\s*(\d+)\s*/\s*\d+\s*")
+_OF_ALL = re.compile(
+    r"\s*(?:(?:global_?)?(?:step|iter(?:ation)?)[ _:-]*)?(\d+)(?:\s*/\s*\d+)?\s*", re.I
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -53,7 +53,7 @@ def as_number(value: Any) -> float | int | None:
 
 
 def as_step(value: Any) -> int | None:
-    """A step number: a whole number that fits the column, also as text, as 3.0 or as "3/100"."""
+    """A step number: a whole number that fits the column; as text "3.0", "3/100", "step_3" too."""
     if isinstance(value, str) and (found := _OF_ALL.fullmatch(value)):
         value = found[1]
     number = as_number(value)
@@ -157,7 +157,6 @@ def message_text(value: Any, depth: int = 0) -> str | None:
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 256 << 20
 MAX_NAMED = 20
-MAX_UNPACKED = 4 << 30
 
 
 class Line(NamedTuple):
@@ -324,35 +323,3 @@ def reason_of(error: ValueError) -> str:
 
 def _shown(path: Path) -> str:
     return printable(str(path).encode("utf-8", "replace").decode())
-
-
-def widened(file: Path, out: BinaryIO) -> bool:
-    """UTF-16, as PowerShell writes what a command printed, as UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-16")("replace")
-    try:
-        with open_regular(file) as wide:
-            while data := wide.read(1 << 20):
-                out.write(decoder.decode(data).encode("utf-8", "replace"))
-    except OSError as error:
-        raise UserError(f"cannot read {_shown(file)}: {error.strerror}") from error
-    return True
-
-
-def unpacked_into(file: Path, out: BinaryIO) -> bool:
-    """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
-    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    try:
-        with open_regular(file) as packed:
-            while data := packed.read(1 << 20):
-                while data:
-                    out.write(reader.decompress(data, 1 << 20))
-                    if out.tell() > MAX_UNPACKED:
-                        raise UserError(f"{_shown(file)} is larger than 4 GiB unpacked")
-                    data = reader.unused_data if reader.eof else reader.unconsumed_tail
-                    if reader.eof and data:
-                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    except zlib.error:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot unpack {_shown(file)}: {error.strerror}") from error
-    return reader.eof

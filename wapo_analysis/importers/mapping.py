@@ -5,10 +5,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import cache
 from typing import Any
 
 from wapo_analysis.errors import UserError, printable, unknown_name
-from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias, rows_of
+from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias
 from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
 
 Plan = tuple[dict[str, str], list[str]]
@@ -220,10 +221,13 @@ class NameTable:
 
 
 def _plain(keys: Iterable[str]) -> dict[str, str]:
-    """Keys by their name in lower case: loggers put "train/" before every name, or do not."""
+    """Keys by their name in lower case: loggers put "train/" before every name, or do not.
+
+    Notebooks show blanks around a slash.
+    """
     by_name: dict[str, str] = {}
     for key in keys:
-        by_name.setdefault(key.lower().removeprefix("train/"), key)
+        by_name.setdefault(key.lower().replace(" / ", "/").removeprefix("train/"), key)
     return by_name
 
 
@@ -239,7 +243,7 @@ def _matches(row: Alias, place: int, by_name: Mapping[str, str]) -> tuple[str, .
 
 def function_column(key: str) -> str:
     """Name under which a number of one reward function is kept; other names stay as they are."""
-    plain = key.removeprefix("train/")
+    plain = key.replace(" / ", "/").removeprefix("train/")
     for row in _FUNCTIONS:
         found = row.patterns[0].fullmatch(plain)
         if found and found["function"] not in _NO_FUNCTION:
@@ -294,6 +298,8 @@ def nearest(keys: Iterable[str], columns: Iterable[str] = VITAL) -> dict[str, st
 def _likeness(column: str, key: str) -> float:
     low = key.lower()
     words = re.split(r"[^a-z]+", low)
+    if column == "entropy" and {"bits", "loss"} & set(words):
+        return 0.0  # of another unit than nats, or a term with a sign
     if any(hint in words or (len(hint) > 3 and hint in low) for hint in _HINTS.get(column, ())):
         return 0.9
     if column in low:
@@ -315,6 +321,21 @@ def shares_of_counts(
                 rows[step][ours] = value / sum(known)
             elif value > 1:
                 del rows[step][ours]  # a count, of prompts nobody knows how many
+
+
+@cache
+def rows_of(table: str) -> tuple[Alias, ...]:
+    """Rows of one table in the order they are tried."""
+    return tuple(row for row in ALIASES if row.table == table)
+
+
+def alias_page() -> str:
+    """The table as Markdown, for docs/import.md."""
+    lines = ["| table | column | trainer | its names | where |", "|---|---|---|---|---|"]
+    for row in ALIASES:
+        names = ", ".join(f"`{name}`" for name in row.names)
+        lines.append(f"| {row.table} | `{row.column}` | {row.trainer} | {names} | {row.source} |")
+    return "\n".join(lines)
 
 
 _SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",

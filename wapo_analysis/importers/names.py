@@ -7,7 +7,7 @@ can be mapped by hand. docs/import.md is generated from these rows.
 
 import re
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Final
 
 UNVERIFIED: Final = "unverified"
@@ -86,6 +86,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
         "steps", "TRL", "transformers/trainer.py",
         lr="learning_rate", grad_norm="grad_norm", eval_reward="eval_reward | eval/reward",
     ),
+    *_rows("steps", "TRL", "transformers/utils/notebook.py", loss="training loss"),
     *_rows(
         "steps", "TRL", "trl/experimental/async_grpo/async_grpo_trainer.py",
         staleness="sample/staleness_mean",
@@ -259,6 +260,21 @@ ALIASES: Final[tuple[Alias, ...]] = (
         truncated="agg/all/*/is_truncated/mean", groups_all_wrong="agg/all/*/solved_none",
         groups_all_right="agg/all/*/solved_all",
     ),
+    *_rows("steps", "EasyR1", "verl/trainer/ray_trainer.py", eval_reward="val/reward_score"),
+    *_rows(
+        "steps", "ROLL", "roll/utils/metrics/metrics_manager.py",
+        entropy="critic/entropy/mean", length="token/response_length/mean",
+    ),
+    *_rows(
+        "steps", "PipelineRL", "pipelinerl/finetune_loop.py and pipelinerl/finetune/rl/__init__.py",
+        reward="rl/reward", entropy="rl/entropy", kl_ref="rl/kl", loss="rl/loss",
+        grad_norm="stats/grad_norm", lr="stats/lr",
+    ),
+    *_rows(
+        "steps", "tunix", "tunix/rl/grpo/grpo_learner.py and tunix/sft/metrics_logger.py",
+        reward="*/train/rewards/score/mean", length="*/train/completions/mean_length",
+        kl_ref="*/train/kl", loss="actor/train/loss",
+    ),
     *_rows(
         "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",
         groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
@@ -305,10 +321,9 @@ ALIASES: Final[tuple[Alias, ...]] = (
         "steps", "any", "common use",
         step=" | ".join(_STEP),
         reward="mean_reward | reward_mean | rewards/mean",
-        reward_std="std_reward",
-        loss="policy_loss", grad_norm="gradient_norm",
-        entropy="mean_entropy | policy_entropy | policy/entropy",
-        length="mean_length", staleness="staleness | staleness/mean",
+        reward_std="std_reward", loss="policy_loss", grad_norm="gradient_norm",
+        entropy="mean_entropy | policy_entropy | policy/entropy", length="mean_length",
+        staleness="staleness | staleness/mean",
         clip_any="clip_fraction | clip_frac | clipfrac | policy/clip_frac | policy/clip_fraction",
         advantage_std=(
             "adv_std | advantages/std | advantages_std | advantage/std | critic/advantages/std"
@@ -380,18 +395,3 @@ ALIASES: Final[tuple[Alias, ...]] = (
         prompt="input", completion="output", answer="gts", reward="score",
     ),
 )  # fmt: skip
-
-
-@cache
-def rows_of(table: str) -> tuple[Alias, ...]:
-    """Rows of one table in the order they are tried."""
-    return tuple(row for row in ALIASES if row.table == table)
-
-
-def alias_page() -> str:
-    """The table as Markdown, for docs/import.md."""
-    lines = ["| table | column | trainer | its names | where |", "|---|---|---|---|---|"]
-    for row in ALIASES:
-        names = ", ".join(f"`{name}`" for name in row.names)
-        lines.append(f"| {row.table} | `{row.column}` | {row.trainer} | {names} | {row.source} |")
-    return "\n".join(lines)

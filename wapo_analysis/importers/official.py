@@ -8,6 +8,10 @@ from 1; steps of a run are from 1.
 
 import json
 import re
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +20,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.logs import newest_state, read_log
-from wapo_analysis.importers.readers import json_records, json_value, stored_arrays
+from wapo_analysis.importers.readers import json_records, json_value
 from wapo_analysis.importers.report import ImportReport, spans
 from wapo_analysis.importers.rows import StepCounts, class_table, filled_records, numbers
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
 from wapo_analysis.schema import TOKENS
+from wapo_analysis.store.files import open_regular
 from wapo_analysis.table import Array
 
 LACKS = {
@@ -36,6 +41,7 @@ LACKS = {
     "tokens.dentropy": "the official trainer does not score tokens again after the update",
 }
 SAMPLE_LIMIT = 10_000
+MAX_ARRAYS = 1 << 30
 BINS = 5
 """Bins of p in the paper's files."""
 _NUMBER = re.compile(r"step_(\d+)\.(?:npz|npy|json)$")
@@ -355,3 +361,34 @@ def _eval(tree: OfficialTree, sink: Sink, report: ImportReport) -> None:
                 if key != "step" and number is not None:
                     columns.setdefault(f"eval/{key}", []).append(number)
         sink.add_step(step_of(file), {k: sum(v) / len(v) for k, v in columns.items()})
+
+
+def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
+    """Arrays of an ``.npz`` or ``.npy`` file by name; empty, and said, if it cannot be read.
+
+    Only numbers and texts are returned; nothing in the file is run, and nothing is unpacked that is
+    larger than ``MAX_ARRAYS``.
+    """
+    report.files += 1
+    try:
+        # numpy leaves a file open that it cannot read, so it is opened here.
+        with open_regular(file) as stream:
+            if zipfile.is_zipfile(stream):
+                size = sum(part.file_size for part in zipfile.ZipFile(stream).infolist())
+            else:
+                size = file.stat().st_size
+            if size > MAX_ARRAYS:
+                raise ValueError(f"larger than {MAX_ARRAYS >> 20} MiB unpacked")
+            stream.seek(0)
+            found = np.load(stream, allow_pickle=False)
+            arrays = {file.stem: found} if isinstance(found, np.ndarray) else dict(found.items())
+    except (ValueError, OSError, EOFError, LookupError, TypeError, MemoryError, SyntaxError,
+            zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+            NotImplementedError, RuntimeError) as error:  # fmt: skip
+        why = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        report.bad_line(file, 1, f"not readable ({why})")
+        return {}
+    kinds = {name: values.dtype.kind for name, values in arrays.items()}
+    for name in [name for name, kind in kinds.items() if kind not in "biufSU"]:
+        report.bad_line(file, 1, f"{name} holds {arrays.pop(name).dtype}, no numbers")
+    return arrays

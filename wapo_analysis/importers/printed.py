@@ -21,6 +21,10 @@ _COLON = re.compile(
     re.I,
 )
 _SPACE = re.compile(rf"\W*([A-Za-z_][\w./@() -]*?)\s+({_NUMBER})(%?)\W*", re.I)
+_ONE = re.compile(rf"([A-Za-z_][\w./-]*)\s+({_NUMBER})(%?)(?=\s|$)", re.I)
+_ROW = re.compile(rf"\s*(?:[A-Za-z_][\w./-]*\s+{_NUMBER}%?(?:\s+|$)){{2,}}", re.I)
+_OPENS = re.compile(r"( *)([A-Za-z_][\w./-]*):\s*")
+_LEAF = re.compile(rf"( +)([A-Za-z_][\w./-]*): ({_NUMBER})\s*", re.I)
 _CELLS = re.compile("[|\u2502\u2503\u2551]")
 _STEP_NAME = r"(?:(?:global|train|training)[ _])?step|iter(?:ation)?|update"
 _STEP = re.compile(
@@ -90,7 +94,10 @@ def line_of(text: str) -> Line | None:
 def _rank(found: "re.Match[str]") -> int:
     """Of several counters in a line the run's own step goes first."""
     words = ("global", "train", "step", "iter")
-    return next((n for n, word in enumerate(words) if word in found[1].lower()), len(words))
+    rank = next((n for n, word in enumerate(words) if word in found[1].lower()), len(words))
+    # A place in a source, as loguru's module:function:line, comes last.
+    place = ":" in found[0] and found.string[: found.start()].endswith(":")
+    return rank + place * len(words)
 
 
 def _pairs(text: str) -> Values:
@@ -106,6 +113,8 @@ def _pairs(text: str) -> Values:
             return found
     items = re.split(r"[|,;]", text)
     fits = [fit.groups() for item in items if (fit := _SPACE.fullmatch(item))]
+    if len(fits) < 2 and _ROW.fullmatch(text):
+        fits = _ONE.findall(text)
     return _named(fits) if len(fits) > 1 else {}
 
 
@@ -153,10 +162,11 @@ class PrintedLog:
     _heading: int | None = None
     _before: tuple[int, int, int | None] = (0, 0, None)
     _offset: int = 0
+    _above: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, number: int, text: str) -> bool:
         """Take a line; whether it holds numbers by known names."""
-        line = line_of(text)
+        line = self._nested(text) or line_of(text)
         if line is None:
             return False
         if line.heading:
@@ -176,6 +186,23 @@ class PrintedLog:
         elif known:
             self._gather(number, line.values)
         return known
+
+    def _nested(self, text: str) -> Line | None:
+        """A number below names that are indented less, as YAML below a heading (EasyR1)."""
+        if self._heading is None:
+            return None
+        opens, leaf = _OPENS.fullmatch(text), _LEAF.fullmatch(text)
+        found = opens or leaf
+        if found is None:
+            self._above = []
+            return None
+        indent = len(found[1])
+        self._above = [(n, name) for n, name in self._above if n < indent]
+        if leaf is not None:
+            path = "/".join([*(name for _, name in self._above), leaf[2]])
+            return Line(None, {path: float(leaf[3].replace("_", ""))}) if self._above else None
+        self._above.append((indent, found[2]))
+        return None
 
     def _gather(self, number: int, values: Values) -> None:
         """Lines without a step are one record until a name comes again."""

@@ -3,11 +3,8 @@
 import codecs
 import csv
 import io
+import json
 import re
-import struct
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -24,11 +21,9 @@ from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json, reason_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.store.files import open_regular
-from wapo_analysis.table import Array
 
 PASSES = 3
 MAX_JSON_BYTES = 1 << 30
-MAX_ARRAYS = 1 << 30
 _BLOCK = 4 << 20
 _ROWS = 8192
 _TOLD_DOUBLES = 5
@@ -101,7 +96,7 @@ def json_value(file: Path, report: ImportReport) -> Any:
             raise UserError(f"{file} is larger than 1 GiB; JSON is read as a whole, use JSON lines")
         changed: list[str] = []
         with open_regular(file) as stream:
-            value = parse_json(stream.read(), changed)
+            value = _one_or_more(stream.read(), changed)
         for what in changed:
             report.count(what, file, 1)
         return value
@@ -111,6 +106,21 @@ def json_value(file: Path, report: ImportReport) -> Any:
         raise UserError(f"{printable(shown(file))} is no JSON: {reason_of(error)}") from error
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _one_or_more(data: bytes, changed: list[str]) -> Any:
+    """A JSON value, or the list of those that follow each other, as of indented records."""
+    try:
+        return parse_json(data, changed)
+    except ValueError as error:
+        if not str(error).startswith("Extra data"):
+            raise
+        text, values, place = data.decode("utf-8-sig").strip(), [], 0
+        while place < len(text):
+            _, end = json.JSONDecoder().raw_decode(text, place)
+            values.append(parse_json(text[place:end], changed))
+            place = end + len(text[end:]) - len(text[end:].lstrip(" \t\r\n,"))
+        return values
 
 
 class _WholeLines(io.RawIOBase):
@@ -346,37 +356,6 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
         why = printable(str(error).splitlines()[0])
         raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
     report.files += 1
-
-
-def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
-    """Arrays of an ``.npz`` or ``.npy`` file by name; empty, and said, if it cannot be read.
-
-    Only numbers and texts are returned; nothing in the file is run, and nothing is unpacked that is
-    larger than ``MAX_ARRAYS``.
-    """
-    report.files += 1
-    try:
-        # numpy leaves a file open that it cannot read, so it is opened here.
-        with open_regular(file) as stream:
-            if zipfile.is_zipfile(stream):
-                size = sum(part.file_size for part in zipfile.ZipFile(stream).infolist())
-            else:
-                size = file.stat().st_size
-            if size > MAX_ARRAYS:
-                raise ValueError(f"larger than {MAX_ARRAYS >> 20} MiB unpacked")
-            stream.seek(0)
-            found = np.load(stream, allow_pickle=False)
-            arrays = {file.stem: found} if isinstance(found, np.ndarray) else dict(found.items())
-    except (ValueError, OSError, EOFError, LookupError, TypeError, MemoryError, SyntaxError,
-            zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
-            NotImplementedError, RuntimeError) as error:  # fmt: skip
-        why = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        report.bad_line(file, 1, f"not readable ({why})")
-        return {}
-    kinds = {name: values.dtype.kind for name, values in arrays.items()}
-    for name in [name for name, kind in kinds.items() if kind not in "biufSU"]:
-        report.bad_line(file, 1, f"{name} holds {arrays.pop(name).dtype}, no numbers")
-    return arrays
 
 
 def plain(value: Any) -> Any:

@@ -231,7 +231,15 @@ def _raise_alarms(report: ImportReport) -> None:
         report.alarms.append(
             f"{report.broken_lines} of {max(report.lines, report.broken_lines)} lines were not read"
         )
-    if report.token_rows or report.rollouts or report.mapped.keys() & set(VITAL):
+    if report.token_rows or report.rollouts:
+        return
+    if report.mapped.keys() & set(VITAL):
+        if not report.mapped.keys() & {"reward", "entropy"}:
+            if likely := nearest(report.kept_keys, ("reward", "entropy")):
+                report.alarms.append(
+                    "neither reward nor entropy was found; if these are what they look like: "
+                    f"{map_option(likely)}"
+                )
         return
     text = f"no column of {', '.join(VITAL)} was found, so there is nothing to diagnose"
     if report.kept_keys:

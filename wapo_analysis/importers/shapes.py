@@ -1,23 +1,16 @@
-"""Records in other shapes: JSON by columns or by name, tables as text, web pages and notebooks.
+"""Records in other shapes: JSON by columns or by name, tables as text."""
 
-What a page or a notebook shows is written out as text with bars between cells, which the readers
-of printed logs and of tables then read.
-"""
-
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from html.parser import HTMLParser
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from wapo_analysis.errors import printable
-from wapo_analysis.importers.jsonl import as_number, as_step, parse_json
+from wapo_analysis.importers.jsonl import as_number, as_step
 from wapo_analysis.importers.mapping import VITAL, NameTable
 from wapo_analysis.store.files import open_regular
 
-MAX_PAGE_BYTES = 1 << 30
 WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
 """Names under which a record holds its numbers, beside its step, a time or a text."""
 BY_POSITION = ("kl_positional",)
@@ -130,20 +123,35 @@ def _by_row(value: Mapping[str, Any]) -> Rows | None:
 
 
 def _series(value: Mapping[str, Any]) -> Rows | None:
-    """``{metric: {"steps": [...], "values": [...]}}``, or pairs of step and number by metric."""
-    found: dict[str, list[tuple[Any, Any]]] = {}
+    """``{metric: {"steps": [...], "values": [...]}}``, or pairs of step and number by metric.
+
+    ClearML's scalars are such by two names, with "x" and "y".
+    """
+    found = dict(_all_pairs(value, "", 0))
+    if not found or None in found.values():
+        return None
+    return [
+        {"step": step, name: number}
+        for name, pairs in found.items()
+        for step, number in pairs or ()
+    ]
+
+
+def _all_pairs(
+    value: Mapping[str, Any], before: str, depth: int
+) -> Iterator[tuple[str, list[tuple[Any, Any]] | None]]:
     for name, part in value.items():
         pairs = _step_pairs(part)
-        if pairs is None:
-            return None
-        found[name] = pairs
-    return [{"step": step, name: number} for name, pairs in found.items() for step, number in pairs]
+        if pairs is None and isinstance(part, dict) and part and depth < 2:
+            yield from _all_pairs(part, f"{before}{name}/", depth + 1)
+        else:
+            yield f"{before}{name}", pairs
 
 
 def _step_pairs(part: Any) -> list[tuple[Any, Any]] | None:
     if isinstance(part, dict):
-        steps = part.get("steps", part.get("step"))
-        values = part.get("values", part.get("value"))
+        steps = part.get("steps", part.get("step", part.get("x")))
+        values = part.get("values", part.get("value", part.get("y")))
         if isinstance(steps, list) and isinstance(values, list) and len(steps) == len(values):
             return list(zip(steps, values, strict=True))
         return None
@@ -262,83 +270,3 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
     with open_regular(file) as stream:
         for number, line in enumerate(stream, start=1):
             yield number, line.decode("utf-8", "replace").rstrip("\r\n")
-
-
-# ---- web pages and notebooks
-
-
-class _Tables(HTMLParser):
-    """Text of a page; cells of a row have bars between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self._cell: list[str] | None = None
-        self._row: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
-        if tag == "tr":
-            self._row = []
-        if tag in ("td", "th"):
-            self._cell = []
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th") and self._cell is not None:
-            self._row.append(" ".join("".join(self._cell).split()).replace("|", "/"))
-            self._cell = None
-        if tag == "tr" and self._row:
-            self.lines.append(f"| {' | '.join(self._row)} |")
-        if tag == "table":
-            self.lines.append("")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell is not None:
-            self._cell.append(data)
-
-
-def page_text(html: str) -> str:
-    """Tables of a web page as text."""
-    page = _Tables()
-    page.feed(html)
-    return "\n".join(page.lines) + "\n"
-
-
-def notebook_text(data: bytes) -> str:
-    """What the cells of a notebook printed, and its tables as text.
-
-    Raises
-    ------
-    ValueError
-        If it is no notebook.
-    """
-    value = parse_json(data)
-    cells = value.get("cells") if isinstance(value, dict) else None
-    if not isinstance(cells, list):
-        raise ValueError("no cells")
-    parts = []
-    for cell in cells:
-        for output in cell.get("outputs", ()) if isinstance(cell, dict) else ():
-            shows = output.get("data", {}) if isinstance(output, dict) else {}
-            if isinstance(shows, dict) and "text/html" in shows:
-                parts.append(page_text(_joined(shows["text/html"])))
-            else:
-                told = output.get("text", shows.get("text/plain", ""))
-                parts.append(_joined(told) + "\n")
-    return "\n".join(parts)
-
-
-def _joined(text: Any) -> str:
-    return "".join(map(str, text)) if isinstance(text, list) else str(text)
-
-
-def shown_text(file: Path, out: BinaryIO) -> bool:
-    """Write what a notebook or a page shows as text; whether it could be read."""
-    with open_regular(file) as stream:
-        data = stream.read(MAX_PAGE_BYTES)
-    try:
-        page = file.suffix in (".html", ".htm")
-        text = page_text(data.decode("utf-8", "replace")) if page else notebook_text(data)
-    except (ValueError, AttributeError, json.JSONDecodeError):
-        return False
-    out.write(text.encode("utf-8", "replace"))
-    return True

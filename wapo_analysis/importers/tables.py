@@ -29,7 +29,8 @@ from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import json_rows, text_lines, text_tables, unwrapped
 from wapo_analysis.importers.sink import Sink
 
-RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name")
+RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "Name",
+            "experimentKey")  # fmt: skip
 """Columns that name the run of a row; of text, as numbers count records as well."""
 METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
 VALUE_KEYS = ("value", "metricValue", "metric_value")

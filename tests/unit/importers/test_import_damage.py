@@ -284,9 +284,9 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_not_unpacked(
 ) -> None:
     import zipfile
 
-    from wapo_analysis.importers import readers
+    from wapo_analysis.importers import official
 
-    monkeypatch.setattr(readers, "MAX_ARRAYS", 1 << 20)
+    monkeypatch.setattr(official, "MAX_ARRAYS", 1 << 20)
     source = tmp_path / "o"
     shutil.copytree(OFFICIAL, source)
     (file,) = source.rglob("data/scatter_step_1.npz")

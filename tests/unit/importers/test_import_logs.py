@@ -1,9 +1,8 @@
 """Metrics logs as trainers and their boards write them: what is read, under which column."""
 
-import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +10,10 @@ import pandas as pd
 import pytest
 
 from tests.support.import_sources import write_lines
+from tests.support.logged import STEPS, read, records, trl, verl
 from wapo_analysis.errors import UserError
-from wapo_analysis.importers import ImportReport, detect, import_run
-from wapo_analysis.importers.run import ImportSettings
+from wapo_analysis.importers import detect
 from wapo_analysis.store import open_run
-
-STEPS = 12
-
-
-def read(
-    source: Path, out: Path, run: str | None = None, **mapping: str
-) -> tuple[pd.DataFrame, ImportReport]:
-    """Steps by their number, and the report."""
-    report = import_run(source, out, ImportSettings(mapping=mapping, run=run))
-    return open_run(out).steps.set_index("step"), report
-
-
-def records(make: Callable[[int], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(make(step)) for step in range(1, STEPS + 1)]
-
-
-def trl(step: int) -> dict[str, Any]:
-    return {
-        "loss": 0.01, "grad_norm": 0.2, "learning_rate": 1e-6, "num_tokens": 100.0 * step,
-        "completions/mean_length": 40.0, "completions/clipped_ratio": 0.1, "kl": 0.01 * step,
-        "rewards/exact/mean": step / 100, "rewards/exact/std": 0.3, "reward": step / 100,
-        "reward_std": 0.3, "frac_reward_zero_std": 0.5, "entropy": 0.4, "epoch": step / 100,
-        "sampling/sampling_logp_difference/mean": 0.02,
-    }  # fmt: skip
-
-
-def verl(step: int) -> dict[str, Any]:
-    return {
-        "actor/entropy": 0.4, "actor/pg_loss": 0.01, "actor/grad_norm": 0.3, "actor/lr": 1e-6,
-        "actor/kl_loss": 0.02, "critic/score/mean": step / 100, "critic/score/max": 1.0,
-        "critic/rewards/mean": step / 100 - 0.5, "response_length/mean": 90.0,
-        "response_length/clip_ratio": 0.06, "rollout_corr/k3_kl": 3e-4,
-        "training/rollout_probs_diff_mean": 0.003, "timing_s/gen": 2.0,
-    }  # fmt: skip
-
 
 # What each trainer logs, and the columns that must come of it.
 TRAINERS: dict[str, tuple[Callable[[int], dict[str, Any]], dict[str, float]]] = {
@@ -218,54 +182,6 @@ def test_dicts_over_several_lines_with_their_step_before(tmp_path: Path) -> None
     assert steps.loc[4, ["loss", "grad_norm", "entropy"]].tolist() == [0.5, 0.25, 0.4]
 
 
-def swift(step: int) -> dict[str, Any]:
-    return trl(step) | {"global_step/max_steps": f"{step}/4389", "elapsed_time": "6m 50s"}
-
-
-def test_swift_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "v0-20250921"
-    write_lines(folder / "logging.jsonl", records(swift))
-    (folder / "args.json").write_text('{"rlhf_type": "grpo"}')
-    (folder / "checkpoint-9").mkdir()
-    log = [trl(s) | {"step": s, "reward": 9.0} for s in range(1, 10)]
-    state = {"log_history": log, "global_step": 9}
-    (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
-    rows = [{"gen_step": s, "step": [str(s)] * 2, "prompt": ["p", "p"], "completion": ["a", "b"],
-             "exact": [1.0, 0.0], "advantages": [1.0, -1.0]} for s in range(1, 5)]  # fmt: skip
-    rows.append({"step": ["1"], "prompt": ["p", "q"], "completion": ["a", "b"], "exact": [1, 0]})
-    write_lines(folder / "completions.jsonl", rows)
-    steps, report = read(folder, tmp_path / "out")
-    assert steps["reward"].tolist() == [s / 100 for s in range(1, STEPS + 1)]
-    assert report.trainer == "ms-swift"
-    rollouts = open_run(tmp_path / "out").rollouts
-    assert rollouts["reward"].tolist() == [1.0, 0.0] * 4
-    assert rollouts["advantage"].tolist() == [1.0, -1.0] * 4
-    assert rollouts["group"].tolist() == [0] * 8
-    assert any("trainer_state.json holds the same log up to step 9" in n for n in report.notes)
-    assert "completions.jsonl:5: lists of different length" in report.broken[0]
-
-
-def test_llama_factory(tmp_path: Path) -> None:
-    rows = records(lambda s: {"current_steps": s, "total_steps": 90, "loss": 0.5, "lr": 1e-6,
-                              "percentage": 1.0, "elapsed_time": "0:01:03"})  # fmt: skip
-    steps, report = read(write_lines(tmp_path / "any.jsonl", rows), tmp_path / "out")
-    assert steps["loss"].tolist() == [0.5] * STEPS
-    assert report.trainer == "LLaMA-Factory"
-
-
-def test_a_trainer_state_under_any_name_and_two_runs(tmp_path: Path) -> None:
-    state = {"epoch": 1.0, "log_history": [trl(s) | {"step": 5 * s} for s in range(1, 9)]}
-    for run in ("one", "two"):
-        (tmp_path / run / "checkpoint-40").mkdir(parents=True)
-        text = json.dumps(state, indent=2)
-        (tmp_path / run / "checkpoint-40" / "trainer_state.json").write_text(text)
-    (tmp_path / "training_logs.json").write_text(json.dumps(state, indent=2))
-    steps, _ = read(tmp_path / "training_logs.json", tmp_path / "out")
-    assert steps.index.tolist() == [5 * s for s in range(1, 9)]
-    with pytest.raises(UserError, match=r"3 runs are here; name one of: .*one, .*two"):
-        import_run(tmp_path, tmp_path.parent / "both")
-
-
 def test_nemo_json_and_other_shapes_of_json(tmp_path: Path) -> None:
     by_step = {
         "train/reward": {str(s): s / 100 for s in range(1, STEPS + 1)},
@@ -289,134 +205,6 @@ def test_records_without_any_step_are_counted(tmp_path: Path) -> None:
     steps, report = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
     assert steps["reward"].tolist() == [0.01, 0.02]
     assert report.events == ["no record has a step, so the 2 records are counted from 1"]
-
-
-# ---- TensorBoard and W&B
-
-
-def events(folder: Path, make: Callable[[int], Mapping[str, Any]], steps: Iterable[int]) -> Path:
-    summary = pytest.importorskip("torch.utils.tensorboard")
-    with summary.SummaryWriter(str(folder)) as writer:
-        for step in steps:
-            for name, value in make(step).items():
-                writer.add_scalar(f"train/{name}", value, step)
-    return folder
-
-
-def test_tensorboard(tmp_path: Path) -> None:
-    events(tmp_path / "tb", trl, range(1, STEPS + 1))
-    (written,) = (tmp_path / "tb").iterdir()
-    written.rename(tmp_path / "tb" / "renamed")
-    steps, report = read(tmp_path / "tb", tmp_path / "out")
-    assert steps.index.tolist() == list(range(1, STEPS + 1))
-    assert steps.loc[3, ["reward", "entropy", "kl_ref"]].tolist() == pytest.approx(
-        [0.03, 0.4, 0.03]
-    )
-    assert (report.format, report.trainer) == ("tensorboard", "TRL")
-    assert steps.loc[3, "rewards/exact/mean"] == pytest.approx(0.03)
-
-
-def test_several_tensorboard_runs_are_asked_for(tmp_path: Path) -> None:
-    for name in ("seed-0", "seed-1"):
-        events(tmp_path / "runs" / name, trl, range(1, 4))
-    with pytest.raises(UserError, match=r"2 runs; choose one with --run NAME: .*seed-0.*seed-1"):
-        read(tmp_path / "runs", tmp_path / "out")
-    steps, _ = read(tmp_path / "runs", tmp_path / "out", run="seed-1")
-    assert len(steps) == 3
-    with pytest.raises(UserError, match="--run seed is not one of"):
-        read(tmp_path / "runs", tmp_path / "x", run="seed")
-
-
-def test_a_damaged_event_file_keeps_what_comes_before(tmp_path: Path) -> None:
-    (file,) = events(tmp_path / "tb", trl, range(1, STEPS + 1)).iterdir()
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    file.write_bytes(data)
-    steps, report = read(tmp_path / "tb", tmp_path / "out")
-    assert 3 <= len(steps) < STEPS
-    assert any("is cut or damaged after step" in event for event in report.events)
-
-
-def table(file: Path, header: list[str], rows: Iterable[list[Any]]) -> Path:
-    with file.open("w", newline="") as stream:
-        writer = csv.writer(stream, quoting=csv.QUOTE_NONNUMERIC)
-        writer.writerows([header, *rows])
-    return file
-
-
-def test_a_scalar_downloaded_from_tensorboard(tmp_path: Path) -> None:
-    rows = [[1.76e9 + s, s, s / 10] for s in range(1, 5)]
-    head = ["Wall time", "Step", "Value"]
-    named = table(tmp_path / "run-one-tag-train_completions_mean_length.csv", head, rows)
-    assert read(named, tmp_path / "a")[0]["length"].tolist() == [0.1, 0.2, 0.3, 0.4]
-    other = table(tmp_path / "scalars.csv", head, rows)
-    with pytest.raises(UserError, match="--map entropy=Value"):
-        read(other, tmp_path / "b")
-    assert read(other, tmp_path / "b", reward="Value")[0]["reward"].tolist()[-1] == 0.4
-
-
-def test_wandb_history_and_panel(tmp_path: Path) -> None:
-    head = ["_step", "train/global_step", "train/reward", "eval/reward", "train/entropy"]
-    rows = [[0, 1, 0.5, "", 0.4], [1, "", "", 0.75, ""], [2, 2, 0.25, "", 0.3]]
-    steps, report = read(table(tmp_path / "history.csv", head, rows), tmp_path / "a")
-    assert steps["reward"].tolist() == [0.5, 0.25], "the run's own step, not W&B's row counter"
-    assert steps.loc[1, "eval_reward"] == 0.75, "an evaluation belongs to the step before it"
-    assert not report.broken_lines
-    head = ["Step"]
-    for run in ("grpo-a", "b"):
-        head += [f"{run} - {metric}{end}" for metric in ("_step", "train/entropy")
-                 for end in ("", "__MIN", "__MAX")]  # fmt: skip
-    rows = [[s, *[s, s, s, 0.1 * s, 9, 9], *["", "", "", "", "", ""]] for s in range(1, 4)]
-    panel = table(tmp_path / "panel.csv", head, rows)
-    with pytest.raises(UserError, match="2 runs; choose one with --run NAME: grpo-a, b"):
-        read(panel, tmp_path / "b")
-    steps, _ = read(panel, tmp_path / "b", run="grpo-a")
-    assert steps["entropy"].tolist() == pytest.approx([0.1, 0.2, 0.3])
-
-
-def wandb_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    wandb = pytest.importorskip("wandb")
-    pytest.importorskip("wandb.sdk.internal.datastore", reason="wandb 0.30 has no reader")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    with wandb.init(dir=str(root), project="p", settings=wandb.Settings(console="off")) as run:
-        for step in range(1, STEPS + 1):
-            run.log({f"train/{name}": value for name, value in trl(step).items()}
-                    | {"train/global_step": 10 * step})  # fmt: skip
-        run.log({"eval/reward": 0.75})
-    (folder,) = (root / "wandb").glob("offline-run-*")
-    return folder
-
-
-@pytest.mark.slow
-def test_a_run_folder_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = wandb_folder(tmp_path, monkeypatch)
-    steps, report = read(folder, tmp_path / "out")
-    assert steps.index.tolist() == [10 * s for s in range(1, STEPS + 1)]
-    assert steps.loc[30, ["reward", "entropy"]].tolist() == [0.03, 0.4]
-    assert steps.loc[10 * STEPS, "eval_reward"] == 0.75
-    assert (report.format, report.trainer) == ("wandb", "TRL")
-
-
-def test_a_wandb_folder_without_its_library_gives_what_was_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "wandb.sdk.internal.datastore", None)
-    folder = tmp_path / "run-1"
-    (folder / "files").mkdir(parents=True)
-    (folder / "run-1.wandb").write_bytes(b":W&B\xe1\xbe\x00rest")
-    printed = "\n".join(repr(record) for record in records(trl))
-    (folder / "files" / "output.log").write_text(printed + "\n")
-    (folder / "files" / "wandb-summary.json").write_text('{"train/reward": 0.5, "_step": 7}')
-    steps, report = read(folder, tmp_path / "out")
-    assert len(steps) == STEPS
-    assert any("pip install 'wandb<0.30'" in note for note in report.notes)
-    (folder / "files" / "output.log").unlink()
-    steps, report = read(folder, tmp_path / "summary")
-    assert steps["reward"].to_dict() == {7: 0.5}
-    assert any("last value of each metric" in event for event in report.events)
 
 
 # ---- what is the same whatever the log
@@ -561,12 +349,13 @@ def test_a_source_that_is_nothing_known_says_what_was_looked_for(tmp_path: Path)
 
 
 def test_the_page_lists_every_name(tmp_path: Path) -> None:
-    from wapo_analysis.importers.names import ALIASES, alias_page
+    from wapo_analysis.importers.mapping import alias_page
+    from wapo_analysis.importers.names import ALIASES
     from wapo_analysis.schema import TABLES
 
     page = (Path(__file__).parents[3] / "docs" / "import.md").read_text()
     assert page.rstrip().endswith(alias_page().rstrip()), (
-        "write the last table anew: wapo_analysis.importers.names.alias_page()"
+        "write the last table anew: wapo_analysis.importers.mapping.alias_page()"
     )
     for row in ALIASES:
         known = [column.name for column in TABLES[row.table].stored]

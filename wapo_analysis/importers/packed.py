@@ -1,0 +1,219 @@
+"""Files that hold another: compressed ones, UTF-16, tables of Excel, containers' logs, pages.
+
+What a web page or a notebook shows is written out as text with bars between cells, which the
+readers of printed logs and of tables then read.
+"""
+
+import codecs
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
+from wapo_analysis.importers.report import shown
+from wapo_analysis.store.files import open_regular
+
+MAX_UNPACKED = 4 << 30
+MAX_PAGE_BYTES = 1 << 30
+_HEAD = 1 << 16
+_WRAPPED = (b"{", b"s", b'"', b"\xef")
+_PAGES = (".ipynb", ".html", ".htm")
+
+
+def head_of(file: Path, size: int = _HEAD) -> bytes:
+    """First bytes of a file."""
+    try:
+        with open_regular(file) as stream:
+            return stream.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
+
+
+def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
+    """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
+    start = head_of(file, 2)
+    how = wrapped_by(head_of(file)) if start[:1] in _WRAPPED else None
+    if file == source and file.suffix in _PAGES and unpacked is not None:
+        text = unpacked / f"{file.stem}.txt"
+        with text.open("wb") as out:
+            whole = shown_text(file, out)
+        return text if whole else file
+    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    if not wide and how is None and not file.name.endswith(".gz") and start != b"\x1f\x8b":
+        return file
+    if unpacked is None:
+        return None
+    inside = file.relative_to(source) if source != file else Path(file.name)
+    target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as out:
+        if how is not None:
+            whole = unwrapped_into(file, how, out)
+        else:
+            whole = widened(file, out) if wide else unpacked_into(file, out)
+    if not whole:
+        told.append(f"{shown(file.name)} is cut or damaged: what could be unpacked is read")
+        if not target.stat().st_size:
+            raise UserError(f"{printable(shown(file))} cannot be unpacked")
+    shutil.copystat(file, target)
+    inner = target.parent / "inside" / target.name  # of a packed file that is UTF-16
+    return target if wide or how else plain_file(target, target, inner.parent, told) or target
+
+
+def widened(file: Path, out: BinaryIO) -> bool:
+    """UTF-16, as PowerShell writes what a command printed, as UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-16")("replace")
+    try:
+        with open_regular(file) as wide:
+            while data := wide.read(1 << 20):
+                out.write(decoder.decode(data).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
+    return True
+
+
+_SEPARATOR = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=.?"?\r?\n')
+_WRAPS = ("log", "message", "line", "textPayload")
+"""Names under which containers and log collectors keep a line that was printed."""
+
+
+def wrapped_by(head: bytes) -> str | None:
+    r"""How a file holds another text: "sep" above a table of Excel, or a name of each record.
+
+    Examples
+    --------
+    >>> wrapped_by(b"sep=;\\nstep;reward\\n"), wrapped_by(b'{"log": "step=1", "stream": "stdout"}')
+    ('sep', 'log')
+    """
+    if _SEPARATOR.match(head):
+        return "sep"
+    if not head.startswith(b"{"):
+        return None
+    try:
+        first = parse_json(head.partition(b"\n")[0])
+    except ValueError:
+        return None
+    if not isinstance(first, dict) or any(as_number(v) is not None for v in first.values()):
+        return None
+    return next((name for name in _WRAPS if isinstance(first.get(name), str)), None)
+
+
+def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:
+    """Write the text that a file holds as :func:`wrapped_by` says."""
+    if how == "sep":
+        with open_regular(file) as table:
+            table.readline()
+            while data := table.read(1 << 20):
+                out.write(data)
+        return True
+    for record in JsonLines(file).records():
+        text = record.values.get(how)
+        if isinstance(text, str):
+            out.write(f"{text.rstrip(chr(10))}\n".encode("utf-8", "replace"))
+    return True
+
+
+def unpacked_into(file: Path, out: BinaryIO) -> bool:
+    """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
+    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        with open_regular(file) as packed:
+            while data := packed.read(1 << 20):
+                while data:
+                    out.write(reader.decompress(data, 1 << 20))
+                    if out.tell() > MAX_UNPACKED:
+                        raise UserError(f"{printable(shown(file))} is larger than 4 GiB unpacked")
+                    data = reader.unused_data if reader.eof else reader.unconsumed_tail
+                    if reader.eof and data:
+                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    except zlib.error:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot unpack {printable(shown(file))}: {error.strerror}") from error
+    return reader.eof
+
+
+# ---- web pages and notebooks
+
+
+class _Tables(HTMLParser):
+    """Text of a page; cells of a row have bars between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self._cell: list[str] | None = None
+        self._row: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self._row = []
+        if tag in ("td", "th"):
+            self._cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self._cell is not None:
+            self._row.append(" ".join("".join(self._cell).split()).replace("|", "/"))
+            self._cell = None
+        if tag == "tr" and self._row:
+            self.lines.append(f"| {' | '.join(self._row)} |")
+        if tag == "table":
+            self.lines.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell is not None:
+            self._cell.append(data)
+
+
+def page_text(html: str) -> str:
+    """Tables of a web page as text."""
+    page = _Tables()
+    page.feed(html)
+    return "\n".join(page.lines) + "\n"
+
+
+def notebook_text(data: bytes) -> str:
+    """What the cells of a notebook printed, and its tables as text.
+
+    Raises
+    ------
+    ValueError
+        If it is no notebook.
+    """
+    value = parse_json(data)
+    cells = value.get("cells") if isinstance(value, dict) else None
+    if not isinstance(cells, list):
+        raise ValueError("no cells")
+    parts = []
+    for cell in cells:
+        for output in cell.get("outputs", ()) if isinstance(cell, dict) else ():
+            shows = output.get("data", {}) if isinstance(output, dict) else {}
+            if isinstance(shows, dict) and "text/html" in shows:
+                parts.append(page_text(_joined(shows["text/html"])))
+            else:
+                told = output.get("text", shows.get("text/plain", ""))
+                parts.append(_joined(told) + "\n")
+    return "\n".join(parts)
+
+
+def _joined(text: Any) -> str:
+    return "".join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+def shown_text(file: Path, out: BinaryIO) -> bool:
+    """Write what a notebook or a page shows as text; whether it could be read."""
+    with open_regular(file) as stream:
+        data = stream.read(MAX_PAGE_BYTES)
+    try:
+        page = file.suffix in (".html", ".htm")
+        text = page_text(data.decode("utf-8", "replace")) if page else notebook_text(data)
+    except (ValueError, AttributeError, json.JSONDecodeError):
+        return False
+    out.write(text.encode("utf-8", "replace"))
+    return True
