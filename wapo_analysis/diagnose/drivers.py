@@ -85,7 +85,11 @@ def driver_words(drivers: tuple[Driver, ...], direction: int) -> str:
 def driver_advice(drivers: tuple[Driver, ...]) -> Advice:
     """What to change for the class that predicts most of the change."""
     if not drivers:
-        return Advice("No class is known to drive it.", steps=(LOWER_LR,))
+        return Advice(
+            "Which tokens drive it is not in this record; docs/watch_your_trainer.md shows how to "
+            "record it.",
+            steps=(LOWER_LR,),
+        )
     return CLASS_ADVICE[drivers[0].cls]
 
 
