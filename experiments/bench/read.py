@@ -17,7 +17,7 @@ from experiments.bench.errors import GateError
 from experiments.bench.harness import Measures, Work, interleave, keep_memory, map_memory
 from experiments.bench.memory import summary_peaks
 from experiments.bench.options import Options
-from experiments.bench.reference import pandas_summary
+from experiments.bench.reference import pandas_summary, sql_summary
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter
 from wapo_analysis.store.summary import Engine, class_summary
@@ -56,6 +56,7 @@ def _ratios(files: list[Path], options: Options, note: str) -> Measures:
     found = {"summary_time_vs_pandas": times.ratio("pyarrow", "pandas", note)}
     if "duckdb" in times.seconds:
         found["summary_time_vs_pandas_duckdb"] = times.ratio("duckdb", "pandas", note)
+        found["summary_duckdb_vs_sql"] = times.ratio("duckdb", "sql", note)
     return found
 
 
@@ -75,7 +76,7 @@ def _variants(files: list[Path]) -> dict[str, Work]:
     variants: dict[str, Work] = {"pandas": lambda: pandas_summary(files, 1.0)}
     for engine in _engines():
         variants[engine] = partial(class_summary, files, 1.0, engine)
-    return variants
+    return variants | ({"sql": partial(sql_summary, files)} if "duckdb" in variants else {})
 
 
 def _engines() -> list[Engine]:

@@ -27,7 +27,7 @@ def compact(
 ) -> None:
     """Merge the part files of finished or crashed runs.
 
-    A run merges its own parts every 64 steps; this does the rest. Example:
+    A run merges its own parts every 32 steps and at its end; this does the rest. Example:
 
         wapo compact runs/mine
     """

@@ -283,7 +283,8 @@ def read_part(
             table = file.read_row_groups(groups, columns=columns, use_threads=threads)
         for place, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
-                _check_room(path, _text_bytes(column), path.stat().st_size)
+                if len(column) * column.nbytes > LEAST_ROOM:  # no row takes more than all texts
+                    _check_room(path, _text_bytes(column), path.stat().st_size)
                 table = table.set_column(place, table.field(place).name, column.cast(pa.string()))
         return table
 

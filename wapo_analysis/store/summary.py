@@ -101,9 +101,9 @@ def _summary(
     overlap = any(steps is not None for _, steps in sources)
     if duckdb and not overlap:
         cells = _by_duckdb([path for path, _ in sources], temperature)
-    else:
-        cells = _by_arrow(sources, temperature)
-    return _table(cells, by)
+        if not cells.isna().to_numpy().any():
+            return _table(cells, by)
+    return _table(_by_arrow(sources, temperature), by)
 
 
 def _sources(path: Path) -> Iterator[Source]:
@@ -205,19 +205,20 @@ def _block_sums(block: dict[str, Array], temperature: float) -> Array:
 
 # ---- DuckDB --------------------------------------------------------------------------------------
 
-# 1 - p is -2 exp(l/2) sinh(l/2), which keeps its digits where p is near 1.
+# 1 - p is -tanh(l/2) (1 + p), which keeps its digits where p is near 1. Sums skip null but not NaN:
+# one NaN shows in a sum, that of the advantages included, and pyarrow's reader takes over.
 _QUERY = """
 with stored as (
   select step, advantage as a, logp::double as l, entropy::double as h,
     collision_rest::double as r, collision_logp_rest::double as lr, coef::double as c,
-    exp(logp::double / 2) as root
+    exp(logp::double) as p
   from read_parquet($files)
 ), given as (
-  select *, root * root as p, -2 * root * sinh(l / 2) as q from stored
+  select *, -tanh(l / 2) * (1 + p) as q from stored
 ), coded as (
-  select step, h,
+  select step, a, h,
     case when a = 0 then 4
-      when a is null or p is null or r is null or isnan(a + p + r) then -1
+      when a + l + r is null then -1
       when p * q >= r * $border then if(a > 0, 0, 2)
       else if(a > 0, 1, 3) end as cls,
     -c / $squared * (p * q * (l + h) - (lr + r * h)) as pred,
@@ -225,18 +226,16 @@ with stored as (
   from given
 )
 select step, cls, count(*)::double as tokens,
-  coalesce(sum(h) filter (not isnan(h)), 0) as entropy,
-  count(h) filter (not isnan(h)) as entropy_known,
-  coalesce(sum(pred) filter (not isnan(pred)), 0) as pred,
-  count(pred) filter (not isnan(pred)) as pred_known,
-  coalesce(sum(mass) filter (not isnan(mass)), 0) as mass,
-  count(mass) filter (not isnan(mass)) as mass_known
+  coalesce(sum(h), 0) as entropy, count(h) as entropy_known,
+  coalesce(sum(pred), 0) as pred, count(pred) as pred_known,
+  coalesce(sum(mass), 0) as mass, count(mass) as mass_known,
+  coalesce(sum(a), 0) as advantage
 from coded group by step, cls order by step, cls
 """
 
 
 def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
-    """Sums by step and class code of all files, in one query."""
+    """Sums by step and class code of all files, in one query; NaN where a value is NaN."""
     import duckdb
 
     given = {

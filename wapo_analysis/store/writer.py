@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 
 SYNC_SECONDS = 10.0
 """What is older than this outlasts a loss of power."""
-MERGE_STEPS = 64
+MERGE_STEPS = 32
 """Steps between two merges of a run that is being written."""
+LAST_STEPS = 8
+"""Steps from which on a run that ends merges what is left: to open a file takes longest."""
 
 
 class PartWriter:
@@ -67,7 +69,7 @@ class PartWriter:
         if not 7 <= store_bits <= FULL_BITS:
             raise UserError(f"store_bits must be 7 to {FULL_BITS}, got {store_bits}")
         self.path, self._bits = path, store_bits
-        self._loose = 0
+        self._loose, self._rank = 0, 0
         self._merges = True
         self._first: str | None = None
         try:
@@ -107,14 +109,16 @@ class PartWriter:
         A failure (a full disk, a broken part) leaves the parts as they are, says so once, and no
         more is merged.
         """
-        self._loose += 1
-        if self._loose < MERGE_STEPS or not self._merges:
-            return
+        self._loose, self._rank = self._loose + 1, rank
+        if self._loose >= MERGE_STEPS and self._merges:
+            self._merge(MERGE_STEPS)
+
+    def _merge(self, at_least: int) -> None:
         self._loose = 0
         self.check()
         try:
             for name in PART_TABLES:
-                merge_parts(self.path / name, rank, MERGE_STEPS)
+                merge_parts(self.path / name, self._rank, at_least)
         except Exception as error:
             self._merges = False
             log.warning("parts of %s stay unmerged (%s); wapo compact can try", self.path, error)
@@ -138,7 +142,9 @@ class PartWriter:
         """Leave the vocabulary to rank 0."""
 
     def close(self, status: str) -> None:
-        """Nothing is open."""
+        """Merge the parts that are left, if they are many."""
+        if self._loose >= LAST_STEPS and self._merges and not self.lost:
+            self._merge(LAST_STEPS)
 
 
 class RunWriter(PartWriter):
@@ -250,6 +256,7 @@ class RunWriter(PartWriter):
             return
         noted = False
         try:
+            super().close(status)
             with self._steps:
                 self.sync()
             if not self.lost:

@@ -16,6 +16,7 @@ from wapo_analysis.store.merge import compact, merge_parts
 from wapo_analysis.store.summary import class_summary
 
 ENGINES = ["pyarrow", "duckdb"]
+_READ = ("step", *summary.UPDATE_STATISTICS)
 
 
 def the_long_way(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -67,6 +68,19 @@ def test_sums_are_those_of_the_derived_rows(run: Path, engine: str, by: list[str
         assert expected[expected.step == 4].pred_dentropy_sum.isna().all()
     if by == ["cls"]:
         assert set(expected.cls) == set(CLASS_ORDER)
+
+
+@pytest.mark.parametrize("column", ["advantage", "logp", "entropy", "collision_rest", "coef"])
+def test_nan_that_another_tool_wrote_counts_as_missing(
+    run: Path, tmp_path: Path, column: str
+) -> None:
+    pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    rows = open_run(run).table("tokens")
+    rows.loc[::7, column] = np.nan
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pydict({n: rows[n].to_numpy() for n in _READ}), file)
+    assert pq.read_table(file)[column].null_count == 0
+    assert_same(class_summary(file, 0.7, "duckdb"), class_summary(file, 0.7, "pyarrow"))
 
 
 def test_blocks_row_groups_and_files_make_no_difference(
