@@ -1,6 +1,7 @@
 """Documentation that is generated stays generated; files and commands it names exist."""
 
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from wapo_analysis import open_run
 from wapo_analysis.capture.seams import SEAMS
-from wapo_analysis.cli import run
+from wapo_analysis.cli import app, run
+from wapo_analysis.cli.train import assigned
+from wapo_analysis.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
@@ -87,6 +91,42 @@ def test_commands_named_in_docs_exist(page: Path, capfd: pytest.CaptureFixture[s
     for command in named:
         assert run([command, "--help"]) == 0, f"{page.name} names wapo {command}"
     capfd.readouterr()
+
+
+def lines_to_paste(page: Path) -> list[list[str]]:
+    """Commands of the code blocks of a page, as words; continued lines joined, comments gone."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
+    lines = "\n".join([*blocks, *re.findall(r"^    .*", text, re.M)]).splitlines()
+    own = re.compile(r"^\s*(?:\$ )?(?:\w+=\S+ )*(wapo .*|python\S* .*|.*-m wapo_analysis .*)$")
+    found = [match[1] for line in lines if (match := own.match(line)) and "[--" not in line]
+    return [shlex.split(line.split(" && ")[0], comments=True) for line in dict.fromkeys(found)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_commands_to_paste_have_arguments_that_are_taken(page: Path) -> None:
+    """The command line itself parses each, without running it; settings after --set exist."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in lines_to_paste(page):
+        if "wapo_analysis" in words:
+            words = words[words.index("wapo_analysis") :]
+        elif words[0] != "wapo":
+            continue
+        context = commands[words[1]].make_context(words[1], words[2:])
+        TrainConfig.from_dict(assigned(context.params.get("other") or []))
+
+
+@pytest.mark.slow
+def test_scripts_to_paste_have_the_options_they_are_given() -> None:
+    lines = {tuple(words) for page in PAGES for words in lines_to_paste(page) if "-m" not in words}
+    for script in {words[1] for words in lines if words[0] == "python" and len(words) > 1}:
+        shown = subprocess.run(
+            [sys.executable, "-W", "ignore", script, "--help"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert shown.returncode == 0, shown.stderr
+        given = {w for words in lines if words[1:2] == (script,) for w in words if w[:2] == "--"}
+        assert not {option for option in given if option not in shown.stdout}, script
 
 
 def test_blocks_for_trainers_are_programs_and_name_rows_that_exist() -> None:
