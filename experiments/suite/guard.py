@@ -19,7 +19,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.suite.collapse_suite import Beginning
+from experiments.suite.judging import Beginning
 from experiments.suite.runs import BAD, Outcome, SuiteRun, finished, outcome, suite, true_reward
 from wapo_analysis import open_run
 from wapo_analysis.beside import BesideTraining

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.suite.collapse_suite import Alarms, Beginning, Judged, score
+from experiments.suite.judging import Alarms, Beginning, Judged, score
 from experiments.suite.runs import (
     FAULTS,
     RECIPES,
