@@ -225,13 +225,24 @@ def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
     )
 
 
+PREFERENCE = {"rewards/chosen", "rewards/rejected"}
+"""Names that every preference objective of TRL logs (trl/trainer/dpo_trainer.py)."""
+
+
 def _raise_alarms(report: ImportReport) -> None:
     """Say first what makes an import another thing than its reader would think."""
+    kept = report.kept_keys
     if report.broken_lines > MOST * max(report.lines, 1):
         report.alarms.append(
             f"{report.broken_lines} of {max(report.lines, report.broken_lines)} lines were not read"
         )
     if report.token_rows or report.rollouts:
+        return
+    if "reward" not in report.mapped and PREFERENCE <= {k.removeprefix("train/") for k in kept}:
+        report.alarms.append(
+            "rewards/chosen and rewards/rejected are of a preference objective (as DPO): nothing "
+            "is sampled there, so there is no reward or entropy of a policy to diagnose"
+        )
         return
     if report.mapped.keys() & set(VITAL):
         if not report.mapped.keys() & {"reward", "entropy"}:

@@ -232,6 +232,18 @@ def test_names_that_look_like_reward_and_entropy_are_offered(tmp_path: Path) -> 
     assert alarm.endswith("--map reward=train_reward_step --map entropy=train_entropy")
 
 
+def test_a_log_of_dpo_is_said_to_be_one(tmp_path: Path) -> None:
+    write = lines(
+        "d.jsonl",
+        lambda s: {"step": s, "loss": 0.6, "rewards/chosen": 0.1, "rewards/rejected": -0.1,
+                   "rewards/margins": 0.2},
+    )  # fmt: skip
+    _, report = read(write(tmp_path), tmp_path / "out")
+    (alarm,) = report.alarms
+    assert "a preference objective (as DPO)" in alarm
+    assert "--map" not in alarm
+
+
 def test_entropy_in_bits_is_not_offered_as_nats(tmp_path: Path) -> None:
     write = table("b.csv", lambda s: [{"step": s, "score_pct": 20 + s, "entropy_bits": 0.5}])
     _, report = read(write(tmp_path), tmp_path / "out")
