@@ -15,12 +15,26 @@ from wapo_analysis.errors import UserError, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from wapo_analysis.importers.run import ImportSettings
     from wapo_analysis.results import Result
     from wapo_analysis.store import Run
 
 RunsArgument = Annotated[
     list[Path],
     typer.Argument(help="Run folders, folders of runs, or any trainer's logs.", metavar="RUN"),
+]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Of a log: ours=theirs, what it calls a column of ours; repeatable.  "
+        "[default: by name]"
+    ),
+]
+ChosenRun = Annotated[
+    str | None,
+    typer.Option(
+        "--run", help="Of a log that holds several runs: which one.  [default: the only one]"
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.", metavar="RUN")]
 DataOption = Annotated[
@@ -62,10 +76,40 @@ def drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def open_runs(paths: list[Path]) -> "list[Run]":
+def log_settings(
+    paths: list[Path], map: list[str] | None, chosen: str | None = None
+) -> "ImportSettings | None":
+    """What logs among the paths do not say about themselves; None if nothing was said here either.
+
+    Raises
+    ------
+    UserError
+        If something was said and none of the paths is a log.
+    """
+    if not map and chosen is None:
+        return None
+    if all(holds_runs(path) for path in paths):
+        raise UserError("--map and --run are for logs; a run folder needs neither")
+    from wapo_analysis.importers import parse_mapping
+    from wapo_analysis.importers.run import ImportSettings
+
+    return ImportSettings(mapping=parse_mapping(map or []), run=chosen)
+
+
+def of_log(log: "ImportSettings | None") -> tuple[str, ...]:
+    """The options that say the same of a log on the next command."""
+    if log is None:
+        return ()
+    given = [f"{ours}={theirs}" for ours, theirs in log.mapping.items()]
+    chosen = () if log.run is None else ("--run", log.run)
+    return (*(word for pair in given for word in ("--map", pair)), *chosen)
+
+
+def open_runs(paths: list[Path], log: "ImportSettings | None" = None) -> "list[Run]":
     """Open every run at or below the given folders, each once, in the order given.
 
-    What holds no run is read as what another trainer wrote, and how it was read is said on stderr.
+    What holds no run is read as what another trainer wrote (``log`` says what it does not), and how
+    it was read is said on stderr.
     """
     from wapo_analysis.store import find_runs, open_run
 
@@ -74,7 +118,7 @@ def open_runs(paths: list[Path]) -> "list[Run]":
         if holds_runs(path):
             runs |= {folder: open_run(folder) for folder in find_runs(path) if folder not in runs}
         else:
-            runs[path] = open_foreign(path)
+            runs[path] = open_foreign(path, log)
     return list(runs.values())
 
 
@@ -96,11 +140,11 @@ def holds_runs(path: Path) -> bool:
     return (path / STEP_LOG).exists() or bool(run_folders(path))
 
 
-def open_foreign(path: Path) -> "Run":
+def open_foreign(path: Path, log: "ImportSettings | None" = None) -> "Run":
     """Open somebody's log as a run, and say on stderr how it was read."""
     from wapo_analysis.importers import account, open_source
 
-    run = open_source(path)
+    run = open_source(path, log)
     for line in account(run):
         console_error(line)
     return run

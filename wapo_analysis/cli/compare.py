@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunsArgument, open_runs, show
+from wapo_analysis.cli.common import Format, MapOption, RunsArgument, log_settings, open_runs, show
 from wapo_analysis.cli.figures import write_figures
 
 Option = typer.Option
@@ -22,6 +22,7 @@ def compare(
     out: Annotated[
         Path | None, Option(help="Also write figures and report here.  [default: not written]")
     ] = None,
+    map: MapOption = None,
 ) -> None:
     """Compare settings side by side, with intervals over seeds.
 
@@ -33,7 +34,7 @@ def compare(
     """
     from wapo_analysis.compare import compare as compare_runs
 
-    opened = open_runs(runs)
+    opened = open_runs(runs, log_settings(runs, map))
     show(compare_runs(opened), format)
     if out is not None:
         from wapo_analysis.report.build import build_report

@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunsArgument, next_commands, open_runs, say, show
+from wapo_analysis.cli.common import (
+    ChosenRun,
+    Format,
+    MapOption,
+    RunsArgument,
+    log_settings,
+    next_commands,
+    of_log,
+    open_runs,
+    say,
+    show,
+)
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
     from wapo_analysis.diagnose import Diagnosis
+    from wapo_analysis.importers.run import ImportSettings
     from wapo_analysis.store import Run
 
 
@@ -37,19 +49,23 @@ def diagnose(
         ),
     ] = None,
     top: Annotated[int, Option(help="Rows of each table, with --step.", min=1)] = 10,
+    map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Say what happened to a run, since when, and what drives it.
 
     Entropy is judged both ways against the run's own baseline. Examples:
 
         wapo diagnose train.log
+        wapo diagnose metrics.csv --map reward=score --map entropy=H
         wapo diagnose runs/mine --step 41 --top 5
         wapo diagnose runs/mine --format json --fail-on critical
     """
     from wapo_analysis.diagnose import diagnose as diagnose_run
     from wapo_analysis.store.lock import DEAD
 
-    opened = list({path: run for given in runs for path, run in _at(given)}.items())
+    log = log_settings(runs, map, chosen)
+    opened = list({path: run for given in runs for path, run in _at(given, log)}.items())
     if step is not None:
         from wapo_analysis.attribute import attribute_step
 
@@ -74,7 +90,7 @@ def diagnose(
         if format == "text" and (line := _audit_line(path, run)):
             say(line)
         if format == "text" and (one.culprits or one.drivers):
-            say(f"\n{_next(path, run, one)}")
+            say(f"\n{_next(path, run, one, of_log(log))}")
     if fail_on is not None and any(one.reaches(fail_on) for one in found):
         raise typer.Exit(1)
 
@@ -89,18 +105,18 @@ def _audit_line(path: Path, run: "Run") -> str:
     return f"\naudit: {found.line} (wapo audit {shlex.quote(str(path))})"
 
 
-def _next(path: Path, run: "Run", found: "Diagnosis") -> str:
+def _next(path: Path, run: "Run", found: "Diagnosis", log: tuple[str, ...]) -> str:
     """Commands that go on from a diagnosis: its tokens, what leaving the class out would do."""
-    commands: list[tuple[str | Path, ...]] = [("wapo", "report", path)]
+    commands: list[tuple[str | Path, ...]] = [("wapo", "report", path, *log)]
     if not run.probes.empty and found.drivers:
         commands.insert(0, ("wapo", "whatif", path, "--exclude-bins", found.drivers[0].cls))
     if found.culprits:
         step = str(found.culprits.steps[0])
-        commands.insert(0, ("wapo", "diagnose", path, "--step", step))
+        commands.insert(0, ("wapo", "diagnose", path, *log, "--step", step))
     return next_commands(*commands)
 
 
-def _at(path: Path) -> "list[tuple[Path, Run]]":
+def _at(path: Path, log: "ImportSettings | None") -> "list[tuple[Path, Run]]":
     """Runs at or below a path, or the one of a log, each with the path to name it by."""
-    opened = open_runs([path])
+    opened = open_runs([path], log)
     return [(path, opened[0])] if len(opened) == 1 else [(run.path, run) for run in opened]

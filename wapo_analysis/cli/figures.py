@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
-from wapo_analysis.cli.common import console_error, open_runs, say
+from wapo_analysis.cli.common import (
+    ChosenRun,
+    MapOption,
+    console_error,
+    log_settings,
+    open_runs,
+    say,
+)
 from wapo_analysis.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -47,6 +54,8 @@ def figures(
     format: Annotated[ImageFormat, Option("--format", "-f", help="Image format.")] = "png",
     out: Annotated[Path, Option(help="Folder for the images.")] = Path("figures-out"),
     show_list: Annotated[bool, Option("--list", help="List all figures and stop.")] = False,
+    map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Draw figures of one run or of several side by side.
 
@@ -66,7 +75,9 @@ def figures(
     given = runs or []
     ready = all(path.exists() for path in given)
     with _helpers(names, given) if ready else nullcontext() as pool:
-        written = _write(open_runs(given), out, format, names, pool)
+        written = _write(
+            open_runs(given, log_settings(given, map, chosen)), out, format, names, pool
+        )
     say(f"{written} figures in {out}")
 
 

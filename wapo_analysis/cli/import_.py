@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import next_commands, say
+from wapo_analysis.cli.common import ChosenRun, MapOption, next_commands, say
 
 Option = typer.Option
 
@@ -30,15 +30,8 @@ def import_(
             help="auto, official, prime-rl, verl, trl, table, tensorboard, wandb or console.",
         ),
     ] = "auto",
-    map: Annotated[
-        list[str] | None,
-        Option(
-            help="ours=theirs: what they call a column of ours; repeatable.  [default: by name]"
-        ),
-    ] = None,
-    run: Annotated[
-        str | None, Option(help="Which of several runs in SOURCE.  [default: the only one]")
-    ] = None,
+    map: MapOption = None,
+    run: ChosenRun = None,
     name: Annotated[str | None, Option(help="Name of the run.  [default: that of --out]")] = None,
     label: Annotated[
         str | None,

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import RunsArgument, holds_runs, open_runs, say
+from wapo_analysis.cli.common import (
+    ChosenRun,
+    MapOption,
+    RunsArgument,
+    holds_runs,
+    log_settings,
+    open_runs,
+    say,
+)
 
 Option = typer.Option
 
@@ -23,6 +31,8 @@ def report(
     rows: Annotated[
         int, Option(help="Token rows the page may carry; steps the findings name first.", min=0)
     ] = 60_000,
+    map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Write one HTML page: verdict, charts, rollouts, tokens.
 
@@ -36,5 +46,5 @@ def report(
 
     own = holds_runs(runs[0])
     target = out or (runs[0] / "report.html" if own else Path(f"{runs[0].resolve().stem}.html"))
-    build_report(open_runs(runs), target, rows=rows)
+    build_report(open_runs(runs, log_settings(runs, map, chosen)), target, rows=rows)
     say(f"report: {target}")

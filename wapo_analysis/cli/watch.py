@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from wapo_analysis.cli.common import ChosenRun, MapOption, holds_runs, log_settings
+
 Option = typer.Option
 
 
@@ -26,6 +28,8 @@ def watch(
     notify_on: Annotated[
         Literal["info", "warning", "critical"], Option(help="Least severity that is posted.")
     ] = "warning",
+    map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Watch a run live: reward, entropy, classes, verdict.
 
@@ -39,14 +43,14 @@ def watch(
     """
     from rich.console import Console
 
-    from wapo_analysis.cli.common import holds_runs
     from wapo_analysis.importers import SourceTail
     from wapo_analysis.watch import Notifier
     from wapo_analysis.watch import watch as watch_run
 
     notifier = None if webhook is None else Notifier(webhook, cooldown, notify_on)
     console = Console()
-    tail = None if holds_runs(run) else SourceTail(run)
+    log = log_settings([run], map, chosen)
+    tail = None if holds_runs(run) else SourceTail(run, log)
     try:
         watch_run(
             run, console, interval=interval, once=once, wait=wait, notifier=notifier, tail=tail

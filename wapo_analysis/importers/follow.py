@@ -93,7 +93,8 @@ def open_source(source: str | Path, settings: ImportSettings | None = None) -> R
     chosen = settings or ImportSettings()
     if chosen.name is None:
         stem = path.resolve().name if path.is_dir() else path.resolve().stem
-        chosen = replace(chosen, name=printable(shown(stem)) or "imported")
+        name = stem if chosen.run is None else f"{stem} {chosen.run}"
+        chosen = replace(chosen, name=printable(shown(name)) or "imported")
     where = sha256(f"{shown(path.resolve())} {chosen}".encode()).hexdigest()[:16]
     entry = cache_folder() / where
     target = entry / stamp(path)[0]

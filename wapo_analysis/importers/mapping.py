@@ -8,8 +8,11 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias
+from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
 
 Plan = tuple[dict[str, str], list[str]]
@@ -100,13 +103,14 @@ class Feed:
         Their names, averaged if there are several.
     fallbacks : tuple of str
         Names of the same quantity for steps at which the first is missing.
-    complement : bool
-        1 - x is meant.
+    complement, negative : bool
+        1 - x is meant, or -x.
     """
 
     names: tuple[str, ...]
     fallbacks: tuple[str, ...] = ()
     complement: bool = False
+    negative: bool = False
 
 
 @dataclass
@@ -179,16 +183,18 @@ class NameTable:
     def feeds(self, keys: Sequence[str]) -> dict[str, Feed]:
         """What feeds the step columns, among all names of a log."""
         by_name = _plain(keys)
-        self.seen.update(set(self.mapping.values()) & set(keys))
-        used = set(self.mapping.values())
+        meant = {theirs: _meant(theirs, keys) for theirs in self.mapping.values()}
+        self.seen.update(theirs for theirs, key in meant.items() if key in keys)
+        used = set(meant.values())
         found: dict[str, Feed] = {}
         for column in STEPS.stored:
             ours = column.name
             if ours == "step":
                 continue
             if ours in self.mapping:
-                if self.mapping[ours] in keys:
-                    found[ours] = Feed((self.mapping[ours],))
+                key = meant[self.mapping[ours]]
+                if key in keys:
+                    found[ours] = Feed((key,), negative=key != self.mapping[ours])
                 continue
             feed = self._feed(ours, {n: k for n, k in by_name.items() if k not in used})
             if feed is not None:
@@ -218,6 +224,11 @@ class NameTable:
     def never_seen(self) -> list[str]:
         """``ours=theirs`` pairs of the mapping whose key did not occur."""
         return [f"{o}={t}" for o, t in self.mapping.items() if t not in self.seen]
+
+
+def _meant(theirs: str, keys: Sequence[str]) -> str:
+    """Key of a mapping; ``-key`` is minus its numbers."""
+    return theirs[1:] if theirs not in keys and theirs.startswith("-") else theirs
 
 
 def _plain(keys: Iterable[str]) -> dict[str, str]:
@@ -336,6 +347,22 @@ def alias_page() -> str:
         names = ", ".join(f"`{name}`" for name in row.names)
         lines.append(f"| {row.table} | `{row.column}` | {row.trainer} | {names} | {row.source} |")
     return "\n".join(lines)
+
+
+def drop_impossible(
+    feeds: dict[str, Feed], columns: Mapping[str, Mapping[int, float]], report: ImportReport
+) -> None:
+    """An entropy below 0 is a term of a loss; it stays under its own name."""
+    feed = feeds.get("entropy")
+    if feed is None:
+        return
+    values = np.array([v for name in feed.names for v in columns[name].values()])
+    if len(values) and np.nanmax(values, initial=-np.inf) < 0 and not feed.negative:
+        del feeds["entropy"]
+        report.told(
+            f"{feed.names[0]} is negative, so it is a loss term and not the entropy; if it is "
+            f"minus the entropy: {map_option({'entropy': f'-{feed.names[0]}'})}"
+        )
 
 
 _SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",

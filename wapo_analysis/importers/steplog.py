@@ -21,6 +21,7 @@ from wapo_analysis.importers.jsonl import as_number, flat
 from wapo_analysis.importers.mapping import (
     Feed,
     NameTable,
+    drop_impossible,
     function_column,
     likely_trainer,
     set_names,
@@ -157,7 +158,7 @@ class StepLog:
         rows: dict[int, dict[str, Any]] = {}
         feeds = names.feeds(list(columns))
         self.report.trainer = self.report.trainer or likely_trainer(columns)
-        _drop_impossible(feeds, columns, self.report)
+        drop_impossible(feeds, columns, self.report)
         used: set[str] = set()
         for ours, feed in feeds.items():
             self.report.mapped[ours] = ", ".join(feed.names)
@@ -365,20 +366,9 @@ def _fed(feed: Feed, columns: Mapping[str, Mapping[int, float]]) -> dict[int, fl
     values = {step: sum(part[step] for part in parts) / len(parts) for step in sorted(shared)}
     for name in feed.fallbacks:
         values = {**columns[name], **values}
-    return {step: 1 - value for step, value in values.items()} if feed.complement else values
-
-
-def _drop_impossible(
-    feeds: dict[str, Feed], columns: Mapping[str, Mapping[int, float]], report: ImportReport
-) -> None:
-    """An entropy below 0 is a term of a loss; it stays under its own name."""
-    feed = feeds.get("entropy")
-    if feed is None:
-        return
-    values = np.array([v for name in feed.names for v in columns[name].values()])
-    if len(values) and np.nanmax(values, initial=-np.inf) < 0:
-        del feeds["entropy"]
-        report.told(f"{feed.names[0]} is negative, so it is a loss term and not the entropy")
+    if feed.complement or feed.negative:
+        return {step: float(feed.complement) - value for step, value in values.items()}
+    return values
 
 
 def _say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import threading
 import time
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -157,3 +159,45 @@ def test_a_watch_sees_what_a_job_adds(tmp_path: Path) -> None:
     log(source, 15, first=15)
     watching.join(timeout=60)
     assert not watching.is_alive()
+
+
+# ---- what a log does not say about itself -------------------------------------------------------
+
+
+def strange(path: Path) -> Path:
+    """A log of two runs under names nobody knows, the entropy with its sign turned."""
+    rows = ["run,when,score,minus_h"]
+    for name, pace in (("calm", 1000.0), ("dying", 15.0)):
+        rows += [f"{name},{s},{0.2 + s / 500},{-0.9 * np.exp(-s / pace) - 0.01}" for s in range(90)]
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_every_command_that_reads_a_log_takes_what_it_does_not_say(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = str(strange(tmp_path / "odd.csv"))
+    assert run(["diagnose", log]) == 2
+    assert "choose one with --run NAME: calm, dying" in capfd.readouterr().err
+    said = ["--map", "step=when", "--map", "reward=score", "--map", "entropy=-minus_h"]
+    for chosen, end in (("calm", "0.83"), ("dying", "0.01")):
+        assert run(["diagnose", log, "--run", chosen, *said]) == 0
+        printed = capfd.readouterr().out
+        assert printed.startswith(f"odd {chosen}: ")
+        assert re.search(rf"Entropy went from 0\.\d+ to {end}\d* nats", printed)
+    page, figures = str(tmp_path / "page.html"), str(tmp_path / "figures")
+    for command in (
+        ["report", log, "--out", page],
+        ["figures", log, "--only", "entropy", "--out", figures],
+        ["watch", log, "--once"],
+    ):
+        assert run([*command, "--run", "calm", *said]) == 0, command
+    assert (tmp_path / "figures" / "entropy.png").exists()
+
+
+def test_what_is_said_of_a_log_is_refused_of_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = write_fake_run(tmp_path / "run")
+    assert run(["diagnose", str(own), "--map", "reward=score"]) == 2
+    assert "--map and --run are for logs" in capfd.readouterr().err
