@@ -9,13 +9,14 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
+from wapo_analysis.importers.jsonl import JsonLines, parse_json
+from wapo_analysis.importers.mapping import NameTable
 from wapo_analysis.importers.report import shown
 from wapo_analysis.store.files import open_regular
 
@@ -50,7 +51,8 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
     if unpacked is None:
         return None
     inside = file.relative_to(source) if source != file else Path(file.name)
-    target = unpacked / inside.with_name(inside.name.removesuffix(".gz"))
+    name = inside.name.removesuffix(".gz") if how in (None, "sep") else f"{inside.stem}.log"
+    target = unpacked / inside.with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
         if how is not None:
@@ -81,6 +83,8 @@ def widened(file: Path, out: BinaryIO) -> bool:
 _SEPARATOR = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=.?"?\r?\n')
 _WRAPS = ("log", "message", "line", "textPayload")
 """Names under which containers and log collectors keep a line that was printed."""
+_TELLING = 50
+"""Lines of which none may hold numbers by known names of its own."""
 
 
 def wrapped_by(head: bytes) -> str | None:
@@ -88,20 +92,29 @@ def wrapped_by(head: bytes) -> str | None:
 
     Examples
     --------
-    >>> wrapped_by(b"sep=;\\nstep;reward\\n"), wrapped_by(b'{"log": "step=1", "stream": "stdout"}')
+    >>> wrapped_by(b"sep=;\nstep;reward\n"), wrapped_by(b'{"log": "step=1", "stream": "stdout"}')
     ('sep', 'log')
     """
     if _SEPARATOR.match(head):
         return "sep"
     if not head.startswith(b"{"):
         return None
-    try:
-        first = parse_json(head.partition(b"\n")[0])
-    except ValueError:
+    found = list(_objects(head.split(b"\n")[:_TELLING]))
+    keys = tuple(key for record in found for key in record)
+    names = NameTable({})
+    if not found or names.step_key(keys) is not None or names.feeds(keys):
         return None
-    if not isinstance(first, dict) or any(as_number(v) is not None for v in first.values()):
-        return None
-    return next((name for name in _WRAPS if isinstance(first.get(name), str)), None)
+    return next((n for n in _WRAPS if all(isinstance(r.get(n), str) for r in found)), None)
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            value = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
 
 
 def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:

@@ -142,6 +142,16 @@ SAMPLES: dict[str, Write] = {
         + json.dumps({"event": "update", "step": s, "reward_mean": reward(s),
                       "entropy": entropy(s)}) + "\n",
     ),
+    "a collector's log": lines(
+        "g.jsonl",
+        lambda s: {"timestamp": 1.7e9 + s, "severity": "INFO", "textPayload": trl_dict(s)},
+    ),
+    "events before the numbers": text(
+        "v.jsonl",
+        lambda s: json.dumps({"message": "update", "step": s, "reward": reward(s),
+                              "entropy": entropy(s)}) + "\n",
+        json.dumps({"message": "started", "host": "a"}) + "\n",
+    ),
     "ClearML": clearml,
     "numbers of numpy and torch": text(
         "n.log",
