@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, open_one, show
+from wapo_analysis.cli.common import Format, MapOption, log_settings, open_one, show
 
 Option = typer.Option
 
@@ -16,9 +16,12 @@ def register(app: typer.Typer) -> None:
 
 
 def audit(
-    run: Annotated[Path, typer.Argument(help="Run folder with token rows.", metavar="RUN")],
+    run: Annotated[
+        Path, typer.Argument(help="Run folder, or somebody's table of tokens.", metavar="RUN")
+    ],
     steps: Annotated[int, Option(help="Steps with token rows to look at.", min=1)] = 10,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    map: MapOption = None,
 ) -> None:
     """Tell from the recorded tokens what a trainer really computes.
 
@@ -31,7 +34,7 @@ def audit(
     """
     from wapo_analysis.audit import audit as audit_run
 
-    found = audit_run(open_one(run), steps)
+    found = audit_run(open_one(run, log_settings([run], map)), steps)
     show(found, format)
     if found.deviations:
         raise typer.Exit(1)

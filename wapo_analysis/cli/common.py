@@ -122,9 +122,9 @@ def open_runs(paths: list[Path], log: "ImportSettings | None" = None) -> "list[R
     return list(runs.values())
 
 
-def open_one(path: Path) -> "Run":
+def open_one(path: Path, log: "ImportSettings | None" = None) -> "Run":
     """Open the one run at or below a path, or of a log; several are an error that lists them."""
-    opened = open_runs([path])
+    opened = open_runs([path], log)
     if len(opened) > 1:
         names = ", ".join(str(run.path) for run in opened[:6])
         raise UserError(f"{path} holds {len(opened)} runs; name one, such as {names}")
