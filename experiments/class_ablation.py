@@ -1,8 +1,8 @@
 """Train on one class of updates only: the taxonomy seen live.
 
 Four settings from one base policy, GRPO with ``include_bins`` set to one class each, several seeds.
-Expected: pos_peak and neg_valley lower entropy, pos_valley and neg_peak raise it; neg_peak alone
-ruins the reward. About four minutes for five seeds on two CPU cores.
+Expected: pos_peak and neg_valley lower entropy, pos_valley and neg_peak raise it; those two ruin
+the reward. About four minutes for five seeds on two CPU cores.
 
     python experiments/class_ablation.py --out runs/class_ablation
 
