@@ -152,7 +152,7 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         one, two = found[first][0].name, found[second][0].name
         raise UserError(
             f"{name} mixes formats: {one} is {first}, {two} is {second}; "
-            "name one of the folders, or choose with --format"
+            "name one of the two, or of their folders"
         )
     chosen = tools[0] if tools else next(f for f in _CONTAINERS if f in found)
     return _found(chosen, found, kinds, found[chosen], told)

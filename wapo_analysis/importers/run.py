@@ -150,7 +150,7 @@ def _write(
         report.events += [text for text in found.told if text not in report.events]
         if found.left:
             left = ", ".join(shown(file.name) for file in found.left[:4])
-            report.note(f"also there, not read: {left}; name one to read it instead")
+            report.told(f"also there, not read: {left}; name one to read it instead")
         report.cannot_feed = _cannot_feed(folder, found.format)
         writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
     finally:

@@ -300,7 +300,7 @@ def test_a_folder_reads_one_form_of_a_log_and_names_the_others(tmp_path: Path) -
     (folder / "train.log").write_text(f"step:1 - {line}\nstep:2 - {line}\n")
     steps, report = read(folder, tmp_path / "out")
     assert (report.format, len(steps)) == ("verl", 8)
-    assert any("also there, not read: train.log" in note for note in report.notes)
+    assert any("also there, not read: train.log" in note for note in report.events)
     assert detect(folder / "train.log").format == "console"
 
 
