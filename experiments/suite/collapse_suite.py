@@ -3,8 +3,9 @@ r"""How well ``wapo diagnose`` and its neighbours see a collapse coming.
 Trains a suite of short runs that stay healthy or fail in known ways, labels each by its outcome,
 replays it step by step to every tool, and scores who warned, when, and of what. Seeds split it into
 a tuning part and a test part. About an hour on two idle CPU cores, twenty minutes with ``--part
-test``; a second call trains and judges only what is missing (``judged.jsonl`` in the folder holds
-what was judged: delete it after a change of a rule). ``--drawn`` judges the runs that are there.
+test``; a second call trains and judges only what is missing (``judged.jsonl``, ``kinds.md`` and
+``shapes.md`` in the folder hold what was judged: delete them after a change of a rule). With
+``--drawn`` the runs that are there are judged and none is trained.
 
     python experiments/suite/collapse_suite.py --out runs/collapse_suite
     rivals/bin/python experiments/suite/rivals.py runs/collapse_suite

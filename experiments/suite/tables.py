@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -154,6 +154,13 @@ def shapes_table(seeds: Sequence[int]) -> str:
     return markdown(["shape", "falsely warned", "warnings"], rows)
 
 
+def _once(file: Path, table: Callable[[Sequence[int]], str]) -> str:
+    """A table of logs made by formula; like the runs they are judged once, and kept in a file."""
+    if not file.exists():
+        file.write_text(table(range(TEST_SEEDS, TEST_SEEDS + KIND_SEEDS)))
+    return file.read_text()
+
+
 def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]], out: Path) -> str:
     """The documentation page."""
     test = [j for j in judged if j.run.test]
@@ -173,8 +180,8 @@ def page(judged: Sequence[Judged], others: dict[str, dict[str, Alarms]], out: Pa
         "misses": misses(test),
         "bound": bound_line(test),
         "tuning_tools": tools_table(tuning, others) if tuning else "No run of it was judged anew.",
-        "kinds": kinds_table(range(TEST_SEEDS, TEST_SEEDS + KIND_SEEDS)),
-        "shapes": shapes_table(range(TEST_SEEDS, TEST_SEEDS + KIND_SEEDS)),
+        "kinds": _once(out / "kinds.md", kinds_table),
+        "shapes": _once(out / "shapes.md", shapes_table),
         "kind_seeds": KIND_SEEDS,
         "forks": forks.summary(rows) if (rows := forks.read(out)) else "Not run.",
     }
