@@ -14,9 +14,11 @@ Columns = Mapping[str, Sequence[float] | np.ndarray]
 Flows = Mapping[tuple[int, int], np.ndarray]
 
 
-def write_steps(path: Path, columns: Columns, source: str = "built-in") -> Path:
+def write_steps(
+    path: Path, columns: Columns, source: str = "built-in", objective: str = "grpo"
+) -> Path:
     """Run folder with a step log alone."""
-    manifest = {"name": path.name, "source": source, "objective": {"name": "grpo"}}
+    manifest = {"name": path.name, "source": source, "objective": {"name": objective}}
     writer = RunWriter(path, manifest)
     length = len(next(iter(columns.values())))
     for i in range(length):

@@ -61,10 +61,11 @@ def write_mass(path: Path, masses: Flows) -> None:
     write_flows(path, masses, "grad_mass")
 
 
-def massed(tmp_path: Path, masses: Flows, reward: np.ndarray | None = None) -> Diagnosis:
-    path = write_steps(
-        tmp_path / "run", {"reward": np.full(STEPS, 0.4) if reward is None else reward}
-    )
+def massed(
+    tmp_path: Path, masses: Flows, reward: np.ndarray | None = None, objective: str = "grpo"
+) -> Diagnosis:
+    steps = {"reward": np.full(STEPS, 0.4) if reward is None else reward}
+    path = write_steps(tmp_path / "run", steps, objective=objective)
     write_mass(path, masses)
     return diagnose(open_run(path))
 
@@ -80,6 +81,15 @@ def test_a_class_that_takes_over_the_gradient_is_named(tmp_path: Path) -> None:
     outweighs = finding(d, "negative_mass_outweighs")
     assert outweighs.evidence["class"] == "neg_peak"
     assert outweighs.evidence["end"] == pytest.approx(13 / 15, abs=0.01)
+
+
+@pytest.mark.parametrize(("objective", "severity"), [("grpo", "warning"), ("wapo", "info")])
+def test_one_of_the_two_classes_of_a_positive_only_objective_is_no_warning(
+    tmp_path: Path, objective: str, severity: str
+) -> None:
+    masses = {(1, 1): ramp(1, 12, STEPS, 20, 20), (1, 0): np.full(STEPS, 1.0)}
+    found = finding(massed(tmp_path, masses, objective=objective), "one_class_takes_the_gradient")
+    assert (found.severity, found.evidence["class"]) == (severity, "pos_peak")
 
 
 def test_positive_mass_can_outweigh_too_and_is_an_info_if_the_reward_rose(tmp_path: Path) -> None:

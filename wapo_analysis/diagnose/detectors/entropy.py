@@ -256,17 +256,21 @@ def find_dominance(context: Context) -> list[Finding]:
 
 @detector("one_class_takes_the_gradient", Need("classes", "grad_mass"))
 def find_takeover(context: Context) -> list[Finding]:
-    """One class takes over the gradient: seven tenths of its mass, a fifth more than at first."""
+    """One class takes over the gradient: seven tenths of its mass, a fifth more than at first.
+
+    No more than an info where one sign of the advantage is trained alone.
+    """
     mass = _known(context.gradient_mass)
     if mass.empty:
         return []
     top = str(mass.tail(max(3, len(mass) // 10)).sum().idxmax())
     series = _share(mass, (top,))
+    one_sign = not {"pos", "neg"} <= context.situation.facts
     return level_finding(
         series,
         lasting(series, series.smooth >= max(TAKEOVER, series.level + SHARE_RISE)),
         name="one_class_takes_the_gradient",
-        severity="info" if _one_class_wanted(context) or _paid(context) else "warning",
+        severity="info" if one_sign or _one_class_wanted(context) or _paid(context) else "warning",
         what=f"{top} tokens carry more and more of the gradient",
         advice=CLASS_ADVICE[top],
         reference=TAXONOMY,

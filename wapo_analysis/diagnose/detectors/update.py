@@ -138,8 +138,8 @@ FIRST_PASS_K3 = 0.01
 FIRST_PASS_ESS = 0.9
 """Effective sample size over the number of tokens below which the ratio is uneven."""
 GROWTH = 10.0
-DRIFT_K3 = 0.006
-"""k3 estimate over all passes in nats below which drift is how on-policy training looks."""
+DRIFT_K3 = 0.01
+"""k3 over all passes in nats below which drift is ordinary: where PPO stops early, if it does."""
 LAG = 4.0
 """Weight updates between sampling and training that are no longer how pipelines overlap."""
 LAG_GROWTH = 2.0
