@@ -240,7 +240,10 @@ def _fast_loss(series: Series, peak: np.ndarray, stake: np.ndarray) -> Departure
         return None
     drops = peak[begin - 1] - series.values[begin:]
     least = max(LOST * stake[begin - 1], LEAST_LOSS * abs(peak[begin - 1]))
-    if drops.mean() < max(least, SIGMAS * series.noise / np.sqrt(FEW)) or drops.min() < least / 2:
+    if (
+        drops.mean() < max(least, SIGMAS * series.whole_noise / np.sqrt(FEW))
+        or drops.min() < least / 2
+    ):
         return None
     return Departure(begin, begin, begin, ongoing=True)
 
