@@ -2,18 +2,20 @@
 
 A GRPOTrainer on a model of two layers (width 128) with a vocabulary of 49152: plain, class totals
 only, full token rows, full rows scored again after the update, and both with our head in place of
-TRL's (mode="replace"). With ``--loop``: a policy loss plain and inside `watched_loss`, four layers
-of width 512 with a vocabulary of 32000. Arms take turns in one process; the time is that of an
-update without generation. Needs the extra [trl]; minutes.
+TRL's (mode="replace"). With ``--presets``: the values of ``attach(detail=...)`` on four layers.
+With ``--loop``: a policy loss plain and inside `watched_loss`, four layers of width 512 with a
+vocabulary of 32000. Arms take turns in one process; the time is that of an update without
+generation. Needs the extra [trl]; minutes.
 
     python experiments/watching_cost.py --rounds 5
+    python experiments/watching_cost.py --presets --rounds 3
     python experiments/watching_cost.py --loop --rounds 16
 """
 
 import argparse
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -41,6 +43,11 @@ KNOBS: dict[str, dict[str, Any] | None] = {
     "replace, scored again": {"mode": "replace", "token_every": 1, "rescore_every": 1},
 }
 """The arms that are compared, and what `attach` is given in each."""
+PRESETS: dict[str, dict[str, Any] | None] = {
+    "plain": None,
+    **{f'detail="{name}"': {"detail": name} for name in ("totals", "sampled", "full")},
+}
+_PRESET_STEPS = 10  # one of them is on the schedule of "sampled"
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,10 @@ class Cost:
 
 
 def watching_cost(
-    make_trainer: Callable[[str], Any], rounds: int = 7, steps: int = 3
+    make_trainer: Callable[[str], Any],
+    rounds: int = 7,
+    steps: int = 3,
+    arms: Mapping[str, dict[str, Any] | None] = KNOBS,
 ) -> dict[str, Cost]:
     """Measure all arms side by side.
 
@@ -78,21 +88,23 @@ def watching_cost(
         Rounds that count.
     steps : int
         Optimizer steps the trainer makes, to divide by.
+    arms : mapping
+        What `attach` is given in each arm, None for the plain one.
 
     Returns
     -------
     dict of str to Cost
-        Keys are those of `KNOBS`; without the replace arms where TRL has no fused head.
+        Keys are those of the arms; without the replace arms where TRL has no fused head.
     """
-    times: dict[str, list[float]] = {arm: [] for arm in KNOBS}
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             for arm in tuple(times):
-                place = Path(folder) / f"{number}-{arm.replace(' ', '-')}"
+                place = Path(folder) / f"{number}-{tuple(arms).index(arm)}"
                 try:
-                    seconds = _timed(make_trainer(str(place / "out")), place / "run", KNOBS[arm])
+                    seconds = _timed(make_trainer(str(place / "out")), place / "run", arms[arm])
                 except UserError:
-                    if "mode" not in (KNOBS[arm] or {}):
+                    if "mode" not in (arms[arm] or {}):
                         raise
                     del times[arm]  # before TRL 1.15 there is no head to replace
                     continue
@@ -197,22 +209,33 @@ def _surrogate(logp: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
     return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
 
 
-def digits(completions: list[str], **_: Any) -> list[float]:
-    """Share of digits in a completion."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """Share of odd token ids; random weights write tokens that the tokenizer has no text for."""
+    return [sum(token % 2 for token in ids) / len(ids) for ids in completion_ids]
 
 
-def trainer(out: str) -> GRPOTrainer:
-    """A fresh trainer of three steps, the same one every time."""
+def preset_trainer(out: str) -> GRPOTrainer:
+    """Four layers of width 256 under a head of 32000, ten steps, 8 completions of 16 tokens."""
+    return trainer(out, model(32_000, 256, layers=4, heads=4), _PRESET_STEPS, batch=8, length=16)
+
+
+def trainer(
+    out: str,
+    policy: LlamaForCausalLM | None = None,
+    steps: int = 3,
+    batch: int = 16,
+    length: int = 32,
+) -> GRPOTrainer:
+    """A fresh trainer, the same one every time."""
     return GRPOTrainer(
-        model=model(),
-        reward_funcs=digits,
+        model=policy or model(),
+        reward_funcs=odd,
         args=GRPOConfig(
             output_dir=out,
-            max_steps=3,
-            per_device_train_batch_size=16,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
             num_generations=8,
-            max_completion_length=32,
+            max_completion_length=length,
             learning_rate=1e-4,
             logging_steps=1,
             save_strategy="no",
@@ -228,6 +251,7 @@ def trainer(out: str) -> GRPOTrainer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--presets", action="store_true", help="the values of attach(detail=...)")
     parser.add_argument("--loop", action="store_true", help="a loop with a watched loss, not TRL")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -236,6 +260,8 @@ def main() -> None:
     if options.loop:
         arms = {"watched loss, totals": 0, "watched loss, sampled": 10}
         costs = {arm: loop_cost(options.rounds, every) for arm, every in arms.items()}
+    elif options.presets:
+        costs = watching_cost(preset_trainer, options.rounds, _PRESET_STEPS, PRESETS)
     else:
         costs = watching_cost(trainer, rounds=options.rounds)
     for arm, cost in costs.items():

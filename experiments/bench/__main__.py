@@ -1,4 +1,4 @@
-"""Speed, memory, cost and errors of capture: what docs/performance.md shows.
+r"""Speed, memory, cost and errors of capture: what docs/performance.md shows.
 
 Ratios of programs run side by side, a variant only after its numbers passed a comparison with
 float64 on the same inputs. `run` measures the areas, `numbers` names what the page shows,
@@ -8,7 +8,9 @@ first):
 
     python -m experiments.bench --model smollm2 --out docs/performance.json
     python -m experiments.bench --quick
-    python -m experiments.bench --results docs/performance.json --doc docs/performance.md
+    python -m experiments.bench --only waiting,store,read --out docs/performance_second.json
+    python -m experiments.bench --results docs/performance.json \
+        --second docs/performance_second.json --doc docs/performance.md
 
 Progress goes to stderr. Exit code 1: a program gave wrong numbers and was not timed.
 """
@@ -30,6 +32,7 @@ def main(arguments: list[str]) -> int:
     """Measure or read results, write what was asked for, print the numbers; the exit code."""
     options = _parser().parse_args(arguments)
     gpu = None if options.gpu_results is None else load(options.gpu_results)
+    second = None if options.second is None else load(options.second)
     if options.results is not None:
         found = load(options.results)
     else:
@@ -40,7 +43,7 @@ def main(arguments: list[str]) -> int:
     if options.out is not None:
         save(found, options.out)
     if options.doc is not None:
-        options.doc.write_text(to_markdown(found, gpu), encoding="utf-8")
+        options.doc.write_text(to_markdown(found, gpu, second), encoding="utf-8")
     _print(found)
     return 1 if found["failures"] else 0
 
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="also measure errors on a rollout of this .gguf file, folder or name")
     add("--logits", type=Path, help="also measure errors on recorded logits (.npz)")
     add("--gpu-results", type=Path, help="results of experiments.bench.gpu, for the page")
+    add("--second", type=Path, help="results of some areas on another processor, for the page")
     add("--results", type=Path, help="measure nothing; show the results in this JSON file")
     return parser
 

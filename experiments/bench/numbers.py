@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["x", "%", "bytes", "rel", "count", "MB"]
+Unit = Literal["x", "%", "bytes", "rel", "count", "MB", "s", "ms", "ns"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Number:
     how : str
         What exactly is compared.
     unit : str
-        x ratio, % share, bytes, rel relative error, count, MB.
+        x ratio, % share, bytes, rel relative error, count, MB; s, ms, ns of this machine.
     """
 
     key: str
@@ -111,5 +111,28 @@ NUMBERS: tuple[Number, ...] = (
            "on top of the trainer's own backward pass", "%"),
     Number("jvp_vs_forward", "JVP of all logits / forward without gradient",
            "torch.func.jvp, eager attention"),
+    Number("head_products_vs_no_capture", "four matrix products alone / head without capture",
+           "what recomputing the logits costs by itself, without a statistic"),
+    Number("totals_ns_per_row", "derived columns and class totals, ns a row",
+           "in blocks of rows, as the writer thread makes them", "ns"),
+    Number("totals_blocks_vs_whole", "class totals in blocks / of all rows at once",
+           "the same rows derived and summed up without blocks"),
+    Number("summary_duckdb_vs_sql", "class summary by DuckDB / plain SQL",
+           "SQL with 1 - p as it stands and no checksum verified, the same files"),
+    Number("diagnose_cpu_seconds", "wapo diagnose, CPU seconds", "the whole command", "s"),
+    Number("diagnose_vs_import_pandas", "wapo diagnose / import pandas",
+           "CPU time of the whole command over that of one of its imports"),
+    Number("train_start_cpu_seconds", "start of wapo train, CPU seconds",
+           "imports and loading, until the first step", "s"),
+    Number("train_start_vs_bare", "start of wapo train / transformers alone",
+           "a script that imports torch and loads the same model and tokenizer"),
+    Number("figures_cpu_seconds", "wapo figures, all, CPU seconds", "the whole command", "s"),
+    Number("report_cpu_seconds", "wapo report, CPU seconds", "the whole command", "s"),
+    Number("large_step_cpu_seconds", "wapo diagnose --step, CPU seconds",
+           "a step of 4 million token rows", "s"),
+    Number("large_step_peak_mb", "wapo diagnose --step, peak memory, MB",
+           "resident memory of the process, libraries included", "MB"),
+    Number("finish_step_ms", "training thread blocked by a step, ms",
+           "steps faster than the disk; median, least and longest of 20 steps", "ms"),
 )
 # fmt: on

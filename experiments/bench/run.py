@@ -18,7 +18,7 @@ from wapo_analysis.store import write_atomic
 from wapo_analysis.version import __version__
 
 QUICK_AREAS = ("errors", "stats", "memory", "head", "step", "store", "read")
-AREAS = (*QUICK_AREAS, "attribution", "passive")
+AREAS = (*QUICK_AREAS, "attribution", "passive", "waiting")
 """Modules of this package that measure, each with ``measure(options)``."""
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from experiments.bench.data import token_columns, token_records
@@ -63,7 +64,12 @@ def _totals(options: Options) -> Measures:
         {"blocks": job, "whole": lambda: class_totals(derive(tokens, 1.0))},
         options.rounds_or(3, 9),
     )
-    return {"totals_blocks_vs_whole": times.ratio("blocks", "whole", f"{_TOTAL_ROWS} rows")}
+    note = f"{_TOTAL_ROWS} rows"
+    per_row = [1e9 * seconds / _TOTAL_ROWS for seconds in times.seconds["blocks"]]
+    return {
+        "totals_blocks_vs_whole": times.ratio("blocks", "whole", note),
+        "totals_ns_per_row": Measure(median(per_row), min(per_row), max(per_row), note),
+    }
 
 
 def _stored(records: Records) -> dict[str, Array]:
