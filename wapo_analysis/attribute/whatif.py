@@ -218,7 +218,7 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     Raises
     ------
     UserError
-        On an unknown name, or if the run has too few probes.
+        On an unknown name, or if the run has too few probes or no entropy.
     """
     try:
         names = tax.expand_bins(tuple(exclude))
@@ -231,6 +231,8 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     kept = [name not in names for name in tax.CLASSES]
     table = _effects(probes, settings, np.array(kept))
     recorded = run.steps[["step", "entropy"]].dropna()
+    if recorded.empty:
+        raise UserError(f"{run.name} has no entropy in its step log")
     steps, entropy = recorded["step"].to_numpy(), recorded["entropy"].to_numpy(np.float64)
     weights = settings.updates * _shares(table["step"].to_numpy(), steps)
     extra = table["extra"].to_numpy()

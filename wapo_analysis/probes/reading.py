@@ -58,9 +58,11 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
         ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
         it; all mean nats; ``verdict``, see :mod:`wapo_analysis.probes.verdict`.
     """
-    alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
-    alone = alone.reindex(columns=[*CLASS_CODES, GRADIENT, MOMENTUM, WEIGHT_DECAY])
     whole = probes[probes["part"] == UPDATE].set_index(KEYS).sort_index()
+    alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
+    # A pivot leaves out a probe, or a part, of which nothing was finite.
+    parts = [*CLASS_CODES, GRADIENT, MOMENTUM, WEIGHT_DECAY]
+    alone = alone.reindex(index=whole.index, columns=parts)
     sets = whole.index.get_level_values("tokens_of").to_numpy()
     own = np.where(sets >= ALL_TOKENS, len(CLASS_CODES), sets)
     table = pd.DataFrame(
@@ -128,6 +130,7 @@ def closure_error(probes: pd.DataFrame) -> float:
     if probes.empty:
         return 0.0
     alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
+    alone = alone.reindex(columns=[*ADDENDS, INTERACTION, UPDATE])
     gap = (alone[[*ADDENDS, INTERACTION]].sum(axis=1) - alone[UPDATE]).abs()
     size = alone[[*ADDENDS, INTERACTION]].abs().sum(axis=1)
     moved = size > 0

@@ -194,6 +194,11 @@ def test_too_few_probes_and_wrong_names_are_told(tmp_path: Path) -> None:
         what_if(run, [])
 
 
+def test_a_log_without_entropy_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="r has no entropy in its step log"):
+        what_if(recorded(tmp_path / "r", entropy=np.nan), ["neg_peak"])
+
+
 def test_bands_hold_the_estimate_and_repeat(tmp_path: Path) -> None:
     path = write_fake_run(tmp_path / "run", steps=24, probe_every=3)
     one, two = what_if(open_run(path), ["neg"]), what_if(open_run(path), ["neg"])

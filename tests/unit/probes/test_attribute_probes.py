@@ -182,6 +182,21 @@ def test_three_numbers_take_the_own_class(frame: pd.DataFrame) -> None:
         assert told == joint.loc[code, "counterfactual_dentropy"]
 
 
+@pytest.mark.parametrize("steps", [(4,), (8,), (4, 8, 12)])
+def test_a_probe_of_which_nothing_is_finite_shifts_no_other(
+    frame: pd.DataFrame, steps: tuple[int, ...]
+) -> None:
+    hurt = frame["step"].isin(steps)
+    changes = [name for name in frame if name.endswith("_dentropy")]
+    broken = frame.copy()
+    broken.loc[hurt, changes] = np.nan
+    whole, found = three_numbers(frame), three_numbers(broken)
+    left = ~whole["step"].isin(steps)
+    pd.testing.assert_frame_equal(found[left], whole[left])
+    assert found.loc[~left, ["predicted", "counterfactual", "measured"]].isna().all(axis=None)
+    assert closure_error(broken) < 1e-6
+
+
 def test_no_rows_give_empty_tables(frame: pd.DataFrame) -> None:
     assert len(three_numbers(frame.iloc[:0])) == 0
     assert closure_error(frame.iloc[:0]) == 0.0
