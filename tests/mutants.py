@@ -167,7 +167,7 @@ def killed(copy: Path, tests: list[str], limit: float) -> bool:
     """Whether a test fails, or the tests take longer than the limit; in a process of its own."""
     child = os.fork()
     if child == 0:
-        os.setsid()
+        os.setpgid(0, 0)  # not a session: its niceness would count for nothing beside others
         os.chdir(copy)
         with (copy.parent / "printed").open("w") as printed:
             os.dup2(printed.fileno(), 1)
@@ -217,7 +217,11 @@ def main() -> int:
                 print(f"{room}: its tests fail without a mutant", flush=True)
                 return 2
             limit = 60 + 3 * (time.monotonic() - started)
-            left = [m for m in some if not _killed_in(copy, room, m, limit)]
+            left = []
+            for mutant in some:
+                if not _killed_in(copy, room, mutant, limit):
+                    left.append(mutant)
+                    print(f"survived {mutant}", flush=True)
             print(f"{room}: {_score(len(some) - len(left), len(some))}", flush=True)
             survivors += left
     for mutant in survivors:
