@@ -38,7 +38,11 @@ NEAREST = {
     ],
     "wapo_analysis/stats": ["tests/unit/stats"],
     "wapo_analysis/objectives": ["tests/unit/objectives", "tests/gold"],
-    "wapo_analysis/record": ["tests/unit/record", "tests/integration/test_training.py"],
+    "wapo_analysis/record": [
+        "tests/unit/record",
+        "tests/integration/test_training.py",
+        "tests/integration/test_torch_loop.py",
+    ],
     "wapo_analysis/capture": [
         "tests/unit/capture",
         "tests/integration/test_torch_loop.py",

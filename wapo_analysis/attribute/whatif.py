@@ -228,8 +228,7 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
         raise UserError(f"name the classes to exclude: {', '.join(tax.CLASSES)}, pos, neg, ...")
     probes = _usable_probes(run)
     settings = _Settings.of(run)
-    kept = [name not in names for name in tax.CLASSES]
-    table = _effects(probes, settings, np.array(kept))
+    table = _effects(probes, settings, np.array([name not in names for name in tax.CLASSES]))
     recorded = run.steps[["step", "entropy"]].dropna()
     if recorded.empty:
         raise UserError(f"{run.name} has no entropy in its step log")
@@ -378,8 +377,7 @@ def _before(rows: Array) -> Array:
 
 def _moved(entropy: Array, shift: Array, ceiling: float) -> Array:
     """Entropy after a relative shift, at most ln of the vocabulary."""
-    moved = entropy * np.exp(np.minimum(shift, _LARGEST_SHIFT))
-    return np.asarray(np.minimum(moved, ceiling))
+    return np.asarray(np.minimum(entropy * np.exp(np.minimum(shift, _LARGEST_SHIFT)), ceiling))
 
 
 def _bootstrap(weights: Array, extra: Array) -> Array:

@@ -44,6 +44,16 @@ def test_a_packed_pass_has_the_bits_of_the_plain_one() -> None:
     assert (packed["step"] == 7).all()
 
 
+def test_schedules_hold_until_the_recorder_fails(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, {"name": "r"}, rescore_every=3, probe_every=2, synchronous=True)
+    steps = range(1, 8)
+    assert [step for step in steps if recorder.wants_rescore(step)] == [1, 4, 7]
+    assert [step for step in steps if recorder.wants_probe(step)] == [2, 4, 6]
+    recorder.fail(RuntimeError("disk"))
+    assert not any(recorder.wants_rescore(step) or recorder.wants_probe(step) for step in steps)
+    recorder.close()
+
+
 def test_a_pass_on_the_host_is_not_copied() -> None:
     given = tokens(1)
     assert np.shares_memory(HostPass(given).columns(1, 0)["logp"], given.logp.numpy())
