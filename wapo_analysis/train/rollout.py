@@ -133,8 +133,7 @@ def sample(
     """
     ids, mask = pad_left(prompts, policy.pad_id)
     wanted = torch.arange(len(prompts)) if rows is None else rows.cpu()
-    first_of: dict[tuple[int, ...], int] = {}
-    whole = torch.tensor([first_of.setdefault(tuple(p), i) for i, p in enumerate(prompts)])
+    like = _first_like(prompts, policy.device)
     start, device, parts = generator.get_state(), policy.device, []
     with policy.sampling() as model:
         for some in wanted.split(at_once or len(prompts)):
@@ -144,13 +143,25 @@ def sample(
             if device.type != "cpu":
                 noise = Uniforms(generator, len(prompts), max_new_tokens)
             draw = Sampler(policy, model, max_new_tokens, temperature, noise, entropy)
-            once, copies = torch.unique(whole[some], return_inverse=True)
+            once, copies = torch.unique(like[some], return_inverse=True)
             shown = mask[once, first:]
             held = (ids[once, first:], shown, some, copies)
             text, there, numbers, copies = (sent(t, device) for t in held)
             parts.append(draw(text, there, numbers, not bool(shown.all()), copies))
     prompt_ids, prompt_mask = sent(ids[wanted], device), sent(mask[wanted], device)
     return _joined(parts, prompt_ids, prompt_mask, policy.pad_id)
+
+
+def _first_like(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Row that is read for each: the first with the same prompt; on a CPU itself.
+
+    How a product is rounded depends on its rows, and on a CPU a seed gives the same samples
+    whatever is read together.
+    """
+    if device.type == "cpu":
+        return torch.arange(len(prompts))
+    found: dict[tuple[int, ...], int] = {}
+    return torch.tensor([found.setdefault(tuple(p), row) for row, p in enumerate(prompts)])
 
 
 def sample_batched(

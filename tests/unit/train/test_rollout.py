@@ -19,12 +19,13 @@ from wapo_analysis.train.models import Policy, load_policy
 from wapo_analysis.train.noise import Exponentials, Uniforms, inverse_cdf
 from wapo_analysis.train.rollout import (
     Rollouts,
+    _first_like,
     completion_logits,
     pad_left,
     sample,
     sample_batched,
 )
-from wapo_analysis.train.sampler import Sampler
+from wapo_analysis.train.sampler import Sampled, Sampler
 
 CPU = torch.device("cpu")
 PROMPTS = ["1+2+3=", "7+8=", "a=b;b=c;a?"]
@@ -171,21 +172,32 @@ def test_uniform_noise_samples_the_distribution_and_knows_its_row() -> None:
 def test_a_prompt_is_read_once_for_its_whole_group(tiny_llama: Path, selects: bool) -> None:
     policy = load_policy(str(tiny_llama), CPU)
     encoded = [policy.encode(p) for p in PROMPTS for _ in range(4)]
-    length, shapes, forward = max(map(len, encoded)), [], policy.model.forward
+    like = _first_like(encoded, torch.device("cuda"))
+    assert like.tolist() == [0] * 4 + [4] * 4 + [8] * 4
+    assert _first_like(encoded, CPU).tolist() == list(range(12))
+    once, copies = torch.unique(like, return_inverse=True)
+    ids, mask = pad_left(encoded, policy.pad_id)
+    shapes, forward = [], policy.model.forward
 
     def seen(**inputs):
         shapes.append(tuple(inputs["input_ids"].shape))
         return forward(**inputs)
 
-    apart = sample(policy, encoded, 12, 1.0, torch.Generator().manual_seed(3), at_once=1)
+    def drawn(rows: torch.Tensor, copies: torch.Tensor | None) -> Sampled:
+        noise = Uniforms(torch.Generator().manual_seed(0), 12, 12)
+        draw = Sampler(policy, policy.model, 12, 1.0, noise)
+        return draw(ids[rows], mask[rows], torch.arange(12), True, copies)
+
+    apart = drawn(torch.arange(12), None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy.model, "forward", seen)
         if not selects:
             patch.setattr(sampler._Context, "keep", lambda *_: False)
-        whole = sample(policy, encoded, 12, 1.0, torch.Generator().manual_seed(3))
+        whole = drawn(once, copies)
+    length = ids.shape[1]
     assert shapes[:2] == [(3, length), (12, 1 if selects else length)]
-    assert torch.equal(whole.completion_ids, apart.completion_ids)
-    torch.testing.assert_close(whole.logp_old, apart.logp_old, rtol=0, atol=2e-5)
+    assert torch.equal(whole.ids, apart.ids)
+    torch.testing.assert_close(whole.logp, apart.logp, rtol=0, atol=2e-5)
 
 
 def test_rows_that_ended_leave_without_a_trace_in_the_others(tiny_llama: Path) -> None:
