@@ -18,7 +18,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json, reason_of
+from wapo_analysis.importers.jsonl import MAX_DEPTH, JsonLines, as_number, parse_json, reason_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.store.files import open_regular
 
@@ -108,6 +108,9 @@ def json_value(file: Path, report: ImportReport) -> Any:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
+
+
 def _one_or_more(data: bytes, changed: list[str]) -> Any:
     """A JSON value, or the list of those that follow each other, as of indented records."""
     try:
@@ -117,9 +120,12 @@ def _one_or_more(data: bytes, changed: list[str]) -> Any:
             raise
         text, values, place = data.decode("utf-8-sig").strip(), [], 0
         while place < len(text):
-            _, end = json.JSONDecoder().raw_decode(text, place)
+            try:
+                _, end = json.JSONDecoder().raw_decode(text, place)
+            except RecursionError:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
             values.append(parse_json(text[place:end], changed))
-            place = end + len(text[end:]) - len(text[end:].lstrip(" \t\r\n,"))
+            place = end + len(_BETWEEN.match(text, end)[0])  # type: ignore[index]
         return values
 
 

@@ -130,6 +130,10 @@ def test_deep_json(tmp_path: Path) -> None:
     assert report.broken == ["t.jsonl:2: nested deeper than 64 levels"]
     assert report.half_lines == ["t.jsonl"]
     (tmp_path / "t.json").write_text(f'[{{"step": 1, "x": {DEEP}}}]')
+    follow = tmp_path / "two.json"
+    follow.write_text('{\n "step": 1\n}\n' + DEEP * 2)
+    with pytest.raises(UserError, match="is no JSON: nested deeper than 64 levels"):
+        import_run(follow, tmp_path / "of-two")
     with pytest.raises(UserError, match="is no JSON: nested deeper than 64 levels"):
         import_run(tmp_path / "t.json", tmp_path / "no")
 
