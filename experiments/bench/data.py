@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.table import Array, Records
 
@@ -197,6 +198,19 @@ def token_columns(rows: int, step: int = 1, seed: int = 0, length: int = 256) ->
         "kept": np.ones(rows, bool),
         "top1": complement < 0.5,
     }
+
+
+_OF_A_PASS = ("group", "rollout", "position", "token_id", "advantage", "logp", "logp_old",
+              "entropy", "collision_rest", "collision_logp_rest", "coef", "clipped", "kept",
+              "top1")  # fmt: skip
+
+
+def token_pass(rows: int) -> TokenPass:
+    """`token_columns` as a gradient pass hands them to a recorder: tensors, floats of 32 bits."""
+    columns = token_columns(rows)
+    given = {name: torch.from_numpy(columns[name]) for name in _OF_A_PASS}
+    floats = {name: v.float() for name, v in given.items() if v.is_floating_point()}
+    return TokenPass(**{**given, **floats})
 
 
 def _text_ids(draw: np.random.Generator, rows: int) -> Array:

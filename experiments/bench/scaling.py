@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments.bench.data import rlvr_rows, token_columns
+from experiments.bench.data import rlvr_rows, token_columns, token_pass
 from experiments.bench.harness import Work, interleave, keep_memory, machine
 from experiments.bench.read import write_rows
 from wapo_analysis import Recorder, open_run
@@ -28,8 +28,6 @@ from wapo_analysis.store import RunWriter
 from wapo_analysis.table import Records
 
 ROWS, RANK_ROWS, RANK_STEPS = 64, 4_096, 4
-_GIVEN = ("group", "rollout", "position", "token_id", "advantage", "logp", "logp_old", "entropy",
-          "collision_rest", "collision_logp_rest", "coef", "clipped", "kept", "top1")  # fmt: skip
 RANKS, TOKENS_PER_RANK, STEPS = 64, 4_000_000, 1_000
 """The job that the page estimates."""
 
@@ -87,10 +85,7 @@ def recording(sizes: Sequence[int], folder: Path, rounds: int, every: int) -> Gr
     """Recording a step of N tokens, the writer's work included: every row, or the totals alone."""
     works = {}
     for size in sizes:
-        columns = token_columns(size)
-        given = {name: torch.from_numpy(columns[name]) for name in _GIVEN}
-        floats = {n: v.float() for n, v in given.items() if v.is_floating_point()}
-        tokens = TokenPass(**{**given, **floats})
+        tokens = token_pass(size)
         (folder / f"{every}-{size}").mkdir()
         works[size] = partial(_record, tokens, folder / f"{every}-{size}", every)
     what = "recording a step, every row" if every else "recording a step, class totals alone"

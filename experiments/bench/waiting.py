@@ -16,15 +16,13 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any
 
 import numpy as np
-import torch
 
-from experiments.bench.data import token_columns
+from experiments.bench.data import token_columns, token_pass
 from experiments.bench.harness import Measure, Measures, Work, interleave
 from experiments.bench.options import Options
-from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.table import Records
@@ -128,16 +126,10 @@ print(json.dumps({"seconds": used.ru_utime + used.ru_stime, "peak": used.ru_maxr
 def _overflow(run: Path, options: Options) -> Measures:
     """Longest `finish_step` while steps come faster than the disk takes them, and the shares."""
     options.say(f"waiting: {_STEPS} steps of {_OVERFLOW_ROWS} rows, one every 30 ms")
-    columns = token_columns(_OVERFLOW_ROWS)
-    keys = ("group", "rollout", "position", "token_id", "advantage", "logp", "logp_old", "entropy",
-            "collision_rest", "collision_logp_rest", "clipped", "kept", "top1", "coef")  # fmt: skip
-    given: dict[str, Any] = {}
-    for key in keys:
-        values = torch.from_numpy(np.ascontiguousarray(columns[key]))
-        given[key] = values.float() if values.dtype == torch.float64 else values
+    tokens = token_pass(_OVERFLOW_ROWS)
     recorder, blocked = Recorder(run, {"name": "overflow"}), []
     for step in range(1, _STEPS + 1):
-        recorder.watch_pass(TokenPass(**given, minibatch=0))
+        recorder.watch_pass(tokens)
         started = perf_counter()
         recorder.finish_step(step, reward=0.0)
         blocked.append(1e3 * (perf_counter() - started))

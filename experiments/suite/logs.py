@@ -167,7 +167,7 @@ def mismatch(d: Draw) -> None:
 
 
 def stale(d: Draw) -> None:
-    """Samples wait ever longer for the trainer."""
+    """Samples keep waiting longer for the trainer."""
     sound(d)
     d.columns["staleness"] = np.round(d.about(0.1 + d.uniform(6, 20) * d.u, 0.1), 2)
 

@@ -14,9 +14,7 @@ import pyarrow.parquet as pq
 from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
-from wapo_analysis.importers.jsonl import (
-    JsonLines,
-)
+from wapo_analysis.importers.jsonl import JsonLines
 from wapo_analysis.importers.packed import head_of, plain_file
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown

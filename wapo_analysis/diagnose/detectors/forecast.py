@@ -140,7 +140,7 @@ def _announced(context: Context, series: Series, direction: int) -> int | None:
 
 
 def _flow_agrees(context: Context, series: Series, direction: int) -> Array:
-    """Whether the summed class flow of each step points in a direction; False where unknown."""
+    """Whether all classes together predict a move in a direction, by step; False if unknown."""
     flows = context.flows
     net = flows.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
     known = net.reindex(series.steps).to_numpy()
