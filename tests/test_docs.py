@@ -14,7 +14,7 @@ import typer
 
 from wapo_analysis import open_run
 from wapo_analysis.capture.seams import SEAMS
-from wapo_analysis.cli import app, run
+from wapo_analysis.cli import application, run
 from wapo_analysis.cli.train import assigned
 from wapo_analysis.train.config import TrainConfig
 
@@ -106,7 +106,7 @@ def lines_to_paste(page: Path) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_to_paste_have_arguments_that_are_taken(page: Path) -> None:
     """The command line itself parses each, without running it; settings after --set exist."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = typer.main.get_command(application()).commands  # type: ignore[attr-defined]
     for words in lines_to_paste(page):
         if "wapo_analysis" in words:
             words = words[words.index("wapo_analysis") :]

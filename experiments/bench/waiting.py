@@ -39,9 +39,10 @@ AutoTokenizer.from_pretrained({base!r})
 AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32)
 """
 _OURS = """
-from wapo_analysis.cli import app
+from wapo_analysis.cli import application
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import begin
+application("train")
 begin(TrainConfig(), None, None)
 """
 

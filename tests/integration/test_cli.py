@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.cli import COMMANDS, run
+from wapo_analysis.cli import COMMANDS, application, run
 from wapo_analysis.cli.train import step_lines
 from wapo_analysis.store import open_run
 
@@ -225,6 +226,17 @@ def test_help_and_version(arguments: list[str], capfd: pytest.CaptureFixture[str
     code = run(arguments)
     assert code == (2 if not arguments else 0)
     assert "wapo" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_alone_is_that_of_all(name: str) -> None:
+    whole = typer.main.get_command(application()).commands  # type: ignore[attr-defined]
+    assert sorted(whole) == sorted(COMMANDS)
+    alone = typer.main.get_command(application(name)).commands  # type: ignore[attr-defined]
+    assert list(alone) == [name]
+    assert alone[name].to_info_dict(typer.Context(alone[name])) == whole[name].to_info_dict(
+        typer.Context(whole[name])
+    )
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -5,8 +5,10 @@ in one line; 3 the training went to its end, but its record or last checkpoint c
 (disk full, folder gone); 130 interrupted.
 """
 
+import gc
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from inspect import cleandoc
 
@@ -15,17 +17,6 @@ import typer
 from wapo_analysis.cli.common import console_error, drop_output
 from wapo_analysis.errors import UserError, closest
 from wapo_analysis.version import __version__
-
-app = typer.Typer(
-    name="wapo",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # markup would eat [default: ...]; plain help also starts faster
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Which tokens bent the curve? Train, watch and diagnose RLVR runs token by token.\n\n"
-    "Start with wapo demo: a run that explodes beside two that learn, three minutes on a laptop.",
-)
 
 
 def verbatim_examples(doc: str) -> str:
@@ -38,15 +29,6 @@ def _version(shown: bool) -> None:
     if shown:
         typer.echo(f"wapo-analysis {__version__}")
         raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version."
-    ),
-) -> None:
-    """Attach the global options."""
 
 
 _MODULES = (
@@ -71,22 +53,52 @@ _MODULES = (
     "compact",
     "tasks",
 )
-for _module in _MODULES:
-    import_module(f"wapo_analysis.cli.{_module}").register(app)
-for _command in app.registered_commands:
-    _command.help = verbatim_examples(_command.callback.__doc__ or "")
 COMMANDS = tuple(module.rstrip("_") for module in _MODULES)
+
+
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
+) -> None:
+    """Attach the global options."""
+
+
+@cache
+def application(command: str | None = None) -> typer.Typer:
+    """The application with all commands, or with one: only its module is loaded then."""
+    app = typer.Typer(
+        name="wapo",
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # markup would eat [default: ...]; plain help also starts faster
+        context_settings={"help_option_names": ["-h", "--help"]},
+        help="Which tokens bent the curve? Train, watch and diagnose RLVR runs token by token.\n\n"
+        "Start with wapo demo: a run that explodes beside two that learn, three minutes on a "
+        "laptop.",
+    )
+    app.callback()(root)
+    for module in _MODULES:
+        if command in (None, module.rstrip("_")):
+            import_module(f"wapo_analysis.cli.{module}").register(app)
+    for registered in app.registered_commands:
+        registered.help = verbatim_examples(registered.callback.__doc__ or "")
+    return app
 
 
 def main() -> None:
     """Entry point of the ``wapo`` command."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # the interpreter ends without a last look through everything that was imported
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run one command and return its exit code; every user error becomes one line."""
+    known = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
-        result = app(arguments, prog_name="wapo", standalone_mode=False)
+        result = application(known)(arguments, prog_name="wapo", standalone_mode=False)
     except UserError as error:
         console_error(str(error))
         return 2

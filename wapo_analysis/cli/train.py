@@ -29,7 +29,7 @@ Row = dict[str, float]
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(with_settings(train))
+    app.command()(train)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,6 +64,7 @@ def _parameter(declared: Declared) -> inspect.Parameter:
     )
 
 
+@with_settings
 def train(
     out: Annotated[
         Path | None, Option(help="Run folder.  [default: runs/<objective>-<seed>]")

@@ -63,7 +63,8 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
     """
     every = fresh_every(run.manifest)
     fresh = [step for step in run.token_steps() if (step - 1) % every == 0]
-    rows = run.table("tokens", evenly(np.asarray(fresh)))
+    columns = ["step", "minibatch", "logp", "logp_old"]
+    rows = run.table("tokens", evenly(np.asarray(fresh)), columns)
     known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)
     seen = rows.loc[known, ["step", "logp", "logp_old"]].astype(np.float64)
     log_ratio = np.minimum(seen["logp"] - seen["logp_old"], MAX_LOG_RATIO)

@@ -204,8 +204,10 @@ class Run:
             f"steps that have: {', '.join(map(str, near))}"
         )
 
-    def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
-        """Stored columns of a table of parts.
+    def table(
+        self, name: str, steps: Iterable[int] | None = None, columns: list[str] | None = None
+    ) -> pd.DataFrame:
+        """Stored columns of a table of parts; others than ``columns``, if given, are not read.
 
         Raises
         ------
@@ -215,9 +217,9 @@ class Run:
         if name not in PART_TABLES:
             raise unknown_name("table", name, PART_TABLES)
         wanted = None if steps is None else set(steps)
-        rows = read_rows(self.path / name, None if wanted is None else wanted.__contains__)
+        rows = read_rows(self.path / name, None if wanted is None else wanted.__contains__, columns)
         with named(self.path / name):
-            return parts_frame(list(rows.values()), TABLES[name])
+            return parts_frame(list(rows.values()), TABLES[name], columns)
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} steps"
@@ -237,13 +239,16 @@ def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:
     return with_class(frame)
 
 
-def parts_frame(tables: list[pa.Table], declared: Table) -> pd.DataFrame:
+def parts_frame(
+    tables: list[pa.Table], declared: Table, columns: list[str] | None = None
+) -> pd.DataFrame:
     """Concatenate parts; null floats become NaN and absent columns are filled."""
     if not tables:
-        return Records.build(declared, {name: [] for name in declared.required}).to_frame()
+        empty = Records.build(declared, {name: [] for name in declared.required}).to_frame()
+        return empty if columns is None else empty[columns]
     frame: pd.DataFrame = pa.concat_tables(tables, promote_options="default").to_pandas()
     for column in declared.stored:
-        if column.name not in frame:
+        if column.name not in frame and (columns is None or column.name in columns):
             frame[column.name] = np.nan if column.dtype.startswith("float") else None
     return frame
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.builders import write_fake_run
@@ -223,6 +224,17 @@ def test_missing_folder_and_folder_of_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"runs inside it: one, two"):
         open_run(tmp_path / "a")
     assert [p.name for p in find_runs(tmp_path / "a")] == ["one", "two"]
+
+
+def test_columns_that_were_not_asked_for_are_not_read(tmp_path: Path) -> None:
+    run = open_run(written_run(tmp_path / "r"))
+    asked = ["step", "logp", "logp_prox"]
+    steps = run.token_steps()
+    pd.testing.assert_frame_equal(
+        run.table("tokens", steps, asked)[asked], run.table("tokens")[asked]
+    )
+    assert sorted(run.table("tokens", steps, asked)) == sorted(asked)
+    assert sorted(run.table("tokens", [], asked)) == sorted(asked)
 
 
 def test_unknown_column_table_and_step_column_are_refused(tmp_path: Path) -> None:
