@@ -234,9 +234,9 @@ def test_a_command_alone_is_that_of_all(name: str) -> None:
     assert sorted(whole) == sorted(COMMANDS)
     alone = typer.main.get_command(application(name)).commands  # type: ignore[attr-defined]
     assert list(alone) == [name]
-    assert alone[name].to_info_dict(typer.Context(alone[name])) == whole[name].to_info_dict(
-        typer.Context(whole[name])
-    )
+    options = [[param.opts for param in each[name].params] for each in (alone, whole)]
+    assert options[0] == options[1] != []
+    assert alone[name].help == whole[name].help
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
