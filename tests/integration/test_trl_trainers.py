@@ -314,6 +314,36 @@ def test_a_second_training_counts_on(tmp_path: Path) -> None:
     assert not found.rollouts.duplicated(["step", "rollout"]).any()
 
 
+class Interrupted(GRPOTrainer):
+    """Its second micro-batch of the second step is one too many, once."""
+
+    calls = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 4:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+
+def test_a_step_that_was_not_finished_is_no_part_of_the_next_training(tmp_path: Path) -> None:
+    """Ctrl-C in a notebook, and then ``trainer.train()`` again."""
+    trainer = toy_trainer(tmp_path / "out", Interrupted)
+    attachment = attach(trainer, tmp_path / "run", token_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+    run(trainer)
+    attachment.close()
+    assert attachment.recorder.failure is None
+    found = open_run(tmp_path / "run")
+    assert found.steps["step"].tolist() == [1, 2, 3]
+    used = found.rollouts.groupby("step")
+    assert used.size().tolist() == [8] * 3
+    rows = found.tokens().groupby("step").size()
+    assert rows.tolist() == used.length.sum().tolist() == found.steps["tokens"].tolist()
+    assert not found.tokens().duplicated(["step", "rollout", "position"]).any()
+
+
 @pytest.mark.parametrize(
     ("detail", "rows", "rescored"), [("totals", 0, 0), ("sampled", 1, 1), ("full", 3, 3)]
 )

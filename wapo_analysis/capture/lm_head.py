@@ -260,7 +260,7 @@ class HeadReader(Guarded):
     topk = 0
 
     def __init__(self, temperature: float = 1.0, model: nn.Module | bool = True) -> None:
-        self.reason = "no model has returned logits"
+        self.reason = "no model has returned logits (compiled with its caller, none does)"
         self._temperature = temperature
         self._reading: Reading | None = None
         self._used = self._texts = 0  # positions and texts of the reading that losses have had
@@ -351,7 +351,7 @@ class HeadReader(Guarded):
         if away > MATCH:
             self.reason = (
                 "the model's logits do not give the loss's log-probabilities at temperature "
-                f"{self._temperature:g}, {away:.2g} nats away on average"
+                f"{self._temperature:g}, {away:.2g} nats away on average (head=model says whose)"
             )
         return away <= MATCH
 

@@ -69,6 +69,7 @@ class LossWatch(Guarded):
         self._opened, self._closed, self._said = False, False, set[str]()
         self._waited = set[int]()  # optimizers that stepped before the loss had come back
         self._step, self._calls, self._texts = first_step, 0, texts
+        self._scale = 0.0
         self._columns: dict[str, Any] = {}
 
     def fail(self, error: Exception) -> None:
@@ -107,6 +108,9 @@ class LossWatch(Guarded):
 
     def _watch(self, recorder: Recorder, found: dict[str, Any]) -> None:
         found = shaped(found)
+        if found["loss_scale"] < self._scale and recorder.returned():
+            recorder.forget()  # a GradScaler lowers its scale where it skips the update
+        self._scale = found["loss_scale"]
         logp, mask, tokens = found["logp"], found["mask"], found.get("tokens")
         logits = found.pop("logits", None)
         if self._head is None or "collision" in found:

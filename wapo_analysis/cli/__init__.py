@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from inspect import cleandoc
+from io import TextIOWrapper
 
 import typer
 
@@ -89,6 +90,8 @@ def application(command: str | None = None) -> typer.Typer:
 
 def main() -> None:
     """Entry point of the ``wapo`` command."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal without UTF-8 shows ? for the rest
+        sys.stdout.reconfigure(errors="replace")
     code = run(sys.argv[1:])
     gc.freeze()  # the interpreter ends without a last look through everything that was imported
     sys.exit(code)

@@ -6,6 +6,8 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from torch._compile import _disable_dynamo
+
 from wapo_analysis.errors import UserError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -30,6 +32,9 @@ class Guarded:
         """Watch no more."""
         self.failure = f"{type(error).__name__}: {error}"
 
+    # A compiled training step calls it as it stands; traced, it would end the training. The public
+    # torch.compiler.disable loads the compiler at once, this one at the first call.
+    @_disable_dynamo
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run an action, unless watching has failed; None if it has, or fails now."""
         if self.failure is not None:

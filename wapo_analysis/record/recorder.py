@@ -137,7 +137,7 @@ class Recorder(Guarded, Closing):
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous, self._beside)
 
     def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an action, unless recording has failed or nothing is recorded; else None."""
+        """Run an action, unless recording has failed or there is no path; else None."""
         return None if self.path is None else super().guard(action, *args, **kwargs)
 
     def fail(self, error: Exception) -> None:
@@ -165,8 +165,7 @@ class Recorder(Guarded, Closing):
     def checkpoint(self, save: Save) -> None:
         """Save a checkpoint for the guard, if there is one and it is time; after `finish_step`.
 
-        ``save`` fills the folder it is given, which becomes RUN/checkpoints/step-N once it is
-        whole. If it fails, that is told once; recording and training go on.
+        ``save`` fills a folder that becomes RUN/checkpoints/step-N; if it fails, that is told once.
         """
         ring = self.ring
         if ring is not None and ring.due(self._last):
@@ -177,6 +176,10 @@ class Recorder(Guarded, Closing):
     def returned(self) -> bool | None:
         """Whether a gradient reached a pass of the open step, see `OpenStep`; None of no pass."""
         return self._step.returned() if self._step.passes or self._step.settled else None
+
+    def forget(self) -> None:
+        """Drop what the open step has been given: its update was skipped."""
+        self._step, _ = OpenStep(), self.tops.taken()
 
     @guarded
     def watch_pass(
@@ -335,13 +338,12 @@ class Recorder(Guarded, Closing):
         rollouts : mapping of str to sequence, optional
             Columns of the ``rollouts`` table, if the caller has them; copied.
         sums : mapping of str to float, optional
-            Sums over rollouts (`wapo_analysis.derive.rollout_sums`) of a step of `watch_pass`, for
-            the writer thread to compute the step columns; None if ``columns`` holds all.
+            Of rollouts (`wapo_analysis.derive.rollout_sums`); None if ``columns`` holds all.
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
         now, self._step, self._last = self._step, OpenStep(), int(step)
-        found = step_rollouts(now.batches, reward, prompts, completions)
+        found = step_rollouts(now.batches, reward, prompts, completions, now.trained)
         row: dict[str, Any] = {"step": int(step), **self._times(), **found.row}
         if now.batches:
             rollouts, sums = found.columns, found.sums

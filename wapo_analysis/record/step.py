@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -48,12 +49,15 @@ class OpenStep:
     probes : list of Records
     settled : list of Records
         Derived token records that have been built already.
+    trained : list of bool
+        Of each rollout that was watched, whether a gradient reached it; empty if one reached all.
     """
 
     passes: list[TokenPass] = field(default_factory=list)
     batches: list[BatchPass] = field(default_factory=list)
     probes: list[Records] = field(default_factory=list)
     settled: list[Records] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
     _given: list[frozenset[str]] = field(default_factory=list)
     _outside: list[Tensor] = field(default_factory=list)
 
@@ -69,6 +73,9 @@ class OpenStep:
         """
         back = [b for b in self.batches if b.tokens.coef is not None]
         if back or not self.batches:
+            if len(back) < len(self.batches):
+                reached = [b.tokens.coef is not None for b in self.batches for _ in b.lengths]
+                self.trained = reached
             for batch in self.batches:
                 if batch.tokens.coef is None and batch.tokens.top is not None:
                     batch.tokens.top.ids = None
@@ -332,8 +339,12 @@ def step_rollouts(
     reward: Tensor | Sequence[float] | float | None,
     prompts: Sequence[str] | None = None,
     completions: Sequence[str] | None = None,
+    trained: Sequence[bool] = (),
 ) -> StepRollouts:
     """Rollouts of a step from its batches and what the caller knows; see `Recorder.finish_step`.
+
+    What is given for all rollouts of `OpenStep.trained` is kept of those with rows; the step's
+    reward is that of all.
 
     Raises
     ------
@@ -349,9 +360,14 @@ def step_rollouts(
     if rewards.ndim == 0:
         return StepRollouts({**row, "reward": float(rewards)}, {}, sums)
     given = {"reward": rewards, "prompt": prompts, "completion": completions}
-    table |= {name: list(values) for name, values in given.items() if values is not None and table}
+    own = bool(table) and np.array_equal(table["rollout"], np.flatnonzero(trained))
+    for name, values in given.items():
+        if values is not None and table:
+            of_all = own and len(values) == len(trained)
+            table[name] = list(compress(values, trained) if of_all else values)
     _check_counts(table)
-    return StepRollouts({**row, **reward_columns(rewards, table.get("group"))}, table, sums)
+    groups = table.get("group") if len(table.get("reward", rewards)) == len(rewards) else None
+    return StepRollouts({**row, **reward_columns(rewards, groups)}, table, sums)
 
 
 def _numbers(values: Tensor | Sequence[float] | float) -> Array:

@@ -37,6 +37,7 @@ MODULES = ("unpack", "words", "dom", "model", "charts", "step", "tokens", "story
 """The page's own code, in the order the modules build on each other."""
 ROWS = 60_000
 """Token rows that a page carries by default: about a megabyte."""
+_GENERATOR = b'content="wapo-analysis'
 MORE_STEPS = 40
 """Steps whose rollouts are carried where a run has no token rows."""
 
@@ -66,10 +67,12 @@ def build_report(
     Raises
     ------
     UserError
-        If there are no runs, a run is broken, or the file cannot be written.
+        If there are no runs, a run is broken, or the file cannot be written or is no page.
     """
     if not runs:
         raise UserError("a report needs at least one run")
+    if out is not None:
+        _check_page(out)
     settings = setting_labels(runs)
     told, blocks, notes = [], [], []
     for run, setting in zip(runs, settings, strict=True):
@@ -215,6 +218,19 @@ def commands(runs: Sequence[Run]) -> list[str]:
     folders = shlex.join(str(run.path) for run in runs)
     first = shlex.quote(str(runs[0].path))
     return [f"wapo diagnose {first}", f"wapo board {folders}", f"wapo figures {folders}"]
+
+
+def _check_page(out: Path) -> None:
+    """Refuse to write over what is no page of ours, such as the very log that the page is of."""
+    try:
+        head = b"" if not out.exists() else b"?"
+        if out.is_file():
+            with out.open("rb") as stream:
+                head = stream.read(1024)
+    except OSError as error:
+        raise UserError(f"cannot write report {out}: {error.strerror}") from error
+    if head and _GENERATOR not in head:
+        raise UserError(f"{out} exists and is no page of wapo; choose another --out or delete it")
 
 
 def _write(out: Path, page: str) -> None:

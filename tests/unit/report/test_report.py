@@ -217,5 +217,21 @@ def test_no_runs_and_a_bad_place_are_one_line(run: Run, tmp_path: Path) -> None:
         build_report([run], tmp_path / "file" / "report.html")
 
 
+def test_a_page_is_written_over_a_page_and_over_nothing_else(
+    run: Run, page: str, tmp_path: Path
+) -> None:
+    log, old, empty = tmp_path / "train.html", tmp_path / "old.html", tmp_path / "empty.html"
+    log.write_text("<table><tr><td>reward</td></tr></table>")
+    old.write_text(page.replace("neg_peak", "other"))
+    empty.touch()
+    for taken in (log, tmp_path, Path("/dev/null")):
+        with pytest.raises(UserError, match="is no page of wapo; choose another --out"):
+            build_report([run], taken)
+    assert log.read_text().startswith("<table>")
+    for free in (old, empty):
+        build_report([run], free)
+        assert free.read_text() == page
+
+
 def test_numbers_of_a_run_are_finite_or_null(run: Run) -> None:
     json.dumps(run_data(run), allow_nan=False)

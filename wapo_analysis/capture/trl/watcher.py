@@ -121,8 +121,8 @@ class TrlWatcher:
     def begin_training(self, done: int) -> None:
         """Say which step comes next; called by every ``train()`` with the steps it starts after.
 
-        A second ``train()`` starts from 0 again: its steps count on. A continued run must start
-        where it was left.
+        A second one starts from 0 again: its steps count on, and a step the first did not finish is
+        dropped. A continued run must start where it was left.
         """
         if self._resume_after is not None and done != self._resume_after:
             raise ValueError(
@@ -131,6 +131,8 @@ class TrlWatcher:
             )
         self._resume_after = None
         self._trainer.done = max(self._last - done, 0)
+        self._start_step()
+        self._recorder.forget()
 
     def _generate(
         self, original: Callable[..., Any], inputs: Any, *args: Any, **kwargs: Any
@@ -300,10 +302,6 @@ class TrlWatcher:
             self._guard(self._finish_step, step, {}, self._sums_beside_tokens())
         self._start_step()
 
-    def after_log(self) -> None:
-        """The trainer has written a line of its log."""
-        self._trainer.forget_logged()
-
     def obey(self, control: Any) -> None:
         """Do what the guard asked for: keep a checkpoint of its own, stop after one of TRL's."""
         if self._trainer.between_batches:
@@ -388,7 +386,7 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
             guard(watcher.after_update)
 
         def on_log(self, *_: Any, **kwargs: Any) -> None:
-            guard(watcher.after_log)
+            guard(watcher._trainer.forget_logged)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step()
