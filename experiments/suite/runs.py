@@ -36,7 +36,7 @@ EDGE = 5
 BAD = ("explosion", "collapse", "reward_collapse", "reward_hacking", "stalled", "diverged")
 
 
-TEST_SEEDS = 400
+TEST_SEEDS = 500
 """First seed of the test part; seeds below it are there to choose thresholds on."""
 LEARNING_TESTS = 5
 """Test runs of a recipe without a fault: false alarms are rare, so that they need more runs."""

@@ -10,6 +10,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors import run_detectors
 from wapo_analysis.diagnose.detectors.forecast import EARLY, TREND_WINDOW
 from wapo_analysis.diagnose.detectors.registry import MIN_STEPS
+from wapo_analysis.diagnose.detectors.reward import find_confirmed_loss
 from wapo_analysis.diagnose.drivers import entropy_drivers, find_culprits
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
@@ -84,6 +85,7 @@ def diagnose(run: Run) -> Diagnosis:
     """
     context = Context(run)
     found, skipped = run_detectors(context)
+    found = find_confirmed_loss(context, found)
     findings = _said_once(found)
     critical = {f.name: f for f in findings if f.severity == "critical"}
     verdict = next((name for name in MOST_SEVERE_FIRST if name in critical), None)

@@ -30,6 +30,10 @@ LEAST_LOSS = 0.2
 FEW = 2
 """Records that show a fast loss."""
 SIGMAS = 6.0
+FAST_SIGMAS = 8.0
+"""Standard deviations of their mean that leave no doubt: two batches of hard prompts look alike."""
+FALLING_SIGMAS = 3.0
+"""The same where something else says that the updates are too large."""
 DROP_SIGMAS = 8.0
 """Standard deviations of a drop that is no loss yet."""
 
@@ -53,6 +57,8 @@ class RewardState:
         Stretch in which half of the gain (or of the baseline) was lost.
     solved : bool
         The task is all but solved: a score within [0, 1] ends at ``SOLVED`` or more.
+    falling : Departure or None
+        The same by the last records alone, which on their own might be noise.
     """
 
     series: Series
@@ -60,6 +66,7 @@ class RewardState:
     margin: float
     loss: Departure | None
     solved: bool
+    falling: Departure | None = None
 
     @property
     def lost(self) -> bool:
@@ -196,7 +203,8 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     loss = _death(series) or departure(loose, strict, home, series.persist)
     if loss is None or not loss.ongoing or loss.crossed is None:
         loss = _slow_loss(series) or _fast_loss(series, peak, stake) or loss
-    return RewardState(series, float(peak.max()), margin, loss, solved)
+    falling = _last_loss(series, peak, stake, FALLING_SIGMAS)
+    return RewardState(series, float(peak.max()), margin, loss, solved, falling)
 
 
 def ends_solved(series: Series) -> bool:
@@ -231,21 +239,35 @@ def _slow_loss(series: Series) -> Departure | None:
 
 
 def _fast_loss(series: Series, peak: np.ndarray, stake: np.ndarray) -> Departure | None:
-    """A loss so deep that its first two records leave no doubt; short runs only.
+    """A loss so deep that its first two records leave no doubt; short runs only."""
+    return _last_loss(series, peak, stake, FAST_SIGMAS) if series.window <= 3 else None
+
+
+def _last_loss(
+    series: Series, peak: np.ndarray, stake: np.ndarray, sigmas: float
+) -> Departure | None:
+    """A loss that the last two records show, or half a window of them.
 
     Their mean is lost, and each of them by half of that at least, as one bad batch is no loss.
     """
-    begin = len(series) - FEW
-    if series.window > 3 or begin < CALM_STEPS // 2:
+    count = max(FEW, series.window // 2)
+    begin = len(series) - count
+    if begin < CALM_STEPS // 2:
         return None
     drops = peak[begin - 1] - series.values[begin:]
     least = max(LOST * stake[begin - 1], LEAST_LOSS * abs(peak[begin - 1]))
-    if (
-        drops.mean() < max(least, SIGMAS * series.whole_noise / np.sqrt(FEW))
-        or drops.min() < least / 2
-    ):
+    noise = series.whole_noise / np.sqrt(count)
+    if drops.mean() < max(least, sigmas * noise) or drops.min() < least / 2:
         return None
     return Departure(begin, begin, begin, ongoing=True)
+
+
+def fell_before(series: Series) -> bool:
+    """Whether a fall in means of blocks was there one and two records ago too."""
+    return all(
+        (fall := block_fall(Series(series.steps[:-back], series.values[:-back]))) and fall.climbed
+        for back in range(1, FEW + 1)
+    )
 
 
 def block_fall(series: Series) -> Fall | None:

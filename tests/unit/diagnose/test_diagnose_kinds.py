@@ -222,6 +222,27 @@ EXPLODING_ENTROPY = [
 ]  # fmt: skip
 
 
+# Ends with two batches of hard prompts; the next one earned 0.92.
+TWO_HARD_BATCHES = [
+    0.45, 0.51, 0.54, 0.64, 0.73, 0.59, 0.67, 0.7, 0.79, 0.77, 0.74, 0.75, 0.84, 0.77, 0.8, 0.86,
+    0.73, 0.81, 0.79, 0.8, 0.83, 0.8, 0.87, 0.82, 0.88, 0.82, 0.85, 0.85, 0.85, 0.79, 0.78, 0.94,
+    0.89, 0.88, 0.84, 0.85, 0.79, 0.84, 0.79, 0.77, 0.78, 0.89, 0.66, 0.59,
+]  # fmt: skip
+
+
+def test_two_batches_of_hard_prompts_are_no_loss(tmp_path: Path) -> None:
+    assert judge(tmp_path, reward=TWO_HARD_BATCHES).verdict == "healthy"
+
+
+def test_a_fall_that_might_be_noise_is_a_loss_where_the_steps_are_too_large(tmp_path: Path) -> None:
+    clipped = np.r_[np.full(30, 0.01), np.full(14, 0.3)]
+    d = judge(tmp_path, reward=TWO_HARD_BATCHES, clip_low=clipped)
+    assert (d.verdict, d.onset_step) == ("reward_collapse", 43)
+    assert judge(tmp_path / "up", reward=TWO_HARD_BATCHES[:42], clip_low=clipped).verdict == (
+        "healthy"
+    )
+
+
 def test_a_solved_task_stays_solved_while_noise_takes_it_a_little_lower(tmp_path: Path) -> None:
     d = judge(tmp_path, reward=SOLVED_REWARD, entropy=SOLVED_ENTROPY)
     assert not [f.name for f in d.findings if f.severity != "info"]

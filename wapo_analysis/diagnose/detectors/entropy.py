@@ -105,14 +105,14 @@ def _before_loss(entropy: Series, reward: RewardState) -> bool:
     """The reward was lost, the entropy was below half of its baseline by then, and stays there."""
     if not reward.lost or reward.loss is None or reward.loss.crossed is None:
         return False
-    if entropy.smooth[-2 * entropy.persist :].max() > FALL_LOST * entropy.level:
+    soon = len(reward.series) - reward.loss.crossed < CALM_STEPS
+    if soon or entropy.smooth[-2 * entropy.persist :].max() > FALL_LOST * entropy.level:
         return False  # a dip on the way to an explosion looks the same
     fell = reward.series.step(max(reward.loss.onset - 1, 0))
     then = min(int(np.searchsorted(entropy.steps, fell)), len(entropy) - 1)
     if entropy.end > entropy.smooth[then]:
         return False  # it rises since the reward falls: what it lost before, the reward paid for
-    span = entropy.step(-1) - entropy.step(0)
-    lost = reward.series.step(reward.loss.crossed) + LATE * span
+    lost = reward.series.step(reward.loss.crossed) + LATE * np.ptp(entropy.steps)
     seen = entropy.smooth[entropy.steps <= lost]
     return len(seen) > 0 and bool(seen.min() <= FALL[0] * entropy.level)
 

@@ -1,13 +1,15 @@
 """Detectors of the reward: lost after it was earned, fallen after a climb, uneven functions."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
 from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.result import Finding
-from wapo_analysis.diagnose.reward import CALM_STEPS
-from wapo_analysis.series import Series
+from wapo_analysis.diagnose.result import Finding, Severity
+from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, fell_before
+from wapo_analysis.series import Departure, Series
 from wapo_analysis.store import Need
 
 FALLEN_SHARE = 0.25
@@ -16,6 +18,12 @@ PLATEAU_RECORDS = 40
 """Records of reward below which standing still says nothing."""
 PLATEAU_SHARE = 0.5
 """Part of the run that the reward must have stood."""
+CONFIRM = {
+    "clip_saturation", "clip_saturation_high", "clip_saturation_low", "early_warning",
+    "entropy_excursion", "entropy_explosion", "entropy_fall", "entropy_rise", "gradient_grows",
+    "gradient_spikes", "lr_far_off", "off_policy_drift",
+}  # fmt: skip
+"""Warnings that leave no doubt that a fall of the reward is one."""
 REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
 
 
@@ -25,39 +33,68 @@ def find_reward_loss(context: Context) -> list[Finding]:
     reward = context.reward
     if reward is None or reward.loss is None:
         return []
-    series, loss, severe = reward.series, reward.loss, reward.lost
+    loss, severe = reward.loss, reward.lost
     if not severe and loss.ongoing and context.fall is not None and context.fall.climbed:
         return []
-    entropy = context.series("entropy")
+    severity: Severity = "critical" if severe else "warning" if loss.ongoing else "info"
+    return [_loss_finding(context, reward, loss, severity)]
+
+
+def find_confirmed_loss(context: Context, found: Sequence[Finding]) -> list[Finding]:
+    """A loss that the last records show and that might be noise, were it not for other warnings.
+
+    Parameters
+    ----------
+    context : Context
+        The run.
+    found : sequence of Finding
+        What all detectors found.
+
+    Returns
+    -------
+    list of Finding
+        The same; a collapse of the reward takes the place of what was said of it.
+    """
+    reward = context.reward
+    if reward is None or reward.falling is None or reward.lost:
+        return list(found)
+    if not any(f.name in CONFIRM and f.severity != "info" for f in found):
+        return list(found)
+    rest = [f for f in found if f.name not in ("reward_drop", "fall_after_climb")]
+    return [*rest, _loss_finding(context, reward, reward.falling, "critical")]
+
+
+def _loss_finding(
+    context: Context, reward: RewardState, loss: Departure, severity: Severity
+) -> Finding:
+    series, entropy = reward.series, context.series("entropy")
     onset = series.step(loss.onset)
     back = "" if loss.ongoing else ", then came back"
     low = float(series.smooth[loss.onset :].min())
-    said = f"Reward fell from {reward.peak:.2f} at its best to {low:.2f} from step {onset}{back}."
     ends = {"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy) else {}
-    return [
-        Finding(
-            name="reward_collapse" if severe else "reward_drop",
-            severity="critical" if severe else "warning" if loss.ongoing else "info",
-            step=onset,
-            message=said,
-            evidence={
-                **reward.evidence(),
-                "best_step": reward.best_step,
-                "lost_share": (reward.peak - series.end) / reward.peak if reward.peak > 0 else None,
-                **ends,
-            },
-            advice=Advice(
-                "Read completions of the last steps: gibberish, repetition, or a reward that is "
-                "being gamed?",
-                steps=(LOWER_LR,),
-            )
-            if loss.ongoing
-            else Advice("See what changed at that step: the data, the verifier, a restart?"),
-            reference=REWARD_REFERENCE,
-            warned=series.step(loss.warned),
-            until=None if loss.crossed is None else series.step(loss.crossed),
+    return Finding(
+        name="reward_collapse" if severity == "critical" else "reward_drop",
+        severity=severity,
+        step=onset,
+        message=f"Reward fell from {reward.peak:.2f} at its best to {low:.2f} from step "
+        f"{onset}{back}.",
+        evidence={
+            **reward.evidence(),
+            "best_step": reward.best_step,
+            "lost_share": (reward.peak - series.end) / reward.peak if reward.peak > 0 else None,
+            **ends,
+        },
+        advice=Advice(
+            "Read completions of the last steps: gibberish, repetition, or a reward that is "
+            "being gamed?",
+            steps=(LOWER_LR,),
         )
-    ]
+        if loss.ongoing
+        else Advice("See what changed at that step: the data, the verifier, a restart?"),
+        reference=REWARD_REFERENCE,
+        warned=series.step(loss.warned),
+        until=None if loss.crossed is None else series.step(loss.crossed),
+    )
 
 
 @detector("fall_after_climb", Need("steps", "reward"))
@@ -67,7 +104,7 @@ def find_fall_after_climb(context: Context) -> list[Finding]:
     if reward is None or fall is None or reward.lost or not fall.climbed:
         return []
     share = (fall.best - fall.end) / (fall.best - fall.start)
-    if share < FALLEN_SHARE:
+    if share < FALLEN_SHARE or not fell_before(reward.series):
         return []
     best, onset = reward.series.step(fall.middle), reward.series.step(fall.onset)
     return [
