@@ -101,7 +101,7 @@ def _summary(
     overlap = any(steps is not None for _, steps in sources)
     if duckdb and not overlap:
         cells = _by_duckdb([path for path, _ in sources], temperature)
-        if not cells.isna().to_numpy().any():
+        if cells is not None:
             return _table(cells, by)
     return _table(_by_arrow(sources, temperature), by)
 
@@ -205,7 +205,8 @@ def _block_sums(block: dict[str, Array], temperature: float) -> Array:
 
 # ---- DuckDB --------------------------------------------------------------------------------------
 
-# 1 - p is -tanh(l/2) (1 + p), which keeps its digits where p is near 1. Sums skip null but not NaN:
+# q = 1 - p keeps its digits: near p = 1 it is the series of -(exp(l) - 1), whose next term is below
+# 1e-14 of it, and from l = -1/1000 on the difference is exact to 1e-13. Sums skip null but not NaN:
 # one NaN shows in a sum, that of the advantages included, and pyarrow's reader takes over.
 _QUERY = """
 with stored as (
@@ -214,28 +215,25 @@ with stored as (
     exp(logp::double) as p
   from read_parquet($files)
 ), given as (
-  select *, -tanh(l / 2) * (1 + p) as q from stored
+  select *, if(l > -0.001, -l * (1 + l * (0.5 + l * (1 / 6 + l * (1 / 24)))), 1 - p) as q
+  from stored
 ), coded as (
   select step, a, h,
-    case when a = 0 then 4
-      when a + l + r is null then -1
-      when p * q >= r * $border then if(a > 0, 0, 2)
-      else if(a > 0, 1, 3) end as cls,
-    -c / $squared * (p * q * (l + h) - (lr + r * h)) as pred,
-    abs(c) / $temperature * sqrt(q * q + r) as mass
+    if(a = 0, 4::utinyint,
+      (a < 0)::utinyint * 2::utinyint + (p * q < r * $border)::utinyint) as cls,
+    c * (lr + r * h - p * q * (l + h)) as pred,
+    abs(c) * sqrt(q * q + r) as mass
   from given
 )
-select step, cls, count(*)::double as tokens,
-  coalesce(sum(h), 0) as entropy, count(h) as entropy_known,
-  coalesce(sum(pred), 0) as pred, count(pred) as pred_known,
-  coalesce(sum(mass), 0) as mass, count(mass) as mass_known,
-  coalesce(sum(a), 0) as advantage
+select step, coalesce(cls::integer, -1) as cls, count(*)::double as tokens,
+  sum(h) as entropy, count(h)::double as entropy_known,
+  sum(pred) / $squared as pred, sum(mass) / $temperature as mass, sum(a) as advantage
 from coded group by step, cls order by step, cls
 """
 
 
-def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
-    """Sums by step and class code of all files, in one query; NaN where a value is NaN."""
+def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame | None:
+    """Sums by step and class code of all files, in one query; None if a value is NaN."""
     import duckdb
 
     given = {
@@ -248,7 +246,7 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
         verify(file)  # DuckDB does not
     try:
         with duckdb.connect() as connection:
-            frame: pd.DataFrame = connection.execute(_QUERY, given).df()
+            found = connection.execute(_QUERY, given).fetchnumpy()
     except duckdb.Error as error:
         missing = [file for file in files if not file.exists()]
         if missing:
@@ -256,12 +254,19 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame:
         raise UserError(
             f"DuckDB cannot read the token rows ({str(error).splitlines()[0]})"
         ) from error
-    return frame
+    sums = {name: np.ma.asarray(values) for name, values in found.items()}
+    if any(np.isnan(values.compressed()).any() for values in sums.values()):
+        return None
+    for name in ("pred", "mass"):  # null where every token lacks it
+        sums[f"{name}_known"] = (~np.ma.getmaskarray(sums[name])).astype(np.float64)
+    return pd.DataFrame({name: np.ma.filled(sums[name], 0) for name in ("step", "cls", *_SUMS)})
 
 
 def _table(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """The table that is returned, from sums and counts by step and class code."""
-    grouped: Any = cells.groupby(list(by), sort=True)[list(_SUMS)].sum().reset_index()
+    grouped: Any = cells
+    if len(set(by)) == 1:
+        grouped = cells.groupby(by[0])[list(_SUMS)].sum().reset_index()
     keys = {"step": lambda steps: steps.astype("int64"), "cls": class_names}
     table = pd.DataFrame(
         {

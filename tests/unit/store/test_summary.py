@@ -70,6 +70,20 @@ def test_sums_are_those_of_the_derived_rows(run: Path, engine: str, by: list[str
         assert set(expected.cls) == set(CLASS_ORDER)
 
 
+def test_one_minus_p_keeps_its_digits_in_sql(tmp_path: Path) -> None:
+    """Steps from near certainty to near impossibility, both sides of where the query changes."""
+    pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    logp = -np.r_[np.geomspace(1e-12, 80, 200), np.linspace(9.9e-4, 1.01e-3, 20)]
+    row = {"entropy": 1e-9, "collision_rest": 0.0, "collision_logp_rest": 0.0, "coef": -1.0}
+    columns = {name: np.full(len(logp), value) for name, value in row.items()}
+    columns |= {"step": np.arange(len(logp)), "advantage": np.ones(len(logp)), "logp": logp}
+    file = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(columns), file)
+    found = class_summary(file, 0.7, "duckdb")
+    expected = class_summary(file, 0.7, "pyarrow")
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, rtol=5e-13, atol=0)
+
+
 @pytest.mark.parametrize("column", ["advantage", "logp", "entropy", "collision_rest", "coef"])
 def test_nan_that_another_tool_wrote_counts_as_missing(
     run: Path, tmp_path: Path, column: str
