@@ -69,6 +69,7 @@ def run_data(run: Run, found: Diagnosis | None = None) -> Json:
         "classes": class_columns(run),
         "trust": trust(run.probes).to_dict("records"),
         "token_steps": run.token_steps(),
+        "has_rollouts": bool(run.recorded_steps("rollouts")),
         "updates": _updates(run),
     }
 
@@ -82,6 +83,8 @@ def verdict(run: Run, found: Diagnosis) -> Json:
     """The first screen in words: what, since when, what to do; then every finding."""
     worst = found.worst_severity
     told = next((f for f in found.findings if f.severity != "info"), None)
+    # The best step is worth a word after a failure, or where a checkpoint can be had of it.
+    best = found.verdict not in ("healthy", "insufficient_data") or found.best_checkpoint is not None
     return {
         "verdict": found.verdict,
         "verdict_words": VERDICT_WORDS[found.verdict],
@@ -91,9 +94,9 @@ def verdict(run: Run, found: Diagnosis) -> Json:
         "onset": found.onset_step,
         "first_warning": found.first_warning_step,
         "advice": told.advice.lines() if told else [],
-        "best_step": found.best_step,
+        "best_step": found.best_step if best else None,
         "best_checkpoint": found.best_checkpoint,
-        "best_words": found.best_words,
+        "best_words": found.best_words if best else "",
         "command": found.command,
         "drivers": [driver.to_dict() for driver in found.drivers],
         "findings": [_finding(found, finding) for finding in found.findings],

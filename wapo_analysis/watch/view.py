@@ -166,7 +166,8 @@ def _header(run: Run, written: float | None) -> Text:
         text.append(f"  {seconds:.3g} s a step")
     if status in ("running", DEAD) and written is not None:
         text.append(f"  last written {ago(time() - written)} ago")
-    return text.append(f"  {printable(run.objective)}", "dim")
+    known = run.manifest.objective.get("name")
+    return text.append(f"  {printable(run.objective)}", "dim") if known else text
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,9 @@ export class Charts {
     if (step === null || step === undefined) return;
     figure.add_layout(new Bokeh.Span({ dimension: "height", location: step, line_color: color, line_width: 2,
       line_dash: [6, 3] }));
-    figure.add_layout(new Bokeh.Label({ x: step, y: height, y_units: "screen", text: ` ${words}: ${step}`,
-      text_color: color, text_font_size: "12px" }));
+    const steps = this.model.steps, late = step - steps[0] > 0.85 * (steps.at(-1) - steps[0]);
+    figure.add_layout(new Bokeh.Label({ x: step, y: height, y_units: "screen", text: ` ${words}: ${step} `,
+      text_align: late ? "right" : "left", text_color: color, text_font_size: "12px" }));
   }
 }
 

@@ -115,6 +115,7 @@ export class StepPanel {
 }
 
 function noBlock(model) {
+  if (!model.run.has_rollouts) return "This run has no rollouts: its source wrote none.";
   return model.source.live
     ? "The server has no rollouts of this step."
     : "This page does not hold the rollouts of this step; wapo board shows every recorded step.";
@@ -122,7 +123,10 @@ function noBlock(model) {
 
 export function noTokens(model) {
   const { run, step } = model;
-  if (run.token_steps.includes(step)) return noBlock(model).replace("rollouts", "token rows");
+  if (run.token_steps.includes(step)) {
+    return model.source.live ? "The server has no token rows of this step."
+      : "This page does not hold the token rows of this step; wapo board shows every recorded step.";
+  }
   const near = run.token_steps.toSorted((a, b) => Math.abs(a - step) - Math.abs(b - step)).slice(0, 3);
   return near.length ? `Step ${step} has no token rows; the nearest that have: ${near.join(", ")}.`
     : "This run has no token rows, so single tokens cannot be shown. Record them with wapo train or attach.";
