@@ -141,7 +141,8 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         return _found(wanted, found, kinds, _wanted(found, wanted, files, name), told)
     if not found and source.is_file() and source.suffix.lower() in UNREAD:
         what = UNREAD[source.suffix.lower()]
-        raise UserError(f"{name} is not read ({what}): save it as CSV, JSON or Parquet")
+        advice = "unpack it" if what == "an archive" else "save it as CSV, JSON or Parquet"
+        raise UserError(f"{name} is not read ({what}): {advice}")
     if not found:
         raise UserError(f"no known file in {name}; looked for {LOOKED_FOR}")
     tools = [format for format in found if format not in _CONTAINERS]

@@ -250,6 +250,7 @@ def test_a_notebook_and_a_page(tmp_path: Path) -> None:
     [
         ("frame.pkl", b"\x80\x04", "a pickle can run code"),
         ("runs.xlsx", b"PK\x03\x04", "a workbook"),
+        ("logs.zip", b"PK\x03\x04", "an archive.: unpack it"),
         ("metrics.yaml", b"- step: 1\n", "YAML"),
         ("values.json", b"[[1, 0.5], [2, 0.5]]", "looked for a list of objects"),
         ("bare.csv", b"1,0.5\n2,0.6\n3,0.7\n", "its first line must name the columns"),
