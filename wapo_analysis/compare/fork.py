@@ -146,7 +146,7 @@ class ForkComparison(Result):
 
     def _what(self) -> str:
         told = [
-            f"{name} {shown_value(old)} -> {shown_value(new)}"
+            f"{name} {_shown(name, old)} -> {_shown(name, new)}"
             for name, (old, new) in self.change.items()
         ]
         first = self.step + 1
@@ -226,3 +226,14 @@ def compare_fork(fork: Run, original: Run | None = None) -> ForkComparison:
 
         original = open_run(Path(forked["run"]))
     return ForkComparison(original, fork)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A setting's value; to include no class by name is to train on all of them.
+
+    Examples
+    --------
+    >>> _shown("include_bins", []), _shown("exclude_bins", []), _shown("lr", 1e-4)
+    ('all', 'none', '1e-4')
+    """
+    return "all" if name == "include_bins" and not value else shown_value(value)

@@ -84,7 +84,9 @@ def verdict(run: Run, found: Diagnosis) -> Json:
     worst = found.worst_severity
     told = next((f for f in found.findings if f.severity != "info"), None)
     # The best step is worth a word after a failure, or where a checkpoint can be had of it.
-    best = found.verdict not in ("healthy", "insufficient_data") or found.best_checkpoint is not None
+    best = (
+        found.verdict not in ("healthy", "insufficient_data") or found.best_checkpoint is not None
+    )
     return {
         "verdict": found.verdict,
         "verdict_words": VERDICT_WORDS[found.verdict],

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from tests.support.builders import write_fake_run
+from wapo_analysis import Recorder
 from wapo_analysis.completions import distinguishing
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError, printable
@@ -231,6 +232,17 @@ def test_a_page_is_written_over_a_page_and_over_nothing_else(
     for free in (old, empty):
         build_report([run], free)
         assert free.read_text() == page
+
+
+def test_a_best_step_is_named_after_a_failure_and_no_rollouts_are_said(tmp_path: Path) -> None:
+    for name, last, best in (("well", 0.5, None), ("lost", 0.0, 20)):
+        with Recorder(tmp_path / name) as recorder:
+            for step in range(1, 41):
+                recorder.finish_step(step, reward=0.5 if step <= 20 else last)
+        data = run_data(open_run(tmp_path / name))
+        assert data["best_step"] == best
+        assert bool(data["best_words"]) == (best is not None)
+        assert data["has_rollouts"] is False
 
 
 def test_numbers_of_a_run_are_finite_or_null(run: Run) -> None:
