@@ -43,5 +43,5 @@ def board(
         token = token_urlsafe(16)
     port = port or free_port(host)
     shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"board: http://{shown}:{port}/" + (f"?token={token}" if token else ""))
-    serve(folders or [Path("runs")], host, port, token)
+    place = f"board: http://{shown}:{port}/" + (f"?token={token}" if token else "")
+    serve(folders or [Path("runs")], host, port, token, lambda: typer.echo(place))

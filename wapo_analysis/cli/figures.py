@@ -137,13 +137,15 @@ def _write(
 ) -> int:
     from wapo_analysis.plots import FIGURES, unavailable
 
-    feasible = []
+    feasible, left = list[str](), dict[str, list[str]]()
     for name in names or FIGURES:
         reason = unavailable(FIGURES[name], runs)
         if reason is None:
             feasible.append(name)
         elif names is not None or runs:
-            console_error(f"figure {name} left out: {reason}")
+            left.setdefault(reason, []).append(name)
+    for reason, those in left.items():
+        console_error(f"figures left out because {reason}: {', '.join(those)}")
     if feasible:
         out.mkdir(parents=True, exist_ok=True)
         _draw_all(feasible, runs, out, format, pool)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import AF_INET, AF_INET6, socket
@@ -182,8 +182,10 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def serve(folders: Sequence[Path], host: str, port: int, token: str | None) -> None:
-    """Serve the board until it is interrupted.
+def serve(
+    folders: Sequence[Path], host: str, port: int, token: str | None, begins: Callable[[], object]
+) -> None:
+    """Serve the board until it is interrupted; ``begins`` is called before.
 
     Raises
     ------
@@ -200,6 +202,7 @@ def serve(folders: Sequence[Path], host: str, port: int, token: str | None) -> N
         raise UserError("wapo board needs an extra: pip install 'wapo-analysis[board]'") from error
     config = uvicorn.Config(app, host=host, port=port, log_level="warning")
     server = uvicorn.Server(config)
+    begins()
     try:
         server.run()
     except SystemExit as error:

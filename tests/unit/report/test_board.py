@@ -85,4 +85,6 @@ def test_it_writes_nothing(folder: Path) -> None:
 
 def test_a_missing_folder_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert wapo(["board", str(tmp_path / "no"), "--port", "0"]) == 2
-    assert "no folder at" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "no folder at" in said.err
+    assert not said.out, "no address where nothing is served"
