@@ -260,7 +260,7 @@ class HeadReader(Guarded):
     topk = 0
 
     def __init__(self, temperature: float = 1.0, model: nn.Module | bool = True) -> None:
-        self.reason = "no model has returned logits (compiled with its caller, none does)"
+        self.reason = "no model has returned logits by that name; head=model names yours"
         self._temperature = temperature
         self._reading: Reading | None = None
         self._used = self._texts = 0  # positions and texts of the reading that losses have had
@@ -294,7 +294,8 @@ class HeadReader(Guarded):
     ) -> None:
         if torch.compiler.is_compiling():
             return
-        logits = output if isinstance(output, Tensor) else _named_logits(output)
+        first = output[0] if isinstance(output, tuple) and output else output
+        logits = first if isinstance(first, Tensor) else _named_logits(output)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if logits is not None and logits.requires_grad:
             self.guard(self._read, logits.detach(), ids, kwargs)

@@ -174,6 +174,33 @@ def test_rows_coef_and_weights_of_an_odd_loop(loop: Callable[..., None], tmp_pat
     assert classes == {"unknown"} if loop is compiled_step else not classes & {"unknown", "none"}
 
 
+class Bare(nn.Module):
+    """Returns a tuple, as models of one's own often do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCAB, VOCAB)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, None]:
+        return self.table(ids), None
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_logits_in_a_tuple_are_read_of_the_model_that_is_named(named: bool, tmp_path: Path) -> None:
+    model = Bare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    head = {"head": model} if named else {}
+    with watched_loss(plain, run=tmp_path / "r", names=NAMES, token_every=1, **head) as watched:
+        logits = model(IDS)[0][:, PROMPT - 1 : -1]
+        logp = logits.log_softmax(-1).gather(-1, IDS[:, PROMPT:, None])[..., 0]
+        watched(logp, ADVANTAGES, MASK).backward()
+        optimizer.step()
+        assert watched.failure is None
+    rows = open_run(tmp_path / "r").tokens()
+    assert ("unknown" in set(rows.cls)) is not named
+    assert (rows.token_id >= 0).all() == named
+
+
 def test_rewards_belong_to_the_rollouts_that_were_trained_on(tmp_path: Path) -> None:
     model = Policy()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
