@@ -76,7 +76,7 @@ def application(command: str | None = None) -> typer.Typer:
         rich_markup_mode=None,  # markup would eat [default: ...]; plain help also starts faster
         context_settings={"help_option_names": ["-h", "--help"]},
         help="Which tokens bent the curve? Train, watch and diagnose RLVR runs token by token.\n\n"
-        "Start with wapo demo: a run that explodes beside two that learn, three minutes on a "
+        "Start with wapo demo: a run that explodes beside GRPO and WAPO, three minutes on a "
         "laptop.",
     )
     app.callback()(root)
