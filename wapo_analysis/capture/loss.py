@@ -2,8 +2,7 @@
 
 A watched loss is the loss: same arguments, same result, same gradient. On the way it shows its
 tensors to a recorder, and the gradient that reaches the log-probabilities is the exact -coef,
-terms that the trainer adds outside the loss included. When the optimizer has stepped, the step is
-written. Which argument holds what is data: `wapo_analysis.capture.seams`.
+terms that the trainer adds outside the loss included. The optimizer's step ends a step of the run.
 """
 
 import atexit
@@ -14,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -53,8 +53,6 @@ class LossWatch(Guarded):
     Attributes
     ----------
     recorder : Recorder or None
-    failure : str or None
-        Why watching stopped.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class LossWatch(Guarded):
         self._opened, self._closed, self._said = False, False, set[str]()
         self._waited = set[int]()  # optimizers that stepped before the loss had come back
         self._step, self._calls, self._texts = first_step, 0, texts
-        self._scale = 0.0
+        self._scale, self._shown = 0.0, list[tuple[ref[Any], torch.Tensor]]()
         self._columns: dict[str, Any] = {}
 
     def fail(self, error: Exception) -> None:
@@ -112,6 +110,9 @@ class LossWatch(Guarded):
             recorder.forget()  # a GradScaler lowers its scale where it skips the update
         self._scale = found["loss_scale"]
         logp, mask, tokens = found["logp"], found["mask"], found.get("tokens")
+        if any(seen() is logp and torch.equal(other, mask) for seen, other in self._shown):
+            return  # the same tensor once more: its gradient is that of both
+        self._shown.append((ref(logp), mask))
         logits = found.pop("logits", None)
         if self._head is None or "collision" in found:
             pass
@@ -150,7 +151,7 @@ class LossWatch(Guarded):
         """Write the step, if a loss was watched in it."""
         if self.recorder is None or self.recorder.returned() is None:
             return
-        self._waited.clear()
+        self._waited, self._shown = set(), []
         told, self._columns, self._calls = self._columns, {}, 0
         self.recorder.finish_step(self._step, **{"texts": self._texts, **columns, **told})
         self._step += 1
@@ -203,10 +204,9 @@ class WatchedLoss(Closing):
         """Return what the loss returns."""
         loss = self.__wrapped__
         call = self._watch.guard(self._arguments, args, kwargs) if torch.is_grad_enabled() else None
-        if call is None:
-            return loss(*args, **kwargs)
-        if self._names.scorer is None:
+        if call is not None and self._names.scorer is None:
             self._watch.guard(self._see, call)
+        if call is None or self._names.scorer is None:
             return loss(*args, **kwargs)
         patches = Patches()
         self._watch.guard(self._wait_for, call, patches)

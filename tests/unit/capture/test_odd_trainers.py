@@ -174,6 +174,26 @@ def test_rows_coef_and_weights_of_an_odd_loop(loop: Callable[..., None], tmp_pat
     assert classes == {"unknown"} if loop is compiled_step else not classes & {"unknown", "none"}
 
 
+def test_a_loss_of_the_same_tensor_twice_has_one_row_a_token(tmp_path: Path) -> None:
+    """It is called once more for the log, or the loss is a sum of two terms; parts are parts."""
+    model = Policy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    better = MASK & (ADVANTAGES > 0)
+    with watched_loss(plain, run=tmp_path / "r", names=NAMES, token_every=1) as watched:
+        for masks in ((MASK, MASK), (better, MASK & ~better)):
+            logp = logps(model, slice(0, 6))
+            sum(watched(logp, ADVANTAGES, mask) for mask in masks).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert watched.failure is None
+    rows = open_run(tmp_path / "r").tokens()
+    for step, times in ((1, 2), (2, 1)):
+        here = rows[rows.step == step].sort_values(["rollout", "position"])
+        assert len(here) == int(MASK.sum())
+        expected = sorted((times * ADVANTAGES).expand_as(MASK)[MASK].tolist())
+        np.testing.assert_allclose(sorted(here.coef), expected, rtol=4e-5)
+
+
 class Bare(nn.Module):
     """Returns a tuple, as models of one's own often do."""
 
