@@ -1,8 +1,9 @@
 """``make mutants``: small plausible faults, one at a time, that the nearest tests should notice.
 
 A mutant flips a comparison or a sign, swaps an operator, drops a term, changes a constant or a
-reduction. It is made in a copy of the checkout, and the tests of its package (`NEAREST`) run until
-one fails, those first that import the changed module. Survivors are listed, with the reason where
+reduction, in a copy of the checkout. The tests of its package (`NEAREST`) run once under coverage;
+then each mutant meets the tests that reach its line, the quickest first, and after them the other
+tests of their files, until one fails. Survivors are listed, with the reason where
 `tests/mutants_explained.toml` gives one (mostly: no result can differ). One process, and only the
 changed line differs from what you have:
 
@@ -12,7 +13,8 @@ changed line differs from what you have:
 
 import argparse
 import ast
-import importlib
+import importlib.util
+import json
 import math
 import os
 import random
@@ -23,9 +25,13 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+import coverage
+import pytest
 
 ROOT = Path(__file__).parents[1]
 NEAREST = {
@@ -40,6 +46,7 @@ NEAREST = {
     "wapo_analysis/objectives": ["tests/unit/objectives", "tests/gold"],
     "wapo_analysis/record": [
         "tests/unit/record",
+        "tests/integration/test_beside.py",
         "tests/integration/test_training.py",
         "tests/integration/test_torch_loop.py",
     ],
@@ -47,18 +54,19 @@ NEAREST = {
         "tests/unit/capture",
         "tests/integration/test_torch_loop.py",
         "tests/integration/test_verl.py",
-        "tests/integration/test_trl_attach.py",
-        "tests/integration/test_trl_attach_exact.py",
-        "tests/integration/test_trl_attach_rows.py",
-        "tests/integration/test_trl_wapo.py",
+        "tests/integration/test_capture_mode.py",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("tests/integration/test_trl_*.py")),
     ],
     "wapo_analysis/store": [
         "tests/unit/store",
         "tests/unit/watch",
+        "tests/unit/record",
         "tests/unit/test_run.py",
+        "tests/integration/test_crash_matrix.py",
         "tests/integration/test_fork.py",
+        "tests/integration/test_two_writers.py",
     ],
-    "wapo_analysis/diagnose": ["tests/unit/diagnose"],
+    "wapo_analysis/diagnose": ["tests/unit/diagnose", "tests/unit/experiments"],
     "wapo_analysis/importers": ["tests/unit/importers"],
     "wapo_analysis/audit": ["tests/unit/audit"],
 }
@@ -101,7 +109,11 @@ def mutants(file: str) -> list[Mutant]:
     found = []
     for node, start, end, new in _changes(ast.parse(source), source, span):
         found.append(Mutant(file, node.lineno, start, end, source[start:end].decode(), new))
-    return sorted(set(found))
+    return sorted(set(found)) if _runs_here(source) else []
+
+
+def _runs_here(source: bytes) -> bool:
+    return b"import triton" not in source or importlib.util.find_spec("triton") is not None
 
 
 def _changes(tree: ast.AST, source: bytes, span) -> Iterator[tuple[ast.expr, int, int, str]]:
@@ -156,19 +168,83 @@ def _code(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _code(node)
 
 
-def nearest(room: str, file: str) -> list[str]:
-    """Test files of a room, those that import the module first."""
-    paths = [p for place in NEAREST[room] for p in sorted((ROOT / place).rglob("test_*.py"))]
-    paths += [ROOT / place for place in NEAREST[room] if place.endswith(".py")]
-    module = Path(file).stem
-    near = {
-        p: not re.search(rf"import .*\b{module}\b|\.{module} import", p.read_text()) for p in paths
-    }
-    return [str(p.relative_to(ROOT)) for p in sorted(near, key=lambda p: near[p])]
+class Reach:
+    """Which tests of a room run which of its lines, and how long each takes."""
+
+    def __init__(self, room: str, written: Path) -> None:
+        self.room, self.written = room, written
+        self.seconds: dict[str, float] = {}
+        self.uses: dict[str, list[str]] = {}
+        self._now = ""
+        place = ["*/" + room + ("" if room.endswith(".py") else "/*")]
+        self.cover = coverage.Coverage(data_file=None, config_file=False, include=place)
+        self.cover.start()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        started, self._now = time.monotonic(), item.nodeid
+        self.cover.switch_context(item.nodeid)
+        self.uses[item.nodeid] = list(getattr(item, "fixturenames", ()))
+        try:
+            return (yield)
+        finally:
+            self.seconds[item.nodeid] = time.monotonic() - started
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef) -> Iterator[None]:
+        if fixturedef.scope != "function":  # made once: reached by all who use it
+            self.cover.switch_context(f"fixture {fixturedef.argname}")
+        try:
+            return (yield)
+        finally:
+            self.cover.switch_context(self._now)
+
+    def pytest_sessionfinish(self) -> None:
+        self.cover.stop()
+        data = self.cover.get_data()
+        lines = {
+            Path(file).resolve().relative_to(Path.cwd().resolve()).as_posix(): {
+                line: self._tests(by) for line, by in data.contexts_by_lineno(file).items()
+            }
+            for file in data.measured_files()
+        }
+        self.written.write_text(json.dumps({"seconds": self.seconds, "lines": lines}))
+
+    def _tests(self, contexts: list[str]) -> list[str]:
+        made = {name.removeprefix("fixture ") for name in contexts if name.startswith("fixture ")}
+        users = {test for test, names in self.uses.items() if made.intersection(names)}
+        return sorted(users | {name for name in contexts if name in self.seconds})
 
 
-def killed(copy: Path, tests: list[str], limit: float) -> bool:
-    """Whether a test fails, or the tests take longer than the limit; in a process of its own."""
+def near(mutant: Mutant, reach: dict) -> list[list[str]]:
+    """Tests that reach the line, the quickest first; then the rest of their files."""
+    seconds, lines = reach["seconds"], reach["lines"].get(mutant.file, {})
+    first, last = _statement(mutant)
+    reached = {test for line in range(first, last + 1) for test in lines.get(str(line), ())}
+    if not reached:  # run by import alone: a constant, a default, a declaration
+        imported = any(str(line) in lines for line in range(first, last + 1))
+        reached = {test for tests in lines.values() for test in tests if imported}
+    files = {test.split("::")[0] for test in reached}
+    rest = [test for test in seconds if test.split("::")[0] in files and test not in reached]
+    return [sorted(reached, key=lambda test: seconds[test])[:400], rest]
+
+
+def _statement(mutant: Mutant) -> tuple[int, int]:
+    """First and last line of the innermost statement, of a compound one its head alone."""
+    best = (mutant.line, mutant.line)
+    for node in ast.walk(ast.parse((ROOT / mutant.file).read_bytes())):
+        if isinstance(node, ast.stmt) and node.lineno <= mutant.line <= (node.end_lineno or 0):
+            body = getattr(node, "body", None)
+            end = max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno
+            if mutant.line <= end:
+                best = (node.lineno, end)
+    return best
+
+
+def passes(
+    copy: Path, tests: list[str], limit: float, watched: Callable[[], Reach] | None = None
+) -> bool:
+    """Whether all tests pass within the limit; in a process of its own."""
     child = os.fork()
     if child == 0:
         os.setpgid(0, 0)  # not a session: its niceness would count for nothing beside others
@@ -177,19 +253,21 @@ def killed(copy: Path, tests: list[str], limit: float) -> bool:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
         sys.path[:0] = [str(copy), str(copy / "taxonomy")]
-        import pytest
-
+        plugins = [watched()] if watched else []
+        if not watched:  # compiled files are of the code without a mutant
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+            sys.dont_write_bytecode = True
         quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        os._exit(int(pytest.main(["-x", *quiet, *tests])))
+        os._exit(int(pytest.main(["-x", *quiet, *tests], plugins=plugins)))
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status) != 0
+            return os.waitstatus_to_exitcode(status) == 0
         time.sleep(0.05)
     os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return True
+    return False
 
 
 def main() -> int:
@@ -203,8 +281,7 @@ def main() -> int:
     chosen = _chosen(rooms, options.sample, random.Random(options.seed))
     known = tomllib.loads((ROOT / "tests/mutants_explained.toml").read_text())["mutant"]
     why = {(m["file"], m["old"], m["new"]): m["why"] for m in known}
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    sys.dont_write_bytecode = True
+    os.environ["OMP_NUM_THREADS"] = "1"
     for heavy in ("pandas", "pyarrow.parquet", "scipy.stats", "torch", "transformers"):
         importlib.import_module(heavy)  # once, not in every child
 
@@ -215,15 +292,15 @@ def main() -> int:
         os.environ["PYTHONPATH"] = f"{copy}:{copy}/taxonomy"
         survivors = []
         for room in rooms:
-            some, started = [m for r, m in chosen if r == room], time.monotonic()
-            if killed(copy, nearest(room, ""), 3600):
+            some, written = [m for r, m in chosen if r == room], Path(folder) / "reach"
+            tests = list(dict.fromkeys(NEAREST[room]))
+            if not passes(copy, tests, 3600, partial(Reach, room, written)):
                 print((copy.parent / "printed").read_text()[-2000:])
                 print(f"{room}: its tests fail without a mutant", flush=True)
                 return 2
-            limit = 60 + 3 * (time.monotonic() - started)
-            left = []
+            reach, left = json.loads(written.read_text()), []
             for mutant in some:
-                if not _killed_in(copy, room, mutant, limit):
+                if not _killed_in(copy, mutant, reach):
                     left.append(mutant)
                     print(f"survived {mutant}", flush=True)
             print(f"{room}: {_score(len(some) - len(left), len(some))}", flush=True)
@@ -266,12 +343,18 @@ def _shuffled(found: list[Mutant], draw: random.Random, most: int = 12) -> list[
     return found[:most]  # of a file, so that long ones do not fill the sample
 
 
-def _killed_in(copy: Path, room: str, mutant: Mutant, limit: float) -> bool:
+def _killed_in(copy: Path, mutant: Mutant, reach: dict) -> bool:
     file = copy / mutant.file
     source = file.read_bytes()
+    for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
+        compiled.unlink()
     file.write_bytes(source[: mutant.start] + mutant.new.encode() + source[mutant.end :])
     try:
-        return killed(copy, nearest(room, mutant.file), limit)
+        for tests in near(mutant, reach):
+            limit = 60 + 5 * sum(reach["seconds"][test] for test in tests)
+            if tests and not passes(copy, tests, limit):
+                return True
+        return False
     finally:
         file.write_bytes(source)
 

@@ -15,6 +15,8 @@ from experiments import gpu_five_minutes as five_minutes
 ROOT = Path(__file__).parents[2]
 # Reports and several processes: minutes, for lines the others have been through.
 SLOW = ["tests/gpu/test_recipe_cuda.py"]
+# One training of each kind and one vocabulary; the others take the same lines and the most time.
+FEW = "not (151936 or 50257 or wapo or probe or adapters)"
 needs_backend = pytest.mark.skipif(
     torch.cuda.is_available() or torch.__version__ < "2.11",
     reason="needs a torch whose extension device can be written in Python, and no GPU",
@@ -45,11 +47,20 @@ def run(tmp_path: Path, *arguments: str) -> str:
 
 
 @needs_backend
-def test_the_gpu_tier_runs_on_the_pretended_device(tmp_path: Path) -> None:
-    printed = run(tmp_path, "tests/gpu", *(f"--ignore={file}" for file in SLOW))
+@pytest.mark.parametrize(
+    ("which", "least"),
+    [
+        pytest.param(("-k", FEW), 50, id="few"),
+        pytest.param((), 90, marks=pytest.mark.slow, id="all"),
+    ],
+)
+def test_the_gpu_tier_runs_on_the_pretended_device(
+    which: tuple[str, ...], least: int, tmp_path: Path
+) -> None:
+    printed = run(tmp_path, "tests/gpu", *(f"--ignore={file}" for file in SLOW), *which)
     passed = re.search(r"(\d+) passed", printed)
     assert passed is not None
-    assert int(passed[1]) > 70
+    assert int(passed[1]) > least
     reasons = set(re.findall(r"^SKIPPED \[\d+\] \S+ (.*)$", printed, re.M))
     assert reasons <= {
         "triton is not installed",

@@ -9,7 +9,7 @@ from experiments.suite.logs import KINDS, make_log, right, write_log
 from experiments.suite.shapes import ALLOWED, SHAPES, write_shape
 from tests.support.step_logs import finding, judge, names, noisy, ramp
 from wapo_analysis.diagnose import Diagnosis, diagnose
-from wapo_analysis.store import open_run
+from wapo_analysis.store import RunWriter, open_run
 
 
 def read(tmp_path: Path, kind: str, seed: int) -> Diagnosis:
@@ -270,3 +270,22 @@ def test_a_drop_no_deeper_than_those_before_that_came_back_is_none(tmp_path: Pat
     assert not [f.name for f in d.findings if f.severity != "info"]
     deeper = np.where(steps < 265, swings, 0.2)
     assert "reward_collapse" in names(judge(tmp_path / "deeper", reward=noisy(deeper, 0.02)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        ([*range(1, 30), *range(40, 60)], "49 steps"),  # a gap, yet one record a step
+        (range(5, 500, 5), "99 records covering 495 steps"),
+        (range(0, 490, 10), "49 records covering 490 steps"),
+    ],
+)
+def test_records_are_told_from_steps_by_their_spacing(
+    tmp_path: Path, steps: range | list[int], told: str
+) -> None:
+    writer = RunWriter(tmp_path / "run", {"name": "run"})
+    rewards = noisy(ramp(0.2, 0.7, len(steps), 5, 20), 0.02)
+    for step, reward in zip(steps, rewards, strict=True):
+        writer.append_step({"step": step, "reward": float(reward)})
+    writer.close("finished")
+    assert told in diagnose(open_run(tmp_path / "run")).sentence

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
+from wapo_analysis.importers.report import spans
+from wapo_analysis.importers.rows import _at_most_zero
+from wapo_analysis.importers.tables import _told_apart
 from wapo_analysis.store import find_runs, open_run
 
 STEPS = 12
@@ -306,3 +310,41 @@ def test_each_held_out_set_is_kept_beside_their_mean(tmp_path: Path) -> None:
     assert steps["eval_reward"].iloc[0] == pytest.approx(0.5)
     assert steps["eval_reward/gsm8k"].iloc[0] == pytest.approx(0.75)
     assert steps["eval_reward/aime"].iloc[0] == pytest.approx(0.25)
+
+
+def test_what_is_told_of_an_import_is_short_and_names_the_first(tmp_path: Path) -> None:
+    assert spans([1, 2, 3, 7, 9, 10]) == "1 to 3, 7, 9 to 10"
+    assert spans([]) == ""
+    apart = list(range(0, 24, 2))
+    assert spans(apart) == "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22"
+    assert spans([*apart, 24]) == spans(apart) + ", ... (13 in all)"
+    report = ImportReport("text", "log.txt")
+    for number in range(1, 26):
+        report.bad_line(tmp_path / "log.txt", number, "no number")
+        report.count("odd values", tmp_path / "log.txt", number, times=2)
+    assert report.broken_lines == 25
+    assert report.broken == [f"log.txt:{number}: no number" for number in range(1, 21)]
+    assert report.counts["odd values"] == 50
+    assert report.places["odd values"] == ["log.txt:1", "log.txt:2", "log.txt:3"]
+
+
+def test_a_row_of_a_long_table_is_its_metric_and_its_split() -> None:
+    for given, expected in (
+        ({"step": 1, "metric": "reward", "value": 0.5}, {"step": 1, "reward": 0.5}),
+        ({"step": 1, "metric": " ", "value": 0.5}, {"step": 1, "metric": " ", "value": 0.5}),
+        ({"step": 1, "metric": "reward", "value": "x"},
+         {"step": 1, "metric": "reward", "value": "x"}),
+        ({"step": 1, "split": "val", "reward": 0.5, "loss": None}, {"step": 1, "eval/reward": 0.5}),
+        ({"step": 1, "split": "train", "reward": 0.5},
+         {"step": 1, "split": "train", "reward": 0.5}),
+    ):  # fmt: skip
+        assert _told_apart(given) == expected
+
+
+def test_log_probabilities_just_above_zero_are_zero_and_others_null() -> None:
+    report = ImportReport("text", "log.txt")
+    values = np.array([-1.0, 0.0, 5e-6, 2e-5, np.nan])
+    np.testing.assert_array_equal(
+        _at_most_zero(values, "logp", report), [-1.0, 0.0, 0.0, np.nan, np.nan]
+    )
+    assert dict(report.counts) == {"logp above 0, now null": 1}

@@ -18,9 +18,11 @@ from tests.support.recorder_passes import (
     without_times,
 )
 from wapo_analysis.record import step as step_module
+from wapo_analysis.record.guard import on_schedule
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import DevicePass, HostPass
+from wapo_analysis.record.topk import hashed
 from wapo_analysis.store import open_run
 
 ROOT = Path(__file__).parents[3]
@@ -244,3 +246,24 @@ def test_blocks_of_rows_give_the_sums_of_the_whole(
         np.testing.assert_allclose(many[name], values, rtol=1e-12, err_msg=name)
     for name, values in whole._chosen[0].columns.items():
         np.testing.assert_array_equal(blocks._chosen[0][name], values, err_msg=name)
+
+
+def test_a_schedule_begins_with_the_first_step() -> None:
+    due = {every: [s for s in range(1, 10) if on_schedule(s, every)] for every in (0, 1, 4)}
+    assert due == {0: [], 1: list(range(1, 10)), 4: [1, 5, 9]}
+
+
+def test_the_share_of_rollouts_is_chosen_by_one_hash_everywhere() -> None:
+    """A run that goes on elsewhere keeps the same rollouts: splitmix64, here by whole numbers."""
+
+    def mixed(rollout: int, step: int) -> float:
+        x = (rollout + 1) * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9
+        x %= 2**64
+        x = (x ^ x >> 31) * 0x94D049BB133111EB % 2**64
+        return (x >> 11) / 2**53
+
+    for step in (1, 2, 10**6):
+        rollouts = np.array([0, 1, 7, 10**6])
+        assert hashed(rollouts, step).tolist() == [mixed(int(r), step) for r in rollouts]
+    drawn = hashed(np.arange(4000), 3)
+    assert np.histogram(drawn, 4, (0, 1))[0] == pytest.approx([1000] * 4, abs=100)

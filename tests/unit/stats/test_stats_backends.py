@@ -6,13 +6,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support.exact_stats import assert_close, by_float64, drawn, some_targets
 from wapo_analysis import UserError
-from wapo_analysis.stats import token_stats
+from wapo_analysis.stats import backends, eager, token_stats
 
 ROOT = Path(__file__).parents[3]
 # torch.compile uses what torch deprecates.
@@ -83,3 +84,28 @@ def test_the_compiled_kernel_has_the_same_gradient_and_takes_masks() -> None:
         grads.append(torch.autograd.grad(stats.logp.sum(), logits)[0])
     torch.testing.assert_close(*grads)
     assert token_stats(logits, targets, 1.0, mask & False, backend="compile").logp.shape == (0,)
+
+
+def test_the_kernel_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every case that a machine cannot have at once; which program is chosen, nothing is run."""
+    here, there = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for installed, dtype, device, interpreted, obstacle in (
+        (False, torch.float32, there, "1", "triton is not installed"),
+        (True, torch.float64, there, "1", "float64 is reduced by 'eager'"),
+        (True, torch.float32, there, "0", None),
+        (True, torch.bfloat16, here, "1", None),
+        (True, torch.float32, here, "0", "the logits are on cpu, not on a CUDA device"),
+    ):
+        monkeypatch.setattr(backends, "find_spec", lambda _, found=installed: found or None)
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        logits = SimpleNamespace(dtype=dtype, device=device, is_cuda=device.type == "cuda")
+        assert backends._no_triton(logits) == obstacle  # type: ignore[arg-type]
+    monkeypatch.setattr(backends, "find_spec", lambda _: None)
+    for name, on_gpu, chosen in (
+        ("auto", False, eager.reduce_rows),
+        ("auto", True, eager.reduce_rows),  # without Triton
+        ("eager", True, eager.reduce_rows),
+        ("compile", False, eager.reduce_compiled),
+    ):
+        assert backends.reducer(name, SimpleNamespace(is_cuda=on_gpu)) is chosen  # type: ignore[arg-type]

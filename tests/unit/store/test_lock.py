@@ -227,3 +227,18 @@ def test_a_forked_child_leaves_the_run_to_its_parent(tmp_path: Path) -> None:
     assert open_run(tmp_path / "r").status == "running"
     writer.close("finished")
     assert open_run(tmp_path / "r").status == "finished"
+
+
+@pytest.mark.skipif(not Path("/proc/uptime").exists(), reason="needs /proc")
+def test_a_process_is_told_from_a_later_one_of_its_number_by_when_it_began() -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    before = float(Path("/proc/uptime").read_text().split()[0])
+    with subprocess.Popen(["sleep", "60"]) as process:
+        after = float(Path("/proc/uptime").read_text().split()[0])
+        born = module._born(process.pid)
+        assert before - 0.1 <= born / ticks <= after + 0.1
+        assert module._runs(process.pid, born)
+        assert module._runs(process.pid, 0), "unknown when"
+        assert not module._runs(process.pid, born - 1), "another one had this number"
+        process.kill()
+    assert not module._runs(process.pid, born)

@@ -137,3 +137,12 @@ def test_a_setting_has_the_kind_of_its_default() -> None:
     for name, default in (("bad", 1), ("bad", 1.0), ("epochs", "a"), ("lr", "x")):
         with pytest.raises(UserError, match=f"setting {name} of run r is"):
             manifest.setting(name, default)
+
+
+def test_whole_numbers_are_those_of_64_bits() -> None:
+    for seed, kept in ((2**63 - 1, True), (-(2**63), True), (2**63, False), (-(2**63) - 1, False)):
+        if kept:
+            assert Manifest.of({"seed": seed}).seed == seed
+            continue
+        with pytest.raises(UserError, match="manifest entry seed is .*, not a whole number of 64"):
+            Manifest.of({"seed": seed})
