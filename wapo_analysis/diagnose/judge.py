@@ -241,7 +241,8 @@ def _span(context: Context) -> str:
     steps = int(numbers[-1] - numbers[0]) + 1 if records else 0
     spacing = int(np.median(np.diff(numbers))) if records > 1 else 1
     if steps > records and spacing > 1:
-        return f"{records} records covering {steps - 1 + spacing} steps"
+        before = max(int(numbers[0]) - spacing, 0)  # of those logged before training or after one
+        return f"{records} records covering {int(numbers[-1]) - before} steps"
     return f"{records} {'step' if records == 1 else 'steps'}"
 
 

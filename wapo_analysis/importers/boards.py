@@ -26,6 +26,9 @@ from wapo_analysis.store.files import read_json
 DOWNLOAD = ["Wall time", "Step", "Value"]
 """Header of a scalar downloaded from TensorBoard."""
 _PANEL = re.compile(r"(?P<run>.+?) - (?P<metric>.+?)(?P<end>__MIN|__MAX)?")
+_LONG_ENOUGH = 8
+Scalar = tuple[str, int, float]
+"""Name, step and number."""
 _OTHERS = ("Step", "_step", "Relative Time (Process)", "Relative Time (Wall)", "Wall Time")
 
 
@@ -80,19 +83,49 @@ def read_tensorboard(
         ) from error
     folders = {str(file.parent): [f for f in files if f.parent == file.parent] for file in files}
     folder = pick(sorted(folders), chosen, _common(folders))
+    scalars: dict[Path, list[Scalar]] = {}
     for file in sorted(folders[folder], key=lambda f: f.name):
-        steps: list[int] = []
         with _listening("tensorboard") as remarks:
-            for event in event_file_loader.EventFileLoader(str(file)).Load():
-                for value in event.summary.value:
-                    number = _scalar(value, tensor_util)
-                    if number is not None and event.step >= 0:
-                        sink.log.number(value.tag, event.step, number, "tensorboard")
-                        steps.append(event.step)
+            found = scalars[file] = [
+                (value.tag, event.step, number)
+                for event in event_file_loader.EventFileLoader(str(file)).Load()
+                for value in event.summary.value
+                if (number := _scalar(value, tensor_util)) is not None and event.step >= 0
+            ]
         if any("Truncated record" in text for text in remarks):
-            report.told(f"{shown(file.name)} is cut or damaged after step {max(steps, default=0)}")
+            last = max((step for _, step, _ in found), default=0)
+            report.told(f"{shown(file.name)} is cut or damaged after step {last}")
         report.files += 1
-        sink.log.end_of_file(file.parent, min(steps, default=None), max(steps, default=None))
+    for file in _last_start(scalars, report):
+        for tag, step, number in scalars[file]:
+            sink.log.number(tag, step, number, "tensorboard")
+
+
+def _last_start(scalars: Mapping[Path, Sequence[Scalar]], report: ImportReport) -> list[Path]:
+    """Event files of the last start in a folder that has a log to judge, with what it went on from.
+
+    A file that begins later than those before it, or has other names, is of the same start.
+    """
+    steps = {file: {step for _, step, _ in found} for file, found in scalars.items()}
+    names = {file: {name for name, _, _ in found} for file, found in scalars.items()}
+    starts: list[list[Path]] = [[]]
+    for file, found in steps.items():
+        alike = [min(steps[f]) for f in starts[-1] if names[f] & names[file]]
+        if found and alike and min(found) <= min(alike):
+            starts.append([])
+        starts[-1].append(file)
+    sizes = [len(set().union(*(steps[f] for f in files))) for files in starts]
+    long = [n for n, size in enumerate(sizes) if size >= _LONG_ENOUGH]
+    best = long[-1] if long else max(range(len(starts)), key=lambda n: (sizes[n], n))
+    others = [f.name for n, files in enumerate(starts) for f in files if n != best and steps[f]]
+    if others:
+        few = ", ".join(map(shown, others[:3])) + (", ..." if len(others) > 3 else "")
+        report.told(
+            f"{len(starts)} starts are in this folder; read is {shown(starts[best][-1].name)}, the "
+            f"last with {min(sizes[best], _LONG_ENOUGH)} steps or more; name another file to read "
+            f"it: {few}"
+        )
+    return starts[best]
 
 
 def _scalar(value: Any, tensor_util: Any) -> float | None:
@@ -277,6 +310,9 @@ def read_wandb(
     binary = [file for file in mine if file.suffix == ".wandb"]
     if binary and _read_binary(binary[0], sink, report):
         return
+    if binary:
+        beside = [binary[0].parent / "files" / n for n in ("output.log", "wandb-summary.json")]
+        mine = list(dict.fromkeys([*mine, *(file for file in beside if file.is_file())]))
     logs = [file for file in mine if file.name == "output.log"]
     if binary:
         report.note(

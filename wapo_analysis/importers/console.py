@@ -11,25 +11,28 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
-from wapo_analysis.importers.mapping import VITAL, NameTable, trainer_names
+from wapo_analysis.importers.mapping import VITAL, NameTable, is_supervised
 from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
 from wapo_analysis.importers.report import ImportReport, shown
-from wapo_analysis.importers.shapes import unwrapped
+from wapo_analysis.importers.shapes import trainer_names, unwrapped
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.store.files import open_regular
 
 MAX_DICT_LINES = 400
 MAX_TELLING = 20_000
 """Lines in which a log without dicts must show itself."""
-_MARKS = re.compile(rb"""[{:\['"=|]|tep |ter """)
+FEW = 30
+"""So many numbers of one name, without a step, may be anything that was printed."""
+_MARKS = re.compile(rb"""[{:\['"=|]|tep |ter |Error$|Exception$""")
 _RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
-_VERL_STEP = re.compile(r"\bstep:(\d+) -(?: |$)")
+_VERL_STEP = re.compile(r"(?<!:)\bstep:(\d+) -(?: |$)")
 _PRIME_STEP = re.compile(r"\bStep\s+(\d+) \| (?=[A-Z])")
 _LEADING = re.compile(_NUMBER, re.IGNORECASE)
 # prime-rl prints with units what it logs under these names (src/prime_rl/trainer, orchestrator).
@@ -67,6 +70,16 @@ def tells(lines: Iterator[str]) -> bool:
         len([v for v in record.values() if as_number(v) is not None]) >= 2
         for _, _, record, _ in _records(kept())
     ) or is_log(held, lambda keys: bool(names.feeds(keys).keys() & set(VITAL)))
+
+
+def holds_reward(lines: Iterator[tuple[int, str]]) -> bool:
+    """Whether any record of a log holds a reward, in the first ``MAX_TELLING`` lines."""
+    names = NameTable({})
+    log = PrintedLog(lambda keys: bool(names.feeds(keys)))
+    given = _also(islice(lines, MAX_TELLING), log, [])
+    if any("reward" in names.feeds(tuple(record)) for _, _, record, _ in _records(given)):
+        return True
+    return any("reward" in names.feeds(tuple(record.values)) for record in log.records())
 
 
 def console_lines(file: Path, report: ImportReport | None = None) -> Iterator[tuple[int, str]]:
@@ -127,8 +140,7 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
         if not stepped and not _count_steps(file, stepless, sink, report):
             _read_printed(file, printed, sink, report)
         if errors and errors[-1][0] > last:
-            number, text = errors[-1]
-            report.told(f"{shown(file.name)} ends in an error (line {number}): {text[:200]}")
+            report.told(_error(file, errors))
 
 
 def _also(
@@ -136,11 +148,24 @@ def _also(
 ) -> Iterator[tuple[int, str]]:
     """The same lines, given to a log of numbers by name on the way; errors since are noted."""
     for number, line in lines:
-        if log.add(number, line):
+        if _VERL_STEP.search(line) or log.add(number, line):
             errors.clear()
         elif found := _ERROR.search(line):
             errors.append((number, found[1].strip()))
         yield number, line
+
+
+def _error(file: Path, errors: Sequence[tuple[int, str]]) -> str:
+    number, text = errors[-1]
+    return f"{shown(file.name)} ends in an error (line {number}): {text[:200]}"
+
+
+def end_in_error(file: Path) -> str:
+    """The error that a text ends in, in a sentence; empty if there is none."""
+    errors: list[tuple[int, str]] = []
+    for _ in _also(console_lines(file), PrintedLog(lambda _: False), errors):
+        pass
+    return _error(file, errors) if errors else ""
 
 
 def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport) -> None:
@@ -148,8 +173,10 @@ def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport)
     records = log.records()
     stepped = [record for record in records if record.step is not None]
     if not stepped and "step" not in sink.names.mapping:
+        if len(records) < FEW and len({name for r in records for name in r.values}) < 2:
+            return
         rest = [(record.number, trainer_names(record.values), None) for record in records]
-        _count_steps(file, rest, sink, report)
+        _count_steps(file, rest, sink, report, trl=False)
         return
     for record in stepped or records:
         named = trainer_names(record.values)
@@ -162,9 +189,14 @@ def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport)
 
 def _count_steps(
     file: Path, records: Sequence[tuple[int, dict[str, Any], int | None]], sink: Sink,
-    report: ImportReport,
+    report: ImportReport, trl: bool = True,
 ) -> bool:  # fmt: skip
     """Hand over printed records without a step, of training alone; whether there are any."""
+    given = [entry for entry in records if not is_supervised(entry[1])]
+    if any("reward" in sink.names.feeds(tuple(record)) for _, record, _ in given):
+        if len(given) < len(records):
+            report.told(f"{len(records) - len(given)} records of supervised fine-tuning left out")
+        records = given
     vital: dict[tuple[str, ...], bool] = {}
 
     def is_log(record: dict[str, Any]) -> bool:
@@ -183,8 +215,8 @@ def _count_steps(
             sink.add_log({**record, "step": step}, "trl", (file, number))
     if records and not by_bar:
         report.told(
-            f"the {counter.count} printed records carry no step, so they are counted from 1: with "
-            "logging_steps = n a step here is n of the trainer's"
+            f"the {counter.count} printed records carry no step, so they are counted from 1"
+            + (": with logging_steps = n a step here is n of the trainer's" if trl else "")
         )
     return bool(records)
 

@@ -15,10 +15,11 @@ from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
 from wapo_analysis.importers.jsonl import JsonLines
-from wapo_analysis.importers.packed import head_of, plain_file
+from wapo_analysis.importers.mapping import NameTable
+from wapo_analysis.importers.packed import PAGES, head_of, plain_file
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
-from wapo_analysis.importers.shapes import holds_table, text_lines
+from wapo_analysis.importers.shapes import holds_table, may_be_log, text_lines
 from wapo_analysis.store import is_run
 from wapo_analysis.store.files import open_regular
 
@@ -98,7 +99,10 @@ class Found:
         return tuple(file for file in self.files if self.kinds.get(file) in kinds)
 
 
-def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> Found:
+def detect(
+    source: Path, wanted: str = "auto", unpacked: Path | None = None,
+    names: NameTable | None = None,
+) -> Found:  # fmt: skip
     """Format of a file or folder.
 
     Parameters
@@ -109,6 +113,8 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         ``"auto"``, or a format that overrides what is found.
     unpacked : Path, optional
         Folder for what has to be unpacked; without it compressed files are left out.
+    names : NameTable, optional
+        Names of the user's, by which a table is known as a log.
 
     Raises
     ------
@@ -133,6 +139,8 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         what = "is empty" if source.is_file() else "is not a run, and is empty"
         raise UserError(f"{name} {what}: there is nothing to import")
     kinds = _kinds(files, named=source.is_file())
+    if source.is_dir() and wanted == "auto":
+        kinds = _without_data(kinds, names or NameTable({}), told)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
     told += [f"{shown(f.name)} holds the same bytes as another file: read once" for f in copies]
@@ -144,7 +152,9 @@ def detect(source: Path, wanted: str = "auto", unpacked: Path | None = None) -> 
         advice = "unpack it" if what == "an archive" else "save it as CSV, JSON or Parquet"
         raise UserError(f"{name} is not read ({what}): {advice}")
     if not found:
-        raise UserError(f"no known file in {name}; looked for {LOOKED_FOR}")
+        why = console.end_in_error(source) if source.is_file() else ""
+        why = f"; {printable(why)}" if why else ""
+        raise UserError(f"no known file in {name}{why}; looked for {LOOKED_FOR}")
     tools = [format for format in found if format not in _CONTAINERS]
     if len(tools) > 1:
         first, second = tools[:2]
@@ -210,6 +220,21 @@ def _kinds(files: list[Path], named: bool) -> dict[Path, str]:
         if kind is not None:
             kinds[file] = kind
     return kinds
+
+
+def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> dict[Path, str]:
+    """Without tables that are no logs, and printed logs without reward beside some with one."""
+    tables = [file for file, kind in kinds.items() if kind == "table"]
+    data = {file for file in tables if not may_be_log(file, names)}
+    data = data if len(data) < len(kinds) else set()
+    printed = [file for file, kind in kinds.items() if kind == "console"]
+    if len(printed) > 1 and len(kinds) - len(data) == len(printed):
+        poor = {f for f in printed if not console.holds_reward(console.console_lines(f))}
+        if 0 < len(poor) < len(printed):
+            data |= poor
+            few = ", ".join(shown(file.name) for file in sorted(poor)[:4])
+            told.append(f"also there, without a reward, not read: {few}")
+    return {file: kind for file, kind in kinds.items() if file not in data}
 
 
 def _copies(files: list[Path]) -> set[Path]:
@@ -279,14 +304,15 @@ def _by_content(file: Path, named: bool) -> str | None:
         return "wandb"
     if b"brain.Event:" in head[:64]:
         return "tensorboard"
-    if file.suffix in _SKIPPED and not (named and file.suffix == ".md"):
+    page = file.suffix in PAGES  # by now what it shows, as text
+    if file.suffix in _SKIPPED and not (named and (page or file.suffix == ".md")):
         return None
     if _MLFLOW.match(head):
         return "mlflow"
     text = head.decode("utf-8-sig", "replace").lstrip()
     if file.suffix in (".csv", ".tsv"):
         return _csv_kind(file)
-    if _JSON_BEGINS.match(text):
+    if _JSON_BEGINS.match(text) and not page:
         return _json_kind(file, text)
     if file.suffix == ".parquet":
         return "table"
@@ -294,7 +320,7 @@ def _by_content(file: Path, named: bool) -> str | None:
         return "wandb-file"
     if file.suffix in (".jsonl", ".ndjson", ".json"):
         return "table"
-    if is_csv(text):
+    if is_csv(text) and not page:
         return _csv_kind(file)
     printed = (line for _, line in console.console_lines(file))
     if b"\0" not in head and console.tells(islice(printed, _SEARCHED >> 8)):

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
-from wapo_analysis.importers.mapping import trainer_names
 from wapo_analysis.importers.readers import json_records, json_value
 from wapo_analysis.importers.report import ImportReport, shown
+from wapo_analysis.importers.shapes import trainer_names
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
 from wapo_analysis.store.files import open_regular

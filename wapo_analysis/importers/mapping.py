@@ -32,6 +32,9 @@ _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory
 _COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
            "policy_loss", "return", "step_time", "response_length", "kl_loss",
            "entropy_loss"}  # fmt: skip
+# Columns whose mean over a batch other programs call avg_x or x_mean.
+_MEANS = (*VITAL, "kl_ref", "truncated", "clip_any", "repetition")
+_MEAN = re.compile(r"^(?:avg|mean|average)[_ ]|[_ ](?:avg|mean|average)$")
 _COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 _NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
 # Parts of names in use for the vital columns, for suggestions alone.
@@ -196,7 +199,10 @@ class NameTable:
                 if key in keys:
                     found[ours] = Feed((key,), negative=key != self.mapping[ours])
                 continue
-            feed = self._feed(ours, {n: k for n, k in by_name.items() if k not in used})
+            free = {n: k for n, k in by_name.items() if k not in used}
+            feed = self._feed(ours, free)
+            if feed is None and ours in _MEANS:
+                feed = self._feed(ours, _means(free), common=True)
             if feed is not None:
                 found[ours] = feed
                 used.update(feed.names)
@@ -207,11 +213,11 @@ class NameTable:
         feeds = self.feeds(keys).values()
         return {key for feed in feeds for key in (*feed.names, *feed.fallbacks)}
 
-    def _feed(self, ours: str, by_name: Mapping[str, str]) -> Feed | None:
+    def _feed(self, ours: str, by_name: Mapping[str, str], common: bool = False) -> Feed | None:
         if ours in by_name:
             return Feed((by_name[ours],))
-        for row in rows_of("steps"):
-            if row.column != ours:
+        for row in rows_of("steps") if by_name else ():
+            if row.column != ours or (common and row.trainer not in ("any", "TRL")):
                 continue
             sets = [(name, _matches(row, place, by_name)) for place, name in enumerate(row.names)]
             given = [(name, keys) for name, keys in sets if keys]
@@ -234,12 +240,22 @@ def _meant(theirs: str, keys: Sequence[str]) -> str:
 def _plain(keys: Iterable[str]) -> dict[str, str]:
     """Keys by their name in lower case: loggers put "train/" before every name, or do not.
 
-    Notebooks show blanks around a slash.
+    Notebooks show blanks around a slash; lines for people have blanks, now underscores, in names.
     """
     by_name: dict[str, str] = {}
     for key in keys:
         by_name.setdefault(key.lower().replace(" / ", "/").removeprefix("train/"), key)
     return by_name
+
+
+def _means(by_name: Mapping[str, str]) -> dict[str, str]:
+    """The same for names that say that they are means, without the word: avg_entropy, kl_mean."""
+    found: dict[str, str] = {}
+    for name, key in by_name.items():
+        bare = _MEAN.sub("", name)
+        if bare and bare != name and bare not in by_name:
+            found.setdefault(bare, key)
+    return found
 
 
 def _matches(row: Alias, place: int, by_name: Mapping[str, str]) -> tuple[str, ...]:
@@ -349,30 +365,34 @@ def alias_page() -> str:
     return "\n".join(lines)
 
 
+SUPERVISED = {"mean_token_accuracy", "token_acc", "token_accuracy"}
+"""Names that fine-tuning on given answers logs (trl/trainer/sft_trainer.py, ms-swift)."""
+
+
+def is_supervised(keys: Iterable[str]) -> bool:
+    """Whether a log without reward is of fine-tuning on given answers."""
+    by_name = _plain(keys)
+    return bool(SUPERVISED & by_name.keys()) and not any("reward" in name for name in by_name)
+
+
 def drop_impossible(
     feeds: dict[str, Feed], columns: Mapping[str, Mapping[int, float]], report: ImportReport
 ) -> None:
-    """An entropy below 0 is a term of a loss; it stays under its own name."""
-    feed = feeds.get("entropy")
-    if feed is None:
-        return
-    values = np.array([v for name in feed.names for v in columns[name].values()])
-    if len(values) and np.nanmax(values, initial=-np.inf) < 0 and not feed.negative:
-        del feeds["entropy"]
+    """What is no such quantity keeps its name.
+
+    An entropy of given answers, not of the policy's; one below 0, a term of a loss; a KL below 0.
+    """
+    if is_supervised(columns):
+        feeds.pop("entropy", None)
+    signed = {ours: feeds[ours] for ours in ("kl_ref", "entropy") if ours in feeds}
+    known = {ours: np.array([v for name in feed.names for v in columns[name].values()])
+             for ours, feed in signed.items() if not feed.negative}  # fmt: skip
+    if np.nansum(known.get("kl_ref", 0.0)) < 0:
+        feed = feeds.pop("kl_ref")
+        report.note(f"{feed.names[0]} is negative on average: a log-ratio, not a KL divergence")
+    if len(values := known.get("entropy", np.array([]))) and np.nanmax(values, initial=-np.inf) < 0:
+        feed = feeds.pop("entropy")
         report.told(
             f"{feed.names[0]} is negative, so it is a loss term and not the entropy; if it is "
             f"minus the entropy: {map_option({'entropy': f'-{feed.names[0]}'})}"
         )
-
-
-_SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",
-            "train_samples_per_second", "epoch")  # fmt: skip
-
-
-def trainer_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Names of a Transformers log: eval_x is eval/x, the final summary is summary/x."""
-    return {
-        (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else
-         f"summary/{key}" if key in _SUMMARY else key): value
-        for key, value in record.items()
-    }  # fmt: skip

@@ -313,6 +313,8 @@ ALIASES: Final[tuple[Alias, ...]] = (
         seconds_rollout="generation_time_s",
     ),
     *_functions("rlprobe", "reward_component.NAME", None, "rlprobe/storage.py"),
+    *_rows("steps", "minimind", "trainer/train_grpo.py", loss="actor_loss",
+           length="avg_response_len", advantage_std="adv_std | advantages_std"),
     *_rows(
         "steps", "WAPO", "verifiers/rl/trainer/trainer.py",
         entropy_pos="entropy_pos", entropy_neg="entropy_neg",

@@ -24,7 +24,8 @@ MAX_UNPACKED = 4 << 30
 MAX_PAGE_BYTES = 1 << 30
 _HEAD = 1 << 16
 _WRAPPED = (b"{", b"s", b'"', b"\xef")
-_PAGES = (".ipynb", ".html", ".htm")
+PAGES = (".ipynb", ".html", ".htm")
+"""What is read as the text that it shows."""
 
 
 def head_of(file: Path, size: int = _HEAD) -> bytes:
@@ -40,11 +41,18 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
     """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
     start = head_of(file, 2)
     how = wrapped_by(head_of(file)) if start[:1] in _WRAPPED else None
-    if file == source and file.suffix in _PAGES and unpacked is not None:
-        text = unpacked / f"{file.stem}.txt"
+    if file == source and file.suffix in PAGES and unpacked is not None:
+        text = unpacked / file.name
         with text.open("wb") as out:
             whole = shown_text(file, out)
-        return text if whole else file
+        if not whole:
+            raise UserError(f"{printable(shown(file))} is no page or notebook: it cannot be read")
+        if not text.stat().st_size:
+            raise UserError(
+                f"{printable(shown(file))} shows no numbers: a notebook must be saved after its "
+                "cells have run, a page must hold a table"
+            )
+        return text
     wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     if not wide and how is None and not file.name.endswith(".gz") and start != b"\x1f\x8b":
         return file
@@ -228,5 +236,5 @@ def shown_text(file: Path, out: BinaryIO) -> bool:
         text = page_text(data.decode("utf-8", "replace")) if page else notebook_text(data)
     except (ValueError, AttributeError, json.JSONDecodeError):
         return False
-    out.write(text.encode("utf-8", "replace"))
+    out.write(text.encode("utf-8", "replace") if text.strip() else b"")
     return True

@@ -36,8 +36,16 @@ _FRAMED = re.compile(
     rf"[=*#-]{{3,}}.*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?\s*[=*#-]{{3,}}\s*", re.I
 )
 _OF_ALL = re.compile(rf"(?:{_STEP_NAME})\W{{1,3}}\d+\s*/\s*\d+", re.I)
-_BAR = re.compile(r"(\d+)/(\d+) \[[^\]]*?(?:it/s|s/it|\?)(?:,\s*([^\]]*))?\]?")
+_BAR = re.compile(
+    r"(\d+)/(\d+) \[[^\]]*?(?:\?|[\d.]+)(?: ?[a-z]+/s|s/[a-z]+)(?:,\s*([^\]]*))?\]?", re.I
+)
 _EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
+# A batch of an epoch, as in Epoch:[1/1](7/9751) of minimind and Epoch: [0][ 10/500] of torch.
+_BATCH = re.compile(
+    r"\bepoch\W{0,3}\d+(?:\s*/\s*\d+)?\W{0,3}[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])]", re.I
+)
+_STATISTICS = ("mean", "avg", "average", "std", "min", "max", "median")
+_WORD_BEFORE = re.compile(r"(?<![\w.])([A-Za-z_][\w./@-]*)[ :(\[]*$")
 
 
 class Line(NamedTuple):
@@ -75,10 +83,10 @@ def line_of(text: str) -> Line | None:
     """
     bar = _BAR.search(text)
     if bar is not None:
-        values = _pairs(bar[3] or "")
-        place = int(bar[1]), int(bar[2])
-        return Line(place[0], values, place) if values else None
+        return _at_bar(bar, _pairs(bar[3] or ""))
     found = min(_STEP.finditer(text), key=_rank, default=None)
+    if found is None and (batch := _BATCH.search(text)) is not None:
+        return _at_bar(batch, _pairs(text[batch.end() :]))
     if found is None:
         values = _pairs(text)
         return Line(None, values) if values else None
@@ -91,6 +99,11 @@ def line_of(text: str) -> Line | None:
     return Line(step, values)
 
 
+def _at_bar(found: "re.Match[str]", values: Values) -> Line | None:
+    place = int(found[1]), int(found[2])
+    return Line(place[0], values, place) if values else None
+
+
 def _rank(found: "re.Match[str]") -> int:
     """Of several counters in a line the run's own step goes first."""
     words = ("global", "train", "step", "iter")
@@ -101,7 +114,7 @@ def _rank(found: "re.Match[str]") -> int:
 
 
 def _pairs(text: str) -> Values:
-    if "=" in text and (found := _named(_EQUALS.findall(text))):
+    if "=" in text and (found := _named(_equals(text))):
         return found
     cells = [cell.strip() for cell in _CELLS.split(text)] if _CELLS.search(text) else []
     if cells and (found := _named(_beside(cells))):
@@ -116,6 +129,21 @@ def _pairs(text: str) -> Values:
     if len(fits) < 2 and _ROW.fullmatch(text):
         fits = _ONE.findall(text)
     return _named(fits) if len(fits) > 1 else {}
+
+
+def _equals(text: str) -> list[tuple[str, str, str]]:
+    """Pairs with ``=``; one called mean or std belongs to the word before: reward mean=1 std=2."""
+    pairs, word = [], ""
+    for found in _EQUALS.finditer(text):
+        name, number, percent = found.groups()
+        if name.lower() in _STATISTICS:
+            before = _WORD_BEFORE.search(text[max(0, found.start() - 60) : found.start()])
+            word = before[1] if before else word
+            name = f"{word}_{name}" if word else name
+        else:
+            word = ""
+        pairs.append((name, number, percent))
+    return pairs
 
 
 def _beside(cells: list[str]) -> list[tuple[str, str, str]]:
@@ -158,6 +186,7 @@ class PrintedLog:
     _loose: list[Printed] = field(default_factory=list)
     _below: list[Printed] = field(default_factory=list)
     _bars: dict[int, Printed] = field(default_factory=dict)
+    _done: list[Printed] = field(default_factory=list)
     _fits: dict[tuple[str, ...], bool] = field(default_factory=dict)
     _heading: int | None = None
     _before: tuple[int, int, int | None] = (0, 0, None)
@@ -219,6 +248,8 @@ class PrintedLog:
         last, long, before = self._before
         if place < last and epoch is not None and before is not None and epoch > before:
             self._offset += long
+        elif (place < last or length != long) and 0 < last == long:
+            self._done.append(self._bars[self._offset + last])
         self._before = place, length, epoch
         return self._offset + place
 
@@ -227,16 +258,24 @@ class PrintedLog:
 
         Where a heading stands above a whole log, its step is none of theirs.
         """
-        below = self._below
+        below, bars = self._below, list(self._bars.values())
+        if len(self._done) > 1:  # a bar within each step: it counts groups or batches
+            bars = [] if any(r.known for r in self._taken) else self._each_bar()
         steps = {record.step for record in below}
         once = {(r.step, tuple(r.values)) for r in below}
         if len(steps) < 3 and len(below) > 2 * len(once):
             below = []
             for record in self._below:
                 self._gather(record.number, record.values)
-        found = [*self._taken, *self._loose, *below, *self._bars.values()]
+        found = [*self._taken, *self._loose, *below, *bars]
         known = [record for record in found if record.known]
         return sorted(known or found, key=lambda record: record.number)
+
+    def _each_bar(self) -> list[Printed]:
+        """The last numbers of each bar that was filled, without a step."""
+        place, length, _ = self._before
+        whole = [self._bars[place]] if place == length and not self._offset else []
+        return [record._replace(step=None) for record in [*self._done, *whole]]
 
 
 def is_log(lines: Iterable[str], vital: Callable[[tuple[str, ...]], bool]) -> bool:

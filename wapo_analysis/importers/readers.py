@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_DEPTH, JsonLines, as_number, parse_json, reason_of
+from wapo_analysis.importers.packed import PAGES
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.store.files import open_regular
 
@@ -48,7 +49,7 @@ def json_records(file: Path, report: ImportReport) -> Iterator[tuple[int, dict[s
 def table_kind(file: Path) -> str:
     """What a table is: csv, parquet, lines of JSON, one JSON value (json), a table in a text."""
     known = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".jsonl": "lines",
-             ".ndjson": "lines"}  # fmt: skip
+             ".ndjson": "lines", **dict.fromkeys(PAGES, "text")}  # fmt: skip
     if file.suffix in known:
         return known[file.suffix]
     with open_regular(file) as stream:

@@ -2,11 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
@@ -219,3 +221,21 @@ def spans(steps: Sequence[int]) -> str:
     texts = [str(a) if a == b else f"{a} to {b}" for a, b in ranges[:_SHOWN_KEYS]]
     more = f", ... ({len(steps)} in all)" if len(ranges) > _SHOWN_KEYS else ""
     return ", ".join(texts) + more
+
+
+def say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:
+    """Say that the logged reward holds a KL penalty, where a plain score stands beside it."""
+    pairs = [(r["reward"], r["reward_penalised"]) for r in rows.values()
+             if "reward" in r and "reward_penalised" in r]  # fmt: skip
+    if not pairs:
+        return
+    score, penalised = np.array(pairs, np.float64).T
+    gap = np.abs(score - penalised)
+    scale = max(float(np.nanmax(np.abs(score), initial=0.0)), 1e-9)
+    if np.nanmax(gap, initial=0.0) > 0.02 * scale:
+        worst = int(np.nanargmax(gap))
+        report.told(
+            f"reward is {report.mapped['reward']}; {report.mapped['reward_penalised']}, which "
+            f"holds the KL penalty, differs from it by up to {gap[worst]:.3g} and is "
+            "reward_penalised"
+        )

@@ -15,6 +15,7 @@ from wapo_analysis.importers.mapping import (
     VITAL,
     NameTable,
     check_mapping,
+    is_supervised,
     map_option,
     nearest,
 )
@@ -113,7 +114,8 @@ def import_run(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; choose another --out or delete it")
     with tempfile.TemporaryDirectory(prefix="wapo-import-") as unpacked:
-        found = detect(origin.resolve(), chosen.format, Path(unpacked))
+        names = NameTable(chosen.mapping)
+        found = detect(origin.resolve(), chosen.format, Path(unpacked), names)
         if origin.is_dir() and target.resolve().is_relative_to(origin.resolve()):
             raise UserError(f"{target} lies inside the source, which is only read; choose another")
         return _into(target, lambda folder: _write(folder, found, origin, target, chosen))
@@ -181,8 +183,8 @@ def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> No
         official.read_official(found.files, sink, report)
     elif found.format == "prime-rl":
         prime_rl.read_prime_rl(found.files, sink, report)
-    read_tables(found.of("table"), sink, report, run)
-    read_console(found.of("console"), sink, report)
+    read_tables(_named(found.of("table"), run), sink, report, run)
+    read_console(_named(found.of("console"), run), sink, report)
     for file in found.of("verl-metrics"):
         logs.read_verl_metrics(file, sink, report)
     for file in found.of("verl-rollouts"):
@@ -194,6 +196,14 @@ def _read(found: Found, sink: Sink, report: ImportReport, run: str | None) -> No
         for file in found.of("completions"):
             reader.read(file)
     _read_boards(found, sink, report, run)
+
+
+def _named(files: tuple[Path, ...], run: str | None) -> tuple[Path, ...]:
+    """Of several files the one whose name is the chosen run, else those that have it in theirs."""
+    if run is None or len(files) < 2:
+        return files
+    same = tuple(file for file in files if run in (file.name, file.stem, str(file)))
+    return same or tuple(file for file in files if run in str(file)) or files
 
 
 def _read_boards(found: Found, sink: Sink, report: ImportReport, run: str | None) -> None:
@@ -238,6 +248,13 @@ def _raise_alarms(report: ImportReport) -> None:
         )
     if report.token_rows or report.rollouts:
         return
+    if not report.mapped.keys() & {"reward", "entropy"} and is_supervised(kept):
+        report.alarms.append(
+            "this is the log of supervised fine-tuning (it holds the accuracy of given tokens and "
+            "no reward): nothing is sampled there, so there is no reward or entropy of a policy "
+            "to diagnose"
+        )
+        return
     if "reward" not in report.mapped and PREFERENCE <= {k.removeprefix("train/") for k in kept}:
         report.alarms.append(
             "rewards/chosen and rewards/rejected are of a preference objective (as DPO): nothing "
@@ -275,9 +292,16 @@ def _nothing(report: ImportReport, sink: Sink) -> str:
             f"{said}no record has a step (looked for step, global_step, ...); "
             f"{map_option({'step': key})}{also} takes {printable(key)} ({shown_first}, ...){more}"
         )
-    broken = f"; first broken line: {report.broken[0]}" if report.broken else ""
-    notes = f"; {report.notes[0]}" if report.notes else ""
-    return printable(f"{said}no step, token row or rollout{broken}{notes}")
+    why = "".join(f"; {text}" for text in [*report.events, *report.notes][:2])
+    if sink.stepless and sink.stepless == report.broken_lines:
+        many = f"its {sink.stepless} records have" if sink.stepless > 1 else "its record has"
+        hold = ", ".join(sink.unstepped_names[:6])
+        hold = f" (numbers: {hold})" if hold else " and no number"
+        said += f"{many} no step{hold}, so it is no log of a training: results or data{why}"
+        return printable(said)
+    if report.broken:
+        why = f"; first broken line: {report.broken[0]}{why}"
+    return printable(f"{said}no step, token row or rollout{why}")
 
 
 def _some(report: ImportReport) -> str:

@@ -3,21 +3,30 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from wapo_analysis.errors import printable
-from wapo_analysis.importers.jsonl import as_number, as_step
+from wapo_analysis.errors import UserError, printable
+from wapo_analysis.importers.jsonl import JsonLines, as_number, as_step, flat
 from wapo_analysis.importers.mapping import VITAL, NameTable
+from wapo_analysis.importers.readers import csv_header, json_value, table_kind
+from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.store.files import open_regular
 
 WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
 """Names under which a record holds its numbers, beside its step, a time or a text."""
+METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
+VALUE_KEYS = ("value", "metricValue", "metric_value")
+"""Columns that name a number and that hold it, one a row."""
+SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
+HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
 BY_POSITION = ("kl_positional",)
 """Lists of numbers, one for each part of the completions."""
 MOST_PARTS = 64
 Rows = list[dict[str, Any]]
 _DEEP = 4
+_FIRST = 50
 
 
 # ---- JSON
@@ -220,6 +229,49 @@ def unwrapped(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return rest | dict(record[inside[0]])
 
 
+_SUMMARY = ("train_runtime", "train_loss", "total_flos", "train_steps_per_second",
+            "train_samples_per_second", "epoch")  # fmt: skip
+
+
+def trainer_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of a Transformers log: eval_x is eval/x, the final summary is summary/x."""
+    return {
+        (f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else
+         f"summary/{key}" if key in _SUMMARY else key): value
+        for key, value in record.items()
+    }  # fmt: skip
+
+
+def told_apart(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row by the names it means: ``metric, value`` is one number, an evaluation's is eval/.
+
+    Examples
+    --------
+    >>> told_apart({"step": 1, "metric": "reward", "value": 0.5})
+    {'step': 1, 'reward': 0.5}
+    >>> told_apart({"step": 1, "split": "val", "reward": 0.5})
+    {'step': 1, 'eval/reward': 0.5}
+    """
+    names = [key for key in METRIC_KEYS if is_name(values.get(key))]
+    held = [key for key in VALUE_KEYS if as_number(values.get(key)) is not None]
+    if len(held) == 1 and names:
+        rest = {key: v for key, v in values.items() if key not in (*names, held[0])}
+        values = {**rest, str(values[names[0]]): values[held[0]]}
+    split = next((k for k in SPLIT_KEYS if str(values.get(k)).strip().lower() in HELD_OUT), None)
+    if split is None:
+        return values
+    return {
+        key if "step" in key.lower() else f"eval/{key}": value
+        for key, value in values.items()
+        if key != split and value is not None
+    }
+
+
+def is_name(value: Any) -> bool:
+    """Whether a cell holds a text that names something."""
+    return isinstance(value, str) and bool(value.strip())
+
+
 # ---- tables as text
 
 _BARS = re.compile("[|\u2502\u2503\u2551]")
@@ -270,3 +322,37 @@ def text_lines(file: Path) -> Iterator[tuple[int, str]]:
     with open_regular(file) as stream:
         for number, line in enumerate(stream, start=1):
             yield number, line.decode("utf-8", "replace").rstrip("\r\n")
+
+
+# ---- is it a log?
+
+
+def may_be_log(file: Path, names: NameTable) -> bool:
+    """Whether a table has a step, or a number that a log of a training holds."""
+    if file.suffix == ".parquet":
+        return True
+    try:
+        return any(
+            names.step_key(keys) is not None
+            or names.feeds(keys).keys() & {*VITAL, *names.mapping}
+            or not {*keys}.isdisjoint(METRIC_KEYS)
+            for keys in _table_keys(file)
+        )
+    except UserError:
+        return True  # said when it is read
+
+
+def _table_keys(file: Path) -> Iterator[tuple[str, ...]]:
+    """Names in each of the first records of a table."""
+    kind = table_kind(file)
+    rows: Iterable[Mapping[str, Any]]
+    if kind == "csv":
+        rows = [dict.fromkeys(csv_header(file)[0])]
+    elif kind == "lines":
+        rows = (record.values for record in JsonLines(file).records())
+    elif kind == "json":
+        rows = json_rows(json_value(file, ImportReport("table", ""))) or ()
+    else:
+        rows = (row for _, row in text_tables(text_lines(file)))
+    for row in islice(rows, _FIRST):
+        yield tuple(key for key, _ in flat(unwrapped(row)))

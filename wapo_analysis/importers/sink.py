@@ -82,6 +82,8 @@ class StepTotals:
 CHUNK_ROWS = 200_000
 CHUNK_TEXT = 32 << 20
 MAX_STEPLESS = 200_000
+COUNTERS = ("epoch", "episode", "iter", "update", "round", "batch", "generation")
+"""Names that count where no record has a step, in the order they are tried."""
 ROW_COUNTER = "_step"
 """W&B's number of a log call."""
 
@@ -184,6 +186,12 @@ class Sink:
         if not self.log and self._unstepped and len(self._stepless) > 1:
             self.step_candidates = self._unstepped.step_candidates()
             known = self.names.feeds(self._unstepped.names)
+            files = {file for file, _ in self._stepless}
+            counter = next((n for n in COUNTERS if self._unstepped.counts(n, len(files))), None)
+            if counter is not None and known.keys() & set(VITAL):
+                self.report.told(f"no record has a step: {counter} is read as the step")
+                self._unstepped.count_by(counter)
+                return self._unstepped.finish(self.names)
             if not self.step_candidates and known.keys() & set(VITAL):
                 count = len(self._stepless)
                 self.report.told(f"no record has a step, so the {count} records are counted from 1")
@@ -193,6 +201,11 @@ class Sink:
         for file, (first, last) in self._file_steps.items():
             self.log.end_of_file(file, first, last)
         return self.log.finish(self.names)
+
+    @property
+    def stepless(self) -> int:
+        """How many records have no step."""
+        return len(self._stepless)
 
     @property
     def unstepped_names(self) -> list[str]:

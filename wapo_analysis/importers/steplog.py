@@ -5,11 +5,12 @@ whole log. A resumed run goes back and repeats a range of steps: the later run i
 micro-batches alternate: their numbers are averaged. Both are said.
 """
 
+import os
 import re
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from wapo_analysis.importers.mapping import (
     set_names,
     shares_of_counts,
 )
-from wapo_analysis.importers.report import ImportReport, spans
+from wapo_analysis.importers.report import ImportReport, say_penalty, shown, spans
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 
@@ -36,12 +37,15 @@ KEPT_TOO = ("sampling/sampling_logp_difference/mean",)
 UPDATE_STEP = "train/step"
 """slime's number of an update; beside it ``rollout/step`` counts batches."""
 RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
+_MANY_FILES = 500
 _RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
 _NO_COUNTER = re.compile(r"token|sample|second|flop|flos|byte", re.IGNORECASE)
 """What grows beside the steps and counts none."""
 _STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
 _BOOKKEEPING = re.compile(
-    r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time)", re.I
+    r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time|percentage"
+    r"|memory(?:\(GiB\))?|train_speed\(.*\))",
+    re.I,
 )
 # How the numbers of several ranks make one, by the name; running totals are the same on all.
 _WAYS = (
@@ -126,6 +130,14 @@ class StepLog:
         held.steps.append(step)
         held.values.append(value)
 
+    def counts(self, key: str, files: int) -> bool:
+        """Whether a name counts: whole numbers, one a record, that rise in each of some files."""
+        values = np.array(self._numbers[key].values) if key in self._numbers else np.array([])
+        if len(values) < 2 or not (values >= 0).all() or (values != np.floor(values)).any():
+            return False
+        moves = np.diff(values)
+        return bool((moves != 0).all() and (moves < 0).sum() < files and moves.max() > 0)
+
     def step_candidates(self) -> dict[str, list[float]]:
         """Names whose whole numbers never fall and do rise, most steplike first, with the first."""
         found: list[tuple[bool, bool, str, list[float]]] = []
@@ -139,6 +151,18 @@ class StepLog:
                 found.append((not _STEPLIKE.search(key), not (moves == moves[0]).all(), key,
                               values[:3].tolist()))  # fmt: skip
         return {key: first for _, _, key, first in sorted(found)}
+
+    def count_by(self, key: str) -> None:
+        """Take the numbers of one name as the steps; numbers of records without it are left out."""
+        steps = dict(
+            zip(self._numbers[key].steps, map(int, self._numbers[key].values), strict=True)
+        )
+        for held in self._numbers.values():
+            pairs = [
+                (steps[n], v) for n, v in zip(held.steps, held.values, strict=True) if n in steps
+            ]
+            held.steps = array("q", [step for step, _ in pairs])
+            held.values = array("d", [value for _, value in pairs])
 
     def end_of_file(self, file: Path, first: int | None, last: int | None) -> None:
         """Note which steps a file held, to tell two runs in one folder from one that went on."""
@@ -175,7 +199,7 @@ class StepLog:
             self.report.kept_keys[key] += len(columns[key])
             for step, value in columns[key].items():
                 rows.setdefault(step, {})[name] = value
-        _say_penalty(rows, self.report)
+        say_penalty(rows, self.report)
         bare = [step for step, row in rows.items() if all(map(_BOOKKEEPING.fullmatch, row))]
         for step in bare:
             del rows[step]
@@ -248,16 +272,18 @@ class StepLog:
         if any(_RANK_FILE.search(file.name) for file, _, _ in self._files):
             return False
         most = max(repeats, key=lambda r: len(r.back))
-        return most.jumps > 0 and not most.alternates
+        return most.jumps > 0 and (most.jumps < len(self._files) or not most.alternates)
 
     def _say(self, differing: list[int], later: bool, repeats: "Mapping[str, _Repeats]") -> None:
         self.report.repeated_steps.update(differing)
         where = spans(differing)
-        if later and (pair := self._two_runs()):
-            one, two = (printable(str(file)) for file in pair)
+        if later and (runs := self._several_runs()):
+            place = Path(os.path.commonpath([file.parent for file in runs]))
+            names = ", ".join(printable(shown(file.relative_to(place))) for file in runs[:8])
             raise UserError(
-                f"{one} and {two} hold different numbers for the same steps, so they look like two "
-                "runs; name one of them"
+                f"{len(runs)} files of {printable(shown(place))} hold different numbers for the "
+                f"same steps, so they look like {len(runs)} runs; name one of them: {names}"
+                + (", ..." if len(runs) > 8 else "")
             )
         if later:
             first = min(int(r.steps.min()) for r in repeats.values())
@@ -270,11 +296,13 @@ class StepLog:
             f"steps {where} have several records each (ranks or micro-batches): averaged{said}"
         )
 
-    def _two_runs(self) -> tuple[Path, Path] | None:
-        for (one, first, last), (two, begin, end) in pairwise(self._files):
-            if begin <= first and min(last, end) > max(first, begin):
-                return one, two
-        return None
+    def _several_runs(self) -> list[Path]:
+        """Files that share steps, if any of them begins no later than one before it."""
+        pairs = [(one[0], two[0], two[1] <= one[1])
+                 for one, two in combinations(self._files[:_MANY_FILES], 2)
+                 if min(one[2], two[2]) > max(one[1], two[1])]  # fmt: skip
+        shared = dict.fromkeys(file for *both, _ in pairs for file in both)
+        return list(shared) if any(again for *_, again in pairs) else []
 
 
 @dataclass(frozen=True)
@@ -369,21 +397,3 @@ def _fed(feed: Feed, columns: Mapping[str, Mapping[int, float]]) -> dict[int, fl
     if feed.complement or feed.negative:
         return {step: float(feed.complement) - value for step, value in values.items()}
     return values
-
-
-def _say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:
-    """Say that the logged reward holds a KL penalty, where a plain score stands beside it."""
-    pairs = [(r["reward"], r["reward_penalised"]) for r in rows.values()
-             if "reward" in r and "reward_penalised" in r]  # fmt: skip
-    if not pairs:
-        return
-    score, penalised = np.array(pairs, np.float64).T
-    gap = np.abs(score - penalised)
-    scale = max(float(np.nanmax(np.abs(score), initial=0.0)), 1e-9)
-    if np.nanmax(gap, initial=0.0) > 0.02 * scale:
-        worst = int(np.nanargmax(gap))
-        report.told(
-            f"reward is {report.mapped['reward']}; {report.mapped['reward_penalised']}, which "
-            f"holds the KL penalty, differs from it by up to {gap[worst]:.3g} and is "
-            "reward_penalised"
-        )

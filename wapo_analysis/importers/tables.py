@@ -16,7 +16,7 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.boards import pick
-from wapo_analysis.importers.jsonl import MAX_STEP, as_number, as_step, message_text
+from wapo_analysis.importers.jsonl import MAX_STEP, as_step, message_text
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
@@ -26,19 +26,22 @@ from wapo_analysis.importers.readers import (
     table_kind,
 )
 from wapo_analysis.importers.report import ImportReport, shown
-from wapo_analysis.importers.shapes import json_rows, text_lines, text_tables, unwrapped
+from wapo_analysis.importers.shapes import (
+    is_name,
+    json_rows,
+    text_lines,
+    text_tables,
+    told_apart,
+    unwrapped,
+)
 from wapo_analysis.importers.sink import Sink
 
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "Name",
             "experimentKey")  # fmt: skip
 """Columns that name the run of a row; of text, as numbers count records as well."""
-METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
-VALUE_KEYS = ("value", "metricValue", "metric_value")
-"""Columns that name a number and that hold it, one a row."""
 CHOSEN = ("top_k", "bottom_k")
 """Why rlprobe keeps a completion that is no fair sample of a step."""
-SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
-HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
+_SUMMED = 3
 _BATCH = 8192
 _HELD = 512
 
@@ -65,23 +68,25 @@ def read_tables(
             for first, frame in frames(file, report):
                 feed.frame(frame, first)
         elif kind == "text":
-            for number, values in text_tables(text_lines(file)):
+            rows = list(text_tables(text_lines(file)))
+            logged = [row for row in rows if sink.names.step_key(tuple(row[1])) is not None]
+            for number, values in logged or rows:  # beside a log other tables are other things
                 report.lines += 1
                 feed.record(values, number)
             report.files += 1
         else:
-            rows = json_rows(json_value(file, report), report.told)
-            if rows is None:
+            found = json_rows(json_value(file, report), report.told)
+            if found is None:
                 raise UserError(
                     f"{printable(shown(file))} holds no records: looked for a list of objects, "
                     "lists of numbers by name, numbers by step, and what pandas writes with names"
                 )
             report.files += 1
-            if len(rows) == 1 and len(files) > 1 and sink.names.step_key(tuple(rows[0])) is None:
+            if len(found) == 1 and len(files) > 1 and sink.names.step_key(tuple(found[0])) is None:
                 report.note(f"{shown(file.name)} holds settings, no log")
                 continue
-            report.lines += len(rows)
-            for number, values in enumerate(rows, start=1):
+            report.lines += len(found)
+            for number, values in enumerate(found, start=1):
                 feed.record(values, number)
         feed.close()
 
@@ -94,7 +99,7 @@ class TableFeed:
     report: ImportReport
     file: Path
     chosen: str | None = None
-    _runs: dict[str, None] = field(default_factory=dict)
+    _runs: dict[str, int] = field(default_factory=dict)
     _codes: "Codes" = field(default_factory=lambda: Codes())
     _held: list[dict[str, Any]] = field(default_factory=list)
     _lists: dict[str, list[Any]] = field(default_factory=dict)
@@ -105,7 +110,7 @@ class TableFeed:
         with self.report.record(self.file, number):
             if not self._mine(values):
                 return
-            values = _told_apart(unwrapped(values))
+            values = told_apart(unwrapped(values))
             keys = tuple(values)
             kind, taken = self._kind(keys)
             if kind == "tokens":
@@ -135,16 +140,21 @@ class TableFeed:
         UserError
             If there are rows of several runs and none was chosen, or the chosen one is not there.
         """
+        if len(self._runs) > 1 and max(self._runs.values()) <= _SUMMED and self.sink.stepless:
+            raise UserError(
+                f"{printable(shown(self.file))} holds {len(self._runs)} runs, a row or two of each "
+                "and no step: a summary of runs, not the log of one"
+            )
         if self._runs:
             pick(list(self._runs), self.chosen, self.file)
         self._flush()
 
     def _mine(self, values: Mapping[Any, Any]) -> bool:
         """Whether a row belongs to the run that is read; notes the runs there are."""
-        name = next((str(values[k]) for k in RUN_KEYS if _named(values.get(k))), None)
+        name = next((str(values[k]) for k in RUN_KEYS if is_name(values.get(k))), None)
         if name is None:
             return True
-        self._runs.setdefault(name)
+        self._runs[name] = self._runs.get(name, 0) + 1
         return self.chosen is None or name == self.chosen or self.chosen in name
 
     def _kind(self, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
@@ -245,35 +255,6 @@ class TableFeed:
         for name in ("prompt", "completion", "answer"):
             named[name] = message_text(named.get(name))
         self.sink.add_rollout(named)
-
-
-def _told_apart(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A row by the names it means: ``metric, value`` is one number, an evaluation's is eval/.
-
-    Examples
-    --------
-    >>> _told_apart({"step": 1, "metric": "reward", "value": 0.5})
-    {'step': 1, 'reward': 0.5}
-    >>> _told_apart({"step": 1, "split": "val", "reward": 0.5})
-    {'step': 1, 'eval/reward': 0.5}
-    """
-    names = [key for key in METRIC_KEYS if _named(values.get(key))]
-    held = [key for key in VALUE_KEYS if as_number(values.get(key)) is not None]
-    if len(held) == 1 and names:
-        rest = {key: v for key, v in values.items() if key not in (*names, held[0])}
-        values = {**rest, str(values[names[0]]): values[held[0]]}
-    split = next((k for k in SPLIT_KEYS if str(values.get(k)).strip().lower() in HELD_OUT), None)
-    if split is None:
-        return values
-    return {
-        key if "step" in key.lower() else f"eval/{key}": value
-        for key, value in values.items()
-        if key != split and value is not None
-    }
-
-
-def _named(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
 
 
 _NO_STEP = "token rows without a step left out"

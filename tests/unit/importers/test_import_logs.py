@@ -283,7 +283,9 @@ def test_two_runs_in_one_folder_are_no_resume(tmp_path: Path) -> None:
     for name, reward in (("a", 0.5), ("b", 0.75)):
         rows = [{"step": s, "reward": reward} for s in range(1, 9)]
         write_lines(tmp_path / "logs" / f"{name}.jsonl", rows)
-    with pytest.raises(UserError, match=r"a.jsonl and .*b.jsonl hold different numbers"):
+    with pytest.raises(
+        UserError, match=r"2 files .* hold different .*name one of them: a.jsonl, b.jsonl"
+    ):
         read(tmp_path / "logs", tmp_path / "x")
     for name in ("a", "b"):
         (tmp_path / "logs" / f"{name}.jsonl").rename(

@@ -267,7 +267,7 @@ def test_several_files_of_one_folder_are_one_run(tmp_path: Path) -> None:
         ("t.json", b"{", "is no JSON"),
         ("t.parquet", b"PAR1 nonsense", "is broken or no Parquet"),
         ("t.csv", b"\x00\xff\xfe\n\xff\n", "t.csv"),
-        ("t.jsonl", b'{"a": 1}\n', "nothing to import.*t.jsonl:1: no step"),
+        ("t.jsonl", b'{"a": 1}\n', "nothing to import.*its record has no step .numbers: a."),
         ("t.jsonl", b"nonsense\n", "nothing to import.*t.jsonl:1"),
         ("t.csv", b"step,reward\n", "nothing to import"),
     ],
