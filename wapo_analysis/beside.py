@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 
 AUDIT_AFTER = 3
 """Steps after which the audit is printed, once."""
+SHARES = {
+    "negative_mass_outweighs", "one_class_dominates", "one_class_takes_the_gradient",
+    "positive_mass_outweighs",
+}  # fmt: skip
+"""Warnings about what the gradient is made of: nothing is lost yet, and often nothing will be."""
 REST = 20.0
 """A diagnosis waits this many times as long as the last one took: at most 5% of the time."""
 
@@ -100,6 +105,8 @@ class BesideTraining:
                 reached = finding.severity == severity or finding.severity == "critical"
                 action = self._actions[severity]
                 if not reached or action is None or (finding.name, severity) in self._met:
+                    continue
+                if finding.name in SHARES and not callable(action):
                     continue
                 self._met.add((finding.name, severity))
                 self._act(step, finding, severity, action)

@@ -59,12 +59,14 @@ class Beginning(Run):
         assert self.whole is not None
         return [step for step in self.whole.recorded_steps(table) if step <= self.last]
 
-    def table(self, name: str, steps: Iterable[int] | None = None) -> pd.DataFrame:
+    def table(
+        self, name: str, steps: Iterable[int] | None = None, columns: list[str] | None = None
+    ) -> pd.DataFrame:
         """Rows up to the last step; those of the completions are read once for all beginnings."""
         assert self.whole is not None
         frame = self.whole.rollouts if name == "rollouts" else self.whole.table(name)
         wanted = frame if steps is None else frame[frame["step"].isin(set(steps))]
-        return self._cut(wanted)
+        return self._cut(wanted if columns is None else wanted[columns])
 
 
 @dataclass(frozen=True)

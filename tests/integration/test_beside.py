@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.bug_bench.loop import train as train_loop
+from tests.support.step_logs import ramp, write_flows, write_steps
 from wapo_analysis import Recorder, TrainConfig
 from wapo_analysis.beside import BesideTraining
 from wapo_analysis.errors import UserError
@@ -115,6 +116,26 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(
     assert caplog.text.count("was not written") == 1
     assert [f.name for f in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-00000001"]
     assert open_run(tmp_path / "r").manifest["guard_checkpoints"]["steps"] == [1]
+
+
+def test_what_the_gradient_is_made_of_keeps_no_checkpoint_but_is_told_a_function(
+    tmp_path: Path,
+) -> None:
+    run = write_steps(tmp_path / "r", {"reward": np.full(60, 0.4)})
+    even = np.full(60, 1.0)
+    masses = {(-1, 1): ramp(1, 12, 60, 20, 20), (1, 0): even, (1, 1): even, (-1, 0): even}
+    write_flows(run, masses, "grad_mass")
+    did: list[Any] = []
+    told: list[str] = []
+
+    def note(guard: list[Any]) -> None:
+        did[:] = guard
+
+    BesideTraining(run, note, False, "checkpoint", "stop").judge(60, open_run(run))
+    assert did == []
+    function = BesideTraining(run, note, False, lambda found: told.append(found["name"]), None)
+    function.judge(60, open_run(run))
+    assert set(told) == {"one_class_takes_the_gradient", "negative_mass_outweighs"}
 
 
 def test_a_run_that_goes_on_knows_what_its_guard_did(

@@ -19,6 +19,8 @@ RISING = 1.5
 """Standard deviations of the rise over the whole run that are more than chance."""
 LEAST_GAIN = 0.1
 """Share of the whole gain that the last third must add for it to be still gaining."""
+UNSEEN = 0.3
+"""Change of a score in [0, 1] that must be no noise for a gain to be seen."""
 ENOUGH = 1 / 3
 """Way from the baseline to certain success that is much gained."""
 FALLEN = 4.0
@@ -91,6 +93,11 @@ class RewardState:
     def bounded(self) -> bool:
         """It lies in [0, 1] all along."""
         return bool(self.series.values.min() >= 0 and self.series.values.max() <= 1)
+
+    @property
+    def hidden(self) -> bool:
+        """It lies in [0, 1], so noisy, as of one prompt a step, that a gain would not show."""
+        return self.bounded and self.margin >= UNSEEN
 
     @property
     def much_gained(self) -> bool:

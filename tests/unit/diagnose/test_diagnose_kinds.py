@@ -32,6 +32,14 @@ def test_a_kind_is_named_whatever_its_level_noise_length_and_columns(
     assert len(wrong) <= 2, wrong
 
 
+@pytest.mark.parametrize("seed", [500, 506, 508, 512, 517, 519])
+def test_one_prompt_a_step_whose_gradient_comes_and_goes_is_no_warning(
+    tmp_path: Path, seed: int
+) -> None:
+    d = read(tmp_path, "scattered_zeros", seed)
+    assert not [f.name for f in d.findings if f.severity != "info"]
+
+
 def warned(path: Path, shape: str, seed: int) -> set[str]:
     d = diagnose(open_run(write_shape(path / f"{shape}-{seed}", shape, seed)))
     said = {f.name for f in d.findings if f.severity != "info"}

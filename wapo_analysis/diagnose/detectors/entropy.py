@@ -139,14 +139,14 @@ def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> b
 
     It is while the reward still gains, or once the task is solved. Where the reward stands, what
     fell while it gained was paid for, if much was gained, the fall ended there and something is
-    left. For a fall that is no collapse yet, any rise is enough.
+    left. For a fall that is no collapse yet, any rise is enough, or noise that would hide it.
     """
     if reward is None or reward.lost:
         return False
     if reward.solved or reward.gaining:
         return True
     if gone.crossed is None:
-        return reward.rising
+        return reward.rising or reward.hidden
     stood = min(
         int(np.searchsorted(entropy.steps, reward.series.step(reward.stands_from))),
         len(entropy) - 1,

@@ -8,7 +8,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
 from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
-from wapo_analysis.series import Series, episodes, robust_sigma
+from wapo_analysis.series import Series, episodes, robust_sigma, silent_since
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
@@ -210,6 +210,8 @@ def find_gradient_level(context: Context) -> list[Finding]:
     if series.level <= 0:
         return []
     none_left = lasting(series, series.smooth <= VANISHED * series.level)
+    if none_left is not None and (series.values[:none_left] == 0).any():
+        none_left = silent_since(series.values <= VANISHED * series.level)  # zeros come and go
     grown = lasting(series, series.smooth >= GROWN * series.level)
     reward = context.reward
     solved = reward is not None and reward.solved

@@ -30,6 +30,8 @@ HARD, EASY = 0.25, 0.75
 """Mean reward in [0, 1] at which flat groups are flat at the bottom, or at the top."""
 SIDE = 2.0
 """Times as many groups all wrong as all right, or the reverse, that make it hard or easy."""
+ONE_GROUP_RECORDS = 25
+"""Records whose mean says something of a share that is all or nothing at each of them."""
 LONG_FLAT = 50
 """Records of a solved batch that went to waste, a third of the run at least, to be warned of."""
 ADVANTAGES_GONE = 0.1
@@ -57,7 +59,8 @@ def find_flat_groups(context: Context) -> list[Finding]:
     """In half of the groups or more all rewards are equal, to the end: too hard, too easy."""
     flat = context.flat_groups
     mean = _rolling_mean(flat)
-    begin = lasting(flat, mean >= FLAT_GROUPS)
+    # With one group a step the share is 0 or 1: a few in a row are chance, as with a coin.
+    begin = lasting(flat, mean >= (MOSTLY_FLAT if _is_coarse(flat) else FLAT_GROUPS))
     if begin is None:
         return []
     side = _side(context)
@@ -265,9 +268,16 @@ def _since(series: Series, quiet: Array) -> int | None:
 
 
 def _rolling_mean(series: Series) -> Array:
-    """Mean over the window of a share, which with few groups a step is coarse."""
-    rolling = pd.Series(series.values).rolling(series.window, center=True, min_periods=1)
-    return rolling.mean().to_numpy()
+    """Mean over the window of a share; over many records where it is all or nothing."""
+    width = max(series.window, ONE_GROUP_RECORDS) if _is_coarse(series) else series.window
+    rolling = pd.Series(series.values).rolling(width, center=True, min_periods=width // 2)
+    return rolling.mean().fillna(0.0).to_numpy()
+
+
+def _is_coarse(series: Series) -> bool:
+    """Whether a share is all or nothing, now one and now the other, as of one group a step."""
+    values = np.unique(series.values)
+    return len(values) == 2 and values[0] == 0 and values[1] == 1
 
 
 @detector(
