@@ -257,9 +257,9 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame | None
     sums = {name: np.ma.asarray(values) for name, values in found.items()}
     if any(np.isnan(values.compressed()).any() for values in sums.values()):
         return None
-    for name in ("pred", "mass"):  # null where every token lacks it
-        sums[f"{name}_known"] = (~np.ma.getmaskarray(sums[name])).astype(np.float64)
-    return pd.DataFrame({name: np.ma.filled(sums[name], 0) for name in ("step", "cls", *_SUMS)})
+    known = {f"{name}_known": ~np.ma.getmaskarray(sums[name]) for name in ("pred", "mass")}
+    filled = {name: values.filled(0) for name, values in sums.items()}
+    return pd.DataFrame({**filled, **{name: held.astype(float) for name, held in known.items()}})
 
 
 def _table(cells: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
