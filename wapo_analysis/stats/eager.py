@@ -62,6 +62,38 @@ def reduce_rows(
     return reduce_by(sums, rows, targets, topk, size, x)
 
 
+def reduce_keeping(
+    rows: Rows, targets: Tensor, temperature: float, powers: Tensor
+) -> tuple[Reduced, Tensor]:
+    """`reduce_rows` that keeps its powers exp((logit - origin) / temperature), and the modes.
+
+    Parameters
+    ----------
+    rows : Rows, N of them
+    targets : Tensor of int64, shape (N,)
+    temperature : float
+    powers : Tensor, shape (N, V)
+        Where they go, in the dtype of the rows; may be their memory. Of no meaning at target and
+        mode.
+
+    Returns
+    -------
+    Reduced
+    Tensor of int64, shape (N,)
+        Id of the largest column of each row; equal ones: the target, else the first.
+    """
+    size = min(block_rows(rows.logits, None), max(len(rows), 1))
+    x = rows.logits.new_empty((size, rows.logits.shape[-1]), dtype=rows.dtype)
+    modes = torch.empty_like(targets)
+
+    def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        block = torch.sub(rows.block(start, stop, x), origin, out=x[: stop - start])
+        modes[start:stop] = out[:, 1]
+        return _sums(block.scatter_(1, out, -torch.inf), powers[start:stop], LOG2_E / temperature)
+
+    return reduce_by(sums, rows, targets, 0, size, x), modes
+
+
 def reduce_by(
     sums: Sums, rows: Rows, targets: Tensor, topk: int, size: int, space: Tensor
 ) -> Reduced:

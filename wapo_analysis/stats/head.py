@@ -2,11 +2,14 @@
 
 Shapes: N tokens, V vocabulary, D hidden width. Forward: blocks of rows against the whole head, for
 the statistics of a row need all of it. Backward: blocks of the vocabulary against all rows, so that
-each block of the head's gradient is written once, by one matrix product.
+each block of the head's gradient is written once, by one matrix product. On a CPU, float32 logits
+that take a small part of its memory are kept, as powers, and not made a second time.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,8 +17,8 @@ from torch import Tensor
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.stats.backends import reducer
-from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows
-from wapo_analysis.stats.formulas import LOG2_E, TokenStats, finish, narrowed, wide
+from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows, reduce_keeping
+from wapo_analysis.stats.formulas import LOG2_E, Reduced, TokenStats, finish, narrowed, wide
 from wapo_analysis.stats.rows import Rows, check, chosen_rows
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory.
@@ -26,6 +29,11 @@ _CPU_BLOCK, _GPU_BLOCK = (1 << 20, 1 << 18), (1 << 27, 1 << 25)
 # Powers of two below this are far under any rounding; denormal numbers would be slow.
 _LOWEST = {torch.float32: -90.0, torch.float64: -900.0}
 _NARROWEST = 1024
+# Logits up to this part of the machine's memory are kept for the backward pass. Not of what is free
+# of it: the same training gives the same bits every time.
+_KEPT_SHARE = 32
+# Least factor of a row of powers: far under any rounding, and its inverse fits into float32.
+_LEAST_FACTOR = 1e-24
 _ONCE = "fused_head_stats has a first derivative only"
 # A product of half precision that CUDA gives in float32; torch has it with an addend since 2.10.
 _HALF_IN_FLOAT_OUT = "dtype_out" in torch.ops.aten.addmm.overloads()
@@ -44,7 +52,7 @@ def fused_head_stats(
     softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> TokenStats:
-    """Statistics of tokens straight from hidden states and the head; (N, V) logits never exist.
+    """Statistics of tokens straight from hidden states and the head, without (N, V) logits.
 
     Equals, in value and gradient, up to the order of sums,
 
@@ -79,8 +87,9 @@ def fused_head_stats(
     softcap : float, optional
         Logits z become ``softcap * tanh(z / softcap)``.
     chunk_rows : int, optional
-        Rows that go through the head at once; a block of (chunk_rows, V) logits is the most that
-        exists.
+        Rows that go through the head at once; a block of (chunk_rows, V) logits is then the most
+        that exists. By default a CPU keeps float32 logits without a soft cap for the backward
+        pass instead of making them again, if they take no more than a 32nd of its memory.
 
     Returns
     -------
@@ -111,10 +120,23 @@ def fused_head_stats(
         dtype = torch.get_autocast_dtype(device)
     fewest = _CPU_ROWS if device == "cpu" else _GPU_ROWS
     rows = chunk_rows or max(fewest, CPU_ELEMENTS // len(weight))
-    how = _How(float(temperature), float(scale), softcap, dtype, rows)
+    learns = any(part is not None and part.requires_grad for part in (hidden, weight, bias))
+    small = len(hidden) * len(weight) * dtype.itemsize <= _memory() // _KEPT_SHARE
+    free = chunk_rows is None and softcap is None and dtype.itemsize >= 4 and device == "cpu"
+    keep = free and small and learns and torch.is_grad_enabled()
+    how = _How(float(temperature), float(scale), softcap, dtype, rows, keep)
     with torch.autocast(device, enabled=False):
-        *columns, _ = _Head.apply(hidden, weight, bias, targets, how)
-    return TokenStats(*columns)
+        columns = _Head.apply(hidden, weight, bias, targets, how)
+    return TokenStats(*columns[:-3])
+
+
+@cache
+def _memory() -> int:
+    """Bytes of memory of this machine; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
 
 
 def _gathered(tensor: Tensor) -> Tensor:
@@ -160,6 +182,7 @@ class _How:
     softcap: float | None
     dtype: torch.dtype
     rows: int
+    keep: bool
 
     @property
     def unit(self) -> float:
@@ -187,24 +210,31 @@ class _Head(torch.autograd.Function):
         weight = weight.to(how.dtype)
         shift = None if bias is None else bias.to(how.dtype)
         # One buffer for all blocks: fresh memory would cost more than what is computed in it.
-        buffer = hidden.new_empty((min(how.rows, len(hidden)), len(weight)), dtype=how.dtype)
+        held = len(hidden) if how.keep else min(how.rows, len(hidden))
+        buffer = hidden.new_empty((held, len(weight)), dtype=how.dtype)
         # The soft cap makes float32 of half precision: in small parts.
         size = how.rows if how.softcap is None else block_rows(buffer, None)
         blocks = []
-        for rows, chosen in zip(hidden.split(how.rows), targets.split(how.rows), strict=True):
-            logits = _product(rows.to(how.dtype), weight, shift, buffer[: len(rows)])
+        for place in _slices(len(hidden), how.rows):
+            rows, chosen = hidden[place].to(how.dtype), targets[place]
+            out = buffer[place] if how.keep else buffer[: len(rows)]
+            logits = _product(rows, weight, shift, out)
+            if how.keep:
+                blocks.append(_kept_statistics(logits, chosen, how.unit))
+                continue
             parts = zip(logits.split(size), chosen.split(size), strict=True)
             blocks += [_statistics(how.bent(part), ids, how.unit) for part, ids in parts]
-        return tuple(torch.cat(column) for column in zip(*blocks, strict=True))
+        *columns, factor = (torch.cat(column) for column in zip(*blocks, strict=True))
+        return *columns, factor, buffer if how.keep else buffer[:0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         hidden, weight, bias, targets, how = inputs
-        logp, *others, centre = output
+        logp, *others, centre, factor, powers = output
         ctx.how = how
-        ctx.mark_non_differentiable(*others, centre)
+        ctx.mark_non_differentiable(*others, centre, factor, powers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, logp, centre)
+        ctx.save_for_backward(hidden, weight, bias, targets, logp, centre, factor, powers)
         ctx.save_for_forward(hidden, weight, bias, targets, logp, centre)
 
     @staticmethod
@@ -217,7 +247,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """Directional derivative (e_y - p) d scaled, row block by row block."""
-        hidden, weight, bias, targets, logp, centre = ctx.saved_tensors
+        hidden, weight, bias, targets, logp, centre, *_ = ctx.saved_tensors
         how, (d_hidden, d_weight, d_bias, _, _) = ctx.how, tangents
         parts = []
         for rows in _slices(len(hidden), how.rows):
@@ -233,7 +263,7 @@ class _Head(torch.autograd.Function):
             )
             push = _push(logits, targets[rows], centre[rows], logp[rows], how)
             parts.append((push * moved).sum(1) * (-how.scale / how.temperature))
-        return torch.cat(parts), *(None,) * len(TokenStats.measured())
+        return torch.cat(parts), *(None,) * (len(TokenStats.measured()) + 2)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -281,11 +311,29 @@ def _one_by_one(
 
 
 def _statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tensor, ...]:
-    """Statistics of some rows, and the logit whose probability would be 1."""
+    """Statistics of some rows, the logit whose probability would be 1, and a factor of 1."""
     reduced = reducer("auto", logits)(Rows(logits), targets, unit)
+    columns, centre = _finished(reduced, logits, unit)
+    return *columns, centre, torch.ones_like(centre)
+
+
+def _finished(reduced: Reduced, logits: Tensor, unit: float) -> tuple[tuple[Tensor, ...], Tensor]:
     done, dtype = finish(reduced, unit), torch.promote_types(logits.dtype, torch.float32)
-    centre = done.highest + unit * done.log_z
-    return *narrowed(done, dtype), centre.to(dtype)
+    return narrowed(done, dtype), (done.highest + unit * done.log_z).to(dtype)
+
+
+def _kept_statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tensor, ...]:
+    """Statistics of some rows whose logits become (p - e_y) / factor, one a row."""
+    reduced, mode = reduce_keeping(Rows(logits), targets, unit, logits)
+    columns, centre = _finished(reduced, logits, unit)
+    highest, origin = reduced.numbers[:, 1], reduced.numbers[:, 2]
+    factor = torch.exp((origin - centre) / unit).clamp(min=_LEAST_FACTOR)
+    for ids, push in (
+        (mode, torch.exp((highest - centre) / unit)),
+        (targets, torch.expm1(columns[0])),
+    ):
+        logits.scatter_(1, ids.unsqueeze(1), (push / factor).unsqueeze(1).to(logits.dtype))
+    return *columns, centre, factor
 
 
 def _gradients(
@@ -296,8 +344,10 @@ def _gradients(
     With P = (p - e_y) slope and -g the upstream gradient of each row, d weight = P^T (g hidden) and
     d hidden = g (P weight): g multiplies what has D columns, never what has V.
     """
-    hidden, weight, bias, targets, logp, centre = saved
-    factor = (upstream * (-how.scale / how.temperature)).unsqueeze(1)
+    hidden, weight, bias, targets, logp, centre, relative, powers = saved
+    factor = (upstream * (-how.scale / how.temperature) * relative).unsqueeze(1)
+    if how.keep:
+        return _kept_gradients(powers, hidden, weight, factor, wanted, how)
     rows, weighted = hidden.to(how.dtype), (hidden * factor).to(how.dtype)
     d_hidden = torch.zeros_like(hidden, dtype=centre.dtype) if wanted[0] else None
     d_weight = torch.empty_like(weight) if wanted[1] else None
@@ -320,6 +370,28 @@ def _gradients(
             d_bias[block] = push.t() @ factor.squeeze(1).to(how.dtype)
     if d_hidden is not None:
         d_hidden = d_hidden.mul_(factor).to(hidden.dtype)
+    return d_hidden, d_weight, d_bias
+
+
+def _kept_gradients(
+    powers: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    factor: Tensor,
+    wanted: Sequence[bool],
+    how: _How,
+) -> tuple[Tensor | None, ...]:
+    """`_gradients` of kept logits: powers (N, V) times factor (N, 1) is -g (p - e_y)."""
+    d_hidden = d_weight = d_bias = None
+    if wanted[0]:
+        total = torch.zeros_like(hidden, dtype=how.dtype)
+        _add_product(total, powers, weight.to(how.dtype))
+        d_hidden = total.mul_(factor).to(hidden.dtype)
+    if wanted[1]:
+        d_weight = torch.empty_like(weight)
+        _put_product(d_weight, powers.t(), (hidden * factor).to(how.dtype))
+    if wanted[2]:
+        d_bias = (powers.t() @ factor.squeeze(1).to(how.dtype)).to(weight.dtype)
     return d_hidden, d_weight, d_bias
 
 
