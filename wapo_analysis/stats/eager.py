@@ -16,6 +16,8 @@ from wapo_analysis.stats.topk import BLOCK, block_maxima, top_columns, upper_end
 CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 15, 1 << 23
 # Elements of a group: what a CPU's last cache keeps between the two looks at the logits.
 _GROUP_ELEMENTS = 1 << 21
+# Rows of a compiled block: enough to hide what a call costs.
+_COMPILED_ROWS = 64
 # Columns of a group that the search for the largest ones opens at once: some MiB with their ids.
 _OPENED_ELEMENTS = 1 << 15
 # Lowest exponent of 2 in a sum: its square is still a normal number, since denormal arithmetic is
@@ -95,7 +97,13 @@ def reduce_keeping(
 
 
 def reduce_by(
-    sums: Sums, rows: Rows, targets: Tensor, topk: int, size: int, space: Tensor
+    sums: Sums,
+    rows: Rows,
+    targets: Tensor,
+    topk: int,
+    size: int,
+    space: Tensor | None,
+    maxima_of: Callable[[Tensor], Tensor] = block_maxima,
 ) -> Reduced:
     """Reduce rows with a given program for the sums.
 
@@ -106,8 +114,10 @@ def reduce_by(
     targets : Tensor of int64, shape (N,)
     topk, size : int
         Largest columns to return; rows of a block.
-    space : Tensor, shape (size, V)
-        Free before and after each call of ``sums``.
+    space : Tensor, shape (size, V), optional
+        Free before and after each call of ``sums``; takes rows that must be converted.
+    maxima_of : callable
+        `block_maxima`, in the dtype the rows are computed in.
     """
     count, vocabulary = len(rows), rows.logits.shape[-1]
     new = partial(torch.empty, dtype=rows.dtype, device=rows.logits.device)
@@ -119,7 +129,7 @@ def reduce_by(
     for start, stop in _spans(0, count, group):
         pick, target = partial(rows.pick, start, stop), targets[start:stop].unsqueeze(1)
         blocks = (rows.block(*at, space) for at in _spans(start, stop, size))
-        maxima = torch.cat([block_maxima(block) for block in blocks])
+        maxima = torch.cat([maxima_of(block) for block in blocks])
         if topk:
             found = top_columns(pick, maxima, topk, vocabulary)
             top_values[start:stop], top_ids[start:stop] = found
@@ -151,35 +161,50 @@ def _sums(x: Tensor, e: Tensor, scale: float) -> tuple[Tensor, ...]:
 def reduce_compiled(
     rows: Rows, targets: Tensor, temperature: float, topk: int = 0, chunk_rows: int | None = None
 ) -> Reduced:
-    """Reduce N rows as `reduce_rows` does, with the four sums in one sweep that stores nothing."""
-    logits = rows.logits
-    scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=logits.device)
-    size = min(block_rows(logits, chunk_rows), max(len(rows), 1))
-    space = logits.new_empty((size, logits.shape[-1]), dtype=rows.dtype)
+    """Reduce N rows as `reduce_rows` does, in two sweeps that store nothing: maxima and sums."""
+    scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=rows.logits.device)
+    size = min(chunk_rows or _COMPILED_ROWS, max(len(rows), 1))
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        inputs = (rows.block(start, stop), origin, out)
-        for tensor in inputs:
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        found: tuple[Tensor, ...] = _kernel()(*inputs, scale, LOWEST[rows.dtype])
+        lowest = LOWEST[rows.dtype]
+        total = _kernel(_compiled_sums)(*_dynamic(rows.block(start, stop), origin), scale, lowest)
+        # The two columns that do not count are 1 at most, and what is left is 1 at least.
+        x = (rows.pick(start, stop, out).to(rows.dtype) - origin).mul_(scale).clamp_(lowest, 0)
+        e = torch.exp2(x)
+        e[:, 1:] *= out[:, 1:] != out[:, :1]
+        parts = (e, e * x, e * e, e * e * x)
+        return tuple(
+            whole - part.sum(1, keepdim=True) for whole, part in zip(total, parts, strict=True)
+        )
+
+    def maxima(block: Tensor) -> Tensor:
+        found: Tensor = _kernel(_compiled_maxima)(*_dynamic(block))
         return found
 
-    return reduce_by(sums, rows, targets, topk, size, space)
+    return reduce_by(sums, rows, targets, topk, size, None, maxima)
+
+
+def _dynamic(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, their number of rows marked as one that changes."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return tensors
 
 
 @cache
-def _kernel() -> Any:
-    return torch.compile(_compiled_sums)
+def _kernel(program: Callable[..., Any]) -> Any:
+    return torch.compile(program)
+
+
+def _compiled_maxima(rows: Tensor) -> Tensor:
+    return block_maxima(rows).to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _compiled_sums(
-    rows: Tensor, origin: Tensor, out: Tensor, scale: Tensor, lowest: float
+    rows: Tensor, origin: Tensor, scale: Tensor, lowest: float
 ) -> tuple[Tensor, ...]:
-    """Sums over all columns but two, each (N, 1)."""
-    columns = torch.arange(rows.shape[1], dtype=torch.int32, device=rows.device)
-    first, second = out.to(torch.int32).split(1, 1)
-    x = ((rows - origin) * scale).clamp(min=lowest)
-    x = torch.where((columns == first) | (columns == second), lowest, x)
+    """Sums over all columns, each (N, 1); a column above the origin counts as if it were there."""
+    x = ((rows - origin) * scale).clamp(lowest, 0)
     e = torch.exp2(x)
     terms = (e, e * x, e * e, e * e * x)
     return tuple(term.sum(1, keepdim=True) for term in terms)
