@@ -6,20 +6,17 @@ each block of the head's gradient is written once, by one matrix product. On a C
 that take a small part of its memory are kept, as powers, and not made a second time.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wapo_analysis.errors import UserError
 from wapo_analysis.stats.backends import reducer
 from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows, reduce_keeping
 from wapo_analysis.stats.formulas import LOG2_E, Reduced, TokenStats, finish, narrowed, wide
-from wapo_analysis.stats.rows import Rows, check, chosen_rows
+from wapo_analysis.stats.rows import Rows, check_head, chosen_rows, gathered, memory, one_by_one
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory.
 _CPU_ROWS, _GPU_ROWS = 256, 1024
@@ -110,8 +107,8 @@ def fused_head_stats(
     Inside autocast its dtype is taken. Forward-mode derivatives (`torch.func.jvp`) of logp and
     `torch.func.vmap` work; a second derivative is refused.
     """
-    weight, bias = _gathered(weight), None if bias is None else _gathered(bias)
-    _check(hidden, weight, targets, bias, temperature, mask, scale, softcap)
+    weight, bias = gathered(weight), None if bias is None else gathered(bias)
+    check_head(hidden, weight, targets, bias, temperature, mask, scale, softcap)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets, kept = chosen_rows(targets, len(weight), mask, kept)
     hidden = hidden if kept is None else hidden.index_select(0, kept)
@@ -121,56 +118,13 @@ def fused_head_stats(
     fewest = _CPU_ROWS if device == "cpu" else _GPU_ROWS
     rows = chunk_rows or max(fewest, CPU_ELEMENTS // len(weight))
     learns = any(part is not None and part.requires_grad for part in (hidden, weight, bias))
-    small = len(hidden) * len(weight) * dtype.itemsize <= _memory() // _KEPT_SHARE
+    small = len(hidden) * len(weight) * dtype.itemsize <= memory() // _KEPT_SHARE
     free = chunk_rows is None and softcap is None and dtype.itemsize >= 4 and device == "cpu"
     keep = free and small and learns and torch.is_grad_enabled()
     how = _How(float(temperature), float(scale), softcap, dtype, rows, keep)
     with torch.autocast(device, enabled=False):
         columns = _Head.apply(hidden, weight, bias, targets, how)
     return TokenStats(*columns[:-3])
-
-
-@cache
-def _memory() -> int:
-    """Bytes of memory of this machine; 0 where it does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 0
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """Return a weight as it is, or gathered if it is FSDP2's shard of one."""
-    gather = getattr(tensor, "full_tensor", None)
-    if gather is None:
-        return tensor
-    if tensor.requires_grad and torch.is_grad_enabled():
-        raise UserError(
-            "the head is a shard of FSDP2 (a DTensor): call fused_head_stats inside the model's "
-            "forward, where it is whole, or under torch.no_grad()"
-        )
-    found: Tensor = gather()
-    return found
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> None:
-    check(hidden, targets, temperature, mask)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise UserError(f"weight {tuple(weight.shape)} does not fit hidden {tuple(hidden.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise UserError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"{name} must be positive and finite, got {value}")
 
 
 @dataclass(frozen=True)
@@ -267,7 +221,7 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Head, info.batch_size, in_dims, args)
+        return one_by_one(_Head, info.batch_size, in_dims, args)
 
 
 class _Gradient(torch.autograd.Function):
@@ -293,21 +247,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Gradient, info.batch_size, in_dims, args)
-
-
-def _one_by_one(
-    function: Any, count: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
-    """A batch of problems one after the other: their heads may differ."""
-
-    def pick(place: int) -> Iterator[Any]:
-        for value, dim in zip(args, in_dims, strict=True):
-            yield value if not isinstance(dim, int) else value.select(dim, place)
-
-    columns = zip(*(function.apply(*pick(i)) for i in range(count)), strict=True)
-    whole = tuple(None if column[0] is None else torch.stack(column) for column in columns)
-    return whole, tuple(None if column is None else 0 for column in whole)
+        return one_by_one(_Gradient, info.batch_size, in_dims, args)
 
 
 def _statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tensor, ...]:

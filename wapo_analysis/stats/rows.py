@@ -1,5 +1,10 @@
 """Which rows of a logits tensor are read, and how, without a copy of the whole."""
 
+import os
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,6 +39,53 @@ def check(rows: Tensor, targets: Tensor, temperature: float, mask: Tensor | None
         )
     if not temperature > 0:
         raise UserError(f"temperature must be positive, got {temperature}")
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> None:
+    """Refuse a head that does not fit hidden states (..., D); arguments of `fused_head_stats`.
+
+    Raises
+    ------
+    UserError
+        One line that says what does not fit.
+    """
+    check(hidden, targets, temperature, mask)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise UserError(f"weight {tuple(weight.shape)} does not fit hidden {tuple(hidden.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be positive and finite, got {value}")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """Return a weight as it is, or gathered if it is FSDP2's shard of one.
+
+    Raises
+    ------
+    UserError
+        If a shard asks for a gradient: the gathered weight would pass none on.
+    """
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            "the head is a shard of FSDP2 (a DTensor): call fused_head_stats inside the model's "
+            "forward, where it is whole, or under torch.no_grad()"
+        )
+    found: Tensor = gather()
+    return found
 
 
 def chosen_rows(
@@ -171,3 +223,26 @@ def _unravel(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         number, rest = divmod(number, size)
         index.insert(0, rest)
     return tuple(index)
+
+
+@cache
+def memory() -> int:
+    """Bytes of memory of this machine; 0 where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+def one_by_one(
+    function: Any, count: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor | None, ...], tuple[int | None, ...]]:
+    """A batch of problems one after the other: their heads may differ."""
+
+    def pick(place: int) -> Iterator[Any]:
+        for value, dim in zip(args, in_dims, strict=True):
+            yield value if not isinstance(dim, int) else value.select(dim, place)
+
+    columns = zip(*(function.apply(*pick(i)) for i in range(count)), strict=True)
+    whole = tuple(None if column[0] is None else torch.stack(column) for column in columns)
+    return whole, tuple(None if column is None else 0 for column in whole)

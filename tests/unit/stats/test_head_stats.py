@@ -328,7 +328,7 @@ def test_logits_that_are_kept_give_what_logits_made_again_give(
         return logp, list(found)
 
     kept = both()
-    monkeypatch.setattr(head, "_memory", lambda: 0)
+    monkeypatch.setattr(head, "memory", lambda: 0)
     again = both()
     assert torch.equal(kept[0], again[0])
     for ours, theirs in zip(kept[1], again[1], strict=True):
@@ -341,7 +341,7 @@ def test_logits_that_are_kept_give_what_logits_made_again_give(
 def test_logits_are_never_whole(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made on the way is far smaller than (N, V), where memory is short."""
     monkeypatch.undo()  # real block sizes
-    monkeypatch.setattr(head, "_memory", lambda: 4096 * 8192 if chunk is None else 1 << 60)
+    monkeypatch.setattr(head, "memory", lambda: 4096 * 8192 if chunk is None else 1 << 60)
     largest = 0
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
