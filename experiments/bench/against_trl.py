@@ -27,7 +27,7 @@ from experiments.bench.sampling import policies
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
 
-PROMPTS, ROLLOUTS, STEPS = 4, 8, 4
+PROMPTS, ROLLOUTS, STEPS = 4, 8, 12
 Round = Callable[[], list[float]]
 
 

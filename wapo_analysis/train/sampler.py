@@ -42,11 +42,11 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
         return found
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        start, stop = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
-        for name, new in (("keys", keys), ("values", values)):
-            space = getattr(self, f"_{name}")
-            space[..., start:stop, :] = new
-            setattr(self, name, space[..., :stop, :])
+        start, count = self.keys.shape[-2], keys.shape[-2]
+        self._keys.narrow(-2, start, count).copy_(keys)
+        self._values.narrow(-2, start, count).copy_(values)
+        self.keys = self._keys.narrow(-2, 0, start + count)
+        self.values = self._values.narrow(-2, 0, start + count)
         return self.keys, self.values
 
     def select(self, rows: Tensor | None) -> None:
@@ -263,21 +263,23 @@ class Sampler:
 
     def _look(self, parts: list[Tensor], rows: Sequence[_Row]) -> None:
         """Let the host see a block, in one copy, and tell which rows have ended in it."""
-        fine = parts[1].isfinite().all().long().expand(len(rows), 1)
-        seen = torch.cat([parts[0], fine], dim=1).tolist()
-        if not seen[0][-1]:
+        fine = parts[1].isfinite().all()
+        seen = torch.cat([parts[0].flatten(), fine.long().view(1)]).tolist()
+        if not seen.pop():
             raise NonFiniteLogits("the policy gives logits that are NaN or infinite")
-        for row, (*ids, _) in zip(rows, seen, strict=True):
+        count, texts = parts[0].shape[1], self.policy.format.style.stop
+        for number, row in enumerate(rows):
             if not row.ended:
-                self._extend(row, ids)
+                self._extend(row, seen[number * count : (number + 1) * count], texts)
 
-    def _extend(self, row: _Row, ids: list[int]) -> None:
+    def _extend(self, row: _Row, ids: list[int], texts: Sequence[str]) -> None:
         """Add a block to a row, up to the token that ends it."""
         begun, ends = len(row.ids), self.policy.eos_ids
-        last = next((place for place, token in enumerate(ids) if token in ends), None)
-        row.ids += ids if last is None else ids[: last + 1]
-        row.ended = last is not None
-        texts = self.policy.format.style.stop
+        for token in ids:
+            row.ids.append(token)
+            if token in ends:
+                row.ended = True
+                break
         if not texts:
             return
         # A token spells at least a byte, so this many hold any stop text and some before it.
