@@ -1,7 +1,7 @@
 """Passes of random statistics for a recorder, and a disk that does not answer."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,7 +39,7 @@ def tokens(seed: int, rows: int = ROWS, minibatch: int = 0) -> TokenPass:
     )
 
 
-def record(recorder: Recorder, steps: Iterator[int] | range, passes: int = 2) -> None:
+def record(recorder: Recorder, steps: Iterable[int], passes: int = 2) -> None:
     for step in steps:
         for number in range(passes):
             recorder.watch_pass(tokens(10 * step + number, minibatch=number))

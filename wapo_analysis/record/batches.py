@@ -5,7 +5,7 @@ under the mask. Nothing here draws random numbers, keeps a graph or changes a te
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -238,6 +238,12 @@ def batch_pass(
     UserError
         On shapes that do not fit, or logits that do not give these log-probabilities.
     """
+    if not isinstance(logp, Tensor):
+        raise UserError(f"logp must be a tensor on the autograd graph, got {type(logp).__name__}")
+    if clip is not None and (not isinstance(clip, Sequence) or len(clip) != 2):
+        raise UserError(f"clip must be two bounds of the ratio, such as (0.8, 1.2), got {clip!r}")
+    advantages = torch.as_tensor(advantages, device=logp.device)
+    groups = None if groups is None else torch.as_tensor(groups, device=logp.device)
     layout = Layout.of(logp, cu_seqlens, rollouts)
     per_token = {"mask": mask, "tokens": tokens, "logp_old": logp_old, "kept": kept}
     per_token |= {"logp_prox": logp_prox, "entropy": entropy, "collision": collision}
@@ -252,7 +258,8 @@ def batch_pass(
         advantage = advantages[place]
         sums = torch.zeros(layout.count, dtype=advantage.dtype, device=advantage.device)
         advantages = sums.index_add(0, row, advantage) / lengths.clamp(min=1)
-    elif advantages.shape == lengths.shape:
+    elif advantages.shape in (lengths.shape, (layout.count, 1)):
+        advantages = advantages.flatten()
         advantage = advantages[row]
     else:
         raise UserError(

@@ -1,5 +1,6 @@
 """The one guard: what watches a training may fail, the training may not."""
 
+import logging
 from collections.abc import Callable
 from functools import wraps
 from time import perf_counter
@@ -9,6 +10,8 @@ from typing import Any, Self, TypeVar, cast
 from torch._compile import _disable_dynamo
 
 from wapo_analysis.errors import UserError
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +68,35 @@ def guarded(method: F) -> F:
 def on_schedule(step: int, every: int) -> bool:
     """Steps 1, 1 + every, ... so that the first step always counts."""
     return every > 0 and (step - 1) % every == 0
+
+
+class Steps:
+    """Numbers of finished steps, each larger than the one before.
+
+    Attributes
+    ----------
+    last : int
+        The last one; 0 before the first.
+    """
+
+    def __init__(self, resume_after: int | None) -> None:
+        self.last = resume_after or 0
+        self._begun, self._told = resume_after is not None, False
+
+    def next(self, step: int) -> int:
+        """Number of a step that was called ``step``: that, or counted on if it was there already.
+
+        Rows of a step that comes twice would take the place of those that it had.
+        """
+        if self._begun and step <= self.last:
+            if not self._told:
+                log.warning(
+                    "step %d came after step %d, but steps must count up: recorded as step %d, "
+                    "and so on", step, self.last, self.last + 1,
+                )  # fmt: skip
+            step, self._told = self.last + 1, True
+        self._begun, self.last = True, step
+        return step
 
 
 def check_schedule(token_fraction: float, *every: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.batches import batch_pass
 from wapo_analysis.record.beside import Action, Beside, Ring, Save, acts, check_actions, made_beside
-from wapo_analysis.record.guard import Closing, Guarded, check_schedule, guarded, on_schedule
+from wapo_analysis.record.guard import Closing, Guarded, Steps, check_schedule, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.topk import TOPK, TopReader
@@ -122,7 +122,7 @@ class Recorder(Guarded, Closing):
         settings = {name: getattr(self, name) for name in names}
         settings |= {"store_bits": store_bits, "topk": topk}
         self.tops = TopReader(topk, token_every, token_fraction, temperature)
-        self._step, self._last = OpenStep(), resume_after or 0
+        self._step, self._count = OpenStep(), Steps(resume_after)
         self._warned, self._since, self._captured = False, perf_counter(), 0.0
         if self.path is None:
             return
@@ -168,9 +168,9 @@ class Recorder(Guarded, Closing):
         ``save`` fills a folder that becomes RUN/checkpoints/step-N; if it fails, that is told once.
         """
         ring = self.ring
-        if ring is not None and ring.due(self._last):
+        if ring is not None and ring.due(self._count.last):
             self.flush()
-            if self.failure is None and ring.write(self._last, save):
+            if self.failure is None and ring.write(self._count.last, save):
                 self.note(guard_checkpoints=ring.entry())
 
     def returned(self) -> bool | None:
@@ -281,7 +281,7 @@ class Recorder(Guarded, Closing):
             logp_prox=logp_prox, stats=stats, kept=kept, clip=clip,
         )  # fmt: skip
         self._step.batches.append(batch)
-        self.tops.look(self._last + 1, batch.tokens, batch.place, logits, stats)
+        self.tops.look(self._count.last + 1, batch.tokens, batch.place, logits, stats)
         self.watch_pass(batch.tokens, logp, partial(batch.read_gradient, loss_scale=loss_scale))
 
     watch_batch = watch  # its name until packed batches came
@@ -328,7 +328,7 @@ class Recorder(Guarded, Closing):
         Parameters
         ----------
         step : int
-            Step number, from 1, counting up.
+            Step number, from 1, counting up; one that does not is counted on, with a warning.
         reward : Tensor or sequence of R numbers, or one number
             Reward of each watched rollout in the order of their numbers, or only their mean.
         texts : callable, optional
@@ -342,9 +342,9 @@ class Recorder(Guarded, Closing):
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
-        now, self._step, self._last = self._step, OpenStep(), int(step)
+        now, self._step, step = self._step, OpenStep(), self._count.next(int(step))
         found = step_rollouts(now.batches, reward, prompts, completions, now.trained)
-        row: dict[str, Any] = {"step": int(step), **self._times(), **found.row}
+        row: dict[str, Any] = {"step": step, **self._times(), **found.row}
         if now.batches:
             rollouts, sums = found.columns, found.sums
             self._warned = self._warned or now.lacks_gradients()

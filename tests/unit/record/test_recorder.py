@@ -46,6 +46,43 @@ def test_a_packed_pass_has_the_bits_of_the_plain_one() -> None:
     assert (packed["step"] == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"), [((0, 1, 2), [0, 1, 2]), ((1, 1, 2), [1, 2, 3]), ((5, 1, 9), [5, 6, 9])]
+)
+def test_a_step_that_was_there_already_takes_no_other_ones_place(
+    given: tuple[int, ...], kept: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Numbers of epochs, or a loop that begins at 1 again."""
+    with Recorder(tmp_path / "r", topk=0) as recorder:
+        for number in given:
+            record(recorder, [number], passes=1)
+    assert recorder.failure is None
+    found = open_run(tmp_path / "r")
+    assert found.steps.step.tolist() == kept
+    assert found.tokens().groupby("step").size().tolist() == [ROWS] * 3
+    assert len(caplog.messages) == (list(given) != kept)
+
+
+def test_what_is_given_may_be_lists_and_columns_and_a_wrong_clip_is_a_line(tmp_path: Path) -> None:
+    logits = torch.randn(4, 3, 7, requires_grad=True)
+    ids, mask = torch.randint(7, (4, 3)), torch.ones(4, 3)
+    for number, given in enumerate(([1.0, 2.0, -1.0, 0.5], torch.ones(4, 1), np.ones(4))):
+        with Recorder(tmp_path / str(number)) as recorder:
+            logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+            recorder.watch(logp, ids, mask, given, [0, 0, 1, 1])  # type: ignore[arg-type]
+            logp.sum().backward()
+            recorder.finish_step(1, reward=[1.0, 0.0, 1.0, 0.0])
+        assert recorder.failure is None
+        rows = open_run(tmp_path / str(number)).tokens()
+        assert rows.advantage.tolist() == np.repeat(np.ravel(given), 3).tolist()
+    for wrong, said in (({"clip": 0.2}, "clip must be two bounds"), ({}, "logp must be a tensor")):
+        recorder = Recorder(tmp_path / said)
+        bad = logp if wrong else logp.detach().numpy()
+        recorder.watch(bad, ids, mask, torch.ones(4), None, **wrong)  # type: ignore[arg-type]
+        assert said in str(recorder.failure)
+        recorder.close()
+
+
 def test_schedules_hold_until_the_recorder_fails(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, {"name": "r"}, rescore_every=3, probe_every=2, synchronous=True)
     steps = range(1, 8)
