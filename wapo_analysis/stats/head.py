@@ -179,7 +179,8 @@ class _Head(torch.autograd.Function):
             parts = zip(logits.split(size), chosen.split(size), strict=True)
             blocks += [_statistics(how.bent(part), ids, how.unit) for part, ids in parts]
         *columns, factor = (torch.cat(column) for column in zip(*blocks, strict=True))
-        return *columns, factor, buffer if how.keep else buffer[:0]
+        # Not a part of the buffer: a view would hold all of it until the backward pass.
+        return *columns, factor, buffer if how.keep else buffer.new_empty(0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -337,6 +337,21 @@ def test_logits_that_are_kept_give_what_logits_made_again_give(
         assert away <= (2e-6 if dtype == torch.float32 else 1e-14)
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_no_block_of_logits_outlives_the_forward_pass(chunk: int | None) -> None:
+    """What waits for the backward pass are the logits that are kept, or nothing of their width."""
+    hidden, weight, _, targets = problem(40, 300, 2, dtype=torch.float32)
+    held: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_head_stats(hidden, weight, targets, chunk_rows=chunk).logp.sum().backward()
+    assert max(held) == (40 * 300 if chunk is None else weight.numel())
+
+
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_logits_are_never_whole(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made on the way is far smaller than (N, V), where memory is short."""
