@@ -129,7 +129,7 @@ export function noTokens(model) {
   }
   const near = run.token_steps.toSorted((a, b) => Math.abs(a - step) - Math.abs(b - step)).slice(0, 3);
   return near.length ? `Step ${step} has no token rows; the nearest that have: ${near.join(", ")}.`
-    : "This run has no token rows, so single tokens cannot be shown. Record them with wapo train or attach.";
+    : "This run has no token rows, so single tokens cannot be shown; docs/watch_your_trainer.md shows how to record them.";
 }
 
 export function rolloutRows(columns) {
