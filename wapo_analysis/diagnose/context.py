@@ -15,7 +15,6 @@ from wapo_analysis.diagnose.reward import (
     SOLVED,
     Fall,
     RewardState,
-    block_fall,
     ends_solved,
     reward_state,
 )
@@ -145,11 +144,10 @@ class Context:
         names = (f"kl_positional/{part}" for part in range(len(self.run.steps.columns)))
         return list(takewhile(len, map(self.series, names)))
 
-    @cached_property
+    @property
     def fall(self) -> Fall | None:
         """A fall of the reward in means of blocks, None without one."""
-        series = self.series("reward")
-        return block_fall(series) if len(series) else None
+        return self.reward.fall if self.reward is not None else None
 
     @cached_property
     def flat_groups(self) -> Series:

@@ -120,7 +120,7 @@ def _best_words(context: Context, main: Finding | None) -> str:
     reward, saved = context.reward, _best_checkpoint(context, main)
     if reward is None:
         return ""
-    said = f"The reward was best at step {reward.best_step} ({reward.peak:.2f})."
+    said = f"The reward was best at step {reward.best_step} ({reward.best:.2f})."
     if saved is not None:
         return f"{said} Best checkpoint: {saved} (reward {context.earned_by(saved):.2f})."
     if main is not None and context.best_checkpoint is not None:
@@ -241,7 +241,8 @@ def _span(context: Context) -> str:
     steps = int(numbers[-1] - numbers[0]) + 1 if records else 0
     spacing = int(np.median(np.diff(numbers))) if records > 1 else 1
     if steps > records and spacing > 1:
-        before = max(int(numbers[0]) - spacing, 0)  # of those logged before training or after one
+        first = int(numbers[0])  # a trainer may log its first step beside every n-th
+        before = 0 if 0 < first < spacing else first - spacing
         return f"{records} records covering {int(numbers[-1]) - before} steps"
     return f"{records} {'step' if records == 1 else 'steps'}"
 

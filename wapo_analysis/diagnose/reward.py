@@ -19,6 +19,8 @@ RISING = 1.5
 """Standard deviations of the rise over the whole run that are more than chance."""
 LEAST_GAIN = 0.1
 """Share of the whole gain that the last third must add for it to be still gaining."""
+NOISY = 0.1
+"""Noise of a smoothed value, as a share of its range, from which on its extremes are not told."""
 UNSEEN = 0.3
 """Change of a score in [0, 1] that must be no noise for a gain to be seen."""
 ENOUGH = 1 / 3
@@ -69,6 +71,26 @@ class RewardState:
     loss: Departure | None
     solved: bool
     falling: Departure | None = None
+
+    @cached_property
+    def fall(self) -> "Fall | None":
+        """A fall in means of blocks, None without one."""
+        return block_fall(self.series)
+
+    @property
+    def _noisy(self) -> bool:
+        return self.series.smooth_noise > NOISY * (self.peak - float(self.series.smooth.min()))
+
+    @property
+    def best(self) -> float:
+        """The best reward to tell of: that of a block where smoothed values are mostly noise."""
+        return self.fall.best if self.fall is not None and self._noisy else self.peak
+
+    def low(self, onset: int) -> float:
+        """The same for the lowest since an index."""
+        if self.fall is not None and self._noisy:
+            return self.fall.end
+        return float(self.series.smooth[onset:].min())
 
     @property
     def lost(self) -> bool:
@@ -138,14 +160,14 @@ class RewardState:
 
     def evidence(self) -> dict[str, float]:
         """Where it began, was best and ends."""
-        ends = {"reward_start": self.series.level, "reward_peak": self.peak}
+        ends = {"reward_start": self.series.level, "reward_peak": self.best}
         return ends | {"reward_end": self.series.end}
 
     def words(self) -> str:
         """How it went, in a few words with numbers."""
         s = self.series
         if self.lost:
-            return f"reward fell from {self.peak:.2f} to {s.end:.2f}"
+            return f"reward fell from {self.best:.2f} to {s.end:.2f}"
         if abs(s.end - s.level) <= self.margin and not _differ(s):
             return f"reward did not clearly change ({s.level:.2f} to {s.end:.2f})"
         return f"reward {'rose' if s.end > s.level else 'fell'} from {s.level:.2f} to {s.end:.2f}"

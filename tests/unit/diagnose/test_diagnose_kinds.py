@@ -251,6 +251,17 @@ def test_a_fall_that_might_be_noise_is_a_loss_where_the_steps_are_too_large(tmp_
     )
 
 
+def test_a_noisy_fall_is_told_in_means(tmp_path: Path) -> None:
+    rates = np.r_[np.full(60, 0.3), np.full(50, 0.75), np.full(90, 0.4)]
+    reward = np.random.default_rng(1).binomial(8, rates) / 8  # one group of eight a step
+    d = judge(tmp_path, reward=reward)
+    found = finding(d, "reward_collapse")
+    assert found.evidence["reward_peak"] == pytest.approx(0.75, abs=0.05)
+    assert f"fell from {found.evidence['reward_peak']:.2f} at its best to 0." in found.message
+    low = float(found.message.split(" to ")[1].split()[0])
+    assert low == pytest.approx(0.4, abs=0.06)
+
+
 def test_a_solved_task_stays_solved_while_noise_takes_it_a_little_lower(tmp_path: Path) -> None:
     d = judge(tmp_path, reward=SOLVED_REWARD, entropy=SOLVED_ENTROPY)
     assert not [f.name for f in d.findings if f.severity != "info"]
@@ -286,6 +297,7 @@ def test_a_drop_no_deeper_than_those_before_that_came_back_is_none(tmp_path: Pat
         ([*range(1, 30), *range(40, 60)], "49 steps"),  # a gap, yet one record a step
         (range(5, 500, 5), "99 records covering 495 steps"),
         (range(0, 490, 10), "49 records covering 490 steps"),
+        ([1, *range(10, 500, 10)], "50 records covering 490 steps"),
     ],
 )
 def test_records_are_told_from_steps_by_their_spacing(

@@ -70,18 +70,17 @@ def _loss_finding(
     series, entropy = reward.series, context.series("entropy")
     onset = series.step(loss.onset)
     back = "" if loss.ongoing else ", then came back"
-    low = float(series.smooth[loss.onset :].min())
+    best, low = reward.best, reward.low(loss.onset)
     ends = {"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy) else {}
     return Finding(
         name="reward_collapse" if severity == "critical" else "reward_drop",
         severity=severity,
         step=onset,
-        message=f"Reward fell from {reward.peak:.2f} at its best to {low:.2f} from step "
-        f"{onset}{back}.",
+        message=f"Reward fell from {best:.2f} at its best to {low:.2f} from step {onset}{back}.",
         evidence={
             **reward.evidence(),
             "best_step": reward.best_step,
-            "lost_share": (reward.peak - series.end) / reward.peak if reward.peak > 0 else None,
+            "lost_share": (best - series.end) / best if best > 0 else None,
             **ends,
         },
         advice=Advice(
