@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +116,7 @@ def _runs_here(source: bytes) -> bool:
 
 
 def _changes(tree: ast.AST, source: bytes, span) -> Iterator[tuple[ast.expr, int, int, str]]:
+    signs = {id(node.left) for node in ast.walk(tree) if _is_sign(node)}
     for node in _code(tree):
         pairs = []
         if isinstance(node, ast.Compare):
@@ -130,7 +130,8 @@ def _changes(tree: ast.AST, source: bytes, span) -> Iterator[tuple[ast.expr, int
             old, new = _OPERATORS.get(type(operator), ("", ""))
             start, end = span(left)[1], span(right)[0]
             gap = source[start:end].decode()
-            if old and old in gap:
+            same = id(node) in signs and isinstance(operator, ast.Mult | ast.Div)
+            if old and old in gap and not same:
                 yield node, start, end, gap.replace(old, new, 1)
             if isinstance(operator, ast.Add | ast.Mult) and isinstance(node, ast.BinOp):
                 yield node, *span(node), ast.unparse(left)  # drops a term or factor
@@ -143,6 +144,12 @@ def _changes(tree: ast.AST, source: bytes, span) -> Iterator[tuple[ast.expr, int
             if name in _CALLS:
                 end = span(node.func)[1]
                 yield node, end - len(name), end, _CALLS[name]
+
+
+def _is_sign(node: ast.AST) -> bool:
+    """A product compared with 0: a quotient has the same sign."""
+    sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+    return len(sides) == 2 and isinstance(sides[1], ast.Constant) and sides[1].value == 0
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -172,6 +179,8 @@ class Reach:
     """Which tests of a room run which of its lines, and how long each takes."""
 
     def __init__(self, room: str, written: Path) -> None:
+        import coverage  # in the extra [dev]; this module is looked through for doctests
+
         self.room, self.written = room, written
         self.seconds: dict[str, float] = {}
         self.uses: dict[str, list[str]] = {}

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,29 @@ def test_shares_fall_and_rise_by_halves_and_the_training_thread_goes_on(tmp_path
     assert (run.classes.groupby("step")["tokens"].sum() == many).all()
     written = run.tokens(derived=False).groupby("step").size() / many
     np.testing.assert_allclose(written, shares, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("waiting", "share", "next_share"),
+    [
+        (0, 1 / 4, 1 / 2), (45, 1 / 4, 1 / 2), (46, 1 / 4, 1 / 4), (0, 1.0, 1.0),
+        (95, 1 / 2, 1 / 2), (96, 1 / 2, 1 / 4), (90, 1.0, 1.0), (91, 1.0, 1 / 2),
+        (100, 1 / 64, 0.0), (0, 0.0, 1 / 64), (50, 0.0, 1 / 64), (51, 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_the_share_follows_the_rows_that_wait(
+    tmp_path: Path, waiting: int, share: float, next_share: float
+) -> None:
+    """Of a queue of 100 rows: halved where 10 more would not fit, doubled below half of it."""
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=100)
+    steps = recorder._steps
+    steps._waiting, steps._share = waiting, share
+    job = SimpleNamespace(share=0.5, rows=20)
+    steps._choose(job)  # type: ignore[arg-type]
+    assert steps._share == next_share
+    assert job.share == 0.5 * next_share
+    assert steps._thinned == (next_share < 1)
+    recorder.close()
 
 
 def test_a_step_larger_than_the_queue_is_written_whole_if_nothing_waits(tmp_path: Path) -> None:
