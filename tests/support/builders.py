@@ -19,6 +19,14 @@ import numpy as np
 import pyarrow as pa
 import wapo_taxonomy as tax
 
+from tests.support.fake_columns import (
+    advantages,
+    coefficients,
+    sample,
+    softmax,
+    softmax_stats,
+    step_row,
+)
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.probes.rows import Change, PartSize, ProbedTokens, probe_rows
 from wapo_analysis.schema import GRADIENT, MOMENTUM, ROLLOUTS, TOKENS, TOPK, UPDATE, WEIGHT_DECAY
@@ -240,7 +248,7 @@ def _write_step(
     sizes = fake.sizes
     progress = (step - 1) / max(sizes.steps - 1, 1)
     rewards = _rewards(fake.rng, sizes, fake.drift.success(progress))
-    advantage = _advantages(rewards, standardize=fake.objective != "wapo")
+    advantage = advantages(rewards, standardize=fake.objective != "wapo")
     columns = _token_columns(fake, walk * fake.drift.sharpness(progress), advantage)
     absent = fake.missing | (frozenset() if rescore else _LATER)
     columns |= {name: np.full(sizes.tokens, np.nan) for name in absent if name in TOKENS}
@@ -253,7 +261,7 @@ def _write_step(
         if rescore and "collision_rest" not in fake.missing:
             fake.write_part(_top_rows(tokens), step)
     fake.write_part(_rollout_rows(step, sizes, rewards, advantage, fake.texts), step)
-    row = _step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
+    row = step_row(step, tokens, rewards, fake.drift.broken_loss and _late(progress) > 0)
     writer.append_step({name: value for name, value in row.items() if name not in fake.missing})
 
 
@@ -315,68 +323,23 @@ def _rewards(rng: np.random.Generator, sizes: Sizes, success: float) -> Array:
     return (rng.random((sizes.prompts, sizes.rollouts)) < rate).astype(np.float64)
 
 
-def _advantages(rewards: Array, standardize: bool) -> Array:
-    centred = rewards - rewards.mean(axis=1, keepdims=True)
-    return centred / (rewards.std(axis=1, keepdims=True) + 1e-8) if standardize else centred
-
-
-def _softmax(logits: Array) -> Array:
-    weight = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return weight / weight.sum(axis=1, keepdims=True)
-
-
-def _softmax_stats(logits: Array, chosen: Array, temperature: float) -> dict[str, Array]:
-    """Statistics of shape (tokens,) of softmax(logits / T) with the chosen token left out."""
-    scaled = logits / temperature
-    shifted = scaled - scaled.max(axis=1, keepdims=True)
-    # The mode weighs exactly 1, so log1p of the others keeps ln p of a near-certain token.
-    others = np.exp(shifted) * (np.arange(logits.shape[1]) != shifted.argmax(axis=1)[:, None])
-    logp = shifted - np.log1p(others.sum(axis=1, keepdims=True))
-    prob, rows = np.exp(logp), np.arange(len(chosen))
-    others = np.where(np.arange(logits.shape[1]) == chosen[:, None], 0.0, prob)
-    return {
-        "logp": logp[rows, chosen],
-        "entropy": -(prob * logp).sum(axis=1),
-        "collision_rest": (others**2).sum(axis=1),
-        "collision_logp_rest": (others**2 * logp).sum(axis=1),
-        "top1": prob.argmax(axis=1) == chosen,
-    }
-
-
-def _sample(rng: np.random.Generator, logits: Array, temperature: float) -> Array:
-    return (logits / temperature + rng.gumbel(size=logits.shape)).argmax(axis=1)
-
-
-def _coefficients(
-    advantage: Array, ratio: Array, objective: str, classes: Array, bins: tuple[str, ...]
-) -> dict[str, Array]:
-    """-dL/dlogp of a token-mean loss with the clip flag and the kept flag, each (tokens,)."""
-    kept = advantage > 0 if objective == "wapo" else np.ones(len(ratio), bool)
-    if bins:
-        kept = kept & np.isin(classes, [tax.CLASS_CODES[name] for name in bins])
-    low, high = (0.0, 10.0) if objective == "wapo" else (0.8, 1.2)
-    clipped = kept & (((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low)))
-    coef = np.where(kept & ~clipped, ratio * advantage, 0.0) / len(ratio)
-    return {"coef": coef, "clipped": clipped, "kept": kept}
-
-
 def _token_columns(fake: _Fake, logits: Array, advantage: Array) -> dict[str, Any]:
     """Measured columns of one step; logits (tokens, V), advantage (prompts, rollouts)."""
     rng, sizes, temperature = fake.rng, fake.sizes, fake.temperature
     behaviour = logits + 0.08 * rng.normal(size=logits.shape)
-    chosen = _sample(rng, behaviour, temperature)
-    now = _softmax_stats(logits, chosen, temperature)
-    old = _softmax_stats(behaviour, chosen, temperature)
+    chosen = sample(rng, behaviour, temperature)
+    now = softmax_stats(logits, chosen, temperature)
+    old = softmax_stats(behaviour, chosen, temperature)
     prob, complement = np.exp(now["logp"]), -np.expm1(now["logp"])
     rollout = np.repeat(np.arange(sizes.prompts * sizes.rollouts), sizes.length)
     per_token = advantage.reshape(-1)[rollout]
     classes = tax.class_code(per_token, prob, complement, now["collision_rest"])
     ratio = np.exp(now["logp"] - old["logp"])
-    update = _coefficients(per_token, ratio, fake.objective, np.asarray(classes), fake.bins)
-    pull = np.eye(sizes.vocab)[chosen] - _softmax(logits / temperature)
+    update = coefficients(per_token, ratio, fake.objective, np.asarray(classes), fake.bins)
+    pull = np.eye(sizes.vocab)[chosen] - softmax(logits / temperature)
     strength = 0.05 * sizes.tokens * update["coef"][:, None] / temperature
     moved = logits + strength * pull + 0.02 * rng.normal(size=logits.shape)
-    after = _softmax_stats(moved, chosen, temperature)
+    after = softmax_stats(moved, chosen, temperature)
     return {
         **now,
         **update,
@@ -413,39 +376,3 @@ def _rollout_rows(
             "finish_reason": ["stop" if i % 7 else "length" for i in range(n)],
         },
     )
-
-
-def _step_row(step: int, tokens: Records, rewards: Array, broken: bool) -> dict[str, float]:
-    c = tokens.columns
-    entropy, sign = c["entropy"].astype(np.float64), c["sign"]
-    flat = np.ptp(rewards, axis=1) == 0
-    total = float(np.sqrt(np.nansum(c["grad_norm"] ** 2)))
-    high = c["clipped"] & (c["advantage"] > 0)
-    return {
-        "step": step,
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std()),
-        "pass_rate": float((rewards >= 1).mean()),
-        "groups_all_wrong": float((flat & (rewards[:, 0] == 0)).mean()),
-        "groups_all_right": float((flat & (rewards[:, 0] > 0)).mean()),
-        "loss": float("nan") if broken else float(-c["coef"].sum()),
-        "grad_norm": float("nan") if broken else total,
-        "lr": 5e-5,
-        "entropy": float(entropy.mean()),
-        "entropy_pos": float(entropy[sign > 0].mean()) if (sign > 0).any() else float("nan"),
-        "entropy_neg": float(entropy[sign < 0].mean()) if (sign < 0).any() else float("nan"),
-        "length": float(len(tokens) / rewards.size),
-        "truncated": float(rewards.size // 7 / rewards.size),
-        "repetition": 0.02,
-        "kl_old": float(np.mean(0.5 * (c["logp"] - c["logp_old"]).astype(np.float64) ** 2)),
-        "clip_low": float((c["clipped"] & ~high).mean()),
-        "clip_high": float(high.mean()),
-        "tokens": len(tokens),
-        "kept_tokens": int(c["kept"].sum()),
-        "nonfinite": 0,
-        "skipped_updates": int(broken),
-        "updates": 2,
-        "seconds": 0.2,
-        "seconds_rollout": 0.1,
-        "seconds_capture": 0.01,
-    }

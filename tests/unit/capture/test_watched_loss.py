@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import wapo_analysis
-from tests.support.trainer_losses import (
+from tests.support.trainer_batch import (
     ADVANTAGES,
     IDS,
     LENGTHS,
@@ -21,12 +21,11 @@ from tests.support.trainer_losses import (
     PROMPT,
     SAMPLER,
     SOLID,
-    TRAINERS,
     WIDTH,
     Policy,
     responses,
-    train,
 )
+from tests.support.trainer_losses import TRAINERS, train
 from wapo_analysis import open_run
 from wapo_analysis.capture import loss as loss_module
 from wapo_analysis.capture.seams import SEAMS

@@ -304,3 +304,22 @@ def test_the_share_of_rollouts_is_chosen_by_one_hash_everywhere() -> None:
         assert hashed(rollouts, step).tolist() == [mixed(int(r), step) for r in rollouts]
     drawn = hashed(np.arange(4000), 3)
     assert np.histogram(drawn, 4, (0, 1))[0] == pytest.approx([1000] * 4, abs=100)
+
+
+def test_of_a_loss_in_bfloat16_the_ratio_stays_its_own(tmp_path: Path) -> None:
+    """Log-probabilities from the logits are the more exact; the old ones move along with them."""
+    g = torch.Generator().manual_seed(1)
+    logits, ids = 2 * torch.randn(6, 5, 11, generator=g), torch.randint(11, (6, 5), generator=g)
+    exact = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    logp, old = exact.bfloat16(), (exact + 0.4 * torch.randn(6, 5, generator=g)).bfloat16()
+    ones = torch.ones(6, 5)
+    with Recorder(tmp_path / "r", synchronous=True) as recorder:
+        recorder.watch(logp, ids, ones, ones[:, 0], groups=None, logits=logits, logp_old=old)
+        recorder.finish_step(1)
+        assert recorder.failure is None
+    rows = open_run(tmp_path / "r").tokens()
+    np.testing.assert_allclose(rows["logp"], exact.flatten(), rtol=4e-5, atol=1e-7)
+    ratio = (logp - old).float().flatten()
+    np.testing.assert_allclose(rows["logp"] - rows["logp_old"], ratio, atol=2e-4)
+    off = old.float().flatten().numpy() - rows["logp_old"]
+    assert off.abs().max() > 1e-3, "the old ones are not those given"
