@@ -215,8 +215,8 @@ def odd(completions: list[str], completion_ids: list[list[int]], **_: Any) -> li
 
 
 def preset_trainer(out: str) -> GRPOTrainer:
-    """Four layers of width 256 under a head of 32000, ten steps, 8 completions of 16 tokens."""
-    return trainer(out, model(32_000, 256, layers=4, heads=4), _PRESET_STEPS, batch=8, length=16)
+    """Four layers of width 512 under a head of 32000, ten steps, 8 completions of 16 tokens."""
+    return trainer(out, model(32_000, 512, layers=4, heads=8), _PRESET_STEPS, batch=8, length=16)
 
 
 def trainer(

@@ -8,8 +8,8 @@ first):
 
     python -m experiments.bench --model smollm2 --out docs/performance.json
     python -m experiments.bench --quick
-    python -m experiments.bench --only waiting,store,read --out docs/performance_second.json
-    python -m experiments.bench --results docs/performance.json \
+    python -m experiments.bench --only waiting,read --rounds 3 --out some.json
+    python -m experiments.bench --results docs/performance.json some.json \
         --second docs/performance_second.json --doc docs/performance.md
 
 Progress goes to stderr. Exit code 1: a program gave wrong numbers and was not timed.
@@ -24,7 +24,7 @@ from typing import Any
 from experiments.bench.harness import Measure
 from experiments.bench.options import Options
 from experiments.bench.page import HEADER, table, to_markdown
-from experiments.bench.run import load, run_bench, save
+from experiments.bench.run import load, merged, run_bench, save
 from wapo_analysis.errors import UserError
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     gpu = None if options.gpu_results is None else load(options.gpu_results)
     second = None if options.second is None else load(options.second)
     if options.results is not None:
-        found = load(options.results)
+        found = merged([load(file) for file in options.results])
     else:
         given = {name: getattr(options, name) for name in ("rounds", "model", "logits")}
         settings = Options(quick=options.quick, rows=options.rows, say=_progress, **given)
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--logits", type=Path, help="also measure errors on recorded logits (.npz)")
     add("--gpu-results", type=Path, help="results of experiments.bench.gpu, for the page")
     add("--second", type=Path, help="results of some areas on another processor, for the page")
-    add("--results", type=Path, help="measure nothing; show the results in this JSON file")
+    add("--results", type=Path, nargs="+", help="measure nothing; show the results in these files")
     return parser
 
 

@@ -21,6 +21,7 @@ from experiments.bench.reference import pandas_summary, sql_summary
 from wapo_analysis.derive import class_codes
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter
+from wapo_analysis.store.parquet import verify
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Records
 
@@ -58,6 +59,7 @@ def _ratios(files: list[Path], options: Options, note: str) -> Measures:
     if "duckdb" in times.seconds:
         found["summary_time_vs_pandas_duckdb"] = times.ratio("duckdb", "pandas", note)
         found["summary_duckdb_vs_sql"] = times.ratio("duckdb", "sql", note)
+        found["summary_verify_vs_sql"] = times.ratio("verify", "sql", note)
     return found
 
 
@@ -77,7 +79,15 @@ def _variants(files: list[Path]) -> dict[str, Work]:
     variants: dict[str, Work] = {"pandas": lambda: pandas_summary(files, 1.0)}
     for engine in _engines():
         variants[engine] = partial(class_summary, files, 1.0, engine)
-    return variants | ({"sql": partial(sql_summary, files)} if "duckdb" in variants else {})
+    if "duckdb" in variants:
+        variants |= {"sql": partial(sql_summary, files), "verify": partial(_verify, files)}
+    return variants
+
+
+def _verify(files: list[Path]) -> None:
+    """Check the checksums of all files, and nothing else."""
+    for file in files:
+        verify(file)
 
 
 def _engines() -> list[Engine]:

@@ -1,7 +1,7 @@
 """Running the areas and putting their numbers into one result."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -119,4 +119,28 @@ def load(file: Path) -> dict[str, Any]:
         raise UserError(f"cannot read bench results from {file}: {error}") from error
     if not isinstance(found, dict) or "measures" not in found or "machine" not in found:
         raise UserError(f"{file} holds no bench results: no 'measures' and 'machine'")
+    return found
+
+
+def merged(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Results of several benches on one machine as one: of a number that two have the later one.
+
+    Raises
+    ------
+    UserError
+        If they are of several processors.
+    """
+    if len({part["machine"].get("cpu") for part in parts}) > 1:
+        raise UserError("these results are of several processors; --second takes the other one")
+    found: dict[str, Any] = {}
+    for part in parts:
+        found = {
+            **found,
+            **part,
+            **{name: found.get(name, {}) | part[name] for name in ("failures", "measures")},
+            "machine": {**part["machine"], **found.get("machine", {})},
+            "seconds": found.get("seconds", 0) + part["seconds"],
+        }
+    found["machine"]["load_after"] = parts[-1]["machine"]["load_after"]
+    found["command"] = "; ".join(dict.fromkeys(part["command"] for part in parts))
     return found

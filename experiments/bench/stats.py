@@ -84,12 +84,14 @@ def _timed(given: Rows, options: Options) -> Timings:
     def ours(topk: int = 0, backend: str = "auto") -> TokenStats:
         return token_stats(logits, targets, temperature, topk=topk, backend=backend)
 
+    blocks, space = logits.split(4), torch.empty_like(logits[:4])
     variants: dict[str, Work] = {
         "official": lambda: three_pass(logits, targets, temperature),
         "ours": ours,
         "logp only": lambda: trl_selective(logits, targets),
-        "read": lambda: [block.sum() for block in logits.split(4)],
+        "read": lambda: [block.sum() for block in blocks],
         "top-k": lambda: ours(topk=_TOP_K),
+        "exponential": lambda: [torch.exp2(block, out=space[: len(block)]) for block in blocks],
     }
     if not options.quick:
         variants["compiled"] = lambda: ours(backend="compile")
@@ -108,6 +110,7 @@ def _ratios(times: Timings, note: str) -> Measures:
         "stats_time_vs_reference": times.ratio("ours", "official", note),
         "stats_time_vs_logp_only": times.ratio("ours", "logp only", note),
         "stats_time_vs_read": times.ratio("ours", "read", note),
+        "exponential_time_vs_read": times.ratio("exponential", "read", note),
         "topk_extra_vs_stats": times.ratio("top-k", "ours", note).shifted(-1.0),
     }
     if "compiled" in times.seconds:

@@ -27,7 +27,7 @@ from experiments.bench.harness import (
 from experiments.bench.numbers import NUMBERS
 from experiments.bench.options import Options
 from experiments.bench.page import shown, to_markdown
-from experiments.bench.run import load, run_bench, save
+from experiments.bench.run import load, merged, run_bench, save
 from experiments.bench.scaling import Growth, page
 from wapo_analysis.errors import UserError
 
@@ -166,6 +166,18 @@ def test_the_page_grades_nothing() -> None:
     page = (ROOT / "docs" / "performance.md").read_text().lower()
     for word in ("must", "target", "stretch", "falls short", "verdict"):
         assert not re.search(rf"\b{word}\b", page), word
+
+
+def test_results_of_several_benches_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_areas(monkeypatch, store={"a": Measure(1.0), "b": Measure(2.0)}, head={"b": Measure(3.0)})
+    parts = [run_bench(Options(), [area], command=area) for area in ("store", "head")]
+    one = merged(parts)
+    assert {name: found["value"] for name, found in one["measures"].items()} == {"a": 1, "b": 3}
+    assert (one["a"], one["b"], one["command"]) == (1, 3, "store; head")
+    assert one["seconds"] == sum(part["seconds"] for part in parts)
+    parts[1]["machine"] = {**parts[1]["machine"], "cpu": "another"}
+    with pytest.raises(UserError, match="several processors"):
+        merged(parts)
 
 
 def test_gpu_numbers_reach_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
