@@ -32,6 +32,9 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
     ``keys`` and ``values`` are views of the part that is filled.
     """
 
+    keys: Tensor
+    values: Tensor
+
     @classmethod
     def of(cls, layer: DynamicLayer, room: int) -> "_RoomyLayer":
         made: Any = cls.__new__(cls)
