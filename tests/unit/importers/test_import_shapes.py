@@ -12,7 +12,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
 from wapo_analysis.importers.report import spans
 from wapo_analysis.importers.rows import _at_most_zero
-from wapo_analysis.importers.tables import _told_apart
+from wapo_analysis.importers.shapes import told_apart
 from wapo_analysis.store import find_runs, open_run
 
 STEPS = 12
@@ -338,7 +338,7 @@ def test_a_row_of_a_long_table_is_its_metric_and_its_split() -> None:
         ({"step": 1, "split": "train", "reward": 0.5},
          {"step": 1, "split": "train", "reward": 0.5}),
     ):  # fmt: skip
-        assert _told_apart(given) == expected
+        assert told_apart(given) == expected
 
 
 def test_log_probabilities_just_above_zero_are_zero_and_others_null() -> None:
