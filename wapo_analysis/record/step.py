@@ -74,8 +74,8 @@ class OpenStep:
         back = [b for b in self.batches if b.tokens.coef is not None]
         if back or not self.batches:
             if len(back) < len(self.batches):
-                reached = [b.tokens.coef is not None for b in self.batches for _ in b.lengths]
-                self.trained = reached
+                counts = [(b.tokens.coef is not None, len(b.lengths)) for b in self.batches]
+                self.trained = [reached for reached, count in counts for _ in range(count)]
             for batch in self.batches:
                 if batch.tokens.coef is None and batch.tokens.top is not None:
                     batch.tokens.top.ids = None
