@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.support.step_logs import judge, names, noisy, ramp
+from wapo_analysis.diagnose import diagnose
+from wapo_analysis.store import RunWriter, open_run
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,57 @@ def test_pure_noise_is_silent(tmp_path: Path, steps: int, seed: int) -> None:
     )
     assert d.verdict == "healthy"
     assert not d.findings
+
+
+@pytest.mark.parametrize(("groups", "share"), [(1, 0.58), (2, 0.82), (2, 0.65)])
+def test_flat_groups_all_along_are_flat_from_the_first_step_however_few_are_in_a_step(
+    tmp_path: Path, groups: int, share: float
+) -> None:
+    flat = np.random.default_rng(7).binomial(groups, share, 600) / groups
+    found = judge(tmp_path, reward=noisy(np.full(600, 0.9), 0.3), groups_flat=flat).findings
+    (finding,) = [f for f in found if f.name.startswith("zero_signal")]
+    assert finding.step == 1
+    assert finding.message.startswith(f"{flat.mean():.0%} of the groups")
+
+
+def test_groups_that_become_flat_are_flat_from_then_on(tmp_path: Path) -> None:
+    chance = np.repeat([0.2, 0.75], 300)
+    flat = np.random.default_rng(7).binomial(1, chance).astype(float)
+    found = judge(tmp_path, reward=noisy(np.full(600, 0.9), 0.3), groups_flat=flat).findings
+    (finding,) = [f for f in found if f.name.startswith("zero_signal")]
+    assert 290 <= finding.step <= 312
+
+
+def test_completions_that_were_cut_all_along_are_cut_from_the_first_step(tmp_path: Path) -> None:
+    cut = np.random.default_rng(3).binomial(8, 0.9, 90) / 8
+    cut[:2] = (0.25, 0.75)
+    found = judge(tmp_path, reward=noisy(np.full(90, 0.4), 0.2), truncated=cut).findings
+    (finding,) = [f for f in found if f.name == "truncation_drift"]
+    assert finding.step == 1
+
+
+@pytest.mark.parametrize("first", [15.2, 3.0, 0.4])
+def test_a_fast_first_step_is_no_baseline_for_the_pace(tmp_path: Path, first: float) -> None:
+    seconds = np.abs(noisy(np.full(90, 90.0), 7.0))
+    seconds[0] = first
+    reward = np.full(90, 0.4)
+    assert "steps_slow_down" not in names(judge(tmp_path, reward=reward, seconds=seconds))
+    seconds[50:] *= 3
+    slow = judge(tmp_path / "slow", reward=reward, seconds=seconds).findings
+    assert [f.step for f in slow if f.name == "steps_slow_down"][0] in range(49, 54)
+
+
+@pytest.mark.parametrize(
+    ("steps", "covers"),
+    [(range(0, 501, 50), 500), ([1, *range(10, 101, 10)], 100), (range(5, 101, 5), 100),
+     (range(105, 155, 5), 50)],
+)  # fmt: skip
+def test_records_cover_the_steps_up_to_the_last(
+    tmp_path: Path, steps: range | list[int], covers: int
+) -> None:
+    writer = RunWriter(tmp_path / "run", {"name": "run", "source": "import"})
+    for step in steps:
+        writer.append_step({"step": step, "reward": 0.5})
+    writer.close("finished")
+    found = diagnose(open_run(tmp_path / "run"))
+    assert f"over {len(steps)} records covering {covers} steps" in found.to_text()

@@ -7,6 +7,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.detectors.registry import (
     LEVEL_SIGMAS,
+    MIN_STEPS,
     detector,
     lasting,
     level_finding,
@@ -44,9 +45,13 @@ GAMING = "arXiv:2209.13085 (reward hacking); reward-doctor and other verifier au
 def find_truncation(context: Context) -> list[Finding]:
     """More and more completions are cut at the length limit, or most of them are."""
     series = context.series("truncated")
+    begin = risen(series, DRIFT, HALF)
+    thirds = [part.mean() for part in np.array_split(series.values, 3)]
+    if len(series) >= MIN_STEPS and min(thirds) >= HALF:
+        begin = 0  # most were cut all along, whatever the noise of a few completions a step
     return level_finding(
         series,
-        risen(series, DRIFT, HALF),
+        begin,
         name="truncation_drift",
         severity="warning",
         what="Many completions are cut at the limit",

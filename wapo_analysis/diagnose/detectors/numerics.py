@@ -5,7 +5,12 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
+from wapo_analysis.diagnose.detectors.registry import (
+    MIN_STEPS,
+    detector,
+    lasting,
+    level_finding,
+)
 from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes, robust_sigma, silent_since
@@ -337,7 +342,9 @@ def _moves_fast(context: Context) -> bool:
 def find_slow_steps(context: Context) -> list[Finding]:
     """Steps take twice as long as at first, to the end; longer completions may be why."""
     series, length = context.series("seconds"), context.series("length")
-    if series.level <= 0:
+    if series.few == 1:  # a first step warms up, or is cut short; it is no baseline
+        series = Series(series.steps[1:], series.values[1:])
+    if len(series) < MIN_STEPS or series.level <= 0:
         return []
     ratio = series.end / series.level
     why = ""

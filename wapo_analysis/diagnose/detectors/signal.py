@@ -22,6 +22,8 @@ FLAT_GROUPS = 0.5
 """Share of groups without any reward difference at which a batch is half wasted."""
 MOSTLY_FLAT, BECAME_FLAT = 0.66, 0.4
 """The same, with its rise, at which problems have split into learned and out of reach."""
+STEADY = 0.1
+"""Difference between the halves of a run that is none, where neighbouring steps differ by more."""
 NO_SIGNAL = 0.9
 """Share of such groups that leaves no gradient."""
 NO_GRADIENT = 1e-3
@@ -59,12 +61,14 @@ def find_flat_groups(context: Context) -> list[Finding]:
     """In half of the groups or more all rewards are equal, to the end: too hard, too easy."""
     flat = context.flat_groups
     mean = _rolling_mean(flat)
+    steady = _steady(flat)  # of one or two groups a step the share is noise: of all it is not
     # With one group a step the share is 0 or 1: a few in a row are chance, as with a coin.
-    begin = lasting(flat, mean >= (MOSTLY_FLAT if _is_coarse(flat) else FLAT_GROUPS))
+    least = MOSTLY_FLAT if _is_coarse(flat) else FLAT_GROUPS
+    begin = 0 if steady else lasting(flat, mean >= least)
     if begin is None:
         return []
     side = _side(context)
-    step, now = flat.step(begin), float(mean[-1])
+    step, now = flat.step(begin), float(flat.values.mean() if steady else mean[-1])
     what, advice = _SIDES[side]
     if side and not _told_sides(context):
         what = f"have the same reward for every completion, {_BY_MEAN[side]} by the mean reward"
@@ -81,6 +85,16 @@ def find_flat_groups(context: Context) -> list[Finding]:
             reference=DAPO,
         )
     ]
+
+
+def _steady(flat: Series) -> bool:
+    """Whether a share jumps between steps, and is surely half or more, in both halves alike."""
+    if len(flat) < MIN_STEPS or np.abs(np.diff(flat.values)).mean() <= STEADY:
+        return False
+    first, last = (float(part.mean()) for part in np.array_split(flat.values, 2))
+    error = float(flat.values.std()) / len(flat) ** 0.5
+    surely = min(first, last, flat.values.mean() - 2 * error) >= FLAT_GROUPS
+    return bool(surely) and abs(last - first) < STEADY
 
 
 _DROP_FLAT = Advice(
