@@ -130,7 +130,7 @@ def sequence_ratio(columns: Mapping[str, Array]) -> Array:
     log_ratio = columns["logp"].astype(np.float64) - _loss_old(columns)
     keys = np.stack([columns["minibatch"], columns["rollout"]])
     index = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
-    mean = np.bincount(index, log_ratio) / np.maximum(np.bincount(index), 1)
+    mean = np.bincount(index, log_ratio) / np.bincount(index)
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(mean)[index])
 

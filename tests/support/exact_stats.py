@@ -81,3 +81,20 @@ def some_targets(logits: Tensor, seed: int) -> Tensor:
     targets = torch.randint(logits.shape[1], (len(logits),), generator=draw)
     targets[::2] = logits.argmax(1)[::2]
     return targets
+
+
+def head_problem(
+    rows: int = 23,
+    vocab: int = 31,
+    width: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, head, bias and targets; the first third of the rows is near-certain."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64)
+    bias = torch.randn(vocab, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    hidden[: rows // 3] += 2 * weight[targets[: rows // 3]]
+    return *(t.to(dtype).requires_grad_() for t in (hidden, weight, bias)), targets

@@ -11,6 +11,7 @@ from wapo_analysis.diagnose.detectors import run_detectors
 from wapo_analysis.diagnose.detectors.forecast import EARLY, TREND_WINDOW
 from wapo_analysis.diagnose.detectors.registry import MIN_STEPS
 from wapo_analysis.diagnose.detectors.reward import find_confirmed_loss
+from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.drivers import entropy_drivers, find_culprits
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
@@ -50,11 +51,6 @@ AGAINST = (
     "All classes predict a {} of the entropy (first-order), yet it {}: momentum, shared parameters "
     "or the size of the steps outweigh it (probes tell which: probe_every)."
 )
-LARGE_STEPS = {
-    "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "clip_saturation",
-    "gradient_grows", "diverged",
-}  # fmt: skip
-"""Findings that say that the updates are too large for a first-order law to hold."""
 DIRECTION = {"entropy_explosion": 1, "entropy_collapse": -1}
 
 
@@ -160,7 +156,7 @@ def _situation(
     """The run's situation; its steps are too large if a finding or the drivers say so."""
     way = DIRECTION.get(main.name, 0) if main is not None else 0
     against = way * sum(driver.predicted_dentropy for driver in drivers) < 0
-    large = against or any(finding.name in LARGE_STEPS for finding in found)
+    large = against or any(finding.name in {*LARGE_STEPS, "diverged"} for finding in found)
     facts = context.situation.facts | ({"large_steps"} if large else set())
     return replace(context.situation, facts=facts)
 

@@ -17,7 +17,7 @@ _NONE = {
     "steps": "no steps yet",
     "classes": "no class totals yet",
     "probes": "no probes (recorded with probe_every)",
-    "tokens": "no token rows (recorded with token_every or token_fraction 0)",
+    "tokens": "no token rows (recorded with token_every and token_fraction above 0)",
     "rollouts": "no completions",
     "topk": "no most probable tokens (recorded with topk)",
 }

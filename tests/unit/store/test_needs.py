@@ -77,7 +77,7 @@ def test_an_empty_run_says_so(tmp_path: Path) -> None:
     assert reasons == {
         "steps": "empty has no steps yet",
         "rollouts": "empty has no completions",
-        "tokens": "empty has no token rows (recorded with token_every or token_fraction 0)",
+        "tokens": "empty has no token rows (recorded with token_every and token_fraction above 0)",
     }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
 from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, fell_before
 from wapo_analysis.series import Departure, Series
@@ -18,10 +19,9 @@ PLATEAU_RECORDS = 40
 """Records of reward below which standing still says nothing."""
 PLATEAU_SHARE = 0.5
 """Part of the run that the reward must have stood."""
-CONFIRM = {
-    "clip_saturation", "clip_saturation_high", "clip_saturation_low", "early_warning",
-    "entropy_excursion", "entropy_explosion", "entropy_fall", "entropy_rise", "gradient_grows",
-    "gradient_spikes", "lr_far_off", "off_policy_drift",
+CONFIRM = LARGE_STEPS | {
+    "early_warning", "entropy_excursion", "entropy_explosion", "entropy_fall", "entropy_rise",
+    "gradient_spikes", "lr_far_off",
 }  # fmt: skip
 """Warnings that leave no doubt that a fall of the reward is one."""
 REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"

@@ -23,6 +23,11 @@ KL_GROWTH = 5.0
 """Ratio to the baseline without which the distance is how the run was started."""
 PART_FAR, PART_RATIO = 0.2, 4.0
 """KL in nats a token of one part of the completions, and its ratio to the others, that count."""
+LARGE_STEPS = {
+    "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "clip_saturation",
+    "gradient_grows",
+}  # fmt: skip
+"""Findings that say that the updates are too large for a first-order law to hold."""
 CLIP_SIDES = "arXiv:2509.26114 (clip-low raises, clip-high lowers the entropy)"
 REFERENCE = "arXiv:2402.03300 (GRPO, KL penalty); arXiv:2503.14476 (DAPO, training without it)"
 
