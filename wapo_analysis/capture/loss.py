@@ -106,8 +106,8 @@ class LossWatch(Guarded):
 
     def _watch(self, recorder: Recorder, found: dict[str, Any]) -> None:
         found = shaped(found)
-        if found["loss_scale"] < self._scale and recorder.returned():
-            recorder.forget()  # a GradScaler lowers its scale where it skips the update
+        if found["loss_scale"] == self._scale / 2 and recorder.returned():
+            recorder.forget()  # a GradScaler halves its scale where it skips the update
         self._scale = found["loss_scale"]
         logp, mask, tokens = found["logp"], found["mask"], found.get("tokens")
         if any(seen() is logp and torch.equal(other, mask) for seen, other in self._shown):

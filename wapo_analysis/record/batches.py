@@ -5,9 +5,10 @@ under the mask. Nothing here draws random numbers, keeps a graph or changes a te
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -240,7 +241,7 @@ def batch_pass(
     """
     if not isinstance(logp, Tensor):
         raise UserError(f"logp must be a tensor on the autograd graph, got {type(logp).__name__}")
-    if clip is not None and (not isinstance(clip, Sequence) or len(clip) != 2):
+    if clip is not None and np.shape(clip) != (2,):
         raise UserError(f"clip must be two bounds of the ratio, such as (0.8, 1.2), got {clip!r}")
     advantages = torch.as_tensor(advantages, device=logp.device)
     groups = None if groups is None else torch.as_tensor(groups, device=logp.device)

@@ -280,6 +280,27 @@ def test_an_update_that_a_grad_scaler_skips_leaves_no_row(tmp_path: Path) -> Non
     np.testing.assert_allclose(run.tokens().coef, torch.cat(coefs[2:]), rtol=4e-5, atol=1e-8)
 
 
+def test_a_scale_that_differs_between_micro_batches_loses_none(tmp_path: Path) -> None:
+    """As of a loss divided by the tokens of its micro-batch: no update was skipped."""
+    model = Policy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    scale = [1.0]
+    names = {**NAMES, "loss_scale": lambda call: scale[0]}
+    with watched_loss(plain, run=tmp_path / "r", names=names, token_every=1) as watched:
+        with autograd(watched) as (loss, coefs):
+            for factor in (3.0, 2.0, 0.7):
+                scale[0] = factor
+                value = loss(logps(model, slice(0, 6)), ADVANTAGES, MASK)
+                (value * factor).backward()
+                coefs[-1] /= factor
+            optimizer.step()
+        assert watched.failure is None
+    run = open_run(tmp_path / "r")
+    assert run.steps.step.tolist() == [1]
+    assert len(run.tokens()) == 3 * int(MASK.sum())
+    np.testing.assert_allclose(run.tokens().coef, torch.cat(coefs), rtol=4e-5, atol=1e-8)
+
+
 def test_a_loss_that_raises_raises_the_same_and_is_watched_on(tmp_path: Path) -> None:
     def fails(logp: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         if advantages.isnan().any():
