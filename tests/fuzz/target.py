@@ -27,6 +27,7 @@ from tests.fuzz.sources import OTHERS, SOURCES, make_all
 from wapo_analysis.cli import COMMANDS, run
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
+from wapo_analysis.train.tasks import math_problems
 
 LIMIT, WAITING = 10, 30
 """Seconds of computing, or of waiting for something, after which an input counts as a hang."""
@@ -175,6 +176,8 @@ def _limited() -> Iterator[None]:
 
 # The commands are the same for every input: building them takes a fifth of a call.
 typer.main.get_command = functools.cache(typer.main.get_command)
+# So is the process that grades answers; starting it takes longer than ten calls.
+math_problems.MathJudge = functools.cache(math_problems.MathJudge)
 
 
 # ---- calls ---------------------------------------------------------------------------------------

@@ -300,8 +300,10 @@ def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """
     extra = {key for row in rows for key in row} - set(STEPS.names)
     frame = pd.DataFrame(rows, columns=[*STEPS.names, *sorted(extra)])
-    frame = frame.drop_duplicates("step", keep="last").sort_values("step")
-    frame = frame.reset_index(drop=True).astype({"step": "int64"})
+    steps = frame["step"].to_numpy(np.int64)
+    frame["step"] = steps
+    if (steps[1:] <= steps[:-1]).any():
+        frame = frame.drop_duplicates("step", keep="last").sort_values("step", ignore_index=True)
     nulls: dict[str, set[int]] = {}
     for row in rows:
         for name, value in row.items():

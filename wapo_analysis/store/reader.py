@@ -235,8 +235,17 @@ class Run:
 def summed_classes(frame: pd.DataFrame) -> pd.DataFrame:
     """Class totals of all ranks as one table; see :attr:`Run.classes`."""
     keys = ["step", "sign", "regime", "prob_bin"]
-    frame = frame.drop(columns="rank").groupby(keys, as_index=False).sum(min_count=1)
+    frame = frame.drop(columns="rank")
+    if not _ascending(frame[keys].to_numpy(np.int64)):  # of several processes
+        frame = frame.groupby(keys, as_index=False).sum(min_count=1)
     return with_class(frame)
+
+
+def _ascending(rows: Array) -> bool:
+    """Whether each row of (rows, keys) comes after the one before it: none is there twice."""
+    change = rows[1:] - rows[:-1]
+    first = (change != 0).argmax(axis=1)
+    return bool((change[np.arange(len(change)), first] > 0).all())
 
 
 def parts_frame(
@@ -246,10 +255,12 @@ def parts_frame(
     if not tables:
         empty = Records.build(declared, {name: [] for name in declared.required}).to_frame()
         return empty if columns is None else empty[columns]
-    frame: pd.DataFrame = pa.concat_tables(tables, promote_options="default").to_pandas()
+    whole = pa.concat_tables(tables, promote_options="default")
     for column in declared.stored:
-        if column.name not in frame and (columns is None or column.name in columns):
-            frame[column.name] = np.nan if column.dtype.startswith("float") else None
+        if column.name not in whole.schema.names and (columns is None or column.name in columns):
+            empty_of = pa.float64() if column.dtype.startswith("float") else pa.null()
+            whole = whole.append_column(column.name, pa.nulls(len(whole), empty_of))
+    frame: pd.DataFrame = whole.to_pandas()
     return frame
 
 
