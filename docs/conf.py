@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "taxonomy")]
 
-from wapo_analysis.version import __version__  # noqa: E402
+from wapo_analysis import __version__  # noqa: E402
 
 project = "wapo-analysis"
 author = copyright = "the wapo-analysis contributors"

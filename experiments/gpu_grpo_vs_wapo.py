@@ -54,11 +54,11 @@ from wapo_analysis.cli.common import show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import Comparison, compare
 from wapo_analysis.errors import UserError
-from wapo_analysis.report.build import build_report
+from wapo_analysis.report import build_report
 from wapo_analysis.store import MANIFEST, Run, read_manifest
 from wapo_analysis.train.checkpoint import checkpoints
+from wapo_analysis.train.lifecycle import Job
 from wapo_analysis.train.models import pick_device
-from wapo_analysis.train.parallel import Job
 from wapo_analysis.train.rollout import NonFiniteLogits
 
 OBJECTIVES = ("grpo", "wapo")

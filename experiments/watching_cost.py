@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from wapo_analysis import watched_loss
-from wapo_analysis.capture.trl.attachment import attach
+from wapo_analysis.capture.trl import attach
 from wapo_analysis.errors import UserError
 
 VOCABULARY = 49152

@@ -7,21 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.version import __version__
 
 if TYPE_CHECKING:
     from wapo_analysis.capture.loss import watched_loss
-    from wapo_analysis.capture.trl.attachment import attach
+    from wapo_analysis.capture.trl import attach
     from wapo_analysis.capture.trl.objective import use_objective, use_wapo
     from wapo_analysis.record.recorder import Recorder
     from wapo_analysis.run import Run, open_run
     from wapo_analysis.train.config import TrainConfig
 
+__version__ = "0.2.0"
+"""The one place it is written."""
+
 _LAZY = {
     "Recorder": "wapo_analysis.record.recorder",
     "Run": "wapo_analysis.run",
     "TrainConfig": "wapo_analysis.train.config",
-    "attach": "wapo_analysis.capture.trl.attachment",
+    "attach": "wapo_analysis.capture.trl",
     "open_run": "wapo_analysis.run",
     "use_objective": "wapo_analysis.capture.trl.objective",
     "use_wapo": "wapo_analysis.capture.trl.objective",

@@ -63,7 +63,7 @@ class Run(store.Run):
         UserError
             If the run is broken or the file cannot be written.
         """
-        from wapo_analysis.report.build import build_report
+        from wapo_analysis.report import build_report
 
         target = self.path / "report.html" if out is None else Path(out)
         build_report([self], target)

@@ -79,8 +79,8 @@ def assert_objective(
     Traceback (most recent call last):
     AssertionError: behaves as dapo (token mean over the batch ...
     """
+    from wapo_analysis.audit import judge
     from wapo_analysis.audit.declared import ANY
-    from wapo_analysis.audit.judge import judge
 
     declared = {"name": objective} if isinstance(objective, str) else dict(objective)
     if declared.get("name") not in ANY:

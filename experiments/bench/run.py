@@ -13,9 +13,9 @@ import torch
 from experiments.bench.errors import GateError
 from experiments.bench.harness import Measures, keep_memory, machine, release_memory
 from experiments.bench.options import Options
+from wapo_analysis import __version__
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store import write_atomic
-from wapo_analysis.version import __version__
 
 QUICK_AREAS = ("errors", "stats", "memory", "head", "step", "store", "read")
 AREAS = (*QUICK_AREAS, "attribution", "passive", "waiting")

@@ -18,7 +18,7 @@ import pytest
 from tests.support.builders import write_fake_run
 from wapo_analysis.attribute import attribute_step
 from wapo_analysis.diagnose import diagnose
-from wapo_analysis.report.build import build_report
+from wapo_analysis.report import build_report
 from wapo_analysis.store import open_run
 from wapo_analysis.store.files import step_line
 

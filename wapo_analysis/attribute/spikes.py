@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.completions import distinguishing
 from wapo_analysis.derive import UPDATE_STATISTICS, class_names, run_sums, update_columns
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.probes import MEANINGS, set_name, three_numbers
-from wapo_analysis.results import Block, Grid, Items, Result, Section, plain
+from wapo_analysis.results import Block, Grid, Items, Result, Section, distinguishing, plain
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 

@@ -15,9 +15,9 @@ from io import TextIOWrapper
 
 import typer
 
+from wapo_analysis import __version__
 from wapo_analysis.cli.common import console_error, drop_output
 from wapo_analysis.errors import UserError, closest
-from wapo_analysis.version import __version__
 
 
 def verbatim_examples(doc: str) -> str:

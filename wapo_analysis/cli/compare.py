@@ -37,7 +37,7 @@ def compare(
     opened = open_runs(runs, log_settings(runs, map))
     show(compare_runs(opened), format)
     if out is not None:
-        from wapo_analysis.report.build import build_report
+        from wapo_analysis.report import build_report
 
         write_figures(opened, out / "figures", "png", None)
         build_report(opened, out / "report.html")

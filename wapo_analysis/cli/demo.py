@@ -17,7 +17,7 @@ from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
     from wapo_analysis.train.config import TrainConfig
-    from wapo_analysis.train.parallel import Job
+    from wapo_analysis.train.lifecycle import Job
 
 Option = typer.Option
 OBJECTIVES = ("grpo", "wapo")
@@ -63,7 +63,7 @@ def demo(
 
 def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
     """The run that explodes, then one job per seed and objective, which finish together."""
-    from wapo_analysis.train.parallel import Job
+    from wapo_analysis.train.lifecycle import Job
 
     harsh = replace(base, include_bins=(EXPLODES,), epochs=2, minibatches=2)
     return [
@@ -85,8 +85,8 @@ def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> No
         If a run failed; the others are kept.
     """
     from wapo_analysis.train.config import TrainConfig
+    from wapo_analysis.train.lifecycle import train_all
     from wapo_analysis.train.models import pick_device
-    from wapo_analysis.train.parallel import train_all
 
     base = TrainConfig(
         task=task, steps=steps, device=device, lr=5e-5, checkpoint_every=0, probe_every=10
@@ -144,7 +144,7 @@ def _conclude(out: Path, folders: Sequence[Path]) -> None:
     from wapo_analysis.compare import compare
     from wapo_analysis.diagnose import diagnose
     from wapo_analysis.plots.classes import prepare_gradient_mass, says_gradient_mass
-    from wapo_analysis.report.build import build_report
+    from wapo_analysis.report import build_report
     from wapo_analysis.store import open_run
 
     runs = [open_run(folder) for folder in (*folders[1:], folders[0])]

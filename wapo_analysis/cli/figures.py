@@ -161,7 +161,7 @@ def _draw_all(
     from concurrent.futures.process import BrokenProcessPool
 
     from wapo_analysis.plots import render, save_figure
-    from wapo_analysis.plots.marks import prepare_marks
+    from wapo_analysis.plots.registry import prepare_marks
 
     marks = prepare_marks(runs)
     gc.freeze()  # else every collection while drawing walks through all that was imported

@@ -42,7 +42,7 @@ def report(
 
         wapo report runs/grpo-0 runs/wapo-0 --out report.html
     """
-    from wapo_analysis.report.build import build_report
+    from wapo_analysis.report import build_report
 
     own = holds_runs(runs[0])
     target = out or (runs[0] / "report.html" if own else Path(f"{runs[0].resolve().stem}.html"))

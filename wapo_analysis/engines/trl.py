@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from wapo_analysis.capture.trl.attachment import Attachment, attach
+from wapo_analysis.capture.trl import Attachment, attach
 from wapo_analysis.capture.trl.objective import use_objective
 from wapo_analysis.engines.recipe import Recipe
 from wapo_analysis.engines.trl_settings import (

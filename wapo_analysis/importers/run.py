@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wapo_analysis import __version__
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers import boards, logs, official, prime_rl
 from wapo_analysis.importers.console import read_console
@@ -23,7 +24,6 @@ from wapo_analysis.importers.report import MOST, ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import read_tables
 from wapo_analysis.store import Manifest, Need, RunWriter, open_run
-from wapo_analysis.version import __version__
 
 _TRAINER_LACKS = {
     "tokens": "TRL writes text and step averages, nothing per token; use wapo_analysis.attach",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.objectives.official import rules
+from wapo_analysis.objectives.table import rules
 
 FloatArray = NDArray[np.float64]
 

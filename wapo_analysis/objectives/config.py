@@ -16,14 +16,15 @@ from wapo_taxonomy import CLASSES, expand_bins
 
 from wapo_analysis.declare import Limit, between, check_settings, setting
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.objectives.official import Rules, rules
 from wapo_analysis.objectives.table import (
     OBJECTIVES,
     Bounds,
     Objective,
+    Rules,
     TokenLoss,
     TokenLossFunction,
     likelihood,
+    rules,
 )
 
 if TYPE_CHECKING:

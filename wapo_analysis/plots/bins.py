@@ -12,9 +12,8 @@ from matplotlib.ticker import FuncFormatter
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import class_frame, keep_labels, keyed, labels_of, mean_over_runs
-from wapo_analysis.plots.marks import joined, largest
 from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note, sign_legend
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import figure, joined, largest
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     CLASS_INK,

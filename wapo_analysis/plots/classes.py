@@ -15,7 +15,6 @@ from wapo_analysis.plots.frames import (
     token_frame,
     with_empty_classes,
 )
-from wapo_analysis.plots.marks import after, ends, joined, largest_key
 from wapo_analysis.plots.panels import (
     ZERO,
     AxesArray,
@@ -32,7 +31,7 @@ from wapo_analysis.plots.panels import (
     stack,
     step_axis,
 )
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import after, ends, figure, joined, largest_key
 from wapo_analysis.plots.style import CLASS_COLORS, MUTED, new_figure
 from wapo_analysis.store import Need, Run
 

@@ -17,7 +17,6 @@ from wapo_analysis.plots.frames import (
     step_frame,
     with_empty_classes,
 )
-from wapo_analysis.plots.marks import after, ends, joined, largest_key
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
@@ -35,7 +34,7 @@ from wapo_analysis.plots.panels import (
     stack,
     step_axis,
 )
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import after, ends, figure, joined, largest_key
 from wapo_analysis.plots.style import (
     INK,
     SIGN_COLORS,

@@ -16,7 +16,6 @@ from wapo_analysis.plots.frames import (
     mean_over_runs,
     token_frame,
 )
-from wapo_analysis.plots.marks import after, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
@@ -28,7 +27,7 @@ from wapo_analysis.plots.panels import (
     sign_legend,
     step_axis,
 )
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import after, figure, joined
 from wapo_analysis.plots.style import (
     INK,
     MUTED,

@@ -11,9 +11,8 @@ from matplotlib.patches import Patch
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
-from wapo_analysis.plots.marks import joined, largest_key
 from wapo_analysis.plots.panels import AxesArray, label_row, note
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import figure, joined, largest_key
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.probes import agreement, closure, part_name, three_numbers, window
 from wapo_analysis.schema import INTERACTION, MOMENTUM, UPDATE, WEIGHT_DECAY

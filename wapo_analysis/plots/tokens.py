@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, mean_over_runs, token_frame
-from wapo_analysis.plots.marks import after, changes, joined, largest
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
@@ -20,7 +19,7 @@ from wapo_analysis.plots.panels import (
     note,
     step_axis,
 )
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import after, changes, figure, joined, largest
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     CLASS_INK,

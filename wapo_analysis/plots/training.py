@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_frame
-from wapo_analysis.plots.marks import after, changes, ends, joined
 from wapo_analysis.plots.panels import (
     AxesArray,
     fit_steps,
@@ -21,7 +20,7 @@ from wapo_analysis.plots.panels import (
     note,
     step_axis,
 )
-from wapo_analysis.plots.registry import figure
+from wapo_analysis.plots.registry import after, changes, ends, figure, joined
 from wapo_analysis.plots.style import INK, label_styles, new_figure
 from wapo_analysis.schema import axis_label
 from wapo_analysis.store import Need, Run

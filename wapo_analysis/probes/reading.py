@@ -1,4 +1,4 @@
-"""Probe rows to small tables: three numbers per class, sums over a window, agreement."""
+"""Probe rows to small tables: three numbers per class and their verdict, sums, agreement."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,6 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.probes.rows import ADDENDS, CLASS_CODES
-from wapo_analysis.probes.verdict import judge
 from wapo_analysis.schema import (
     ALL_TOKENS,
     GRADIENT,
@@ -21,6 +20,70 @@ from wapo_analysis.schema import (
 from wapo_analysis.table import Array
 
 KEYS = ["step", "minibatch", "tokens_of"]
+RESOLUTION = 1e-6
+"""Nats; the rounding of float32 in a mean over some hundred tokens is about a tenth of this."""
+BEND = 0.5
+FACTOR = 3.0
+MEANINGS = {
+    "below resolution": "the change is too small to distinguish from rounding",
+    "step too large": "half the update does not do half the change: the step is too large for a "
+    "first-order law; lower lr",
+    "momentum dominates": "the momentum of earlier batches, not this batch, decides the change",
+    "sharing dominates": "other tokens' updates move these tokens through shared parameters more "
+    "than their own do",
+    "local law holds": "the tokens' own updates explain the change in sign and size",
+}
+"""Verdict -> what it means, one clause; the order of the rules of `judge`."""
+
+
+def judge(predicted: Array, gradient: Array, carried: Array, measured: Array, half: Array) -> Array:
+    """What it means when prediction, counterfactual and measurement of sets of tokens disagree.
+
+    The first rule that holds is the verdict:
+
+    1. ``below resolution``    neither |M| nor |G| nor |P| reaches RESOLUTION nats
+    2. ``step too large``      the bent part of the change, 2 |M - 2 (M/2)|, exceeds BEND of the
+       largest of its straight part |4 (M/2) - M| and the gross change |G| + |K|: no
+       first-order law can hold
+    3. ``momentum dominates``  |K| > |G|: earlier batches, not this one, decide where the set
+       goes
+    4. ``sharing dominates``   P and G differ in sign or by more than FACTOR: other tokens' updates
+       move these through shared parameters
+    5. ``local law holds``     P and G agree in sign and within FACTOR
+
+    Parameters
+    ----------
+    predicted : array_like, shape (n,)
+        P, prediction of the taxonomy at the fitted scale, nats.
+    gradient : array_like, shape (n,)
+        G, change by all classes at once.
+    carried : array_like, shape (n,)
+        K, change by momentum plus that by weight decay.
+    measured, half : array_like, shape (n,)
+        M and M/2, change by the whole and by half of the update.
+
+    Returns
+    -------
+    ndarray of str, shape (n,)
+        Verdicts, keys of ``MEANINGS``.
+
+    Examples
+    --------
+    >>> str(judge([1e-3], [2e-3], [0.0], [2e-3], [1e-3])[0])
+    'local law holds'
+    >>> str(judge([-1e-3], [2e-3], [0.0], [2e-3], [1e-3])[0])
+    'sharing dominates'
+    """
+    p, g, k, m, h = (
+        np.asarray(values, np.float64) for values in (predicted, gradient, carried, measured, half)
+    )
+    bend, straight = 2 * np.abs(m - 2 * h), np.abs(4 * h - m)
+    gross = np.maximum(straight, np.abs(g) + np.abs(k))
+    near = (p * g > 0) & (np.abs(p) <= FACTOR * np.abs(g)) & (np.abs(g) <= FACTOR * np.abs(p))
+    small = np.maximum(np.maximum(np.abs(m), np.abs(g)), np.nan_to_num(np.abs(p))) < RESOLUTION
+    rules = [small, bend > BEND * gross, np.abs(k) > np.abs(g), ~near]
+    *names, local = MEANINGS
+    return np.asarray(np.select(rules, names, default=local))
 
 
 def part_name(code: int) -> str:
@@ -56,7 +119,7 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
         without a part in the update); ``counterfactual``, the set's own class applied alone (where
         it is no class: all classes at once); ``gradient``, all classes at once;
         ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
-        it; all mean nats; ``verdict``, see :mod:`wapo_analysis.probes.verdict`.
+        it; all mean nats; ``verdict``, see `judge`.
     """
     whole = probes[probes["part"] == UPDATE].set_index(KEYS).sort_index()
     alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")

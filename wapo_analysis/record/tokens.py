@@ -1,6 +1,7 @@
 """The tokens of one gradient pass, and their way from the trainer's device to numpy columns."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -334,3 +335,16 @@ def given_in_all(passes: Sequence[TokenPass]) -> frozenset[str]:
     """Statistics that every one of some passes has."""
     names = [frozenset(tokens.given()) for tokens in passes]
     return frozenset.intersection(*names) if names else frozenset()
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of n-grams that occurred before in the same completion, in [0, 1].
+
+    Examples
+    --------
+    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4])
+    0.2
+    """
+    grams = Counter(zip(*(ids[start:] for start in range(n)), strict=False))
+    total = sum(grams.values())
+    return (total - len(grams)) / total if total else 0.0

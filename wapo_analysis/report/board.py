@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.report.build import render
+from wapo_analysis.report import render
 from wapo_analysis.report.data import Json, comparison_data, run_data, run_id
 from wapo_analysis.report.steps import block, step_data
 from wapo_analysis.settings import setting_labels

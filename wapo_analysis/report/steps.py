@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.completions import distinguishing
 from wapo_analysis.report.data import Json, class_names, plain_list
+from wapo_analysis.results import distinguishing
 from wapo_analysis.table import Array
 
 if TYPE_CHECKING:

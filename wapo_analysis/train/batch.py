@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from wapo_analysis.completions import repetition
 from wapo_analysis.derive import reward_columns, rollout_sums
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.weights import BatchWeights, kept_token_weights, minibatch_weights
 from wapo_analysis.record.recorder import Recorder, TokenPass
+from wapo_analysis.record.tokens import repetition
 from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.chat import Prompt

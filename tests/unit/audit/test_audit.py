@@ -10,9 +10,8 @@ import pytest
 
 from experiments.bug_bench import flat, loop, recipes
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.audit import Audit, audit
+from wapo_analysis.audit import Audit, audit, judge
 from wapo_analysis.audit.evidence import Evidence
-from wapo_analysis.audit.judge import judge
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.train.loop import train

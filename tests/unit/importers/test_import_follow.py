@@ -14,9 +14,10 @@ from rich.console import Console
 
 from tests.support.builders import write_fake_run
 from tests.support.import_sources import write_lines, write_verl
+from wapo_analysis import importers
 from wapo_analysis.cli import run
 from wapo_analysis.errors import UserError
-from wapo_analysis.importers import SourceTail, follow, open_source
+from wapo_analysis.importers import SourceTail, open_source
 from wapo_analysis.watch.live import watch
 
 
@@ -63,7 +64,7 @@ def test_a_cache_that_cannot_be_written_is_made_elsewhere(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("WAPO_CACHE", str(tmp_path / "file" / "below"))
-    monkeypatch.setattr(follow.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(importers.tempfile, "gettempdir", lambda: str(tmp_path))
     assert len(open_source(log(tmp_path / "m.jsonl", 3)).steps) == 3
 
 

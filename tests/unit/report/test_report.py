@@ -14,12 +14,12 @@ import pytest
 
 from tests.support.builders import write_fake_run
 from wapo_analysis import Recorder
-from wapo_analysis.completions import distinguishing
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.report.build import MODULES, build_report, bundle
+from wapo_analysis.report import MODULES, build_report, bundle
 from wapo_analysis.report.data import class_columns, run_data, step_columns
 from wapo_analysis.report.steps import block, chosen_steps, merged_passes, rounded, step_data
+from wapo_analysis.results import distinguishing
 from wapo_analysis.store import Run, open_run
 
 ROOT = Path(__file__).parents[3]

@@ -15,9 +15,9 @@ from torch import Tensor
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.capture.trl.trainer import OLD_LOGPS, TrlTrainer, loss_mask
-from wapo_analysis.completions import repetition
 from wapo_analysis.derive import reward_columns, rollout_sums, token_sums
 from wapo_analysis.record.step import pass_sums
+from wapo_analysis.record.tokens import repetition
 from wapo_analysis.table import Array, Records
 
 ID_KEY = "wapo_rollout"

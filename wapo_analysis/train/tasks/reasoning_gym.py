@@ -1,6 +1,6 @@
 """Any data set of reasoning-gym by its name, generated and scored by the package itself.
 
-Both happen in the grading process, see ``judge_worker``: some scorers evaluate what they are given.
+Both happen in the grading process, see ``judge``: some scorers evaluate what they are given.
 """
 
 import difflib
