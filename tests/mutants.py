@@ -45,6 +45,7 @@ NEAREST = {
     "wapo_analysis/objectives": ["tests/unit/objectives", "tests/gold"],
     "wapo_analysis/record": [
         "tests/unit/record",
+        "tests/unit/capture",
         "tests/integration/test_beside.py",
         "tests/integration/test_training.py",
         "tests/integration/test_torch_loop.py",

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from experiments.bug_bench.loop import train as train_loop
+from tests.support.builders import write_fake_run
 from tests.support.step_logs import ramp, write_flows, write_steps
 from wapo_analysis import Recorder, TrainConfig
 from wapo_analysis.beside import BesideTraining
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.beside import PROTECTED, RECENT, Ring
+from wapo_analysis.record.beside import PROTECTED, RECENT, Ring, acts
 from wapo_analysis.store import open_run
 from wapo_analysis.train.loop import train
 
@@ -89,14 +91,49 @@ def test_the_ring_keeps_few_checkpoints_and_the_right_ones(
         if ring.due(step):
             assert ring.write(step, filled)
         if step == 45:
-            assert ring.protect(43) == 40
+            assert ring.protect(42) == 40  # it holds the policy that sampled step 41
         assert len(steps_in(root)) <= RECENT + 1 + PROTECTED
     assert steps_in(root) == [28, 40, *(49 + 3 * n for n in range(4))]
-    assert ring.protect(40) == 28
+    assert ring.protect(41) == 28
     again = Ring(root, json.loads(json.dumps(ring.entry())))
     assert again.held == ring.held == set(steps_in(root))
     assert not again.due(60)
     assert again.due(61)  # 3 after the last
+
+
+def test_the_ring_rests_ten_times_as_long_as_a_checkpoint_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("wapo_analysis.record.beside.perf_counter", lambda: now[0])
+
+    def slowly(folder: Path) -> None:
+        filled(folder)
+        now[0] += 2.0
+
+    ring = Ring(tmp_path / "checkpoints", {})
+    assert ring.write(1, slowly)
+    now[0] += 19.9
+    assert not ring.due(9)
+    now[0] += 0.2
+    assert ring.due(9)
+
+
+def test_a_nearly_full_disk_gets_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = [10**9]
+    monkeypatch.setattr(
+        "wapo_analysis.record.beside.shutil.disk_usage", lambda _: SimpleNamespace(free=free[0])
+    )
+    ring = Ring(tmp_path / "checkpoints", {})
+    assert ring.write(1, filled), "100 bytes"
+    free[0] = 250
+    assert ring.write(4, filled)
+    free[0] = 150
+    assert not ring.write(7, filled), "no room for two"
+    assert steps_in(tmp_path / "checkpoints") == [1, 4]
+    assert "the disk is nearly full" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(
@@ -172,6 +209,18 @@ def test_a_loop_of_one_s_own_asks_what_the_guard_wants(
     assert {"name", "severity", "message", "at"} <= set(told[0])
     assert not (tmp_path / "r" / "checkpoints").exists(), "a function keeps what it wants"
     assert open_run(tmp_path / "r").manifest["guard"][0]["finding"] == told[0]["name"]
+
+
+def test_a_run_that_goes_on_after_step_20_keeps_what_was_done_up_to_it(tmp_path: Path) -> None:
+    did = [{"step": step, "did": "checkpoint"} for step in (10, 20, 21)]
+    kept = {"steps": [17, 20, 23], "protected": [17], "best": None}
+    manifest = {"guard": did, "guard_checkpoints": kept}
+    run = write_fake_run(tmp_path / "r", steps=2, manifest=manifest)
+    found = acts(run, 20)
+    assert [entry["step"] for entry in found["guard"]] == [10, 20]
+    assert found["guard_checkpoints"] == kept | {"steps": [17, 20]}
+    assert acts(run, 9) == {"guard_checkpoints": kept | {"steps": []}}
+    assert acts(tmp_path / "none", 9) == {}
 
 
 def test_a_failing_function_never_stops_the_training(tmp_path: Path) -> None:

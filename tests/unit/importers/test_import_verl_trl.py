@@ -34,6 +34,17 @@ def test_verl_rollouts_and_metrics_make_one_run(uid: bool, tmp_path: Path) -> No
     assert math.isnan(step["kl_old"])
 
 
+def test_one_prompt_drawn_twice_in_a_verl_step_makes_two_groups(tmp_path: Path) -> None:
+    row = {"input": "q", "output": "a", "gts": "a", "step": 7}
+    scores = {"s0_0_0": 1.0, "s0_1_0": 1.0, "s1_0_0": 0.0, "s1_1_0": 0.0}
+    rows = [row | {"uid": uid, "score": score} for uid, score in scores.items()]
+    write_lines(tmp_path / "v" / "7.jsonl", rows)
+    import_run(tmp_path / "v", tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    assert run.rollouts["group"].tolist() == [0, 0, 1, 1]
+    assert run.steps["groups_all_wrong"].tolist() == [0.5]
+
+
 def test_a_verl_metric_is_mapped_by_hand(tmp_path: Path) -> None:
     source = write_verl(tmp_path / "v") / "run.jsonl"
     from wapo_analysis.importers.run import ImportSettings

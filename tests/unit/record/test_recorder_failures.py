@@ -109,6 +109,27 @@ def test_the_share_follows_the_rows_that_wait(
     recorder.close()
 
 
+@pytest.mark.parametrize(("queue", "own"), [(ROWS, [5, 6]), (ROWS // 5, [2, 3, 4, 5, 6])])
+def test_a_caller_sums_a_step_up_itself_only_where_four_queues_of_rows_wait(
+    tmp_path: Path, queue: int, own: list[int]
+) -> None:
+    recorder, here = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=queue), []
+    steps = recorder._steps
+    condense = steps._condense
+
+    def seen(job: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            here.append(job.step)
+        condense(job)
+
+    steps._condense = seen  # type: ignore[method-assign]
+    with stuck(recorder):
+        record(recorder, range(1, 7), passes=1)
+    recorder.close("finished")
+    assert here == own
+    assert open_run(tmp_path / "r").classes.groupby("step").tokens.sum().tolist() == [ROWS] * 6
+
+
 def test_a_step_larger_than_the_queue_is_written_whole_if_nothing_waits(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=10)
     for step in (1, 2):

@@ -53,7 +53,9 @@ def test_a_later_pass_looks_at_no_rollout_twice() -> None:
     assert set(first.rollout.tolist()) == {0, 1}
     assert reader.wants(1), "two of four rollouts are left to find"
     assert reader.choose(1, (row, position), row, position, 1) is None, "the second epoch"
+    assert reader.size_at(1) == 8
     assert not TopReader(8, 10, 1.0, 1.0).wants(2)
+    assert TopReader(8, 10, 1.0, 1.0).size_at(2) == 0
 
 
 def test_nothing_is_read_off_schedule_or_when_switched_off() -> None:
