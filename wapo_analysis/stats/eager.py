@@ -75,8 +75,8 @@ def reduce_keeping(
     targets : Tensor of int64, shape (N,)
     temperature : float
     powers : Tensor, shape (N, V)
-        Where they go, in the dtype of the rows; may be their memory. Of no meaning at target and
-        mode.
+        Where they go, rounded to its dtype; may be the memory of the rows. Of no meaning at target
+        and mode.
 
     Returns
     -------
@@ -86,12 +86,18 @@ def reduce_keeping(
     """
     size = min(block_rows(rows.logits, None), max(len(rows), 1))
     x = rows.logits.new_empty((size, rows.logits.shape[-1]), dtype=rows.dtype)
+    rounded = powers.dtype != x.dtype
+    space = torch.empty_like(x) if rounded else x
     modes = torch.empty_like(targets)
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         block = torch.sub(rows.block(start, stop, x), origin, out=x[: stop - start])
         modes[start:stop] = out[:, 1]
-        return _sums(block.scatter_(1, out, -torch.inf), powers[start:stop], LOG2_E / temperature)
+        e = space[: stop - start] if rounded else powers[start:stop]
+        found = _sums(block.scatter_(1, out, -torch.inf), e, LOG2_E / temperature)
+        if rounded:
+            powers[start:stop].copy_(e)
+        return found
 
     return reduce_by(sums, rows, targets, 0, size, x), modes
 
