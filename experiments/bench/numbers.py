@@ -79,7 +79,7 @@ NUMBERS: tuple[Number, ...] = (
     Number("fused_head_again_vs_no_capture", "fused head, logits made again / head without capture",
            "float32, where logits would take more than a 32nd of the memory"),
     Number("fused_head_vs_no_capture_bf16", "fused head, bfloat16 / head without capture",
-           "logits are made again in half precision"),
+           "logits kept, rounded to bfloat16; forward and backward"),
     Number("fused_head_working_memory_vs_logits", "fused head, working memory / logits",
            "logits made again; fresh process, forward and backward at 512 x 151936, returned "
            "gradients left out"),

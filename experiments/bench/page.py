@@ -39,7 +39,7 @@ _METHOD = """## What is compared
   that over the CPU time of the rest of the same step: forward, backward and AdamW of a
   SmolLM2-135M-shaped model on about 500 tokens. `wapo train` itself pays less, because there the
   statistics supply the log-probability.
-- **Fused head**: float32 logits that take no more than a 32nd of a CPU's memory are kept as powers,
+- **Fused head**: logits that take no more than a 32nd of a CPU's memory are kept as powers,
   which become the gradient without an exponential more. Else it makes them twice: four matrix
   products against the base's three, and `head_products_vs_no_capture` is what the four take alone.
 - **Errors**: g = sqrt((1-p)^2 + C_o) and B = p(1-p)(ln p + H) - (Q_o + C_o H), the change of

@@ -66,8 +66,8 @@ def reduce_rows(
 
 def reduce_keeping(
     rows: Rows, targets: Tensor, temperature: float, powers: Tensor
-) -> tuple[Reduced, Tensor]:
-    """`reduce_rows` that keeps its powers exp((logit - origin) / temperature), and the modes.
+) -> tuple[Reduced, Tensor, Tensor]:
+    """`reduce_rows` that keeps its powers exp((logit - origin) / temperature + lift).
 
     Parameters
     ----------
@@ -83,12 +83,14 @@ def reduce_keeping(
     Reduced
     Tensor of int64, shape (N,)
         Id of the largest column of each row; equal ones: the target, else the first.
+    Tensor, shape (N,)
+        The lifts: 0 where nothing is rounded.
     """
     size = min(block_rows(rows.logits, None), max(len(rows), 1))
     x = rows.logits.new_empty((size, rows.logits.shape[-1]), dtype=rows.dtype)
-    rounded = powers.dtype != x.dtype
+    rounded = powers.dtype != rows.dtype
     space = torch.empty_like(x) if rounded else x
-    modes = torch.empty_like(targets)
+    modes, lifts = torch.empty_like(targets), x.new_zeros(len(rows))
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         block = torch.sub(rows.block(start, stop, x), origin, out=x[: stop - start])
@@ -96,10 +98,25 @@ def reduce_keeping(
         e = space[: stop - start] if rounded else powers[start:stop]
         found = _sums(block.scatter_(1, out, -torch.inf), e, LOG2_E / temperature)
         if rounded:
-            powers[start:stop].copy_(e)
+            ends = (rows.pick(start, stop, out).to(rows.dtype) - origin) / temperature
+            lift = _lift(found[0], ends, out)
+            powers[start:stop].copy_(e.mul_(lift.exp()))
+            lifts[start:stop] = lift.squeeze(1)
         return found
 
-    return reduce_by(sums, rows, targets, 0, size, x), modes
+    return reduce_by(sums, rows, targets, 0, size, x), modes, lifts
+
+
+def _lift(sum_e: Tensor, ends: Tensor, out: Tensor) -> Tensor:
+    """What makes the normaliser of each row a power of 2, in nats, shape (N, 1).
+
+    Then p - 1 of a token that is hardly probable, the largest number of its row, keeps its value
+    when it is rounded: else rounding it would decide the error of the whole gradient.
+    """
+    alike = out[:, 1:] == out[:, :1]
+    mode = ends[:, 1:].masked_fill(alike, -torch.inf)
+    log_z = torch.cat((sum_e.log(), ends[:, :1], mode), 1).logsumexp(1, keepdim=True)
+    return (log_z * LOG2_E).round() / LOG2_E - log_z
 
 
 def reduce_by(

@@ -2,8 +2,8 @@
 
 Shapes: N tokens, V vocabulary, D hidden width. Forward: blocks of rows against the whole head, for
 the statistics of a row need all of it. Backward: blocks of the vocabulary against all rows, so that
-each block of the head's gradient is written once, by one matrix product. On a CPU, float32 logits
-that take a small part of its memory are kept, as powers, and not made a second time.
+each block of the head's gradient is written once, by one matrix product. On a CPU, logits that take
+a small part of its memory are kept, as powers, and not made a second time (of float16 they are).
 """
 
 from collections.abc import Iterator, Sequence
@@ -86,8 +86,9 @@ def fused_head_stats(
         Logits z become ``softcap * tanh(z / softcap)``.
     chunk_rows : int, optional
         Rows that go through the head at once; a block of (chunk_rows, V) logits is then the most
-        that exists. By default a CPU keeps float32 logits without a soft cap for the backward
-        pass instead of making them again, if they take no more than a 32nd of its memory.
+        that exists. By default a CPU keeps logits without a soft cap for the backward pass instead
+        of making them again, if they take no more than a 32nd of its memory (never in float16,
+        where small powers would be lost).
 
     Returns
     -------
@@ -268,10 +269,10 @@ def _finished(reduced: Reduced, logits: Tensor, unit: float) -> tuple[tuple[Tens
 
 def _kept_statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tensor, ...]:
     """Statistics of some rows whose logits become (p - e_y) / factor, one a row."""
-    reduced, mode = reduce_keeping(Rows(logits), targets, unit, logits)
+    reduced, mode, lift = reduce_keeping(Rows(logits), targets, unit, logits)
     columns, centre = _finished(reduced, logits, unit)
     highest, origin = reduced.numbers[:, 1], reduced.numbers[:, 2]
-    factor = torch.exp((origin - centre) / unit).clamp(min=_LEAST_FACTOR)
+    factor = torch.exp((origin - centre) / unit - lift).clamp(min=_LEAST_FACTOR)
     # Not scatter_: of bfloat16 it goes through the whole tensor on a CPU.
     rows = torch.arange(len(targets), device=targets.device)
     for ids, push in (
@@ -330,7 +331,9 @@ def _kept_gradients(
     """`_gradients` of kept logits: powers (N, V) times factor (N, 1) is -g (p - e_y)."""
     d_hidden = d_weight = d_bias = None
     if wanted[0]:
-        d_hidden = ((powers @ weight.to(how.dtype)) * factor).to(hidden.dtype)
+        total = torch.zeros_like(hidden, dtype=factor.dtype)
+        _add_product(total, powers, weight.to(how.dtype))
+        d_hidden = total.mul_(factor).to(hidden.dtype)
     if wanted[1]:
         d_weight = torch.empty_like(weight)
         _put_product(d_weight, powers.t(), (hidden * factor).to(how.dtype))

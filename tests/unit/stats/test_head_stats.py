@@ -249,8 +249,11 @@ def test_near_certain_rows_keep_their_digits_in_value_and_gradient() -> None:
     assert float(away.max()) < 1e-4
 
 
+@pytest.mark.parametrize("chunk_rows", [None, 16], ids=["kept", "made again"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_as_near_to_float64_as_the_models_own_head(dtype: torch.dtype) -> None:
+def test_half_precision_is_as_near_to_float64_as_the_models_own_head(
+    dtype: torch.dtype, chunk_rows: int | None
+) -> None:
     hidden, weight, bias, targets = problem(40, 300, 32, dtype=dtype)
     upstream = torch.linspace(-1, 1, 40)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
@@ -260,7 +263,7 @@ def test_half_precision_is_as_near_to_float64_as_the_models_own_head(dtype: torc
     logits = torch.nn.functional.linear(hidden, weight, bias)
     plain = torch.log_softmax(logits, -1).gather(1, targets.unsqueeze(1)).squeeze(1)
     theirs = torch.autograd.grad(plain, (hidden, weight, bias), upstream.to(plain.dtype))
-    stats = fused_head_stats(hidden, weight, targets, bias)
+    stats = fused_head_stats(hidden, weight, targets, bias, chunk_rows=chunk_rows)
     assert stats.logp.dtype == torch.float32
     ours = torch.autograd.grad(stats.logp, (hidden, weight, bias), upstream)
     for got, other, want in zip(ours, theirs, truth, strict=True):
