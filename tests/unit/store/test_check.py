@@ -3,9 +3,11 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from wapo_analysis.cli import run as wapo
@@ -118,6 +120,60 @@ def test_a_run_that_is_being_written_is_whole_up_to_its_last_step(tmp_path: Path
     assert "line 2 is lost" in found.notes[1]
     del writer
     assert "probably dead" in check(tmp_path / "r").notes[0]
+
+
+def logged(path: Path, source: str, steps: Iterable[int], processes: int = 1) -> RunWriter:
+    """A run without tables, of some steps."""
+    writer = RunWriter(path, {"source": source, "processes": processes})
+    for step in steps:
+        writer.append_step({"step": step})
+    return writer
+
+
+def test_of_many_lost_steps_eight_are_named(tmp_path: Path) -> None:
+    logged(tmp_path / "nine", "trl", [1, 10]).close("finished")
+    assert check(tmp_path / "nine").damage == [
+        "steps.jsonl: no line of steps 2, 3, 4, 5, 6, 7, 8, 9"
+    ]
+    logged(tmp_path / "more", "trl", [1, 1202]).close("finished")
+    (told,) = check(tmp_path / "more").damage
+    assert told == "steps.jsonl: no line of steps 2, 3, 4, 5, 6, 7, 8, 9 and 1,192 more"
+
+
+def test_a_loop_of_ones_own_may_count_its_steps_by_tens(tmp_path: Path) -> None:
+    logged(tmp_path / "r", "recorder", [10, 20]).close("finished")
+    found = check(tmp_path / "r")
+    assert found.damage == []
+    assert found.notes == [
+        "steps.jsonl: no line of steps 11, 12, 13, 14, 15, 16, 17, 18 and 1 more"
+    ]
+
+
+def test_class_totals_that_another_process_left_out_are_lost(run: Path) -> None:
+    """Up to the last of its steps: a process may end a step later than the first."""
+    classes = run / "classes"
+    edit = json.loads((run / "manifest.json").read_bytes()) | {"processes": 2}
+    (run / "manifest.json").write_text(json.dumps({n: v for n, v in edit.items() if n != "crc32"}))
+    assert check(run).damage == [], "of one that recorded nothing"
+    for step in (1, 3):
+        table = pq.read_table(classes / f"part-0000000{step}-0.parquet")
+        rank = pa.array([1] * len(table), table.schema.field("rank").type)
+        table = table.set_column(table.schema.get_field_index("rank"), "rank", rank)
+        pq.write_table(table, classes / f"part-0000000{step}-1.parquet")
+    assert check(run).damage == ["classes: no rows of process 1 of step 2"]
+    (classes / "part-00000003-1.parquet").unlink()
+    assert check(run).damage == []
+
+
+def test_rows_of_a_step_without_a_line_are_told(run: Path) -> None:
+    """A writer that was killed between the parts of a step and its line."""
+    whole = json.loads((run / "manifest.json").read_bytes())
+    edit = {n: v for n, v in whole.items() if n not in ("crc32", "step_lines")}
+    (run / "manifest.json").write_text(json.dumps(edit))
+    log(lambda all: all[:-1])(run)
+    found = check(run)
+    assert found.damage == []
+    assert "rows of step 3 without a line in steps.jsonl" in found.notes
 
 
 def test_what_is_no_run_is_a_mistake(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from wapo_analysis.attribute import what_if
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import files, open_run
+from wapo_analysis.store.files import LineReader, step_line
 from wapo_analysis.store.merge import compact
 from wapo_analysis.store.parts import STEPS_KEY
 from wapo_analysis.store.tail import Tail
@@ -124,6 +125,24 @@ def test_numbers_that_are_not_finite_are_missing(run: Path) -> None:
     (run / "steps.jsonl").write_text('{"step": 1, "reward": Infinity, "loss": NaN, "lr": 1e999}\n')
     row = open_run(run).steps.iloc[0]
     assert row[["reward", "loss", "lr"]].isna().all()
+
+
+def test_numbers_of_a_line_are_those_of_31_and_64_bits() -> None:
+    row = LineReader().row(b'{"step": 2147483647, "a/n": 9223372036854775807, "reward": 1e300}')
+    assert row == {"step": 2**31 - 1, "a/n": 2**63 - 1, "reward": 1e300}
+    large = LineReader().row(b'{"step": 0, "reward": 9223372036854775808, "loss": -1e999}')
+    assert (large["step"], large["reward"], large["loss"]) == (0, 2.0**63, None)
+    assert type(large["reward"]) is float, "beyond 64 bits no table holds an integer"
+    with pytest.raises(ValueError, match="no integer 'step'"):
+        LineReader().row(b'{"step": 2147483648}')
+
+
+def test_a_line_without_a_checksum_among_those_that_have_one_is_damaged() -> None:
+    reader = LineReader()
+    assert reader.row(b'{"step": 1}\n') == {"step": 1}, "of version 0.1"
+    assert reader.row(step_line({"step": 2, "reward": np.nan})) == {"step": 2, "reward": None}
+    with pytest.raises(ValueError, match="its checksum is missing"):
+        reader.row(b'{"step": 3}\n')
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "steps.jsonl", "vocab.parquet", PART])

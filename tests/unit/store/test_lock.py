@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,8 @@ from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.schema import CLASSES
 from wapo_analysis.store import PartWriter, RunWriter, open_run
 from wapo_analysis.store import lock as module
-from wapo_analysis.store.lock import LOCK, Owner, RunLost
+from wapo_analysis.store.files import STEP_LOG, step_line
+from wapo_analysis.store.lock import LOCK, Owner, RunLost, _last_step, ago
 from wapo_analysis.store.merge import compact
 from wapo_analysis.table import Records
 
@@ -242,3 +244,23 @@ def test_a_process_is_told_from_a_later_one_of_its_number_by_when_it_began() -> 
         assert not module._runs(process.pid, born - 1), "another one had this number"
         process.kill()
     assert not module._runs(process.pid, born)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (-3, "0 s"), (0.4, "0 s"), (119.4, "119 s"), (120, "2 min"), (7199, "120 min"),
+        (7200, "2.0 h"), (5400 * 3, "4.5 h"),
+    ],
+)  # fmt: skip
+def test_a_time_span_has_the_unit_that_fits(seconds: float, said: str) -> None:
+    assert ago(seconds) == said
+
+
+def test_the_last_step_of_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
+    lines = b"".join(step_line({"step": step, "reward": 0.5}) for step in range(1, 3001))
+    assert len(lines) > 1 << 17
+    (tmp_path / STEP_LOG).write_bytes(lines + b'{"step": 3001, "rew')
+    assert re.fullmatch(", last step 3000 [0-9] s ago", _last_step(tmp_path))
+    (tmp_path / STEP_LOG).write_bytes(b'{"step": 1')
+    assert _last_step(tmp_path) == "", "before the first step"

@@ -1,6 +1,7 @@
 """The run folder: round trips, half-written files, broken files, resume, old schemas."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,12 @@ def test_a_run_shows_itself(tmp_path: Path) -> None:
     assert repr(run) == "Run('r', grpo, 3 steps, finished)"
     assert "<table" in run._repr_html_()
     assert isinstance(run, Run)
+
+
+def test_a_notebook_shows_the_last_five_steps(tmp_path: Path) -> None:
+    run = open_run(write_fake_run(tmp_path / "r", steps=7))
+    shown = re.findall(r"<tr>\s*<td>(\d+)</td>", run._repr_html_())
+    assert shown == ["3", "4", "5", "6", "7"]
 
 
 def test_files_are_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:
