@@ -159,4 +159,5 @@ class Tail:
         if new:
             added = parts_frame(list(new.values()), TABLES[name])
             held = self._frames[name]
-            self._frames[name] = added if held.empty else pd.concat([held, added])
+            whole = added if held.empty else pd.concat([held, added], ignore_index=True)
+            self._frames[name] = whole
