@@ -29,12 +29,18 @@ from experiments.bench.harness import (
 from experiments.bench.options import Options
 from experiments.bench.reference import exact_stats, three_pass, trl_selective
 from wapo_analysis.stats import TokenStats, token_stats
+from wapo_analysis.stats.topk import block_maxima
 
 _CASES = ((512, 49_152), (256, 151_936))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TOP_K = 20
 _LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # nats; a reference keeps its own rounding
 _MODULE = "experiments.bench.stats"
+# What statistics with exact maxima begin with, and nothing else; compiled when first called.
+_SWEEPS = (
+    torch.compile(block_maxima),
+    torch.compile(lambda rows: torch.exp2(rows.float()).sum(1)),
+)
 
 
 def measure(options: Options) -> Measures:
@@ -85,6 +91,7 @@ def _timed(given: Rows, options: Options) -> Timings:
         return token_stats(logits, targets, temperature, topk=topk, backend=backend)
 
     blocks, space = logits.split(4), torch.empty_like(logits[:4])
+    wide = torch.empty_like(space, dtype=torch.float32)
     variants: dict[str, Work] = {
         "official": lambda: three_pass(logits, targets, temperature),
         "ours": ours,
@@ -92,9 +99,11 @@ def _timed(given: Rows, options: Options) -> Timings:
         "read": lambda: [block.sum() for block in blocks],
         "top-k": lambda: ours(topk=_TOP_K),
         "exponential": lambda: [torch.exp2(block, out=space[: len(block)]) for block in blocks],
+        "widened": lambda: [wide[: len(block)].copy_(block) for _ in range(2) for block in blocks],
     }
     if not options.quick:
         variants["compiled"] = lambda: ours(backend="compile")
+        variants["sweeps"] = lambda: [sweep(part) for sweep in _SWEEPS for part in logits.split(64)]
     with torch.no_grad():
         for name in ("ours", "top-k", "compiled"):
             if name in variants:
@@ -111,11 +120,13 @@ def _ratios(times: Timings, note: str) -> Measures:
         "stats_time_vs_logp_only": times.ratio("ours", "logp only", note),
         "stats_time_vs_read": times.ratio("ours", "read", note),
         "exponential_time_vs_read": times.ratio("exponential", "read", note),
+        "widening_time_vs_logp_only": times.ratio("widened", "logp only", note),
         "topk_extra_vs_stats": times.ratio("top-k", "ours", note).shifted(-1.0),
     }
     if "compiled" in times.seconds:
         found["compiled_time_vs_reference"] = times.ratio("compiled", "official", note)
         found["compiled_time_vs_read"] = times.ratio("compiled", "read", note)
+        found["sweeps_time_vs_read"] = times.ratio("sweeps", "read", note)
     return found
 
 

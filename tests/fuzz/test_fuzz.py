@@ -9,11 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.damage import DEEP
-from tests.fuzz.sources import SOURCES
+from tests.fuzz.sources import SOURCES, make_all
 from tests.fuzz.target import Fuzz
 from tests.support.builders import write_fake_run
 from wapo_analysis.cli import run
 from wapo_analysis.errors import UserError
+from wapo_analysis.importers import import_run
+from wapo_analysis.plots import FIGURES, unavailable
+from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
 
 DATA = Path(__file__).parents[1] / "data"
@@ -135,3 +138,13 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
 def test_whatever_is_damaged_is_handled(fuzz: Fuzz, data: bytes) -> None:
     outcome = fuzz.play(data)
     assert not outcome.fault, f"{outcome.call}: {outcome.input}\n{outcome.trace}"
+
+
+def test_what_an_import_says_of_its_figures_is_what_its_run_folder_gives(tmp_path: Path) -> None:
+    for kind, source in make_all(tmp_path / "whole").items():
+        if kind not in SOURCES:
+            continue
+        report = import_run(source, tmp_path / kind)
+        run = open_run(tmp_path / kind)
+        lacking = {name for name, figure in FIGURES.items() if unavailable(figure, [run])}
+        assert set(report.cannot_feed) == lacking, kind

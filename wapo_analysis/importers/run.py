@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -153,7 +153,7 @@ def _write(
         if found.left:
             left = ", ".join(shown(file.name) for file in found.left[:4])
             report.told(f"also there, not read: {left}; name one to read it instead")
-        report.cannot_feed = _cannot_feed(folder, found.format)
+        report.cannot_feed = _cannot_feed(folder, found.format, sink.held)
         writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
     finally:
         writer.close("finished")
@@ -309,11 +309,15 @@ def _some(report: ImportReport) -> str:
     return ", ".join(map(printable, names[:30])) + (", ..." if len(names) > 30 else "")
 
 
-def _cannot_feed(folder: Path, format: str) -> dict[str, str]:
-    """Figures the run cannot feed, each with the reason."""
+def _cannot_feed(folder: Path, format: str, held: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Figures the run cannot feed, each with the reason; ``held`` are its columns by table."""
     from wapo_analysis.plots import FIGURES, unavailable
 
     run = open_run(folder)
+    for table in ("steps", "classes"):  # need not be read to be known
+        run.held[table] = frozenset(held[table]) if table in held else None
+    if "logp_after" not in held.get("tokens", ()):
+        run.held["tokens re-scored"] = None
     reasons: dict[str, str] = {}
     for name, spec in FIGURES.items():
         lack = unavailable(spec, [run])

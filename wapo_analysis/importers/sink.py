@@ -22,6 +22,7 @@ from wapo_analysis.importers.rows import class_rows, clean_tokens, filled_record
 from wapo_analysis.importers.steplog import StepLog
 from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import RunWriter
+from wapo_analysis.store.needs import holds, is_number
 from wapo_analysis.table import Array, Records
 
 
@@ -109,6 +110,8 @@ class Sink:
         The source's own metrics log.
     step_candidates : dict of str to list of float
         Where no record has a step: names that may count them, with their first numbers.
+    held : dict of str to set of str
+        By table, the columns that hold a value.
     """
 
     writer: RunWriter
@@ -126,6 +129,7 @@ class Sink:
     _last_step: int | None = None
     _file_steps: dict[Path, tuple[int, int]] = field(default_factory=dict)
     step_candidates: dict[str, list[float]] = field(default_factory=dict)
+    held: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.log = StepLog(self.report)
@@ -250,6 +254,8 @@ class Sink:
         number = self._parts.get(key, 0)
         self._parts[key] = number + 1
         self.writer.write_part(records, step, number)
+        known, table = self.held.setdefault(records.table.name, set()), records.table.name
+        known |= {n for n, v in records.columns.items() if n not in known and holds(table, n, v)}
 
     # ---- rollouts
 
@@ -282,6 +288,9 @@ class Sink:
                 row = rows.setdefault(step, {})
                 for name, value in values.items():
                     row.setdefault(name, value)
+        known = self.held.setdefault("steps", set()) if rows else set()
         for step in sorted(rows):
-            self.writer.append_step({"step": step, **rows[step]})
+            row = {"step": step, **rows[step]}
+            self.writer.append_step(row)
+            known |= {name for name, value in row.items() if name not in known and is_number(value)}
         self.report.steps = len(rows)

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from wapo_analysis.schema import TABLES
+from wapo_analysis.table import Array
 
 if TYPE_CHECKING:
     from wapo_analysis.store.reader import Run
@@ -115,14 +117,24 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     numbers = frame.iloc[:_LOOK].select_dtypes(["number", "bool"], exclude=["timedelta"])
     known = set(numbers.columns[np.isfinite(numbers.to_numpy(np.float64)).any(axis=0)])
     seen = set(numbers.columns) if len(frame) <= _LOOK else known
-    declared = TABLES[table]
     for name in map(str, frame.columns):
-        if name in declared and declared[name].dtype == "str":
-            holds = name in known or bool(frame[name].notna().any())
-        else:
-            holds = name in known if name in seen else _finite(frame[name])
-        if holds:
+        if name in known or (name not in seen and holds(table, name, frame[name])):
             yield name
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of the step log is a finite number, or a text that says one."""
+    try:
+        return isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def holds(table: str, name: str, values: pd.Series | Array) -> bool:
+    """Whether values of a stored column hold what a `Need` asks for."""
+    column = pd.Series(values)
+    is_text = name in TABLES[table] and TABLES[table][name].dtype == "str"
+    return bool(column.notna().any()) if is_text else _finite(column)
 
 
 def _finite(values: pd.Series) -> bool:
