@@ -1,6 +1,7 @@
 """Finding our columns among the names of a source: the user's mapping first, then known names."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,11 +90,7 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
 def map_option(pairs: Mapping[str, str]) -> str:
     """``--map`` options as they would be typed."""
     words = (f"{ours}={theirs}" for ours, theirs in pairs.items())
-    return " ".join(f"--map {_quoted(printable(word))}" for word in words)
-
-
-def _quoted(word: str) -> str:
-    return word if re.fullmatch(r"[\w./=@:+-]+", word) else f"'{word}'"
+    return " ".join(f"--map {shlex.quote(printable(word))}" for word in words)
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,9 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
         row = 2
         for batch in pacsv.open_csv(stream, read, parse, convert):
             report.lines += batch.num_rows
-            yield row, spelling.read(batch.to_pandas())
+            frame = batch.to_pandas()
+            _tell_swallowed(frame, row, delimiter, file, report)
+            yield row, spelling.read(frame)
             row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         if "Empty CSV file" not in str(error):
@@ -253,6 +255,23 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
     finally:
         source.close()
     report.files += 1
+
+
+def _tell_swallowed(
+    frame: pd.DataFrame, first: int, delimiter: str, file: Path, report: ImportReport
+) -> None:
+    """Count lines inside quotation marks that look like rows: a mark may not have been closed."""
+    for name in frame.columns:
+        for place in np.flatnonzero(frame[name].str.contains("\n", regex=False, na=False)):
+            _, *lines = str(frame[name].iloc[place]).split("\n")
+            cells = [line.split(delimiter) for line in lines]
+            numbers = [any(as_number(cell) is not None for cell in row) for row in cells]
+            rows = sum(
+                n and len(row) == frame.shape[1] for n, row in zip(numbers, cells, strict=True)
+            )
+            if rows:
+                what = "lines in quotation marks that look like rows, read as text"
+                report.count(what, file, first + int(place), rows)
 
 
 _GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")

@@ -10,11 +10,12 @@ import pandas as pd
 from wapo_analysis.derive import class_totals, derive
 from wapo_analysis.importers.jsonl import as_number
 from wapo_analysis.importers.report import ImportReport
-from wapo_analysis.schema import CLASSES, PAPER_EDGES, PROB_EDGES, Table
+from wapo_analysis.schema import CLASSES, PAPER_EDGES, PROB_EDGES, Column, Table
 from wapo_analysis.table import Array, Records
 
 _ABOVE_ONE = 1e-5
-_INT_LIMITS = {"int8": 2**7, "int16": 2**15, "int32": 2**31, "int64": 2**63}
+_LIMITS = {"bool": 2.0, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31, "int64": 2.0**63,
+           "float32": float(np.finfo(np.float32).max), "float64": np.inf}  # fmt: skip
 
 
 def filled_records(table: Table, frame: pd.DataFrame, report: ImportReport) -> Records:
@@ -35,25 +36,40 @@ def filled_records(table: Table, frame: pd.DataFrame, report: ImportReport) -> R
         given = frame[column.name] if column.name in frame else None
         if column.dtype == "str":
             columns[column.name] = _texts(given, rows)
-        elif column.dtype.startswith("float"):
-            columns[column.name] = numbers(given, rows)
         elif given is None and column.name in ("rank", "minibatch"):
             columns[column.name] = np.zeros(rows, dtype=column.dtype)
         else:
-            values = numbers(given, rows)
-            wide = int((np.abs(values) >= _INT_LIMITS.get(column.dtype, 2)).sum())
-            if wide:
-                report.counts[f"{column.name} beyond {column.dtype}, now null"] += wide
-            columns[column.name] = _masked(values, column.dtype)
+            values = _fitting(given, column, rows, report)
+            floats = column.dtype.startswith("float")
+            columns[column.name] = values if floats else _masked(values, column.dtype)
     return Records.build(table, columns)
 
 
 def numbers(given: pd.Series | None, rows: int) -> Array:
-    """Values as float64, shape (rows,); what is not finite is NaN."""
+    """Values as float64, shape (rows,); what no column can hold is NaN."""
     if given is None:
         return np.full(rows, np.nan)
     values = _floats(given)
-    return np.where(np.isfinite(values), values, np.nan)
+    return np.where(np.abs(values) < _LIMITS["float32"], values, np.nan)
+
+
+def _fitting(given: pd.Series | None, column: Column, rows: int, report: ImportReport) -> Array:
+    """Values as float64 that a column can hold; others are NaN and counted."""
+    if given is None:
+        return np.full(rows, np.nan)
+    values, name = _floats(given), column.name
+    lost = {
+        f"values of {name} that are no number, left out": given.notna() & np.isnan(values),
+        f"{name} beyond {column.dtype}, now null": np.abs(values) >= _LIMITS[column.dtype],
+    }
+    if column.dtype.startswith("int"):
+        part = np.isfinite(values) & (values != np.floor(values))
+        lost[f"{name} that is no whole number, now null"] = part
+    for what, places in lost.items():
+        if places.any():
+            report.counts[what] += int(places.sum())
+            values = np.where(places, np.nan, values)
+    return values
 
 
 def _floats(given: pd.Series) -> Array:
@@ -66,8 +82,7 @@ def _floats(given: pd.Series) -> Array:
 
 
 def _masked(values: Array, dtype: str) -> Array:
-    limit = _INT_LIMITS.get(dtype, 2)
-    missing = ~(np.abs(values) < limit)
+    missing = np.isnan(values)
     whole: Array = np.ma.masked_array(np.where(missing, 0, values).astype(dtype), mask=missing)
     return whole if missing.any() else np.asarray(whole)
 
@@ -133,7 +148,7 @@ def _from_probabilities(frame: pd.DataFrame, report: ImportReport) -> pd.DataFra
 
 def _counted(given: pd.Series, report: ImportReport) -> Array:
     values = _floats(given)
-    wild = np.isinf(values)
+    wild = np.abs(values) >= _LIMITS["float32"]
     if wild.any():
         report.counts["numbers that were not finite, now null"] += int(wild.sum())
     missing = given.notna().to_numpy() & np.isnan(values)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.boards import pick
-from wapo_analysis.importers.jsonl import MAX_STEP, as_step, message_text
+from wapo_analysis.importers.jsonl import MAX_STEP, as_number, as_step, message_text
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
@@ -254,6 +254,11 @@ class TableFeed:
         named["group"] = self._codes.code("group", step, named["group"])
         for name in ("prompt", "completion", "answer"):
             named[name] = message_text(named.get(name))
+        for name in ("reward", "advantage", "length"):
+            if named.get(name) is not None and as_number(named[name]) is None:
+                what = f"values of {name} that are no number, left out"
+                self.report.count(what, self.file, number)
+                named[name] = None
         self.sink.add_rollout(named)
 
 

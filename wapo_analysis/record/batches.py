@@ -16,6 +16,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.record.tokens import TokenPass, beside_logp
 from wapo_analysis.stats import TokenStats, token_stats
 
+_INT32 = 2**31
 MATCH = 0.1
 """Mean distance in nats beyond which log-probabilities do not belong to the logits."""
 
@@ -287,7 +288,7 @@ def batch_pass(
             logp=now if stats is None else stats.logp,
             logp_old=old,
             logp_prox=prox,
-            kept=_flat(kept, place),
+            kept=None if kept is None else kept.detach()[place].bool(),
             minibatch=minibatch,
             **known,
         ),
@@ -315,8 +316,13 @@ def _names(
     else:
         numbers = layout.per_rollout("rollouts", rollouts)
     if groups is None:
-        return numbers, torch.full((layout.count,), -1, device=device)
-    return numbers, layout.per_rollout("groups", groups)
+        groups = torch.full((layout.count,), -1, device=device)
+    else:
+        groups = layout.per_rollout("groups", groups)
+    for name, values in (("rollouts", numbers), ("groups", groups)):
+        if len(values) and float(values.double().abs().max()) >= _INT32:
+            raise UserError(f"{name} must be numbers below 2^31, got {_few(values)}")
+    return numbers, groups
 
 
 def _check_shapes(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from functools import wraps
+from numbers import Integral
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -10,6 +11,7 @@ from typing import Any, Self, TypeVar, cast
 from torch._compile import _disable_dynamo
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.store.files import MOST_STEPS
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,8 @@ class Guarded:
 
     def fail(self, error: Exception) -> None:
         """Watch no more."""
-        self.failure = f"{type(error).__name__}: {error}"
+        first, *_ = [*str(error).strip().splitlines(), ""]
+        self.failure = f"{type(error).__name__}: {first}"
 
     # A compiled training step calls it as it stands; traced, it would end the training. The public
     # torch.compiler.disable loads the compiler at once, this one at the first call.
@@ -87,7 +90,14 @@ class Steps:
         """Number of a step that was called ``step``: that, or counted on if it was there already.
 
         Rows of a step that comes twice would take the place of those that it had.
+
+        Raises
+        ------
+        UserError
+            On a number that no run folder can hold.
         """
+        if not 0 <= step < MOST_STEPS:
+            raise UserError(f"a step must be 0 to {MOST_STEPS - 1}, got {step}")
         if self._begun and step <= self.last:
             if not self._told:
                 log.warning(
@@ -99,14 +109,16 @@ class Steps:
         return step
 
 
-def check_schedule(token_fraction: float, *every: int) -> None:
-    """Refuse a share out of (0, 1] and steps between two that are below 0.
+def check_schedule(rank: int, token_fraction: float, *every: int) -> None:
+    """Refuse a rank below 0, a share out of (0, 1] and steps between two that are below 0.
 
     Raises
     ------
     UserError
         Naming what is allowed.
     """
+    if not isinstance(rank, Integral) or rank < 0:
+        raise UserError(f"rank must be 0 or a whole number above it, got {rank!r}")
     if min(every) < 0:
         names = "token_every, rescore_every and probe_every"
         raise UserError(f"{names} must be 0 (never) or positive")

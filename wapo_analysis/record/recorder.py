@@ -110,7 +110,7 @@ class Recorder(Guarded, Closing):
         take_over: bool = False, topk: int = TOPK, audit: bool = False,
         on_warning: Action = None, on_critical: Action = None,
     ) -> None:  # fmt: skip
-        check_schedule(token_fraction, token_every, rescore_every, probe_every)
+        check_schedule(rank, token_fraction, token_every, rescore_every, probe_every)
         check_actions(on_warning, on_critical)
         self.path = None if path is None else Path(path)
         self._beside: Beside | None = None

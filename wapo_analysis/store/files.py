@@ -192,19 +192,29 @@ LINE_BYTES = 1 << 22
 _BEFORE, _AFTER = b', "crc32": "', b'"}'
 _DIGITS = 8
 _ENDING = len(_BEFORE) + _DIGITS + len(_AFTER)
-_MOST_STEPS, _INT64 = 2**31, 2**63
+MOST_STEPS = 2**31
+"""Steps have numbers below it."""
+_INT64 = 2**63
 
 
 def step_line(row: Mapping[str, Any]) -> bytes:
-    """Line of a step; numbers that are not finite become null."""
-    text = json.dumps({name: _json_number(value) for name, value in row.items()})
+    """Line of a step; numbers that are not finite become null.
+
+    Raises
+    ------
+    UserError
+        On a value that is no number, nor the text of a column of the trainer's own.
+    """
+    text = json.dumps({name: _json_number(name, value) for name, value in row.items()})
     return f'{text[:-1]}, "{CHECKSUM}": "{crc32(text.encode()):08x}"}}\n'.encode()
 
 
-def _json_number(value: Any) -> float | int | None:
+def _json_number(name: str, value: Any) -> float | int | str | None:
     if type(value) is float:
         return value if value - value == 0 else None
-    number = value.item() if isinstance(value, np.generic) else value
+    number = value.item() if isinstance(value, np.generic | np.ndarray) else value
+    if not isinstance(number, int | float | None) and not (isinstance(number, str) and "/" in name):
+        raise UserError(f"step column {name!r} must be a number, got {value!r:.60}")
     return None if isinstance(number, float) and not isfinite(number) else number
 
 
@@ -239,7 +249,7 @@ class LineReader:
         if b"\\ud" in body or b"\\uD" in body:  # halves of characters, which no table can hold
             row = {encodable(name): _encodable(value) for name, value in row.items()}
         step = row.get("step")
-        if type(step) is not int or not 0 <= step < _MOST_STEPS:
+        if type(step) is not int or not 0 <= step < MOST_STEPS:
             raise ValueError("no integer 'step'")
         for name, value in row.items():
             if value is not None and (type(value) is not float or value - value != 0):

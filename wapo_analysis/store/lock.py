@@ -184,8 +184,11 @@ class RunLock:
         except OSError:
             pass
         owner = Owner.of(self._path)
-        if owner is None or owner.token != self._owner.token:
-            by = f"; it is written by {owner}" if owner is not None else ""
+        if owner is None:
+            gone = f"{LOCK} of {self._path}" if self._path.exists() else self._path
+            raise RunLost(f"{gone} was moved or deleted while the run was being written")
+        if owner.token != self._owner.token:
+            by = f"; it is written by {owner}" if owner.pid >= 0 else f", or changed its {LOCK}"
             raise RunLost(f"another process has taken over {self._path}{by}")
 
     def release(self, ended: bool = True) -> None:

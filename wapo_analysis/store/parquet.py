@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import INTERACTION, OTHER_TOKENS, PROB_EDGES, Column, Table
-from wapo_analysis.store.files import open_regular
+from wapo_analysis.store.files import encodable, open_regular
 from wapo_analysis.table import Array, Records
 
 MANTISSA_BITS = 15
@@ -103,7 +103,15 @@ def _arrow_array(values: Array, column: Column, bits: int) -> pa.Array:
         return pa.array(values, type=kind, mask=missing if missing.any() else None)
     if isinstance(values, np.ma.MaskedArray):
         return pa.array(values.data, type=kind, mask=np.ma.getmaskarray(values))
-    return pa.array(values, type=kind)
+    return texts_array(values) if column.dtype == "str" else pa.array(values, type=kind)
+
+
+def texts_array(texts: Sequence[str | None] | Array) -> pa.Array:
+    """Texts for a file; halves of characters, which UTF-8 cannot hold, are escaped."""
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([encodable(t) if isinstance(t, str) else t for t in texts], pa.string())
 
 
 def encoding(schema: pa.Schema) -> dict[str, Any]:

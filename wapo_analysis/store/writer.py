@@ -26,7 +26,13 @@ from wapo_analysis.store.files import (
 from wapo_analysis.store.lock import Owner, RunLock, RunLost
 from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.store.merge import merge_parts, replace_files
-from wapo_analysis.store.parquet import FULL_BITS, MANTISSA_BITS, arrow_table, parquet_bytes
+from wapo_analysis.store.parquet import (
+    FULL_BITS,
+    MANTISSA_BITS,
+    arrow_table,
+    parquet_bytes,
+    texts_array,
+)
 from wapo_analysis.store.parts import list_parts, part_name, read_vocab
 from wapo_analysis.table import Records
 
@@ -221,6 +227,8 @@ class RunWriter(PartWriter):
         if unknown:
             raise unknown_name("step column", unknown[0], STEPS.names)
         self.check()
+        if not os.fstat(self._steps.fileno()).st_nlink:
+            raise UserError(f"{self.path / STEP_LOG} was deleted while it was being written")
         self._steps.write(step_line(row))
         self._steps.flush()
         self._lines += 1
@@ -241,9 +249,8 @@ class RunWriter(PartWriter):
         self.check()
         self._vocab.update(texts)
         ids = sorted(self._vocab)
-        table = pa.table(
-            {"token_id": pa.array(ids, pa.int32()), "text": [self._vocab[i] for i in ids]}
-        )
+        texts = texts_array([self._vocab[i] for i in ids])
+        table = pa.table({"token_id": pa.array(ids, pa.int32()), "text": texts})
         write_atomic(self.path / VOCAB, *parquet_bytes(table))
 
     def named(self) -> list[int]:

@@ -43,6 +43,36 @@ def text_of(source: Path, out: Path) -> tuple[str, ImportReport]:
 # ---- tables
 
 
+def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path: Path) -> None:
+    open_mark = '"'
+    rows = "".join(f"{n},0.{n},{open_mark * (n == 3)}x\n" for n in range(1, 9))
+    (tmp_path / "t.csv").write_text("step,reward,note\n" + rows)
+    said, _ = text_of(tmp_path / "t.csv", tmp_path / "out")
+    assert len(open_run(tmp_path / "out").steps) == 3
+    assert "lines in quotation marks that look like rows, read as text: 5 (t.csv:4)" in said
+
+
+def test_every_value_that_no_column_can_hold_is_counted(tmp_path: Path) -> None:
+    given = [(1.0, 5), ([1.0, 2], 2.5), ("good", "five"), (1e300, -(2**31) - 1), (None, None)]
+    rows = [{"step": 1, "prompt": "p", "completion": "c", "reward": r, "length": n}
+            for r, n in given]  # fmt: skip
+    said, _ = text_of(write_lines(tmp_path / "t.jsonl", rows), tmp_path / "out")
+    found = open_run(tmp_path / "out").rollouts
+    assert found["reward"].notna().tolist() == [True, False, False, False, False]
+    assert found["length"].notna().tolist() == [True, False, False, False, False]
+    assert "values of reward that are no number, left out: 2 (t.jsonl:2, t.jsonl:3)" in said
+    assert "values of length that are no number, left out: 1 (t.jsonl:3)" in said
+    assert "length that is no whole number, now null: 1" in said
+    assert "reward beyond float32, now null: 1" in said
+    assert "length beyond int32, now null: 1" in said
+    tokens = [{"step": 1, "logp": -0.5, "advantage": a, "token_id": i}
+              for a, i in ((1.0, 1), (-1e308, 2), (1.0, "the"))]  # fmt: skip
+    said, _ = text_of(write_lines(tmp_path / "k.jsonl", tokens), tmp_path / "k")
+    assert open_run(tmp_path / "k").tokens(derived=False)["token_id"].isna().tolist() == [0, 1]
+    assert "values of token_id that are no number, left out: 1" in said
+    assert "numbers that were not finite, now null: 1" in said
+
+
 def test_a_missing_list_in_the_first_row_costs_that_row_alone(tmp_path: Path) -> None:
     rows = 9000
     lists: list[list[float] | None] = [[-0.5, -0.25]] * rows

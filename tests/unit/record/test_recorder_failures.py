@@ -177,6 +177,63 @@ def test_a_failure_in_the_training_thread_drops_what_waits(tmp_path: Path) -> No
     assert open_run(tmp_path / "r").manifest["status"] == "recording_failed"
 
 
+def watched(path: Path, finish: dict[str, Any], **watch: Any) -> Recorder:
+    """A recorder of one small step, closed."""
+    recorder = Recorder(path, {"name": "r"}, synchronous=True)
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    ids, logp = torch.ones(2, 3).long(), logits.log_softmax(-1)[..., 1]
+    given = {"groups": torch.tensor([0, 0]), "logits": logits, **watch}
+    recorder.watch(logp, ids, torch.ones(2, 3), torch.tensor([1.0, -1.0]), **given)
+    logp.sum().backward()
+    recorder.finish_step(**{"step": 1, "reward": [1.0, 0.0], **finish})
+    recorder.close()
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"lr": "fast"}, "step column 'lr' must be a number, got 'fast'"),
+        ({"lr": [1.0, 2.0]}, "step column 'lr' must be a number"),
+        ({"step": -1}, "a step must be 0 to 2147483647, got -1"),
+        ({"step": 2**40}, "a step must be 0 to 2147483647"),
+    ],
+)
+def test_what_would_make_the_run_unreadable_is_refused(
+    given: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    recorder = watched(tmp_path / "r", given)
+    assert said in str(recorder.failure)
+    assert open_run(tmp_path / "r").manifest["status"] == "recording_failed"
+
+
+def test_groups_that_no_column_can_hold_are_refused_and_never_merged(tmp_path: Path) -> None:
+    recorder = watched(tmp_path / "r", {}, groups=torch.tensor([0, 2**32]))
+    assert "groups must be numbers below 2^31, got [0, 4294967296]" in str(recorder.failure)
+
+
+def test_texts_with_half_a_character_and_kept_flags_as_numbers_are_recorded(tmp_path: Path) -> None:
+    half = "a\ud83d"
+    given = {
+        "prompts": [half] * 2,
+        "completions": ["b", half],
+        "texts": lambda ids: [half] * len(ids),
+    }
+    recorder = watched(tmp_path / "r", given, kept=torch.tensor([[1.0, 0, 1], [1, 1, 1]]))
+    assert recorder.failure is None
+    run = open_run(tmp_path / "r")
+    assert run.rollouts["completion"].tolist() == ["b", "a\\ud83d"]
+    assert run.vocab[1] == "a\\ud83d"
+    assert run.tokens()["kept"].tolist() == [True, False, True, True, True, True]
+
+
+def test_a_failure_is_one_line(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    recorder.fail(RuntimeError("\nno kernel\nregistered at ..."))
+    recorder.close()
+    assert recorder.failure == "RuntimeError: no kernel"
+
+
 def test_jobs_end_with_the_first_error() -> None:
     done: list[Any] = []
     thread = WriterThread(lambda error: done.append(str(error)))

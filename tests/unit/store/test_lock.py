@@ -123,6 +123,27 @@ def test_the_loser_of_a_take_over_stops_recording_and_changes_nothing(
     assert not second.lost
 
 
+@pytest.mark.parametrize("name", ["", LOCK, "steps.jsonl"])
+def test_what_was_moved_away_is_not_called_taken_over(name: str, tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {}, synchronous=True)
+    (tmp_path / "r" / name).rename(tmp_path / "moved")
+    if name == "steps.jsonl":
+        (tmp_path / "moved").unlink()
+    recorder.finish_step(1, rollouts=ONE)
+    recorder.close()
+    assert recorder.failure is not None
+    assert "deleted while" in recorder.failure
+    assert str(tmp_path / "r") in recorder.failure
+    assert "another process" not in recorder.failure
+
+
+@pytest.mark.parametrize("rank", [-1, "a", None])
+def test_a_rank_is_a_number(rank: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rank must be 0 or a whole number above it, got"):
+        Recorder(tmp_path / "r", {}, rank=rank)
+    assert not (tmp_path / "r").exists()
+
+
 def test_later_ranks_notice_as_well(tmp_path: Path) -> None:
     first = RunWriter(tmp_path / "r", {})
     second = PartWriter(tmp_path / "r", {})
