@@ -62,7 +62,9 @@ class Growth:
 
     def row(self) -> str:
         """Line of the table."""
-        places = " · ".join(f"{size:,}: {1e3 * t:.3g}" for size, t in self.seconds.items())
+        places = " · ".join(
+            f"{n:,}: {float(f'{1e3 * t:.3g}'):,.9g}" for n, t in self.seconds.items()
+        )
         return f"| {self.what} | {self.unit} | {places} | {self.exponent:.2f} |"
 
 

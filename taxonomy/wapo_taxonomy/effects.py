@@ -28,18 +28,12 @@ class ClassEffect:
         Direction of the other tokens; always true.
     entropy : int
         Direction of the entropy by the rule, +1 or -1 (:func:`wapo_taxonomy.rule_dentropy_sign`).
-    does : str
-        One sentence: what it must do.
-    fear : str
-        One sentence: what too much of it leads to.
     """
 
     name: str
     sampled: int
     others: str
     entropy: int
-    does: str
-    fear: str
 
 
 EFFECTS: dict[str, ClassEffect] = {
@@ -50,35 +44,24 @@ EFFECTS: dict[str, ClassEffect] = {
             sampled=1,
             others="all fall",
             entropy=-1,
-            does="It sharpens: the sampled peak rises and every other token falls.",
-            fear="Confidence hardens early and exploration ends, though its gradient fades as "
-            "the probability nears 1.",
         ),
         ClassEffect(
             "pos_valley",
             sampled=1,
             others="every peak falls; tokens below S - p rise",
             entropy=1,
-            does="It flattens: a rare token rises together with other rare ones, at the cost of "
-            "the dominant tokens.",
-            fear="Too much of it lifts the noise of the tail and entropy grows.",
         ),
         ClassEffect(
             "neg_peak",
             sampled=-1,
             others="all rise",
             entropy=1,
-            does="It flattens: a peak falls and every other token rises.",
-            fear="Entropy explodes into gibberish, because its gradient grows as the probability "
-            "falls.",
         ),
         ClassEffect(
             "neg_valley",
             sampled=-1,
             others="every peak rises; tokens below S - p fall",
             entropy=-1,
-            does="It sharpens: the mass taken from a rare token goes to the already dominant ones.",
-            fear="Entropy dies: the policy collapses onto what it already prefers, right or wrong.",
         ),
     )
 }

@@ -67,7 +67,6 @@ class LmHead:
         hidden: Tensor,
         targets: Tensor,
         temperature: float,
-        mask: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> TokenStats:
         """Statistics of some tokens, see `wapo_analysis.stats.fused_head_stats`."""
@@ -77,7 +76,6 @@ class LmHead:
             targets,
             self.bias,
             temperature,
-            mask,
             kept=kept,
             scale=self.scale,
             softcap=self.softcap,

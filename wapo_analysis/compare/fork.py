@@ -5,7 +5,6 @@ decide cancels. An interval is over the pairs, of these two runs; what another s
 not in it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite
@@ -23,7 +22,6 @@ from wapo_analysis.store import Run
 
 SHOWN = 3
 """Prompts with the largest differences that are shown, each way."""
-Numbers = Mapping[str, float]
 
 
 @dataclass(frozen=True)

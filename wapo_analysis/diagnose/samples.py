@@ -3,15 +3,14 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run
+from wapo_analysis.store.manifest import steps_per_batch
 from wapo_analysis.table import Array
 
 SAMPLED_STEPS = 40
@@ -61,7 +60,8 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
         Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains
         on fresh rollouts and has token rows with both log-probabilities.
     """
-    every = fresh_every(run.manifest)
+    trl = run.manifest.source == "trl"
+    every = steps_per_batch(run.manifest.config or {}) if trl else 1
     fresh = [step for step in run.token_steps() if (step - 1) % every == 0]
     columns = ["step", "minibatch", "logp", "logp_old"]
     rows = run.table("tokens", evenly(np.asarray(fresh)), columns)
@@ -86,26 +86,6 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
         "tokens": count.astype(np.float64),
     }
     return pd.DataFrame(gap, columns=list(GAP_COLUMNS))
-
-
-def fresh_every(manifest: Mapping[str, Any]) -> int:
-    """Steps from one generated batch to the next, by the settings of a TRL run; else 1.
-
-    TRL takes an optimizer step every ``gradient_accumulation_steps`` passes, trains
-    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes.
-
-    Examples
-    --------
-    >>> fresh_every({"source": "trl", "config": {"num_iterations": 2, "steps_per_generation": 4,
-    ...                                          "gradient_accumulation_steps": 2}})
-    4
-    """
-    config = manifest.get("config")
-    if manifest.get("source") != "trl" or not isinstance(config, Mapping):
-        return 1
-    passes = config.get("steps_per_generation") or 1
-    updates = passes / (config.get("gradient_accumulation_steps") or passes)
-    return max(1, round(updates * (config.get("num_iterations") or 1)))
 
 
 def completion_rows(run: Run) -> pd.DataFrame:

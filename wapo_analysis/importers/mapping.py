@@ -353,15 +353,6 @@ def rows_of(table: str) -> tuple[Alias, ...]:
     return tuple(row for row in ALIASES if row.table == table)
 
 
-def alias_page() -> str:
-    """The table as Markdown, for docs/import.md."""
-    lines = ["| table | column | trainer | its names | where |", "|---|---|---|---|---|"]
-    for row in ALIASES:
-        names = ", ".join(f"`{name}`" for name in row.names)
-        lines.append(f"| {row.table} | `{row.column}` | {row.trainer} | {names} | {row.source} |")
-    return "\n".join(lines)
-
-
 SUPERVISED = {"mean_token_accuracy", "token_acc", "token_accuracy"}
 """Names that fine-tuning on given answers logs (trl/trainer/sft_trainer.py, ms-swift)."""
 

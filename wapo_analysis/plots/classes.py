@@ -93,7 +93,7 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     axes[0, 0].set_ylabel("share of the tokens")
     fit_steps(axes, frame["step"])
     step_axis(axes[-1])
-    class_legend(figure, _present(frame, "share"))
+    class_legend(figure, _present(frame))
     return axes
 
 
@@ -254,7 +254,7 @@ def _with_share(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.assign(share=frame[column] / total.where(total > 0))
 
 
-def _present(frame: pd.DataFrame, column: str) -> list[str]:
-    """Names of the classes with a non-zero value somewhere, in legend order."""
-    seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame[column] > 0, "cls"]}
+def _present(frame: pd.DataFrame) -> list[str]:
+    """Names of the classes with a non-zero share somewhere, in legend order."""
+    seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame["share"] > 0, "cls"]}
     return [name for name in CLASS_COLORS if name in seen]

@@ -14,7 +14,7 @@ from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
 from wapo_analysis.plots.panels import AxesArray, label_row, note
 from wapo_analysis.plots.registry import figure, joined, largest_key
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
-from wapo_analysis.probes import agreement, closure, part_name, three_numbers, window
+from wapo_analysis.probes import agreement, closure, part_name, three_numbers
 from wapo_analysis.schema import INTERACTION, MOMENTUM, UPDATE, WEIGHT_DECAY
 from wapo_analysis.store import Need, Run
 
@@ -154,28 +154,19 @@ def _axes_around_zero(ax: Axes, biggest: float) -> None:
     ax.axvline(0, color=MUTED, linewidth=0.6)
 
 
-def prepare_waterfall(
-    runs: Sequence[Run], first: int | None = None, last: int | None = None
-) -> pd.DataFrame:
-    """Sums over the probed updates of a window, per part of the update.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs.
-    first, last : int, optional
-        First and last step of the window; by default all probed steps.
+def prepare_waterfall(runs: Sequence[Run]) -> pd.DataFrame:
+    """Sums over the probed updates, per part of the update.
 
     Returns
     -------
     DataFrame
         One row per run and part (class codes, momentum, weight decay, interaction, update):
-        ``dentropy`` in nats, ``probes`` in the window, its ``first`` and ``last`` probed step. The
+        ``dentropy`` in nats, the number of ``probes``, ``first`` and ``last`` probed step. The
         parts add up to the update.
     """
     parts = []
     for place, run in enumerate(runs):
-        rows = window(run.probes, first, last)
+        rows = run.probes
         if not rows.empty:
             steps = rows["step"]
             span = {"probes": steps.nunique(), "first": steps.min(), "last": steps.max()}

@@ -216,9 +216,9 @@ def drawable(text: str) -> str:
     )
 
 
-def wrapped(text: str, width: float = WIDTH) -> str:
-    """Title in lines that fit a figure of some inches."""
-    return textwrap.fill(text, int(_TITLE_SIGNS * width))
+def wrapped(text: str) -> str:
+    """Title in lines that fit the width of a figure."""
+    return textwrap.fill(text, int(_TITLE_SIGNS * WIDTH))
 
 
 class _Drawn(Figure):
@@ -228,9 +228,9 @@ class _Drawn(Figure):
         return encode_figure(self, "png")
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float) -> Figure:
     """Empty figure in constrained layout, inches; not known to pyplot, so nothing leaks."""
-    return _Drawn(figsize=(width, height), layout="constrained")
+    return _Drawn(figsize=(WIDTH, height), layout="constrained")
 
 
 def sign_map(sign: int) -> Colormap:

@@ -11,7 +11,6 @@ from wapo_analysis.probes.reading import (
     set_name,
     three_numbers,
     trust,
-    window,
 )
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "set_name",
     "three_numbers",
     "trust",
-    "window",
 ]

@@ -151,24 +151,13 @@ def complete(probes: pd.DataFrame, parts: Sequence[int]) -> pd.DataFrame:
     return rows[whole]
 
 
-def window(probes: pd.DataFrame, first: int | None = None, last: int | None = None) -> pd.DataFrame:
-    """Rows of the probes of a window of steps; None leaves that side open."""
-    steps = probes["step"]
-    inside = np.ones(len(probes), bool)
-    if first is not None:
-        inside &= (steps >= first).to_numpy()
-    if last is not None:
-        inside &= (steps <= last).to_numpy()
-    return probes[inside]
-
-
 def closure(probes: pd.DataFrame) -> pd.DataFrame:
     """Entropy change of the probed updates, by part; the parts add up to what was measured.
 
     Parameters
     ----------
     probes : DataFrame
-        Rows of the probes table, of the window to be explained.
+        Rows of the probes table, of the updates to be explained.
 
     Returns
     -------

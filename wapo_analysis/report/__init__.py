@@ -43,9 +43,7 @@ MORE_STEPS = 40
 """Steps whose rollouts are carried where a run has no token rows."""
 
 
-def build_report(
-    runs: Sequence[Run], out: Path | None = None, title: str | None = None, rows: int = ROWS
-) -> str:
+def build_report(runs: Sequence[Run], out: Path | None = None, rows: int = ROWS) -> str:
     """Build the page and, if asked, write it.
 
     Parameters
@@ -54,8 +52,6 @@ def build_report(
         Opened runs.
     out : Path, optional
         HTML file; its folder is made. Written whole or not at all.
-    title : str, optional
-        Title of the window; by default the names of the runs.
     rows : int
         Token rows the page may carry, over all runs. Steps that the findings name come first; the
         page says how many recorded steps it holds.
@@ -85,7 +81,7 @@ def build_report(
     data = {"live": False, "runs": told, "comparison": comparison_data(runs)}
     page = render(
         data,
-        title=title or ", ".join(run.name for run in runs[:4]),
+        title=", ".join(run.name for run in runs[:4]),
         blocks=blocks,
         note=_note([note for note in notes if note]),
         commands=commands(runs),

@@ -194,17 +194,9 @@ def _updates(run: Run) -> float | None:
     return plain(np.median(known)) if len(known) else None
 
 
-def step_columns(run: Run, after: int | None = None) -> Json:
-    """Step columns as lists, those without a number left out; units and words beside them.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    after : int, optional
-        Only steps beyond this one.
-    """
-    frame = run.steps if after is None else run.steps[run.steps["step"] > after]
+def step_columns(run: Run) -> Json:
+    """Step columns as lists, those without a number left out; units and words beside them."""
+    frame = run.steps
     values: dict[str, list[float | None]] = {}
     foreign = 0
     for name in frame.columns:

@@ -30,7 +30,7 @@ MAX_TEXT = 4000
 NO_CLASS = len(tax.CLASSES)
 
 
-def step_data(run: Run, step: int, rollouts: pd.DataFrame | None = None) -> Json:
+def step_data(run: Run, step: int) -> Json:
     """Everything a page shows of one step.
 
     Parameters
@@ -39,8 +39,6 @@ def step_data(run: Run, step: int, rollouts: pd.DataFrame | None = None) -> Json
         The run.
     step : int
         A recorded step.
-    rollouts : DataFrame, optional
-        The run's rollouts, if the caller has read them.
 
     Returns
     -------
@@ -48,8 +46,7 @@ def step_data(run: Run, step: int, rollouts: pd.DataFrame | None = None) -> Json
         ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows), ``top``, the
         most probable tokens of the rollouts that have them, and the texts of the ids that occur.
     """
-    known = run.table("rollouts", [step]) if rollouts is None else rollouts
-    known = known[known["step"] == step].drop_duplicates(["rank", "rollout"])
+    known = run.table("rollouts", [step]).drop_duplicates(["rank", "rollout"])
     tokens = merged_passes(run.tokens([step])) if step in run.token_steps() else None
     table, packed = rollout_columns(known, tokens), None
     vocab: dict[int, str] = {}

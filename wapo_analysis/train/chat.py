@@ -10,7 +10,6 @@ from jinja2 import TemplateError
 
 from wapo_analysis.errors import UserError
 
-CHAT = ("auto", "on", "off")
 _MARK = "wapo"  # stands for an assistant's words when the template is asked how it ends them
 
 

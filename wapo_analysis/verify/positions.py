@@ -223,11 +223,11 @@ def statistics(
     return own, more
 
 
-def derivative(function: Callable[[float], Floats], width: float = _WIDTH) -> Floats:
+def derivative(function: Callable[[float], Floats]) -> Floats:
     """Fourth-order central difference of a function of one number at 0. Raises nothing."""
-    near = function(width) - function(-width)
-    far = function(2 * width) - function(-2 * width)
-    return (8 * near - far) / (12 * width)
+    near = function(_WIDTH) - function(-_WIDTH)
+    far = function(2 * _WIDTH) - function(-2 * _WIDTH)
+    return (8 * near - far) / (12 * _WIDTH)
 
 
 NEAR_CERTAIN = 1e-2

@@ -42,7 +42,6 @@ def line_chart(
     style: str,
     rules: Sequence[Rule] = (),
     safe: tuple[float, float] = (-np.inf, np.inf),
-    alarm: str = "bold red",
 ) -> list[Text]:
     """Draw a series with levels across it.
 
@@ -57,9 +56,7 @@ def line_chart(
     rules : sequence of Rule
         Levels; one that lies far outside the data is left out, so that it does not flatten them.
     safe : tuple of float
-        Where the line keeps its style; outside it takes ``alarm``.
-    alarm : str
-        Style outside.
+        Where the line keeps its style; outside it is bold red.
 
     Returns
     -------
@@ -84,9 +81,7 @@ def line_chart(
         before = here
     lines = {dot(r.value) // 4: r for r in rules if low <= r.value <= high}
     return [
-        _chart_row(
-            cells[row], hot[row], style, alarm, lines.get(row), _edge(row, height, low, high)
-        )
+        _chart_row(cells[row], hot[row], style, lines.get(row), _edge(row, height, low, high))
         for row in range(height)
     ]
 
@@ -113,13 +108,11 @@ def _edge(row: int, height: int, low: float, high: float) -> str:
     return f"{high:.3g}" if row == 0 else f"{low:.3g}" if row == height - 1 else ""
 
 
-def _chart_row(
-    dots: Array, hot: Array, style: str, alarm: str, rule: Rule | None, edge: str
-) -> Text:
+def _chart_row(dots: Array, hot: Array, style: str, rule: Rule | None, edge: str) -> Text:
     row = Text(no_wrap=True)
     for bits, beyond in zip(dots.tolist(), hot.tolist(), strict=True):
         if bits:
-            row.append(chr(_BRAILLE + bits), alarm if beyond else style)
+            row.append(chr(_BRAILLE + bits), "bold red" if beyond else style)
         else:
             row.append("┈" if rule else " ", rule.style if rule else "")
     label = " ".join(part for part in (rule.label if rule else "", edge) if part)

@@ -248,10 +248,10 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_growth_has_its_exponent_and_its_cost_of_one_more() -> None:
-    growth = Growth("work", "rows", {10: 3.0, 100: 30.0, 1_000: 300.0})
+    growth = Growth("work", "rows", {10: 1.2146, 100: 12.146, 1_000: 121.46})
     assert growth.exponent == pytest.approx(1.0)
-    assert growth.per_unit == pytest.approx(0.3)
-    assert "10: 3e+03" in growth.row()
+    assert growth.per_unit == pytest.approx(0.12146)
+    assert "| 10: 1,210 · 100: 12,100 · 1,000: 121,000 |" in growth.row()
 
 
 def test_the_estimate_multiplies_what_was_measured() -> None:

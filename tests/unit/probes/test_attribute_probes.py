@@ -15,7 +15,6 @@ from wapo_analysis.probes import (
     part_name,
     set_name,
     three_numbers,
-    window,
 )
 from wapo_analysis.probes.rows import ADDENDS, Change, PartSize, ProbedTokens, fit_scale, probe_rows
 from wapo_analysis.schema import (
@@ -162,13 +161,6 @@ def test_closure_sums_the_probes_and_names_the_largest_part(frame: pd.DataFrame)
     assert table.loc[UPDATE, "dentropy"] == pytest.approx(whole["measured_dentropy"].sum())
     assert table["share"].drop(UPDATE).sum() == pytest.approx(1)
     assert np.isnan(table.loc[MOMENTUM, "predicted"])
-
-
-def test_window_keeps_the_steps_asked_for(frame: pd.DataFrame) -> None:
-    assert set(window(frame, 5, 8)["step"]) == {8}
-    assert set(window(frame, last=8)["step"]) == {4, 8}
-    assert set(window(frame, first=8)["step"]) == {8, 12}
-    assert len(window(frame)) == len(frame)
 
 
 def test_three_numbers_take_the_own_class(frame: pd.DataFrame) -> None:

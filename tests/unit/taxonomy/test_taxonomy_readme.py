@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import wapo_taxonomy as wt
 
-from wapo_analysis.verify.identities import run_observations
+from tests.support.rule_shares import run_observations
 
 README = Path(wt.__path__[0]).parent / "README.md"
 SOURCE = README.is_file()

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import wapo_taxonomy as wt
 
+from tests.support.rule_shares import run_observations
 from wapo_analysis.errors import UserError
 from wapo_analysis.verify import positions
-from wapo_analysis.verify.identities import Identity, run_identities, run_observations
+from wapo_analysis.verify.identities import Identity, run_identities
 
 
 def failed(found: list[Identity]) -> set[str]:
@@ -124,8 +125,6 @@ def test_a_textbook_form_in_float32_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_too_few_trials_are_refused() -> None:
     with pytest.raises(UserError, match="at least 100, got 99"):
         run_identities(trials=99)
-    with pytest.raises(UserError, match="at least 1, got 0"):
-        run_observations(trials=0)
 
 
 def test_observations_are_the_shares_the_readme_quotes() -> None:

@@ -19,6 +19,7 @@ from wapo_analysis.capture.lm_head import inner_model, rows_of
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.table import rollout_surrogate
 from wapo_analysis.store import Manifest
+from wapo_analysis.store.manifest import steps_per_batch
 
 SCORER = "_get_per_token_logps_and_entropies"
 OLD_LOGPS = "wapo_old_logps"
@@ -233,12 +234,7 @@ class TrlTrainer:
     @property
     def between_batches(self) -> bool:
         """The updates on a generated batch are done, so training goes on from here as it would."""
-        args = self.raw.args
-        passes = (getattr(args, "steps_per_generation", None) or 1) * (
-            getattr(args, "num_iterations", None) or 1
-        )
-        updates = max(1, passes // max(1, int(args.gradient_accumulation_steps)))
-        return int(self.raw.state.global_step) % updates == 0
+        return int(self.raw.state.global_step) % steps_per_batch(vars(self.raw.args)) == 0
 
     @property
     def loss_scale(self) -> float:

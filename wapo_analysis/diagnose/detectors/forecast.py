@@ -59,22 +59,21 @@ class Trend:
     agree: Array
 
 
-def rolling_trend(values: Array, window: int = TREND_WINDOW) -> Trend:
-    """Theil-Sen slope and Kendall's tau over a window that ends at each step.
+def rolling_trend(values: Array) -> Trend:
+    """Theil-Sen slope and Kendall's tau over the `TREND_WINDOW` values that end at each step.
 
     Cost is linear in the steps: the pairs of a window are few.
 
     Parameters
     ----------
     values : ndarray, shape (n,)
-    window : int
-        Values in the window.
 
     Returns
     -------
     Trend
     """
     slope, agree = np.full(len(values), np.nan), np.zeros(len(values))
+    window = TREND_WINDOW
     if len(values) >= window:
         seen = np.lib.stride_tricks.sliding_window_view(values, window)
         first, second = np.triu_indices(window, 1)

@@ -188,7 +188,7 @@ def find_takeover(context: Context) -> list[Finding]:
     if share < MOST or not rare or gained >= CONTENT_GAIN * total:
         return []
     lead, last = " and ".join(sorted(carrying)), " and ".join(sorted(rest))
-    begin = _since(context, parts, carrying)
+    begin = _since(parts, carrying)
     level = ", ".join(f"{name} {context.reward_functions[name].end:.2g}" for name in sorted(rest))
     return [
         Finding(
@@ -305,7 +305,7 @@ def _weighted(context: Context) -> dict[str, Series]:
     return {name: Series(s.steps, weight * s.values) for (name, s), weight in scaled}
 
 
-def _since(context: Context, parts: dict[str, Series], carrying: list[str]) -> int:
+def _since(parts: dict[str, Series], carrying: list[str]) -> int:
     """First step from which the carrying functions have had most of the reward."""
     shared = next(iter(parts.values())).steps
     if any(not np.array_equal(s.steps, shared) for s in parts.values()):
