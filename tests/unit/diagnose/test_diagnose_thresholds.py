@@ -113,6 +113,91 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
         {"reward": FLAT[:29], "lr": np.full(29, 1e-9)},
         {"reward": FLAT[:30], "lr": np.full(30, 1e-9)},
     ),
+    "longer": (
+        "length_drift", "warning",
+        {"reward": FLAT, "length": moved(100, 149)},
+        {"reward": FLAT, "length": moved(100, 150)},
+    ),
+    "shorter": (
+        "length_drift", "warning",
+        {"reward": FLAT, "length": moved(150, 101)},
+        {"reward": FLAT, "length": moved(150, 100)},
+    ),
+    "length paid": (
+        "length_drift", "info",
+        {"reward": GAINS, "length": moved(100, 149)},
+        {"reward": GAINS, "length": moved(100, 150)},
+    ),
+    "repetition": (
+        "repetition_drift", "warning",
+        {"reward": FLAT, "repetition": moved(0.05, 0.19)},
+        {"reward": FLAT, "repetition": moved(0.05, 0.21)},
+    ),
+    "fewer distinct": (
+        "diversity_falls", "warning",
+        {"reward": FLAT, "distinct": moved(0.8, 0.41)},
+        {"reward": FLAT, "distinct": moved(0.8, 0.39)},
+    ),
+    "few distinct as ever": (
+        "diversity_falls", "warning",
+        {"reward": FLAT, "distinct": moved(0.25, 0.11)},
+        {"reward": FLAT, "distinct": moved(0.25, 0.09)},
+    ),
+    "advantages": (
+        "advantages_vanish", "warning",
+        {"reward": FLAT, "advantage_std": moved(1.0, 0.11)},
+        {"reward": FLAT, "advantage_std": moved(1.0, 0.09)},
+    ),
+    "critic": (
+        "value_diverges", "warning",
+        {"reward": FLAT, "value_loss": moved(1.0, 2.9)},
+        {"reward": FLAT, "value_loss": moved(1.0, 3.0)},
+    ),
+    "critic that had learned": (
+        "value_diverges", "warning",
+        {"reward": FLAT, "value_loss": np.r_[np.ones(20), np.full(20, 0.4), np.full(20, 1.4)]},
+        {"reward": FLAT, "value_loss": np.r_[np.ones(20), np.full(20, 0.4), np.full(20, 1.6)]},
+    ),
+    "critic explains": (
+        "value_diverges", "warning",
+        {"reward": FLAT, "value_explained": moved(0.19, 0.0)},
+        {"reward": FLAT, "value_explained": moved(0.2, 0.0)},
+    ),
+    "critic explains nothing": (
+        "value_diverges", "warning",
+        {"reward": FLAT, "value_explained": moved(0.5, 0.01)},
+        {"reward": FLAT, "value_explained": moved(0.5, -0.01)},
+    ),
+    "no signal": (
+        "stalled", "critical",
+        {"reward": FLAT, "groups_flat": np.full(N, 0.89)},
+        {"reward": FLAT, "groups_flat": np.full(N, 0.9)},
+    ),
+    "no gradient": (
+        "stalled", "critical",
+        {"reward": FLAT, "grad_norm": np.r_[np.ones(20), np.full(40, 1.1e-3)]},
+        {"reward": FLAT, "grad_norm": np.r_[np.ones(20), np.full(40, 1e-3)]},
+    ),
+    "held-out score": (
+        "held_out_falls", "warning",
+        {"reward": FLAT, "eval_reward": moved(0.8, 0.69)},
+        {"reward": FLAT, "eval_reward": moved(0.8, 0.67)},
+    ),
+    "low held-out score": (
+        "held_out_falls", "warning",
+        {"reward": FLAT, "eval_reward": moved(0.1, 0.075)},
+        {"reward": FLAT, "eval_reward": moved(0.1, 0.065)},
+    ),
+    "held-out score that stands": (
+        "held_out_stands", "warning",
+        {"reward": moved(0.2, 0.34), "eval_reward": np.full(N, 0.4)},
+        {"reward": moved(0.2, 0.36), "eval_reward": np.full(N, 0.4)},
+    ),
+    "held-out score that follows": (
+        "held_out_stands", "warning",
+        {"reward": moved(0.2, 0.7), "eval_reward": moved(0.4, 0.52)},
+        {"reward": moved(0.2, 0.7), "eval_reward": moved(0.4, 0.48)},
+    ),
 }  # fmt: skip
 
 
