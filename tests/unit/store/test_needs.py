@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.builders import write_fake_run
@@ -90,7 +91,19 @@ def test_the_first_the_middle_and_the_last_step_of_the_rows_are_looked_at(
     for number in range(1, 6):
         columns = {name: [number if name == "step" else 0] for name in ("step", "rank", "rollout")}
         columns |= {"group": [0], "reward": [1.0 if number == step else float("nan")]}
+        columns |= {"completion": ["words" if number == step else None]}
         writer.write_part(Records.build(ROLLOUTS, columns), number)
         writer.append_step({"step": number})
     writer.close("finished")
-    assert open_run(tmp_path / "run").lacks(Need("rollouts", "reward")) is None
+    run = open_run(tmp_path / "run")
+    assert run.lacks(Need("rollouts", "reward")) is None
+    assert run.lacks(Need("rollouts", "completion")) is None
+    assert run.lacks(Need("rollouts", "prompt")) == "run has no 'prompt' in its rollouts table"
+
+
+def test_a_column_that_is_first_logged_late_is_there(tmp_path: Path) -> None:
+    nothing = [float("nan")] * 1099
+    log = {"reward": [0.5] * 1100, "eval_reward": [*nothing, 0.5], "entropy": [*nothing, np.inf]}
+    run = open_run(write_steps(tmp_path / "run", log))
+    assert run.lacks(Need("steps", "eval_reward")) is None
+    assert run.lacks(Need("steps", "entropy")) == "run has no 'entropy' in its steps table"
