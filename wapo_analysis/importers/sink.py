@@ -123,6 +123,8 @@ class Sink:
     _rollouts: list[dict[str, Any]] = field(default_factory=list)
     _text: int = 0
     _parts: dict[tuple[str, int], int] = field(default_factory=dict)
+    _waiting: dict[tuple[str, int], dict[int, Records]] = field(default_factory=dict)
+    _waiting_rows: int = 0
     _steps: dict[int, dict[str, Any]] = field(default_factory=dict)
     _totals: StepTotals = field(default_factory=StepTotals)
     _stepless: list[tuple[Path, int]] = field(default_factory=list)
@@ -239,6 +241,7 @@ class Sink:
         frame = clean_tokens(frame, self.report)
         for step, rows in frame.groupby("step", sort=True):
             self._write_tokens(int(str(step)), rows)
+        self._write_waiting()
 
     def _write_tokens(self, step: int, rows: pd.DataFrame) -> None:
         records = filled_records(TOKENS, rows, self.report)
@@ -249,13 +252,22 @@ class Sink:
         self.report.token_rows += len(records)
 
     def write_records(self, records: Records, step: int) -> None:
-        """Write rows of one step as a part of their own; a part's number has no other meaning."""
-        key = (records.table.name, step)
-        number = self._parts.get(key, 0)
-        self._parts[key] = number + 1
-        self.writer.write_part(records, step, number)
-        known, table = self.held.setdefault(records.table.name, set()), records.table.name
-        known |= {n for n, v in records.columns.items() if n not in known and holds(table, n, v)}
+        """Rows of a step of a table; what comes for it later has another part number."""
+        name = records.table.name
+        number = self._parts.get((name, step), 0)
+        self._parts[name, step] = number + 1
+        self._waiting.setdefault((name, number), {})[step] = records
+        known = self.held.setdefault(name, set())
+        known |= {n for n, v in records.columns.items() if n not in known and holds(v)}
+        self._waiting_rows += len(records)
+        if self._waiting_rows > CHUNK_ROWS:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        """Write what waits, many steps a file."""
+        for (_, number), records in self._waiting.items():
+            self.writer.write_steps(records, number)
+        self._waiting, self._waiting_rows = {}, 0
 
     # ---- rollouts
 
@@ -274,6 +286,7 @@ class Sink:
         self._totals.add_rollouts(frame)
         for step, rows in frame.groupby("step", sort=True):
             self.write_records(filled_records(ROLLOUTS, rows, self.report), int(str(step)))
+        self._write_waiting()
         self.report.rollouts += len(frame)
 
     # ---- end
@@ -282,6 +295,7 @@ class Sink:
         """Write what is held; step columns the source did not log come from tokens and rollouts."""
         self._flush_tokens()
         self._flush_rollouts()
+        self._write_waiting()
         rows = self._log_rows()
         for given in (self._steps, self._totals.columns()):
             for step, values in given.items():

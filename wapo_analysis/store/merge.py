@@ -5,7 +5,7 @@ deleted. After a crash in between both are there, and readers take each step of 
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -137,16 +137,35 @@ def _write(place: Mapping[int, PartFile], rows: Mapping[int, int], target: Path)
             schemas.append(_schema(file.schema_arrow, declared))
     with named(target.parent):
         schema = pa.unify_schemas(schemas, promote_options="permissive")
+    _write_groups(target, rows, schema, lambda group: _rows_of(group, place, schema))
+    sync_folder(target.parent)  # before anything is deleted
+
+
+def write_merged(folder: Path, tables: Mapping[int, pa.Table], rank: int) -> None:
+    """Write the rows of several steps, by step and all of one schema, as one merged file."""
+    rows = {step: len(table) for step, table in tables.items()}
+    schema = next(iter(tables.values())).schema
+    target = folder / merged_name(min(tables), max(tables), rank)
+    _write_groups(
+        target, rows, schema, lambda group: pa.concat_tables([tables[step] for step in group])
+    )
+
+
+def _write_groups(
+    target: Path,
+    rows: Mapping[int, int],
+    schema: pa.Schema,
+    rows_of: Callable[[Sequence[int]], pa.Table],
+) -> None:
     groups = list(_grouped(rows))
     described = [[(step, rows[step]) for step in group] for group in groups]
     with renamed_when_whole(target) as stream:
         with parquet_writer(stream, schema) as writer:
             for group in groups:
-                table = _rows_of(group, place, schema)
+                table = rows_of(group)
                 writer.write_table(table, row_group_size=len(table))
             writer.add_key_value_metadata({STEPS_KEY: json.dumps(described).encode()})
         seal(stream)
-    sync_folder(target.parent)  # before anything is deleted
 
 
 def _schema(found: pa.Schema, declared: Table) -> pa.Schema:

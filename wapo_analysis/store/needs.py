@@ -117,8 +117,13 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     numbers = frame.iloc[:_LOOK].select_dtypes(["number", "bool"], exclude=["timedelta"])
     known = set(numbers.columns[np.isfinite(numbers.to_numpy(np.float64)).any(axis=0)])
     seen = set(numbers.columns) if len(frame) <= _LOOK else known
+    declared = TABLES[table]
     for name in map(str, frame.columns):
-        if name in known or (name not in seen and holds(table, name, frame[name])):
+        if name in declared and declared[name].dtype == "str":
+            there = name in known or bool(frame[name].notna().any())
+        else:
+            there = name in known if name in seen else _finite(frame[name])
+        if there:
             yield name
 
 
@@ -130,11 +135,13 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def holds(table: str, name: str, values: pd.Series | Array) -> bool:
-    """Whether values of a stored column hold what a `Need` asks for."""
-    column = pd.Series(values)
-    is_text = name in TABLES[table] and TABLES[table][name].dtype == "str"
-    return bool(column.notna().any()) if is_text else _finite(column)
+def holds(values: Array) -> bool:
+    """Whether a column of `Records` holds a finite number or a text."""
+    if values.dtype.kind == "f":
+        return bool(np.isfinite(values).any())
+    if isinstance(values, np.ma.MaskedArray):
+        return bool(values.count())
+    return any(value is not None for value in values)
 
 
 def _finite(values: pd.Series) -> bool:

@@ -25,7 +25,7 @@ from wapo_analysis.store.files import (
 )
 from wapo_analysis.store.lock import Owner, RunLock, RunLost
 from wapo_analysis.store.manifest import Manifest, write_manifest
-from wapo_analysis.store.merge import merge_parts, replace_files
+from wapo_analysis.store.merge import merge_parts, replace_files, write_merged
 from wapo_analysis.store.parquet import (
     FULL_BITS,
     MANTISSA_BITS,
@@ -108,6 +108,17 @@ class PartWriter:
         self.check()
         file = self.path / records.table.name / part_name(step, rank)
         write_atomic(file, *parquet_bytes(arrow_table(records, self._bits)))
+
+    def write_steps(self, records: Mapping[int, Records], rank: int = 0) -> None:
+        """Write the rows of some steps of a table, by step, as one file."""
+        if len(records) == 1:
+            for step, rows in records.items():
+                self.write_part(rows, step, rank)
+            return
+        self.check()
+        tables = {step: arrow_table(rows, self._bits) for step, rows in records.items()}
+        folder = self.path / next(iter(records.values())).table.name
+        write_merged(folder, tables, rank)
 
     def merge(self, rank: int = 0) -> None:
         """Merge the parts of a rank once a step of it is whole, every `MERGE_STEPS` calls.
