@@ -243,3 +243,6 @@ def test_halves_of_characters_in_a_line_are_escaped(run: Path) -> None:
     (run / "steps.jsonl").write_text('{"step": 1, "x/\\uD800": "\\udfff", "reward": 1}\n')
     row = open_run(run).steps.iloc[0]
     assert row["x/\\ud800"] == "\\udfff"
+    for half in (b"\\ud800", b"\\uDFFF"):  # as JSON may write them
+        read = LineReader().row(b'{"step": 1, "x/a": "' + half + b'"}')
+        assert read["x/a"] == half.decode().lower()

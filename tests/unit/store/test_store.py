@@ -12,6 +12,7 @@ from tests.support.builders import write_fake_run
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import Run, RunWriter, find_runs, open_run, round_mantissa, run_folders
+from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.table import Records
 
 
@@ -193,6 +194,17 @@ def test_resume_drops_what_came_after(tmp_path: Path) -> None:
     assert run.steps.step.tolist() == [1, 2, 3, 4]
     assert run.steps.reward.iloc[-1] == 0.9
     assert run.token_steps() == [1, 2, 3]
+
+
+def test_a_copy_of_the_first_steps_holds_all_of_them_and_no_other(tmp_path: Path) -> None:
+    source, target = written_run(tmp_path / "r", steps=5), tmp_path / "copy"
+    copy_steps(source, target, 3)
+    RunWriter(target, open_run(source).manifest, resume_after=3).close("finished")
+    whole, copied = open_run(source), open_run(target)
+    assert copied.steps.step.tolist() == copied.token_steps() == [1, 2, 3]
+    assert copied.tokens(derived=False).equals(whole.tokens([1, 2, 3], derived=False))
+    assert copied.vocab == whole.vocab
+    assert whole.token_steps() == [1, 2, 3, 4, 5], "the original keeps its own"
 
 
 def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Totals by step and class from the files, against the rows read and derived the long way."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +113,9 @@ def test_blocks_row_groups_and_files_make_no_difference(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rows_that_two_files_hold_count_once(run: Path, tmp_path: Path, engine: str) -> None:
-    from shutil import copytree
-
     if engine == "duckdb":
         pytest.importorskip("duckdb", reason="needs the extra [fast]")
-    copy = Path(copytree(run, tmp_path / "r"))
+    copy = Path(shutil.copytree(run, tmp_path / "r"))
     expected = class_summary(copy, 1.0, engine)
     parts = {part.name: part.read_bytes() for part in (copy / "tokens").iterdir()}
     merge_parts(copy / "tokens", 0, 2)
@@ -126,6 +125,27 @@ def test_rows_that_two_files_hold_count_once(run: Path, tmp_path: Path, engine: 
     assert_same(class_summary(copy, 1.0, engine), expected)
     compact(copy)
     assert_same(class_summary(copy, 1.0, engine), expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_that_two_merged_files_share_count_once(
+    run: Path, tmp_path: Path, engine: str
+) -> None:
+    if engine == "duckdb":
+        pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    folders = []
+    for name in ("early", "late"):
+        folder = Path(shutil.copytree(run / "tokens", tmp_path / name / "tokens"))
+        parts = sorted(folder.iterdir())
+        for part in parts[-1:] if name == "early" else parts[:1]:
+            part.unlink()
+        assert merge_parts(folder, 0, 2)
+        folders.append(folder)
+    early, late = folders
+    (merged,) = late.iterdir()
+    shutil.copy(merged, early)
+    assert len(list(early.iterdir())) == 2
+    assert_same(class_summary(early, 1.0, engine), class_summary(run, 1.0, engine))
 
 
 def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
