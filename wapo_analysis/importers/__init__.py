@@ -10,6 +10,7 @@ month go.
 """
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import replace
@@ -43,6 +44,8 @@ __all__ = [
 
 
 KEPT_SECONDS = 30 * 86400.0
+_ENTRY = re.compile("[0-9a-f]{16}")
+"""Names of our entries: ``$WAPO_CACHE`` may be a folder that holds other things too."""
 IDLE_SECONDS = 1800.0
 """A log that has not grown for so long when one begins to watch it has ended."""
 RATE = 5
@@ -137,7 +140,8 @@ def _forget(entry: Path, kept: Path) -> None:
     old = [state for state in entry.iterdir() if state != kept]
     for other in entry.parent.iterdir():
         try:
-            if other != entry and time() - other.stat().st_mtime > KEPT_SECONDS:
+            ours = _ENTRY.fullmatch(other.name) and other != entry
+            if ours and time() - other.stat().st_mtime > KEPT_SECONDS:
                 old.append(other)
         except OSError:
             continue

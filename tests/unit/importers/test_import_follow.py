@@ -59,6 +59,24 @@ def test_sources_nobody_looked_at_for_long_are_dropped(tmp_path: Path, cache: Pa
     assert not old.exists()
 
 
+def test_the_cache_drops_nothing_of_yours_and_keeps_a_source_for_a_month(
+    tmp_path: Path, cache: Path
+) -> None:
+    """Also where $WAPO_CACHE is a folder that holds other things."""
+    thesis = cache / "thesis"
+    thesis.mkdir(parents=True)
+    (cache / "notes.txt").write_text("mine")
+    lately = open_source(log(tmp_path / "lately.jsonl", 3)).path.parent
+    for path in (thesis, cache / "notes.txt"):
+        os.utime(path, (0, 0))
+    then = time.time() - 29 * 86400
+    os.utime(lately, (then, then))
+    open_source(log(tmp_path / "new.jsonl", 3))
+    assert thesis.is_dir()
+    assert (cache / "notes.txt").read_text() == "mine"
+    assert lately.is_dir()
+
+
 def test_a_cache_that_cannot_be_written_is_made_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
