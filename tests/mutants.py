@@ -231,9 +231,8 @@ def near(mutant: Mutant, reach: dict) -> list[list[str]]:
     seconds, lines = reach["seconds"], reach["lines"].get(mutant.file, {})
     first, last = _statement(mutant)
     reached = {test for line in range(first, last + 1) for test in lines.get(str(line), ())}
-    if not reached:  # run by import alone: a constant, a default, a declaration
-        imported = any(str(line) in lines for line in range(first, last + 1))
-        reached = {test for tests in lines.values() for test in tests if imported}
+    if not reached:  # run by import, or where no tracer looks: a library's thread, a process
+        reached = {test for tests in lines.values() for test in tests}
     files = {test.split("::")[0] for test in reached}
     rest = [test for test in seconds if test.split("::")[0] in files and test not in reached]
     return [sorted(reached, key=lambda test: seconds[test])[:400], rest]

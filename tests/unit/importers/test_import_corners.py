@@ -1,0 +1,79 @@
+"""What sources seldom hold: masked rows, packed logs that were appended to, missing counts."""
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from tests.support.import_sources import token_columns, write_lines
+from wapo_analysis.importers import ImportReport, import_run
+from wapo_analysis.importers.rows import StepCounts, class_table
+from wapo_analysis.importers.run import ImportSettings
+from wapo_analysis.store import Run, open_run
+
+
+def imported(source: Path, **settings: str) -> Run:
+    out = source.parent / f"{source.name}-run"
+    import_run(source, out, ImportSettings(**settings))  # type: ignore[arg-type]
+    return open_run(out)
+
+
+def test_token_rows_outside_of_the_loss_mask_are_left_out(tmp_path: Path) -> None:
+    frame = pd.DataFrame(token_columns())
+    inside = np.arange(len(frame)) % 3 > 0
+    frame.assign(response_mask=inside.astype(int)).to_parquet(tmp_path / "t.parquet")
+    frame[inside].to_parquet(tmp_path / "only.parquet")
+    masked, only = imported(tmp_path / "t.parquet"), imported(tmp_path / "only.parquet")
+    assert 0 < len(masked.tokens()) == inside.sum() < len(frame)
+    assert masked.tokens().equals(only.tokens())
+
+
+def test_a_packed_log_that_was_appended_to_is_read_to_its_end(tmp_path: Path) -> None:
+    rows = [{"step": step, "reward": step / 10, "entropy": 0.5} for step in range(1, 9)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    members = gzip.compress(b"".join(lines[:5])) + gzip.compress(b"".join(lines[5:]))
+    (tmp_path / "train.jsonl.gz").write_bytes(members)
+    assert imported(tmp_path / "train.jsonl.gz").steps.step.tolist() == list(range(1, 9))
+    (tmp_path / "cut.jsonl.gz").write_bytes(members[:-9])  # it is still being written
+    assert imported(tmp_path / "cut.jsonl.gz").steps.step.tolist()[:5] == [1, 2, 3, 4, 5]
+
+
+def test_prompts_solved_by_none_and_all_are_shares_where_all_three_are_counted(
+    tmp_path: Path,
+) -> None:
+    row = {"step": 1, "reward": 0.5, "entropy": 0.4, "batch/solve_none": 2, "batch/solve_all": 1}
+    rows = [row | {"batch/solve_partial": 5}, row | {"step": 2}, row | {"step": 3}]
+    rows[2] |= {"batch/solve_none": 1, "batch/solve_all": 0}
+    steps = imported(write_lines(tmp_path / "train.jsonl", rows)).steps
+    assert steps["groups_all_wrong"][0] == 0.25
+    assert steps["groups_all_right"][0] == 0.125
+    assert steps["groups_all_wrong"].isna()[1], "two prompts of nobody knows how many"
+
+
+def test_classes_of_which_the_files_count_nothing_are_empty() -> None:
+    report = ImportReport("official", "run")
+    counts = StepCounts(bins={"pos_peak_eligible": 5, "neg_valley_eligible": 3, "pos_peak_kept": 4})
+    rows = class_table(7, counts, False, report)
+    found = {
+        (int(sign), int(regime)): (int(tokens), int(kept))
+        for sign, regime, tokens, kept in zip(
+            rows["sign"], rows["regime"], rows["tokens"], rows["kept"], strict=True
+        )
+    }
+    assert found == {(1, 1): (5, 4), (-1, 1): (0, 0), (1, 0): (0, 0), (-1, 0): (3, 0)}
+    assert set(rows["prob_bin"]) == {-1}
+    assert report.counts["steps whose pos counts include tokens without advantage (A >= 0)"] == 1
+
+
+def test_a_trainer_that_drops_negative_rollouts_is_known_by_its_counts() -> None:
+    bins = {"pos_peak_eligible": 5, "pos_peak_kept": 3, "neg_peak_eligible": 4}
+    assert StepCounts.gated([StepCounts(bins)])
+    assert not StepCounts.gated([StepCounts(bins | {"neg_peak_kept": 1})])
+    assert not StepCounts.gated([StepCounts(bins, filtered=True)])
+    assert not StepCounts.gated([])
+    rows = class_table(1, StepCounts(bins), True, ImportReport("official", "run"))
+    peaks = {int(s): int(t) for s, r, t in zip(rows["sign"], rows["regime"], rows["tokens"],
+                                               strict=True) if r == 1}  # fmt: skip
+    assert peaks == {1: 3, 0: 2, -1: 4}, "what was eligible and not kept had no advantage"
