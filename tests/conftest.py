@@ -1,5 +1,6 @@
 """Shared fixtures: seeded runs that are built once, and a quiet, single-threaded torch."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,14 @@ collect_ignore = [
     *(f"compat/{name}.py" for name in ("check_trl", "neighbours", "run_matrix")),
     "unit/stats/triton_cases.py",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
 
 TINY = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "minibatches": 2, "steps": 3}
 

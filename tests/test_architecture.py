@@ -95,20 +95,22 @@ def test_nothing_imports_experiments_figures_or_tests() -> None:
 LIGHT = {
     "import": "import wapo_analysis; wapo_analysis.open_run",
     "help": "from wapo_analysis.cli import run; run(['--help'])",
-    "figures": "from wapo_analysis.plots import render; render('theory_map', [])",
     "report": "import wapo_analysis.report, wapo_analysis.diagnose, wapo_analysis.compare",
+    "figures": "from wapo_analysis.plots import render; render('theory_map', [])",
 }
 
 
-@pytest.mark.parametrize("what", LIGHT)
-def test_loads_no_torch(what: str) -> None:
-    code = f"import sys; {LIGHT[what]}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
-
-
-def test_importing_the_package_loads_no_matplotlib() -> None:
-    code = "import sys, wapo_analysis; assert 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_loads_no_torch() -> None:
+    """One process for all, the lightest first; matplotlib is not loaded before figures are."""
+    lines = ["import sys"]
+    for what, code in LIGHT.items():
+        lines.append(f"{code}; assert 'torch' not in sys.modules, {what!r}")
+        if what != "figures":
+            lines.append(f"assert 'matplotlib' not in sys.modules, {what!r}")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(ROOT)))

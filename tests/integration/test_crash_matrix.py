@@ -51,9 +51,10 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Journal:
     return journal_of(folder, RECORDED, write)
 
 
-def in_steps(rows: pd.DataFrame) -> dict[int, str]:
-    """Rows of each step as text."""
-    return {int(step): part.to_csv(index=False) for step, part in rows.groupby("step")}
+def in_steps(rows: pd.DataFrame) -> dict[int, bytes]:
+    """Hashes of the rows of each step."""
+    hashes = pd.util.hash_pandas_object(rows, index=False)
+    return {int(step): part.to_numpy().tobytes() for step, part in hashes.groupby(rows["step"])}
 
 
 def untimed(run: Run) -> pd.DataFrame:
@@ -75,7 +76,7 @@ def crashed(state: State, folder: Path) -> Path:
     return folder
 
 
-def whole_steps(state: State, folder: Path, truth: dict[str, dict[int, str]]) -> int:
+def whole_steps(state: State, folder: Path, truth: dict[str, dict[int, bytes]]) -> int:
     """Steps in the log after a crash, each with all its rows as they were written."""
     crashed(state, folder)
     if not begun(state):

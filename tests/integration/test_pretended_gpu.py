@@ -15,8 +15,8 @@ from experiments import gpu_five_minutes as five_minutes
 ROOT = Path(__file__).parents[2]
 # Reports and several processes: minutes, for lines the others have been through.
 SLOW = ["tests/gpu/test_recipe_cuda.py"]
-# One training of each kind and one vocabulary; the others take the same lines and the most time.
-FEW = "not (151936 or 50257 or wapo or probe or adapters)"
+# One training of each kind and small vocabularies; others take the same lines, and the most time.
+FEW = "not (151936 or 50257 or 32000 or wapo or probe or adapters or (every_way and replace))"
 needs_backend = pytest.mark.skipif(
     torch.cuda.is_available() or torch.__version__ < "2.11",
     reason="needs a torch whose extension device can be written in Python, and no GPU",
