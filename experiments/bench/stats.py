@@ -29,7 +29,7 @@ from experiments.bench.harness import (
 from experiments.bench.options import Options
 from experiments.bench.reference import exact_stats, three_pass, trl_selective
 from wapo_analysis.stats import TokenStats, token_stats
-from wapo_analysis.stats.topk import block_maxima
+from wapo_analysis.stats.rows import block_maxima
 
 _CASES = ((512, 49_152), (256, 151_936))
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.stats.formulas import LOG2_E, Reduced
-from wapo_analysis.stats.rows import Rows
-from wapo_analysis.stats.topk import BLOCK, block_maxima, top_columns, upper_end
+from wapo_analysis.stats.rows import BLOCK, Rows, block_maxima, top_columns, upper_end
 
 # Elements of a block: two of them in float32 (1.25 MiB) stay near a CPU's core, also beside other
 # work (twice as many took a quarter longer); a GPU is kept busy by 64 MiB.

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.stats.backends import reducer
 from wapo_analysis.stats.eager import CPU_ELEMENTS, block_rows, reduce_keeping
 from wapo_analysis.stats.formulas import LOG2_E, Reduced, TokenStats, finish, narrowed, wide
+from wapo_analysis.stats.logits import reducer
 from wapo_analysis.stats.rows import Rows, check_head, chosen_rows, gathered, memory, one_by_one
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory. Half

@@ -19,8 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wapo_analysis.stats.formulas import LOG2_E, Reduced
-from wapo_analysis.stats.rows import Rows
-from wapo_analysis.stats.topk import block_maxima, top_columns
+from wapo_analysis.stats.rows import Rows, block_maxima, top_columns
 
 BLOCK, WARPS = 2048, 8
 # Elements of the blocks in which the largest columns are looked for.

@@ -13,7 +13,8 @@ import torch
 
 from tests.support.exact_stats import assert_close, by_float64, drawn, some_targets
 from wapo_analysis import UserError
-from wapo_analysis.stats import backends, eager, token_stats
+from wapo_analysis.stats import eager, token_stats
+from wapo_analysis.stats import logits as backends
 
 ROOT = Path(__file__).parents[3]
 # torch.compile uses what torch deprecates.
