@@ -77,3 +77,16 @@ def test_a_trainer_that_drops_negative_rollouts_is_known_by_its_counts() -> None
     peaks = {int(s): int(t) for s, r, t in zip(rows["sign"], rows["regime"], rows["tokens"],
                                                strict=True) if r == 1}  # fmt: skip
     assert peaks == {1: 3, 0: 2, -1: 4}, "what was eligible and not kept had no advantage"
+
+
+def test_completions_that_ended_by_length_were_cut(tmp_path: Path) -> None:
+    ends = ["length", "stop", "length", "length", None, "stop"]
+    rows = [
+        {"step": 1 + n // 4, "prompt_id": n // 2, "completion": "a b", "reward": n % 2,
+         "finish_reason": end}
+        for n, end in enumerate(ends)
+    ]  # fmt: skip
+    run = imported(write_lines(tmp_path / "rollouts.jsonl", rows))
+    assert run.steps["truncated"].tolist() == [0.75, 0.0], "of those whose end is known"
+    named = {name: end for name, end in run.rollouts["finish_reason"].items() if end == end}
+    assert list(named.values())[:4] == ends[:4]
