@@ -1,11 +1,21 @@
 """Changes to foreign objects are put back exactly, in whatever order others change them too."""
 
 import inspect
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture.hooks import (
+    CaptureMode,
+    Patches,
+    choose_mode,
+    earlier_mode,
+    own_rank,
+    readable,
+)
+from wapo_analysis.errors import UserError
 
 
 class Engine:
@@ -63,3 +73,67 @@ def test_an_exception_of_the_wrapped_call_passes_through() -> None:
         engine.run()
     patches.close()
     assert engine.run() == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (1 << 20, "1 MiB"),
+        (3 << 30, "3 GiB"), (1 << 40, "1 TiB"), (1 << 50, "1024 TiB"),
+    ],
+)  # fmt: skip
+def test_bytes_in_the_unit_that_fits(count: int, said: str) -> None:
+    assert readable(count) == said
+
+
+@pytest.mark.parametrize(
+    ("asked", "logits", "free", "obstacle", "mode", "rule"),
+    [
+        ("passive", 900, 1000, None, "passive", "as set"),
+        ("replace", 1, None, None, "replace", "as set"),
+        ("auto", 100, 1000, None, "passive", "take 100 B, 10.0% of the 1000 B free; the limit is"),
+        ("auto", 101, 1000, None, "replace", "take 101 B, 10.1% of the 1000 B free; the limit is"),
+        ("auto", 900, 1000, "no head", "passive", "the limit is 10%, but no head"),
+        ("auto", 9, 1000, "no head", "passive", "the limit is 10%"),
+        ("auto", 900, None, None, "passive", "free memory is not known"),
+        ("passive", 900, 1000, "no head", "passive", "as set"),
+    ],
+)
+def test_the_mode_is_the_one_asked_for_or_by_the_free_memory(
+    asked: str, logits: int, free: int | None, obstacle: str | None, mode: str, rule: str
+) -> None:
+    found = choose_mode(asked, logits, free, obstacle)
+    assert found.mode == mode
+    assert rule in found.rule
+    assert (found.logits_bytes, found.free_bytes) == (logits, free)
+
+
+def test_a_mode_that_cannot_be_had_is_refused() -> None:
+    with pytest.raises(UserError, match="replace cannot be used with this model: no head"):
+        choose_mode("replace", 1, 1, "no head")
+    with pytest.raises(UserError, match="must be one of passive, replace, auto, got 'fast'"):
+        choose_mode("fast", 1, 1, None)
+
+
+def test_a_resumed_run_keeps_the_mode_that_auto_chose() -> None:
+    chosen = CaptureMode("replace", "auto: large", 900, 1000)
+    before = {"capture": chosen.to_dict(), "config": {"capture_mode": "auto"}}
+    assert earlier_mode("auto", before) == chosen
+    assert earlier_mode("passive", before) is None
+    assert earlier_mode("auto", before | {"config": {"capture_mode": "replace"}}) is None
+    assert earlier_mode("auto", {"config": {"capture_mode": "auto"}}) is None
+
+
+@pytest.mark.parametrize(
+    ("tensor_rank", "begun", "rank"), [(0, True, 3), (1, True, None), (1, False, 0)]
+)
+def test_of_processes_that_see_the_same_tokens_the_first_records(
+    tensor_rank: int, begun: bool, rank: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = SimpleNamespace(
+        model_parallel_is_initialized=lambda: begun,
+        get_tensor_model_parallel_rank=lambda: tensor_rank,
+        get_data_parallel_rank=lambda with_context_parallel: 3 if with_context_parallel else 1,
+    )
+    monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)  # type: ignore[arg-type]
+    assert own_rank() == rank
