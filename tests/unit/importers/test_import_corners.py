@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from tests.support.import_sources import token_columns, write_lines
+from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
 from wapo_analysis.importers.rows import StepCounts, class_table
 from wapo_analysis.importers.run import ImportSettings
@@ -90,3 +92,13 @@ def test_completions_that_ended_by_length_were_cut(tmp_path: Path) -> None:
     assert run.steps["truncated"].tolist() == [0.75, 0.0], "of those whose end is known"
     named = {name: end for name, end in run.rollouts["finish_reason"].items() if end == end}
     assert list(named.values())[:4] == ends[:4]
+
+
+def test_a_short_table_of_one_named_run_is_no_summary_of_runs(tmp_path: Path) -> None:
+    """Rows without a step are counted; of two runs with a row or two each nothing could be."""
+    table = "run_name,reward,entropy\na,0.1,0.5\na,0.2,0.4\na,0.3,0.3\n"
+    (tmp_path / "one.csv").write_text(table)
+    assert imported(tmp_path / "one.csv").steps["reward"].tolist() == [0.1, 0.2, 0.3]
+    (tmp_path / "two.csv").write_text(table.replace("a,0.3", "b,0.3"))
+    with pytest.raises(UserError, match="holds 2 runs, a row or two of each and no step"):
+        imported(tmp_path / "two.csv")

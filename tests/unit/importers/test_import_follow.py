@@ -127,6 +127,27 @@ def test_what_is_neither_a_run_nor_a_log_is_one_line(
         assert said in line
 
 
+def test_a_log_that_takes_long_to_read_is_read_again_after_five_times_as_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, real = [100.0], importers.open_source
+    monkeypatch.setattr(importers, "monotonic", lambda: now[0])
+
+    def slowly(*given: object) -> object:
+        now[0] += 2.0
+        return real(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(importers, "open_source", slowly)
+    tail = SourceTail(log(tmp_path / "train.jsonl", 9))
+    assert tail.poll()
+    log(tmp_path / "train.jsonl", 12, first=10)
+    now[0] += 9.9
+    assert not tail.poll()
+    now[0] += 0.2
+    assert tail.poll()
+    assert len(tail.run().steps) == 12
+
+
 def test_a_log_is_followed_while_its_job_writes(tmp_path: Path) -> None:
     source = log(tmp_path / "train.jsonl", 10)
     tail = SourceTail(source)
