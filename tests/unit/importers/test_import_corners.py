@@ -11,6 +11,7 @@ import pytest
 from tests.support.import_sources import token_columns, write_lines
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
+from wapo_analysis.importers.printed import is_log
 from wapo_analysis.importers.rows import StepCounts, class_table
 from wapo_analysis.importers.run import ImportSettings
 from wapo_analysis.store import Run, open_run
@@ -102,3 +103,21 @@ def test_a_short_table_of_one_named_run_is_no_summary_of_runs(tmp_path: Path) ->
     (tmp_path / "two.csv").write_text(table.replace("a,0.3", "b,0.3"))
     with pytest.raises(UserError, match="holds 2 runs, a row or two of each and no step"):
         imported(tmp_path / "two.csv")
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_one"),
+    [
+        (["step 1 reward=0.5", "step 2 reward=0.6"], True),
+        (["step 1 reward=0.5"], False),
+        (["step 1 a=0.5 b=2", "step 2 a=0.6 b=1", "step 3 a=0.7 b=3"], True),
+        (["step 1 a=0.5 b=2", "step 2 a=0.6 b=1"], False),
+        (["step 1 a=0.5 b=2", "step 2 a=0.6 b=1", "step 2 a=0.7 b=3"], False),
+        (["step 1 a=0.5", "step 2 a=0.6", "step 3 a=0.7"], False),
+        (["words alone", ""], False),
+    ],
+)
+def test_lines_are_a_log_by_two_vital_names_or_three_steps_in_order(
+    lines: list[str], is_one: bool
+) -> None:
+    assert is_log(lines, lambda keys: "reward" in keys) is is_one
