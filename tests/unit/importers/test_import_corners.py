@@ -121,3 +121,14 @@ def test_lines_are_a_log_by_two_vital_names_or_three_steps_in_order(
     lines: list[str], is_one: bool
 ) -> None:
     assert is_log(lines, lambda keys: "reward" in keys) is is_one
+
+
+@pytest.mark.parametrize("length", [10, 65535, 65536, 140000])
+def test_a_row_that_is_being_written_costs_no_whole_row_however_long_it_is(
+    tmp_path: Path, length: int
+) -> None:
+    """A table is looked through from its end in blocks of 64 KiB."""
+    rows = "".join(f"{step},0.5,0.4,said\n" for step in range(1, 6))
+    half = "6,0.".ljust(length, "1")
+    (tmp_path / "t.csv").write_text(f"step,reward,entropy,note\n{rows}{half}")
+    assert imported(tmp_path / "t.csv").steps["step"].tolist() == [1, 2, 3, 4, 5]
