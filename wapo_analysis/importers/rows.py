@@ -58,8 +58,9 @@ def _fitting(given: pd.Series | None, column: Column, rows: int, report: ImportR
     if given is None:
         return np.full(rows, np.nan)
     values, name = _floats(given), column.name
-    lost = {
-        f"values of {name} that are no number, left out": given.notna() & np.isnan(values),
+    lost: dict[str, Array] = {
+        f"values of {name} that are no number, left out": given.notna().to_numpy()
+        & np.isnan(values),
         f"{name} beyond {column.dtype}, now null": np.abs(values) >= _LIMITS[column.dtype],
     }
     if column.dtype.startswith("int"):
