@@ -50,7 +50,7 @@ import wapo_taxonomy as tax
 
 from experiments.gpu_start import Start, join_parts, pretrain, write_problems
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.cli.common import show
+from wapo_analysis.cli import show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import Comparison, compare
 from wapo_analysis.errors import UserError

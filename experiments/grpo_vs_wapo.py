@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from wapo_analysis import TrainConfig, open_run
-from wapo_analysis.cli.common import show
+from wapo_analysis.cli import show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import compare
 from wapo_analysis.errors import UserError

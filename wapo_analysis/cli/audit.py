@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, MapOption, log_settings, open_one, show
+from wapo_analysis.cli import Format, MapOption, log_settings, open_one, show
 
 Option = typer.Option
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import Format
+from wapo_analysis.cli import Format
 
 Option = typer.Option
 

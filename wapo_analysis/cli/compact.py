@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import say
+from wapo_analysis.cli import say
 
 
 def register(app: typer.Typer) -> None:

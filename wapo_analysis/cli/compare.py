@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, MapOption, RunsArgument, log_settings, open_runs, show
+from wapo_analysis.cli import Format, MapOption, RunsArgument, log_settings, open_runs, show
 from wapo_analysis.cli.figures import write_figures
 
 Option = typer.Option

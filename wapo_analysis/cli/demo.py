@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wapo_analysis.cli.common import check_new, console_error, next_commands, progress, say, show
+from wapo_analysis.cli import check_new, console_error, next_commands, progress, say, show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import (
+from wapo_analysis.cli import (
     ChosenRun,
     Format,
     MapOption,

@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, console_error, say
-from wapo_analysis.cli.common import show as render
+from wapo_analysis.cli import Format, RunArgument, console_error, say
+from wapo_analysis.cli import show as render
 
 Option = typer.Option
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
 
-from wapo_analysis.cli.common import (
+from wapo_analysis.cli import (
     ChosenRun,
     MapOption,
     console_error,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, console_error, next_commands, say, show
+from wapo_analysis.cli import Format, RunArgument, console_error, next_commands, say, show
 from wapo_analysis.cli.train import MAX_THREADS, as_settings, assigned, shown_progress
 from wapo_analysis.errors import printable
 

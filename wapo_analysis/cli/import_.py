@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import ChosenRun, MapOption, next_commands, say
+from wapo_analysis.cli import ChosenRun, MapOption, next_commands, say
 
 Option = typer.Option
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import (
+from wapo_analysis.cli import (
     ChosenRun,
     MapOption,
     RunsArgument,

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import DataOption, EvalDataOption, say
+from wapo_analysis.cli import DataOption, EvalDataOption, say
 from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from wapo_analysis.cli.common import console_error, drop_output, next_commands, progress, say
+from wapo_analysis.cli import console_error, drop_output, next_commands, progress, say
 from wapo_analysis.declare import Declared, declared_settings, settings_table
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig

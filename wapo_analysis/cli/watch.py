@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wapo_analysis.cli.common import ChosenRun, MapOption, holds_runs, log_settings
+from wapo_analysis.cli import ChosenRun, MapOption, holds_runs, log_settings
 
 Option = typer.Option
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from wapo_analysis.cli.common import Format, RunArgument, show
+from wapo_analysis.cli import Format, RunArgument, show
 
 Option = typer.Option
 
