@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from tests.support.import_sources import token_columns, write_lines
 from wapo_analysis.errors import UserError
-from wapo_analysis.importers import ImportReport, import_run
+from wapo_analysis.importers import ImportReport, account, import_run
+from wapo_analysis.importers.jsonl import message_text
 from wapo_analysis.importers.printed import is_log
 from wapo_analysis.importers.rows import StepCounts, class_table
 from wapo_analysis.importers.run import ImportSettings
@@ -132,3 +134,80 @@ def test_a_row_that_is_being_written_costs_no_whole_row_however_long_it_is(
     half = "6,0.".ljust(length, "1")
     (tmp_path / "t.csv").write_text(f"step,reward,entropy,note\n{rows}{half}")
     assert imported(tmp_path / "t.csv").steps["step"].tolist() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("said", "said"), (None, None), ([], ""), (3, "3"), ({"text": "said"}, "said"),
+        ({"text": 3}, '{"text": 3}'), (["a", "b"], '["a", "b"]'),
+        ([{"role": "user", "content": "ask"}, {"role": "assistant"}], "ask\n"),
+        (np.array([{"content": [{"text": "ask", "content": "é"}]}]), "é"),
+    ],
+)  # fmt: skip
+def test_the_text_of_a_prompt_or_a_chat(value: object, text: str | None) -> None:
+    assert message_text(value) == text
+
+
+def test_an_account_of_more_than_six_lines_says_how_many_more(tmp_path: Path) -> None:
+    run = imported(write_lines(tmp_path / "train.jsonl", [{"step": 1, "reward": 0.5}] * 2))
+    said = [f"line {n}" for n in range(8)]
+
+    def told(count: int) -> list[str]:
+        manifest = run.manifest.changed({"import": {"said": said[:count]}})
+        return account(Run(run.path, manifest))
+
+    assert told(6) == said[:6]
+    assert told(8) == [*said[:6], "2 more: wapo import"]
+
+
+def test_a_run_is_chosen_by_its_name_or_a_part_of_it_among_the_rows(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "run_name": name, "reward": level + step / 100, "entropy": 0.5}
+        for name, level in (("grpo-1", 0.1), ("wapo-1", 0.6))
+        for step in range(1, 6)
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "t.csv", index=False)
+    for chosen in ("wapo-1", "wapo"):
+        assert imported(tmp_path / "t.csv", run=chosen).steps["reward"].min() > 0.6
+        (tmp_path / "t.csv").touch()
+        shutil.rmtree(tmp_path / "t.csv-run")
+    with pytest.raises(UserError, match="--run sft is not one of the runs in .*: grpo-1, wapo-1"):
+        imported(tmp_path / "t.csv", run="sft")
+
+
+def test_probabilities_that_none_can_be_are_counted_and_null(tmp_path: Path) -> None:
+    columns = {
+        "step": [1] * 6, "rollout": [0] * 6, "advantage": [1.0, 1, 1, 1, 1, np.nan],
+        "prob": [0.5, 0.0, 1.0, -0.1, np.nan, 0.5], "sum_p_sq": [0.3, 0.3, 1.0, 0.3, 0.3, 0.3],
+    }  # fmt: skip
+    source = tmp_path / "t.parquet"
+    pd.DataFrame(columns).to_parquet(source)
+    report = import_run(source, tmp_path / "out")
+    assert report.counts["prob of 0 or less, logp null"] == 2
+    assert report.counts["token rows without an advantage left out"] == 1
+    rows = open_run(tmp_path / "out").tokens()
+    assert rows["logp"].tolist() == pytest.approx([np.log(0.5), np.nan, 0.0, np.nan, np.nan],
+                                                  rel=1e-4, nan_ok=True)  # fmt: skip
+    assert rows["collision_rest"][0] == pytest.approx(0.05, rel=1e-3)
+    assert rows["collision_rest"][2] == 0.0
+
+
+def test_a_run_is_labelled_by_its_objective_where_that_is_told(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "train.jsonl", [{"step": s, "reward": 0.5} for s in (1, 2)])
+    assert imported(source, objective="wapo").label == "WAPO"
+    for settings, label in (({}, "train.jsonl-run"), ({"name": "mine"}, "mine"),
+                            ({"label": "L", "objective": "wapo"}, "L")):  # fmt: skip
+        shutil.rmtree(tmp_path / "train.jsonl-run")
+        assert imported(source, **settings).label == label
+
+
+def test_a_negative_entropy_is_told_to_be_a_loss_term(tmp_path: Path) -> None:
+    rows = [{"step": s, "reward": 0.5, "entropy": -0.4} for s in range(1, 6)]
+    report = import_run(write_lines(tmp_path / "train.jsonl", rows), tmp_path / "out")
+    assert open_run(tmp_path / "out").steps["entropy"].isna().all()
+    assert any("entropy is negative, so it is a loss term" in text for text in report.events)
+    assert any("--map entropy=-entropy" in text for text in report.events)
+    rows = [row | {"entropy": 0.0} for row in rows]
+    import_run(write_lines(tmp_path / "zero.jsonl", rows), tmp_path / "out2")
+    assert open_run(tmp_path / "out2").steps["entropy"].tolist() == [0.0] * 5
