@@ -13,6 +13,7 @@ from tests.support.import_sources import token_columns, write_lines
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, account, import_run
 from wapo_analysis.importers.jsonl import message_text
+from wapo_analysis.importers.mapping import NameTable, nearest, set_names
 from wapo_analysis.importers.printed import is_log
 from wapo_analysis.importers.rows import StepCounts, class_table
 from wapo_analysis.importers.run import ImportSettings
@@ -211,3 +212,40 @@ def test_a_negative_entropy_is_told_to_be_a_loss_term(tmp_path: Path) -> None:
     rows = [row | {"entropy": 0.0} for row in rows]
     import_run(write_lines(tmp_path / "zero.jsonl", rows), tmp_path / "out2")
     assert open_run(tmp_path / "out2").steps["entropy"].tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["val/math/acc", "val/code/acc"], ["math", "code"]),
+        (["a/x/1", "b/y/1"], ["a/x", "b/y"]),
+        (["val/math", "val/math/hard"], ["val/math", "val/math/hard"]),
+        (["val/math"], ["val/math"]),
+    ],
+)
+def test_held_out_sets_are_told_apart_by_what_they_do_not_share(
+    names: list[str], told: list[str]
+) -> None:
+    assert set_names(names) == dict(zip(names, told, strict=True))
+
+
+def test_the_name_that_most_looks_like_a_column_is_found_once() -> None:
+    assert nearest(["rollout_score", "policy_entropy"]) == {
+        "reward": "rollout_score", "entropy": "policy_entropy",
+    }  # fmt: skip
+    assert "entropy" not in nearest(["entropy_loss", "entropy/bits"]), "another thing or unit"
+    assert nearest(["alpha", "beta"]) == {}
+    assert list(nearest(["entropy"]).values()) == ["entropy"]
+
+
+def test_names_are_found_without_case_prefix_and_the_word_mean() -> None:
+    feeds = NameTable({}).feeds(("Train/Reward", "avg_entropy", "other"))
+    assert feeds["reward"].names == ("Train/Reward",)
+    assert feeds["entropy"].names == ("avg_entropy",)
+    both = NameTable({}).feeds(("entropy", "avg_entropy", "reward"))
+    assert both["entropy"].names == ("entropy",)
+    mapped = NameTable({"entropy": "-entropy_loss", "reward": "r"})
+    feeds = mapped.feeds(("entropy_loss", "entropy", "x"))
+    assert (feeds["entropy"].names, feeds["entropy"].negative) == (("entropy_loss",), True)
+    assert "reward" not in feeds
+    assert mapped.never_seen() == ["reward=r"]
