@@ -97,7 +97,11 @@ def replace_files(folder: Path, sources: Sequence[PartFile], last: int | None = 
             if last is None or step <= last:
                 place.setdefault(step, source)
                 rows.setdefault(step, count)
-    target = folder / merged_name(min(place, default=0), max(place, default=0), sources[0].rank)
+    span = min(place, default=0), max(place, default=0), sources[0].rank
+    target = folder / merged_name(*span)
+    there = PartFile(*span, target)
+    if there not in sources and target.exists():  # it may hold more steps than these
+        return replace_files(folder, [there, *sources], last)
     written = sum(rows.values()) > 0
     if written:
         _write(place, rows, target)

@@ -55,6 +55,19 @@ def test_merged_rows_are_the_rows_of_the_parts_in_the_same_order(tmp_path: Path)
     assert run.tokens([2, 7]).equals(some)
 
 
+def test_a_merged_file_of_the_same_name_keeps_its_steps(tmp_path: Path) -> None:
+    path = with_rows(tmp_path / "r", {(0, 0): 1, (1, 0): 1, (2, 0): 1})
+    before = open_run(path).tokens()
+    ends = [part.path for part in list_parts(path / "tokens") if part.first != 1]
+    copies = [shutil.copy(file, tmp_path) for file in ends]
+    merged(path)
+    for copy in copies:
+        shutil.copy(copy, path / "tokens")
+    _, *loose = list_parts(path / "tokens")
+    replace_files(path / "tokens", loose)
+    assert open_run(path).tokens().equals(before)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     st.dictionaries(
