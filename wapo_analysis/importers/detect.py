@@ -143,7 +143,7 @@ def detect(
         kinds = _without_data(kinds, names or NameTable({}), told)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
-    told += [f"{shown(f.name)} holds the same bytes as another file: read once" for f in copies]
+    told += _told_copies(copies)
     found = _by_format(kinds)
     if wanted != "auto":
         return _found(wanted, found, kinds, _wanted(found, wanted, files, name), told)
@@ -191,6 +191,7 @@ def _wanted(
     raise UserError(f"nothing of format {wanted!r} in {name}{told}")
 
 
+_TOLD_COPIES = 4
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -235,6 +236,15 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
             few = ", ".join(shown(file.name) for file in sorted(poor)[:4])
             told.append(f"also there, without a reward, not read: {few}")
     return {file: kind for file, kind in kinds.items() if file not in data}
+
+
+def _told_copies(copies: set[Path]) -> list[str]:
+    """Say which files are not read because another holds the same; of many only how many."""
+    few = sorted(shown(file.name) for file in copies)
+    if len(few) > _TOLD_COPIES:
+        some = ", ".join(few[:_TOLD_COPIES])
+        return [f"{len(few)} files hold the same bytes as another file, read once: {some}, ..."]
+    return [f"{name} holds the same bytes as another file: read once" for name in few]
 
 
 def _copies(files: list[Path]) -> set[Path]:

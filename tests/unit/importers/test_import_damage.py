@@ -227,6 +227,11 @@ def test_a_file_whose_name_is_no_text_and_a_copy(tmp_path: Path) -> None:
     said, report = text_of(folder, tmp_path / "out")
     assert report.token_rows == 2
     assert "holds the same bytes as another file: read once" in said
+    for copy in range(6):
+        shutil.copy(folder / "l.parquet", folder / f"m{copy}.parquet")
+    said, _ = text_of(folder, tmp_path / "of-many")
+    assert said.count("same bytes") == 1
+    assert "7 files hold the same bytes as another file, read once: " in said
     assert run(["import", str(folder), "--out", str(tmp_path / "again")]) == 0
 
 
