@@ -14,7 +14,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, account, import_run
 from wapo_analysis.importers.jsonl import message_text
 from wapo_analysis.importers.mapping import NameTable, nearest, set_names
-from wapo_analysis.importers.printed import is_log
+from wapo_analysis.importers.printed import is_log, line_of
 from wapo_analysis.importers.rows import StepCounts, class_table
 from wapo_analysis.importers.run import ImportSettings
 from wapo_analysis.store import Run, open_run
@@ -249,3 +249,20 @@ def test_names_are_found_without_case_prefix_and_the_word_mean() -> None:
     assert (feeds["entropy"].names, feeds["entropy"].negative) == (("entropy_loss",), True)
     assert "reward" not in feeds
     assert mapped.never_seen() == ["reward=r"]
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        ("2026-01-01 | INFO | trainer:train_step:142 - step 7: reward=0.5 kl=0.1", 7),
+        ("iteration 3 global_step 12 reward=0.5 kl=0.1", 12),
+        ("step 4 train_step 9 reward=0.5 kl=0.1", 9),
+        ("iter 4 reward=0.5 kl=0.1", 4),
+        ("reward=0.5 kl=0.1", None),
+    ],
+)
+def test_of_several_counters_the_run_s_own_step_counts(line: str, step: int | None) -> None:
+    found = line_of(line)
+    assert found is not None
+    assert found.step == step
+    assert (found.values["reward"], found.values["kl"]) == (0.5, 0.1)
