@@ -12,6 +12,7 @@ import pytest
 from tests.support.import_sources import token_columns, write_lines
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, account, import_run
+from wapo_analysis.importers.detect import _json_kind
 from wapo_analysis.importers.jsonl import message_text
 from wapo_analysis.importers.mapping import NameTable, nearest, set_names
 from wapo_analysis.importers.printed import is_log, line_of
@@ -266,3 +267,26 @@ def test_of_several_counters_the_run_s_own_step_counts(line: str, step: int | No
     assert found is not None
     assert found.step == step
     assert (found.values["reward"], found.values["kl"]) == (0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "kind"),
+    [
+        ("7.jsonl", {"input": "q", "output": "a", "score": 1}, "verl-rollouts"),
+        ("7.jsonl", {"input": "q", "output": "a", "score": 1, "step": 7}, "verl-rollouts"),
+        ("m.jsonl", {"step": 1, "data": {"actor/entropy": 0.5}}, "verl-metrics"),
+        ("m.jsonl", {"step": 1, "data": {}}, "table"),
+        ("l.jsonl", {"global_step/max_steps": "1/9", "reward": 0.5}, "swift-log"),
+        ("l.jsonl", {"current_steps": 1, "total_steps": 9}, "trainer-log"),
+        ("l.jsonl", {"current_steps": 1, "loss": 0.5}, "table"),
+        ("c.jsonl", {"completion": ["a"], "prompt": ["q"], "step": 1}, "completions"),
+        ("c.jsonl", {"completion": "a", "prompt": "q", "step": 1, "reward": 1}, "table"),
+        ("p.jsonl", {"trainer_logprobs": [], "inference_logprobs": [], "loss_mask": []},
+         "prime-rl"),
+    ],
+)  # fmt: skip
+def test_what_a_file_of_json_lines_is_by_its_first_record(
+    tmp_path: Path, name: str, first: dict[str, object], kind: str
+) -> None:
+    file = write_lines(tmp_path / name, [first, first])
+    assert _json_kind(file, file.read_text()) == kind
