@@ -20,6 +20,8 @@ _COLON = re.compile(
     rf"({_NUMBER})(%?)(?=\s*(?:[,;|)\]]|$|\s))",
     re.I,
 )
+# Thousands as Python groups them, but for the milliseconds of a time and places in brackets.
+_GROUPED = re.compile(r"(?<![\w.,(\[])(?<!\d:)[1-9]\d{0,2}(?:,\d{3})+(?![\w,])")
 _SPACE = re.compile(rf"\W*([A-Za-z_][\w./@() -]*?)\s+({_NUMBER})(%?)\W*", re.I)
 _ONE = re.compile(rf"([A-Za-z_][\w./-]*)\s+({_NUMBER})(%?)(?=\s|$)", re.I)
 _ROW = re.compile(rf"\s*(?:[A-Za-z_][\w./-]*\s+{_NUMBER}%?(?:\s+|$)){{2,}}", re.I)
@@ -81,6 +83,7 @@ def line_of(text: str) -> Line | None:
     >>> line_of("iter 7: loss 2.5, reward 0.125")[:2]
     (7, {'loss': 2.5, 'reward': 0.125})
     """
+    text = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
     bar = _BAR.search(text)
     if bar is not None:
         return _at_bar(bar, _pairs(bar[3] or ""))

@@ -290,3 +290,21 @@ def test_what_a_file_of_json_lines_is_by_its_first_record(
 ) -> None:
     file = write_lines(tmp_path / name, [first, first])
     assert _json_kind(file, file.read_text()) == kind
+
+
+@pytest.mark.parametrize(
+    ("line", "step", "values"),
+    [
+        ("Step 1,200 | reward: 0.5 | tokens: 1,234,567", 1200, {"reward": 0.5, "tokens": 1234567}),
+        ("step=12,000 reward=-1,234.5 kl=0.125", 12000, {"reward": -1234.5, "kl": 0.125}),
+        ("2026-01-01 10:00:15,123 INFO step=7 reward=0.5 kl=0.1", 7, {"reward": 0.5, "kl": 0.1}),
+        ("step=7, a=1,b=200,c=3", 7, {"a": 1, "b": 200, "c": 3}),
+        ("step 7 reward=0.5,kl=0.1,n=200", 7, {"reward": 0.5, "kl": 0.1, "n": 200}),
+    ],
+)
+def test_thousands_may_be_grouped_in_printed_lines(
+    line: str, step: int, values: dict[str, float]
+) -> None:
+    found = line_of(line)
+    assert found is not None
+    assert (found.step, found.values) == (step, values)
