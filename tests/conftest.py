@@ -3,6 +3,7 @@
 import gc
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,11 @@ from wapo_analysis.diagnose.detectors import registry
 from wapo_analysis.train.config import TrainConfig
 
 torch.set_num_threads(1)
+with suppress(ImportError):  # other environments need not have it
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)
+    settings.load_profile("any machine")
 
 # Scripts for other environments: they import what this one need not have.
 collect_ignore = [

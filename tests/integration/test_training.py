@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from wapo_analysis.objectives.config import OBJECTIVES
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.store import open_run
+from wapo_analysis.train import lifecycle
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import Trainer, train
 from wapo_analysis.train.models import Policy, load_policy, pick_device
@@ -79,25 +81,30 @@ def test_microbatches_do_not_change_the_update(tiny_config: TrainConfig) -> None
 class Spy(Recorder):
     """Keeps every pass and the gradient that reached its logp."""
 
-    def __init__(self) -> None:
-        super().__init__(None)
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*(given or (None,)), **options)
         self.seen: list[tuple[TokenPass, torch.Tensor]] = []
 
-    def watch_pass(self, tokens: TokenPass, logp: torch.Tensor, read: object = None) -> None:  # type: ignore[override]
+    def watch_pass(self, tokens: TokenPass, logp: torch.Tensor, read: Any = None) -> None:  # type: ignore[override]
         logp.retain_grad()
         self.seen.append((tokens, logp))
+        super().watch_pass(tokens, logp, read)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_recorded_coef_is_the_gradient_autograd_gave(
-    objective: str, tiny_config: TrainConfig, tmp_path: Path
+    objective: str, tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(tiny_config, objective=objective, steps=1, epochs=2)
-    spy = Spy()
-    Trainer(load_policy("base", pick_device("cpu")), config).step(1, spy)
-    train(config, tmp_path / "run")
+    spies: list[Spy] = []
+
+    def spying(*given: Any, **options: Any) -> Spy:
+        spies.append(Spy(*given, **options))
+        return spies[-1]
+
+    monkeypatch.setattr(lifecycle, "Recorder", spying)
+    train(replace(tiny_config, objective=objective, steps=1, epochs=2), tmp_path / "run")
     rows = open_run(tmp_path / "run").tokens()
-    expected = torch.cat([-logp.grad for _, logp in spy.seen if logp.grad is not None])
+    expected = torch.cat([-logp.grad for _, logp in spies[0].seen if logp.grad is not None])
     assert float(expected.abs().max()) > 0
     np.testing.assert_allclose(rows.coef, expected, rtol=2**-14, atol=1e-12)
 
