@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.step_logs import judge
+from tests.support.step_logs import finding, judge, ramp
 from wapo_analysis.diagnose.result import Culprits, Driver
 
 
@@ -61,3 +61,41 @@ def test_how_many_checks_were_not_made(tmp_path: Path) -> None:
     assert len(kinds) > 5
     assert " more. Each by name: --format json." in last
     assert "more" not in one.to_text().splitlines()[-1]
+
+
+def test_a_short_run_is_told_what_a_verdict_needs(tmp_path: Path) -> None:
+    short = np.full(4, 0.5)
+    needs = "a verdict needs at least 8"
+    assert judge(tmp_path / "a", loss=short).sentence == (
+        f"None of 4 steps has entropy or reward; {needs}."
+    )
+    for number, columns in enumerate(({"reward": short}, {"entropy": short})):
+        found = judge(tmp_path / str(number), **columns)
+        assert found.sentence == f"Only 4 steps; {needs} with entropy or reward."
+    assert judge(tmp_path / "one", reward=short[:1]).sentence.startswith("Only 1 step; ")
+
+
+@pytest.mark.parametrize(
+    ("part", "where"), [(0, "the beginning"), (3, "part 4 of 8"), (7, "the end")]
+)
+def test_the_part_of_the_completions_that_left_the_reference_is_named(
+    tmp_path: Path, part: int, where: str
+) -> None:
+    parts = {f"kl_positional/{n}": np.full(60, 0.05) for n in range(8)}
+    parts[f"kl_positional/{part}"] = ramp(0.05, 0.6, 60, 20, 15)
+    found = finding(judge(tmp_path, **parts), "kl_by_position")
+    assert f"leaves the reference model at {where} of completions" in found.message
+    assert f"0.6 nats a token in part {part + 1} of 8, 0.05 in the others" in found.message
+    assert (found.evidence["part"], found.evidence["others"]) == (part + 1, pytest.approx(0.05))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "severity"),
+    [(0.5, 0.7, "info"), (0.1, 0.64, "info"), (0.1, 0.75, "warning")],
+)
+def test_problems_that_split_into_learned_and_out_of_reach_are_a_warning_while_the_reward_gains(
+    tmp_path: Path, before: float, after: float, severity: str
+) -> None:
+    flat, reward = ramp(before, after, 60, 20, 15), ramp(0.2, 0.7, 60, 5, 55)
+    found = judge(tmp_path, reward=reward, groups_flat=flat)
+    assert finding(found, "zero_signal").severity == severity
