@@ -140,15 +140,14 @@ def _best_words(context: Context, main: Finding | None) -> str:
     said = f"The reward was best at step {reward.best_step} ({reward.best:.2f})."
     if saved is not None:
         return f"{said} Best checkpoint: {saved} (reward {context.earned_by(saved):.2f})."
-    if main is not None and context.best_checkpoint is not None:
+    if main is not None and context.best_checkpoint() is not None:
         return f"{said} No checkpoint is from before step {main.step}."
     return said
 
 
 def _best_checkpoint(context: Context, main: Finding | None) -> int | None:
-    """Step of the checkpoint that earned most, if it is from before the failure."""
-    saved = context.best_checkpoint
-    return saved if saved is None or main is None or saved < main.step else None
+    """Step of the checkpoint that earned most, of those from before the failure."""
+    return context.best_checkpoint(None if main is None else main.step)
 
 
 def _advised(

@@ -190,11 +190,10 @@ class Context:
         """
         return max((saved for saved in self.checkpoints if saved + 1 < step), default=None)
 
-    @cached_property
-    def best_checkpoint(self) -> int | None:
-        """Checkpoint whose policy earned the highest smoothed reward; None if nothing tells."""
+    def best_checkpoint(self, before: int | None = None) -> int | None:
+        """Checkpoint, before a step, whose policy earned the highest smoothed reward; or None."""
         reward = self.series("reward")
-        scored = [saved for saved in self.checkpoints if saved and len(reward)]
+        scored = [s for s in self.checkpoints if s and len(reward) and (not before or s < before)]
         return max(scored, key=self.earned_by, default=None)
 
     def earned_by(self, saved: int) -> float:

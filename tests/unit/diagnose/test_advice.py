@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.builders import DRIFTS, write_fake_run
+from tests.support.step_logs import ramp, write_steps
 from wapo_analysis.diagnose import Diagnosis, diagnose
 from wapo_analysis.diagnose.advice import (
     CLASS_ADVICE,
@@ -180,6 +182,24 @@ def test_a_failed_run_names_the_command_that_tests_its_advice(tmp_path: Path) ->
     assert d.best_checkpoint in (4, 10)
     assert f"Best checkpoint: {d.best_checkpoint} (reward 0." in d.to_text()
     assert d.to_dict()["command"] == d.command
+
+
+def test_the_best_checkpoint_before_a_failure_is_named_though_a_later_one_earned_more(
+    tmp_path: Path,
+) -> None:
+    reward = np.r_[np.linspace(0.2, 0.6, 35), np.full(25, 0.05)]
+    run = write_steps(tmp_path / "r", {"entropy": ramp(0.4, 2.0, 60, 25, 10), "reward": reward})
+    (run / "checkpoints" / "step-00000033").mkdir(parents=True)
+    failed = diagnose(open_run(run))
+    assert failed.onset_step is not None
+    assert 20 < failed.onset_step < 33
+    assert f"No checkpoint is from before step {failed.onset_step}." in failed.to_text()
+    (run / "checkpoints" / f"step-{failed.onset_step:08d}").mkdir()
+    assert diagnose(open_run(run)).best_checkpoint is None
+    (run / "checkpoints" / "step-00000010").mkdir()
+    found = diagnose(open_run(run))
+    assert found.best_checkpoint == 10
+    assert "Best checkpoint: 10 (reward 0.3" in found.to_text()
 
 
 def test_without_a_checkpoint_the_command_repeats_the_run_from_its_start(tmp_path: Path) -> None:
