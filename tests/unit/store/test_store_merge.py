@@ -43,6 +43,17 @@ def merged(path: Path, at_least: int = 2) -> Path:
     return path
 
 
+def test_fewer_parts_than_asked_for_and_a_single_one_stay(tmp_path: Path) -> None:
+    path = with_rows(tmp_path / "r", {(step, 0): 3 for step in range(1, 5)})
+    assert not merge_parts(path / "tokens", 0, 5)
+    assert len(names(path)) == 4
+    assert merge_parts(path / "tokens", 0, 4)
+    assert len(names(path)) == 1
+    one = with_rows(tmp_path / "one", {(1, 0): 3})
+    assert not merge_parts(one / "tokens", 0, 1)
+    assert names(one) == ["part-00000001-0.parquet"]
+
+
 def test_merged_rows_are_the_rows_of_the_parts_in_the_same_order(tmp_path: Path) -> None:
     path = with_rows(tmp_path / "r", {(s, r): 30 + s + r for s in range(1, 9) for r in range(2)})
     before = open_run(path).tokens()
