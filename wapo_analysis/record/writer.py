@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from wapo_analysis.errors import UserError
 from wapo_analysis.record.step import StepJob
 from wapo_analysis.store import PartWriter
 from wapo_analysis.table import Array
@@ -69,7 +70,7 @@ class StepWriter:
         self._carried = 0.0
         self._share, self._thinned = 1.0, 0
         self._counted = threading.Lock()
-        self._waiting = 0
+        self._waiting, self._finished = 0, False
         # A process that ends without close still writes the steps it has finished.
         weakref.finalize(self, self._thread.close)
 
@@ -83,7 +84,14 @@ class StepWriter:
             Token ids to their texts. A tokenizer is not safe to use from two threads, so names are
             made by the caller: now for tokens on the host, with a later step or at the end for
             those on their way from a device.
+
+        Raises
+        ------
+        UserError
+            After `finish`.
         """
+        if self._finished:
+            raise UserError(f"step {job.step} came after close(), so it is not recorded")
         self._choose(job)
         if texts is not None and job.share > 0:
             self._texts = texts
@@ -120,6 +128,7 @@ class StepWriter:
     def finish(self) -> None:
         """Write all that was given, the names that were missing, and end the thread."""
         self.drain()
+        self._finished = True
         self._name_arrived()
         if self._thinned:
             self.note(thinned_steps=self._thinned)

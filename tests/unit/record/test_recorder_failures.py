@@ -227,6 +227,16 @@ def test_texts_with_half_a_character_and_kept_flags_as_numbers_are_recorded(tmp_
     assert run.tokens()["kept"].tolist() == [True, False, True, True, True, True]
 
 
+def test_a_step_after_the_end_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recorder = watched(tmp_path / "r", {})
+    recorder.finish_step(2)
+    recorder.finish_step(3)
+    assert caplog.text.count("step 2 came after close(), so it is not recorded") == 1
+    assert "step 3" not in caplog.text
+    run = open_run(tmp_path / "r")
+    assert (run.steps["step"].tolist(), run.manifest["status"]) == ([1], "finished")
+
+
 def test_a_failure_is_one_line(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "r", {"name": "r"})
     recorder.fail(RuntimeError("\nno kernel\nregistered at ..."))
