@@ -22,7 +22,7 @@ from typing import Literal
 from uuid import uuid4
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.store.files import STEP_LOG, open_regular, parse_json, read_json
+from wapo_analysis.store.files import MANIFEST, STEP_LOG, open_regular, parse_json, read_json
 
 log = logging.getLogger(__name__)
 
@@ -185,11 +185,21 @@ class RunLock:
             pass
         owner = Owner.of(self._path)
         if owner is None:
+            if self._ended():
+                raise RunLost(f"another process has taken over {self._path} and has ended")
             gone = f"{LOCK} of {self._path}" if self._path.exists() else self._path
             raise RunLost(f"{gone} was moved or deleted while the run was being written")
         if owner.token != self._owner.token:
             by = f"; it is written by {owner}" if owner.pid >= 0 else f", or changed its {LOCK}"
             raise RunLost(f"another process has taken over {self._path}{by}")
+
+    def _ended(self) -> bool:
+        """Whether the manifest says that the run has ended, which another process then wrote."""
+        try:
+            entries = read_json(self._path / MANIFEST)
+        except (OSError, UserError):
+            return False
+        return isinstance(entries, dict) and entries.get("status") != "running"
 
     def release(self, ended: bool = True) -> None:
         """Give the run back; may be called twice.
