@@ -380,3 +380,11 @@ def test_official_global_kept_weights_leave_out_the_batch_normaliser(minibatches
     assert found.normalizer == 1.0
     assert found.multiplier == minibatches
     torch.testing.assert_close(found.sequence_weight, torch.full((2,), 1 / 3))
+
+
+def test_one_process_and_one_update_a_batch_unless_told_otherwise() -> None:
+    config = ObjectiveConfig(name="grpo")
+    batch = ([1.0, -1.0, 0.5, -0.5], [3, 4, 5, 6], [0, 0, 1, 1], 2)
+    assert batch_weights(config, *batch).multiplier == 1 / 4
+    assert batch_weights(config, *batch, num_minibatches=3).multiplier == 3 / 4
+    assert batch_weights(config, *batch, world_size=2).multiplier == 2 / 4

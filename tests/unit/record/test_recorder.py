@@ -207,6 +207,14 @@ def test_tokens_that_come_from_a_device_are_named_by_the_caller(
     assert set(run.tokens().token_id) == set(run.vocab)
 
 
+def test_names_given_beforehand_stand_in_the_vocabulary(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    recorder.name_tokens([3, 5, 3], spell)
+    recorder.finish_step(1, reward=0.5)
+    recorder.close("finished")
+    assert open_run(tmp_path / "r").vocab == {3: "<3>", 5: "<5>"}
+
+
 def test_threads_and_random_state_of_torch_are_left_alone(tmp_path: Path) -> None:
     before, count = torch.get_rng_state(), torch.get_num_threads()
     recorder = Recorder(tmp_path / "r", {"name": "r"}, token_fraction=0.5)
