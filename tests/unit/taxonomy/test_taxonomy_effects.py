@@ -232,3 +232,16 @@ def test_one_hot_and_uniform_limits() -> None:
     assert exact_dentropy(1.0, s) == pytest.approx(0.0, abs=1e-16)
     norm = wt.grad_norm(1.0, s.complement, s.collision_rest)
     assert norm == pytest.approx((1 - 1 / size) ** 0.5)
+
+
+@pytest.mark.parametrize("name", wt.CLASSES)
+def test_the_table_of_effects_has_the_signs_of_the_formulas(name: str) -> None:
+    step = 1.0 if name.startswith("pos") else -1.0
+    s = statistics(np.array([2.0, 0.0, 0.0, 0.0]), int(name.endswith("valley")), 1.0)
+    assert wt.CLASSES[int(wt.class_code(step, s.prob, s.complement, s.collision_rest))] == name
+    effect = wt.EFFECTS[name]
+    dprob = wt.dprob_sampled(step, s.prob, s.complement, s.collision_rest)
+    dentropy = wt.dentropy(
+        step, s.prob, s.complement, s.logp, s.entropy, s.collision_rest, s.collision_logp_rest
+    )
+    assert (np.sign(dprob), np.sign(dentropy)) == (effect.sampled, effect.entropy)
