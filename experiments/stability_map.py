@@ -21,8 +21,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from time import monotonic, process_time
 from typing import Any
 
@@ -186,6 +187,18 @@ def _done(results: pd.DataFrame) -> set[tuple[str, str, int, float, int]]:
     return set(results[columns].itertuples(index=False, name=None))
 
 
+def _end_with_the_parent() -> None:
+    """A worker whose parent was ended trains on for nobody."""
+
+    def wait_for_it() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    Thread(target=wait_for_it, daemon=True).start()
+
+
 def train_part(name: str, out: Path, minutes: float, workers: int) -> None:
     """Train what is not done yet of a part, until its minutes are over."""
     out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +208,7 @@ def train_part(name: str, out: Path, minutes: float, workers: int) -> None:
     print(f"{name}: {len(jobs) - len(todo)} of {len(jobs)} runs done", flush=True)
     ends, waiting = monotonic() + 60 * minutes, set[Future[dict[str, Any]]]()
     with (
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers, get_context("spawn"), _end_with_the_parent) as pool,
         (out / "results.jsonl").open("a", encoding="utf-8") as log,
     ):
         while waiting or (todo and monotonic() < ends):
@@ -363,12 +376,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/stability"))
     parser.add_argument("--part", choices=("map", "switches", "again"), default="map")
-    parser.add_argument("--minutes", type=float, default=180.0)
+    parser.add_argument("--minutes", type=float, default=180.0, help="no run begins after these")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--doc", type=Path, help="write this page instead of training")
     options = parser.parse_args()
     if options.doc:
-        write_page(read_results(options.out), options.doc)
+        results = read_results(options.out)
+        known = set() if results.empty else set(results["name"])
+        missing = ", ".join(name for name in OBJECTIVES if name not in known)
+        if missing or not options.doc.is_file():
+            parser.error(
+                f"{options.out} has no run of {missing}" if missing else f"no page at {options.doc}"
+            )
+        write_page(results, options.doc)
     else:
         train_part(options.part, options.out, options.minutes, options.workers)
 

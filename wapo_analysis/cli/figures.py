@@ -78,7 +78,7 @@ def figures(
         written = _write(
             open_runs(given, log_settings(given, map, chosen)), out, format, names, pool
         )
-    say(f"{written} figures in {out}")
+    say(f"{written} figure{'s' * (written != 1)} in {out}")
 
 
 def write_figures(

@@ -26,6 +26,7 @@ from wapo_analysis.importers.mapping import parse_mapping
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.run import ImportSettings, import_run
 from wapo_analysis.store import MANIFEST, Run, open_run
+from wapo_analysis.store.manifest import OPENED_FROM
 
 __all__ = [
     "FORMATS",
@@ -132,7 +133,8 @@ def open_source(source: str | Path, settings: ImportSettings | None = None) -> R
                 raise
         _forget(entry, target)
     os.utime(entry)
-    return open_run(target)
+    found = open_run(target)
+    return Run(found.path, found.manifest.changed({OPENED_FROM: shown(path)}))
 
 
 def _forget(entry: Path, kept: Path) -> None:

@@ -24,7 +24,7 @@ from markupsafe import Markup
 from wapo_analysis import __version__
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.report.data import Json, comparison_data, run_data
+from wapo_analysis.report.data import Json, comparison_data, place, run_data
 from wapo_analysis.report.steps import block, chosen_steps, step_data
 from wapo_analysis.settings import setting_labels
 from wapo_analysis.store import write_atomic
@@ -212,9 +212,10 @@ def _sha256(script: str) -> str:
 
 def commands(runs: Sequence[Run]) -> list[str]:
     """Commands that go on from here."""
-    folders = shlex.join(str(run.path) for run in runs)
-    first = shlex.quote(str(runs[0].path))
-    return [f"wapo diagnose {first}", f"wapo board {folders}", f"wapo figures {folders}"]
+    places = shlex.join(place(run) for run in runs)
+    first = shlex.quote(place(runs[0]))
+    board = [f"wapo board {places}"] if all(place(run) == str(run.path) for run in runs) else []
+    return [f"wapo diagnose {first}", *board, f"wapo figures {places}"]
 
 
 def _check_page(out: Path) -> None:

@@ -27,6 +27,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.probes import trust
 from wapo_analysis.schema import STEPS
 from wapo_analysis.settings import recorded_settings, shown_value
+from wapo_analysis.store.manifest import OPENED_FROM
 from wapo_analysis.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def run_data(run: Run, found: Diagnosis | None = None) -> Json:
         "name": run.name,
         "label": run.label,
         "seed": run.seed,
-        "path": str(run.path),
+        "path": place(run),
+        "imported": bool(run.manifest.imported),
         "facts": _facts(run),
         "settings": {name: shown_value(value) for name, value in recorded_settings(run).items()},
         **verdict(run, found),
@@ -146,8 +148,15 @@ def _finding(found: Diagnosis, finding: Finding) -> Json:
     }
 
 
+def place(run: Run) -> str:
+    """Where a user finds a run: its folder, or the source that was opened as one."""
+    return str(run.manifest.get(OPENED_FROM) or run.path)
+
+
 def _facts(run: Run) -> list[list[str]]:
-    known = [(name, run.manifest.get(name)) for name in FACTS]
+    # What a source does not say is no fact: an import fills in these two.
+    left_out = ("status", "temperature") if run.manifest.imported else ()
+    known = [(name, run.manifest.get(name)) for name in FACTS if name not in left_out]
     known += list(_settings(run).items())
     return [[name, str(value)] for name, value in known if value not in (None, "")]
 

@@ -27,6 +27,8 @@ from wapo_analysis.store.files import MANIFEST, STEP_LOG, encodable, read_json, 
 log = logging.getLogger(__name__)
 
 CHECKSUM = "crc32"
+OPENED_FROM = "opened_from"
+"""Entry, in memory alone, of a run that was made of a source where that lies: its path."""
 _OLD_NAMES = {"trainable": "trainable_parameters"}
 _INT64 = 2**63
 T = TypeVar("T", int, float, str)

@@ -123,7 +123,9 @@ def last_checkpoint(run: Path) -> tuple[Path, int]:
     """
     found = checkpoints(run)
     if not found:
-        raise UserError(f"{run} has no checkpoint to resume from; start a new run with --out")
+        raise UserError(
+            f"{run} has no checkpoint to resume from or to evaluate; start a new run with --out"
+        )
     return _whole(found[-1]), step_of(found[-1])
 
 

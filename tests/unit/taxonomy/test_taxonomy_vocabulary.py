@@ -31,7 +31,8 @@ def test_prediction_is_the_derivative_along_the_gradient_step(case: Case) -> Non
     assert got.dentropy == pytest.approx(along_gradient_step(case, entropy), rel=1e-7, abs=1e-8)
     assert got.dprob.sum() == pytest.approx(0.0, abs=1e-14 * abs(step))
     norm = np.linalg.norm(loss_gradient(case)) / case.temperature
-    assert got.grad_norm == pytest.approx(norm, rel=1e-9, abs=1e-14)
+    # Near p = 1 the gradient of the loss itself has lost digits: 1e-15 of the step's size.
+    assert got.grad_norm == pytest.approx(norm, rel=1e-9, abs=1e-14 * max(1.0, abs(step)))
 
 
 @EXAMPLES

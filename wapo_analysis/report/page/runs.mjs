@@ -5,7 +5,8 @@ import { byId, el, fill, table } from "./dom.mjs";
 import { escaped } from "./words.mjs";
 
 const METRICS = ["reward", "entropy", "grad_norm", "length", "pass_rate", "kl_old"];
-const STROKES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
+// Neither blue nor orange: those are the signs of the advantage.
+const STROKES = ["#9b59b6", "#1b9e55", "#8c8c8c", "#a0724a", "#d264a0", "#3f9a9a"];
 
 export class Runs {
   constructor(model) {

@@ -32,7 +32,7 @@ export class Story {
     const finding = run.findings.find((one) => one.tokens.length);
     if (!finding) return null;
     return el("p", { class: "culprits" }, "Behind it: ", classTag(finding.cls), " tokens ",
-      finding.tokens.map((token) => [el("code", {}, visible(token.text)), ` ${percent(token.share)} `]),
+      finding.tokens.map((token, i) => [i ? ", '" : "'", el("code", {}, visible(token.text)), `' ${percent(token.share)}`]),
       finding.rollouts.length ? "; rollouts " : null,
       finding.rollouts.map((one) => [this.toRollout(one), " "]));
   }
@@ -102,7 +102,7 @@ function skipped(run) {
 
 function trustTable(run) {
   if (!run.trust.length) {
-    return el("p", { class: "note" }, "No update of this run was probed (--probe-every), so nobody can say how often the "
+    return el("p", { class: "note" }, `No update of this run was probed${run.imported ? "" : " (--probe-every)"}, so nobody can say how often the `
       + "predicted sign came true here. Predictions hold for one softmax; shared parameters can turn them.");
   }
   return table(["class", "probed updates", "sign right, own class applied alone", "sign right, whole update"],
