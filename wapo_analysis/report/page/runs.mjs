@@ -5,8 +5,9 @@ import { byId, el, fill, table } from "./dom.mjs";
 import { escaped } from "./words.mjs";
 
 const METRICS = ["reward", "entropy", "grad_norm", "length", "pass_rate", "kl_old"];
-// Neither blue nor orange: those are the signs of the advantage.
-const STROKES = ["#9b59b6", "#1b9e55", "#8c8c8c", "#a0724a", "#d264a0", "#3f9a9a"];
+// As in the figures, and neither blue nor orange: those are the signs of the advantage.
+const OWN = { GRPO: "#9b59b6", WAPO: "#1b9e55" };
+const STROKES = ["#8c8c8c", "#a0724a", "#d264a0", "#3f9a9a", "#6a5acd", "#8b7d2b"];
 
 export class Runs {
   constructor(model) {
@@ -22,7 +23,8 @@ export class Runs {
     fill(byId("picker"), runs.length > 1 ? el("label", {}, "run ", el("select", { id: "run-box",
       onchange: (event) => this.model.choose(runs.find((run) => run.id === event.target.value)) },
     runs.map((run) => el("option", { value: run.id }, `${escaped(run.name)}: ${run.verdict_words}`)))) : null);
-    byId("compare").hidden = runs.length < 2;
+    const link = document.querySelector('a[href="#compare"]');
+    for (const part of [byId("compare"), link]) if (part) part.hidden = runs.length < 2;
     if (runs.length < 2) return;
     const shared = METRICS.filter((name) => runs.filter((run) => run.steps.values[name]).length > 1);
     this.metric ??= shared[0];
@@ -51,14 +53,15 @@ export class Runs {
     figure.xaxes[0].axis_label = "rollout step";
     groups.forEach((group, i) => {
       const source = new Bokeh.ColumnDataSource({ data: overSeeds(group.runs, this.metric) });
-      const color = STROKES[i % STROKES.length];
+      const color = OWN[group.label] ?? STROKES[i % STROKES.length];
       const xy = { x: { field: "step" }, source, color, legend_label: `${group.label} (n=${group.runs.length})` };
       if (group.runs.length > 1) {
         figure.varea({ x: { field: "step" }, y1: { field: "low" }, y2: { field: "high" }, source, fill_color: color, fill_alpha: 0.2 });
       }
       figure.line({ ...xy, y: { field: "mean" }, line_width: 2 });
     });
-    Object.assign(figure.legend, { background_fill_alpha: 0.6, background_fill_color: colors.box, label_text_color: colors.ink,
+    figure.add_layout(figure.legend, "below");
+    Object.assign(figure.legend, { orientation: innerWidth < 700 ? "vertical" : "horizontal", background_fill_alpha: 0.6, background_fill_color: colors.box, label_text_color: colors.ink,
       border_line_color: null, label_text_font_size: "12px", click_policy: "hide" });
     figure.add_tools(new Bokeh.HoverTool({ mode: "vline", tooltips: [["step", "@step"], ["mean", "@mean{0.000}"]] }));
     Bokeh.Plotting.show(figure, place);
