@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,10 +113,14 @@ def _lift(sum_e: Tensor, ends: Tensor, out: Tensor) -> Tensor:
     Then p - 1 of a token that is hardly probable, the largest number of its row, keeps its value
     when it is rounded: else rounding it would decide the error of the whole gradient.
     """
-    alike = out[:, 1:] == out[:, :1]
-    mode = ends[:, 1:].masked_fill(alike, -torch.inf)
-    log_z = torch.cat((sum_e.log(), ends[:, :1], mode), 1).logsumexp(1, keepdim=True)
-    return (log_z * LOG2_E).round() / LOG2_E - log_z
+    # In numpy, whose calls take a tenth of torch's for a handful of rows.
+    chosen, mode = ends.numpy().T
+    alike = out[:, 0].numpy() == out[:, 1].numpy()
+    with np.errstate(all="ignore"):  # NaN and infinity stay what they are
+        log_z = np.logaddexp(np.log(sum_e.numpy()[:, 0]), chosen)
+        log_z = np.where(alike, log_z, np.logaddexp(log_z, mode))
+        lift = np.round(log_z * LOG2_E) / LOG2_E - log_z
+    return torch.from_numpy(lift.astype(sum_e.numpy().dtype)).unsqueeze(1)
 
 
 def reduce_by(
