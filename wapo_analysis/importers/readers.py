@@ -28,6 +28,7 @@ MAX_JSON_BYTES = 1 << 30
 _BLOCK = 4 << 20
 _ROWS = 8192
 _TOLD_DOUBLES = 5
+_SWALLOWED = 3  # lines; a completion may hold a line or two that look like a row
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
@@ -260,7 +261,7 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
 def _tell_swallowed(
     frame: pd.DataFrame, first: int, delimiter: str, file: Path, report: ImportReport
 ) -> None:
-    """Count lines inside quotation marks that look like rows: a mark may not have been closed."""
+    """Count lines inside quotation marks if most look like rows: one may not have been closed."""
     for name in frame.columns:
         for place in np.flatnonzero(frame[name].str.contains("\n", regex=False, na=False)):
             _, *lines = str(frame[name].iloc[place]).split("\n")
@@ -269,7 +270,7 @@ def _tell_swallowed(
             rows = sum(
                 n and len(row) == frame.shape[1] for n, row in zip(numbers, cells, strict=True)
             )
-            if rows:
+            if rows >= _SWALLOWED and 2 * rows > len(lines):
                 what = "lines in quotation marks that look like rows, read as text"
                 report.count(what, file, first + int(place), rows)
 

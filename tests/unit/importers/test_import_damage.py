@@ -52,6 +52,14 @@ def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path: Path) -> None:
     assert "lines in quotation marks that look like rows, read as text: 5 (t.csv:4)" in said
 
 
+def test_a_completion_with_a_line_like_a_row_is_no_open_quotation_mark(tmp_path: Path) -> None:
+    text = "First I count them.\nThat is 3, 4, so 12\nOr 4, 13, 5\nI am done."
+    frame = pd.DataFrame({"step": [1, 2], "reward": [1.0, 0.0], "note": text})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    said, _ = text_of(tmp_path / "t.csv", tmp_path / "out")
+    assert "look like rows" not in said
+
+
 def test_every_value_that_no_column_can_hold_is_counted(tmp_path: Path) -> None:
     given = [(1.0, 5), ([1.0, 2], 2.5), ("good", "five"), (1e300, -(2**31) - 1), (None, None)]
     rows = [{"step": 1, "prompt": "p", "completion": "c", "reward": r, "length": n}
