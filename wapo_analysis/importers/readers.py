@@ -262,9 +262,12 @@ def _tell_swallowed(
     frame: pd.DataFrame, first: int, delimiter: str, file: Path, report: ImportReport
 ) -> None:
     """Count lines inside quotation marks if most look like rows: one may not have been closed."""
-    for name in frame.columns:
-        for place in np.flatnonzero(frame[name].str.contains("\n", regex=False, na=False)):
-            _, *lines = str(frame[name].iloc[place]).split("\n")
+    for number in range(frame.shape[1]):
+        texts = frame.iloc[:, number]
+        if not pd.api.types.is_string_dtype(texts):  # numbers alone, or nothing
+            continue
+        for place in np.flatnonzero(texts.str.contains("\n", regex=False, na=False)):
+            _, *lines = str(texts.iloc[place]).split("\n")
             cells = [line.split(delimiter) for line in lines]
             numbers = [any(as_number(cell) is not None for cell in row) for row in cells]
             rows = sum(
