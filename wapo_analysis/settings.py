@@ -1,12 +1,13 @@
-"""Which runs are seeds of one setting: comparisons, figures and pages all group by this.
+"""What recorded settings say: which runs are seeds of one setting, which steps sampled anew.
 
-Runs are pooled only if they carry one label and no recorded setting but the seed contradicts it.
-Runs of one label whose settings differ become settings of their own, with the difference in their
-label: "GRPO, lr 5e-5" and "GRPO, lr 1e-4".
+Comparisons, figures and pages group by setting. Runs are pooled only if they carry one label and no
+recorded setting but the seed contradicts it. Runs of one label whose settings differ become
+settings of their own, with the difference in their label: "GRPO, lr 5e-5" and "GRPO, lr 1e-4".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Final
 
 from wapo_analysis.store import Run
@@ -157,3 +158,44 @@ def shown_value(value: Any) -> str:
 def _power(value: float) -> str:
     digits, exponent = f"{value:e}".split("e")
     return f"{float(digits):g}e{int(exponent)}"
+
+
+def steps_per_batch(settings: Mapping[str, Any]) -> int:
+    """Optimizer steps from one that begins with a generated batch to the next, by TRL's settings.
+
+    TRL takes an optimizer step every ``gradient_accumulation_steps`` passes, trains
+    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes.
+
+    Raises
+    ------
+    ValueError
+        If one of the three is no whole number above 0, as nothing that TRL itself wrote is.
+
+    Examples
+    --------
+    >>> steps_per_batch({"num_iterations": 2, "steps_per_generation": 4,
+    ...                  "gradient_accumulation_steps": 2})
+    4
+    """
+
+    def whole(name: str, default: int) -> int:
+        value = settings.get(name) or default
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r:.40}")
+        return value
+
+    passes = whole("steps_per_generation", 1)
+    taken = whole("gradient_accumulation_steps", passes)
+    passes *= whole("num_iterations", 1)
+    return passes // gcd(passes, taken)
+
+
+def fresh_steps(manifest: Mapping[str, Any], steps: Iterable[int]) -> list[int]:
+    """Of some steps those that train on rollouts sampled just before; the first is sure to."""
+    if manifest.get("source") != "trl":
+        return list(steps)
+    try:
+        period = steps_per_batch(manifest.get("config") or {})
+    except ValueError:
+        return [step for step in steps if step == 1]
+    return [step for step in steps if (step - 1) % period == 0]

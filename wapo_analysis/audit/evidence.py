@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.derive import derived_columns
+from wapo_analysis.settings import fresh_steps
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
@@ -181,18 +182,7 @@ class Evidence:
 
     def fresh_steps(self) -> list[int]:
         """Steps that train on rollouts sampled just before."""
-        steps = sorted({int(s) for s in np.unique(self["step"])})
-        if self.source != "trl":
-            return steps
-        config = self.manifest.get("config") or {}
-        try:
-            updates = int(config.get("steps_per_generation") or 1) * int(
-                config.get("num_iterations") or 1
-            )
-            period = max(updates // int(config.get("gradient_accumulation_steps") or 1), 1)
-        except (TypeError, ValueError):
-            return steps[:1] if steps[:1] == [1] else []
-        return [step for step in steps if (step - 1) % period == 0]
+        return fresh_steps(self.manifest, sorted({int(s) for s in np.unique(self["step"])}))
 
 
 def exponential(values: Array) -> Array:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.series import Series
+from wapo_analysis.settings import fresh_steps
 from wapo_analysis.store import Run
-from wapo_analysis.store.manifest import steps_per_batch
 from wapo_analysis.table import Array
 
 SAMPLED_STEPS = 40
@@ -60,9 +60,7 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
         Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains
         on fresh rollouts and has token rows with both log-probabilities.
     """
-    trl = run.manifest.source == "trl"
-    every = steps_per_batch(run.manifest.config or {}) if trl else 1
-    fresh = [step for step in run.token_steps() if (step - 1) % every == 0]
+    fresh = fresh_steps(run.manifest, run.token_steps())
     columns = ["step", "minibatch", "logp", "logp_old"]
     rows = run.table("tokens", evenly(np.asarray(fresh)), columns)
     known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)

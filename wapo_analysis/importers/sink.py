@@ -8,6 +8,7 @@ own log does not.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.derive import reward_columns, rollout_sums, step_columns, token_sums
-from wapo_analysis.importers.jsonl import as_step, flat
+from wapo_analysis.importers.jsonl import as_number, as_step, flat
 from wapo_analysis.importers.mapping import VITAL, NameTable
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import class_rows, clean_tokens, filled_records, numbers
 from wapo_analysis.importers.steplog import StepLog
 from wapo_analysis.schema import ROLLOUTS, TOKENS
 from wapo_analysis.store import RunWriter
-from wapo_analysis.store.needs import holds, is_number
+from wapo_analysis.store.needs import holds
 from wapo_analysis.table import Array, Records
 
 
@@ -306,5 +307,6 @@ class Sink:
         for step in sorted(rows):
             row = {"step": step, **rows[step]}
             self.writer.append_step(row)
-            known |= {name for name, value in row.items() if name not in known and is_number(value)}
+            fresh = {name: as_number(row[name]) for name in row.keys() - known}
+            known |= {n for n, value in fresh.items() if value is not None and isfinite(value)}
         self.report.steps = len(rows)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from math import gcd, inf, isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
@@ -348,6 +348,7 @@ def read_manifest(path: Path, tell: bool = True) -> Manifest:
         raise UserError(
             f"{path} has schema version {found}; this installation reads version {SCHEMA_VERSION}"
         )
+    entries.pop(OPENED_FROM, None)
     problems: list[str] = []
     if CHECKSUM in entries and entries[CHECKSUM] != _checksum(entries):
         problems.append("its entries do not match their checksum: edited or damaged")
@@ -373,24 +374,6 @@ def is_run(path: Path) -> bool:
         return True
     ours = not isinstance(entries, dict) or bool({"source", "objective", CHECKSUM} & entries.keys())
     return ours or (path / STEP_LOG).exists()
-
-
-def steps_per_batch(settings: Mapping[str, Any]) -> int:
-    """Optimizer steps from one that begins with a generated batch to the next, by TRL's settings.
-
-    TRL takes an optimizer step every ``gradient_accumulation_steps`` passes, trains
-    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes.
-
-    Examples
-    --------
-    >>> steps_per_batch({"num_iterations": 2, "steps_per_generation": 4,
-    ...                  "gradient_accumulation_steps": 2})
-    4
-    """
-    passes = int(settings.get("steps_per_generation") or 1)
-    taken = int(settings.get("gradient_accumulation_steps") or passes)
-    passes *= int(settings.get("num_iterations") or 1)
-    return max(1, passes // (gcd(passes, taken) or 1))
 
 
 def _checksum(entries: Mapping[str, Any]) -> str:

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -125,14 +124,6 @@ def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
             there = name in known if name in seen else _finite(frame[name])
         if there:
             yield name
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of the step log is a finite number, or a text that says one."""
-    try:
-        return isfinite(float(value))
-    except (TypeError, ValueError, OverflowError):
-        return False
 
 
 def holds(values: Array) -> bool:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from tests.support.import_sources import token_columns, write_lines
+from wapo_analysis.cli import run
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, account, import_run
 from wapo_analysis.importers.detect import _json_kind
@@ -308,3 +309,32 @@ def test_thousands_may_be_grouped_in_printed_lines(
     found = line_of(line)
     assert found is not None
     assert (found.step, found.values) == (step, values)
+
+
+# ---- lines of a table
+
+
+def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path: Path) -> None:
+    open_mark = '"'
+    rows = "".join(f"{n},0.{n},{open_mark * (n == 3)}x\n" for n in range(1, 9))
+    (tmp_path / "t.csv").write_text("step,reward,note\n" + rows)
+    said = import_run(tmp_path / "t.csv", tmp_path / "out").to_text()
+    assert len(open_run(tmp_path / "out").steps) == 3
+    assert "lines in quotation marks that look like rows, read as text: 5 (t.csv:4)" in said
+
+
+def test_a_table_that_begins_with_an_empty_line_is_read_or_refused(tmp_path: Path) -> None:
+    lines = "".join(f"{n},0.{n},1.{n}\n" for n in range(1, 9))
+    for head in ("\nstep,reward,entropy\n", "\n\n\nstep,reward,entropy\n", "\n"):
+        (tmp_path / "t.csv").write_text(head + lines)
+        handled = run(["import", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
+        assert handled in (0, 2)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_a_completion_with_a_line_like_a_row_is_no_open_quotation_mark(tmp_path: Path) -> None:
+    text = "First I count them.\nThat is 3, 4, so 12\nOr 4, 13, 5\nI am done."
+    frame = pd.DataFrame({"step": [1, 2], "reward": [1.0, 0.0], "note": text})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    said = import_run(tmp_path / "t.csv", tmp_path / "out").to_text()
+    assert "look like rows" not in said

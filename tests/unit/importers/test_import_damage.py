@@ -43,32 +43,6 @@ def text_of(source: Path, out: Path) -> tuple[str, ImportReport]:
 # ---- tables
 
 
-def test_a_quotation_mark_that_is_never_closed_is_told(tmp_path: Path) -> None:
-    open_mark = '"'
-    rows = "".join(f"{n},0.{n},{open_mark * (n == 3)}x\n" for n in range(1, 9))
-    (tmp_path / "t.csv").write_text("step,reward,note\n" + rows)
-    said, _ = text_of(tmp_path / "t.csv", tmp_path / "out")
-    assert len(open_run(tmp_path / "out").steps) == 3
-    assert "lines in quotation marks that look like rows, read as text: 5 (t.csv:4)" in said
-
-
-def test_a_table_that_begins_with_an_empty_line_is_read_or_refused(tmp_path: Path) -> None:
-    lines = "".join(f"{n},0.{n},1.{n}\n" for n in range(1, 9))
-    for head in ("\nstep,reward,entropy\n", "\n\n\nstep,reward,entropy\n", "\n"):
-        (tmp_path / "t.csv").write_text(head + lines)
-        handled = run(["import", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out")])
-        assert handled in (0, 2)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-
-
-def test_a_completion_with_a_line_like_a_row_is_no_open_quotation_mark(tmp_path: Path) -> None:
-    text = "First I count them.\nThat is 3, 4, so 12\nOr 4, 13, 5\nI am done."
-    frame = pd.DataFrame({"step": [1, 2], "reward": [1.0, 0.0], "note": text})
-    frame.to_csv(tmp_path / "t.csv", index=False)
-    said, _ = text_of(tmp_path / "t.csv", tmp_path / "out")
-    assert "look like rows" not in said
-
-
 def test_every_value_that_no_column_can_hold_is_counted(tmp_path: Path) -> None:
     given = [(1.0, 5), ([1.0, 2], 2.5), ("good", "five"), (1e300, -(2**31) - 1), (None, None)]
     rows = [{"step": 1, "prompt": "p", "completion": "c", "reward": r, "length": n}

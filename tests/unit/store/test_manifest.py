@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.builders import write_fake_run
+from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
+from wapo_analysis.settings import steps_per_batch
 from wapo_analysis.store import Manifest, RunWriter, open_run, read_manifest
 from wapo_analysis.store.manifest import write_manifest
 
@@ -146,3 +149,19 @@ def test_whole_numbers_are_those_of_64_bits() -> None:
             continue
         with pytest.raises(UserError, match="manifest entry seed is .*, not a whole number of 64"):
             Manifest.of({"seed": seed})
+
+
+@pytest.mark.parametrize("value", ["x", [1], 0.5, float("inf"), -3])
+def test_settings_that_trl_never_wrote_end_neither_diagnosis_nor_audit(
+    value: object, tmp_path: Path
+) -> None:
+    folder = write_fake_run(tmp_path / "r")
+    entries = json.loads((folder / "manifest.json").read_text())
+    entries.pop("crc32", None)
+    names = ("steps_per_generation", "gradient_accumulation_steps")
+    entries |= {"source": "trl", "config": dict.fromkeys(names, value)}
+    (folder / "manifest.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="steps_per_generation is"):
+        steps_per_batch(entries["config"])
+    for command in ("diagnose", "audit"):
+        assert wapo([command, str(folder)]) in (0, 1)

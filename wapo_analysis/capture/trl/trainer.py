@@ -18,8 +18,8 @@ from torch import Tensor
 from wapo_analysis.capture.lm_head import inner_model, rows_of
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.table import rollout_surrogate
+from wapo_analysis.settings import steps_per_batch
 from wapo_analysis.store import Manifest
-from wapo_analysis.store.manifest import steps_per_batch
 
 SCORER = "_get_per_token_logps_and_entropies"
 OLD_LOGPS = "wapo_old_logps"
