@@ -17,8 +17,7 @@ from wapo_taxonomy import is_peak
 
 from tests.gold import metrics
 from tests.gold.folders import Case
-from wapo_analysis.objectives.advantages import group_advantages
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
+from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, group_advantages
 from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights, minibatch_weights
 from wapo_analysis.stats import TokenStats, token_stats

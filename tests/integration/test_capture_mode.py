@@ -10,8 +10,14 @@ import torch
 import transformers
 
 from wapo_analysis import UserError
-from wapo_analysis.capture import hooks, lm_head
-from wapo_analysis.capture.hooks import CaptureMode, choose_mode, earlier_mode, free_memory
+from wapo_analysis.capture import (
+    CaptureMode,
+    choose_mode,
+    earlier_mode,
+    free_memory,
+    lm_head,
+    readable,
+)
 from wapo_analysis.capture.lm_head import LmHead, head_obstacle, logit_transform
 from wapo_analysis.cli import run as command
 from wapo_analysis.store import open_run, read_manifest
@@ -238,7 +244,7 @@ def test_wrong_modes_are_refused() -> None:
 def test_free_memory_is_a_plausible_number_or_unknown() -> None:
     free = free_memory(CPU)
     assert free is None or 2**20 < free < 2**50
-    assert [hooks.readable(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3 GiB"]
+    assert [readable(n) for n in (5, 1536, 3 * 2**30)] == ["5 B", "1.5 KiB", "3 GiB"]
 
 
 def test_the_manifest_and_one_printed_line_say_what_was_chosen_and_why(

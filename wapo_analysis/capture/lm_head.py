@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from wapo_analysis.record import Guarded, guarded
 from wapo_analysis.record.batches import MATCH
-from wapo_analysis.record.guard import Guarded, guarded
 from wapo_analysis.stats import TokenStats, fused_head_stats, token_stats
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wapo_analysis.capture.hooks import Patches, own_rank
+from wapo_analysis.capture import Patches, own_rank
 from wapo_analysis.capture.lm_head import HeadReader
 from wapo_analysis.capture.seams import Call, Names, shaped
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.record.guard import Closing, Guarded, guarded, on_schedule
+from wapo_analysis.record import Closing, Guarded, guarded, on_schedule
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import Manifest

@@ -19,12 +19,12 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture import Patches
 from wapo_analysis.capture.lm_head import HeadReader
 from wapo_analysis.capture.loss import LossWatch
 from wapo_analysis.capture.seams import SEAMS
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.guard import guarded
+from wapo_analysis.record import guarded
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import Manifest
 

@@ -18,7 +18,7 @@ def verify(
 
     Against differences of a plain softmax; exits with code 1 if one fails.
     """
-    from wapo_analysis.verify.identities import run_identities
+    from wapo_analysis.verify import run_identities
 
     results = run_identities(seed=seed, trials=trials)
     for identity in results:

@@ -1,1 +1,156 @@
-"""Recording: token passes in, a run folder out; any trainer feeds it."""
+"""Recording: token passes in, a run folder out; any trainer feeds it.
+
+Here is the one guard: what watches a training may fail, the training may not.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from torch._compile import _disable_dynamo
+
+from wapo_analysis.errors import UserError
+from wapo_analysis.store.files import MOST_STEPS
+
+log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Guarded:
+    """Watches a training: its first failure is told and ends the watching, never the training.
+
+    Attributes
+    ----------
+    failure : str or None
+        Why watching stopped.
+    seconds : float
+        Time that guarded work took of the training thread.
+    """
+
+    failure: str | None = None
+    seconds = 0.0
+    _inside = False
+
+    def fail(self, error: Exception) -> None:
+        """Watch no more."""
+        first, *_ = [*str(error).strip().splitlines(), ""]
+        self.failure = f"{type(error).__name__}: {first}"
+
+    # A compiled training step calls it as it stands; traced, it would end the training. The public
+    # torch.compiler.disable loads the compiler when it decorates (800 modules, over a second for
+    # every user); this one, with which torch decorates its own optimizers, at the first call.
+    @_disable_dynamo
+    def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an action, unless watching has failed; None if it has, or fails now."""
+        if self.failure is not None:
+            return None
+        if self._inside:  # guarded and timed already
+            return action(*args, **kwargs)
+        self._inside, started = True, perf_counter()
+        try:
+            return action(*args, **kwargs)
+        except Exception as error:
+            self.fail(error)
+            return None
+        finally:
+            self._inside = False
+            self.seconds += perf_counter() - started
+
+
+def guarded(method: F) -> F:
+    """Let no failure of a method reach the training that is being watched."""
+
+    @wraps(method)
+    def wrapper(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        return self.guard(method, self, *args, **kwargs)
+
+    return cast(F, wrapper)
+
+
+def on_schedule(step: int, every: int) -> bool:
+    """Steps 1, 1 + every, ... so that the first step always counts."""
+    return every > 0 and (step - 1) % every == 0
+
+
+class Steps:
+    """Numbers of finished steps, each larger than the one before.
+
+    Attributes
+    ----------
+    last : int
+        The last one; 0 before the first.
+    """
+
+    def __init__(self, resume_after: int | None) -> None:
+        self.last = resume_after or 0
+        self._begun, self._told = resume_after is not None, False
+
+    def next(self, step: int) -> int:
+        """Number of a step that was called ``step``: that, or counted on if it was there already.
+
+        Rows of a step that comes twice would take the place of those that it had.
+
+        Raises
+        ------
+        UserError
+            On a number that no run folder can hold.
+        """
+        if not 0 <= step < MOST_STEPS:
+            raise UserError(f"a step must be 0 to {MOST_STEPS - 1}, got {step}")
+        if self._begun and step <= self.last:
+            if not self._told:
+                log.warning(
+                    "step %d came after step %d, but steps must count up: recorded as step %d, "
+                    "and so on", step, self.last, self.last + 1,
+                )  # fmt: skip
+            step, self._told = self.last + 1, True
+        self._begun, self.last = True, step
+        return step
+
+
+def check_schedule(rank: int, token_fraction: float, *every: int) -> None:
+    """Refuse a rank below 0, a share out of (0, 1] and steps between two that are below 0.
+
+    Raises
+    ------
+    UserError
+        Naming what is allowed.
+    """
+    if not isinstance(rank, Integral) or rank < 0:
+        raise UserError(f"rank must be 0 or a whole number above it, got {rank!r}")
+    if min(every) < 0:
+        names = "token_every, rescore_every and probe_every"
+        raise UserError(f"{names} must be 0 (never) or positive")
+    if not 0 < token_fraction <= 1:
+        raise UserError(f"token_fraction must be in (0, 1], got {token_fraction}")
+
+
+class Closing:
+    """Ends with its with-block; ``close`` hears how the training in it ended."""
+
+    def close(self, status: str = "finished") -> None:
+        """End; may be called twice.
+
+        Parameters
+        ----------
+        status : {"finished", "interrupted", "failed"}
+            How the training ended, for the manifest.
+        """
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.close("finished" if kind is None else "interrupted" if interrupted else "failed")

@@ -18,9 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, guarded, on_schedule
 from wapo_analysis.record.batches import batch_pass
 from wapo_analysis.record.beside import Action, Beside, Ring, Save, acts, check_actions, made_beside
-from wapo_analysis.record.guard import Closing, Guarded, Steps, check_schedule, guarded, on_schedule
 from wapo_analysis.record.step import OpenStep, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.topk import TOPK, TopReader

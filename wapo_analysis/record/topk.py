@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record.guard import Guarded, on_schedule
+from wapo_analysis.record import Guarded, on_schedule
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.table import Array
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 import torch
 
-from wapo_analysis.capture.hooks import CaptureMode
+from wapo_analysis.capture import CaptureMode
 from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder

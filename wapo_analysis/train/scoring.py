@@ -11,7 +11,7 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import (
+from wapo_analysis.capture import (
     PASSIVE,
     REPLACE,
     CaptureMode,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture import Patches
 from wapo_analysis.capture.trl.objective import _ObjectiveLoss
 from wapo_analysis.capture.trl.passes import SeenPass
 from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer, clip_rule, loss_mask

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives import advantages
-from wapo_analysis.objectives.advantages import ADVANTAGE_KINDS, group_advantages
+from wapo_analysis.objectives import config
+from wapo_analysis.objectives.config import ADVANTAGE_KINDS, group_advantages
 
 FLAT = st.floats(-5, 5, allow_subnormal=False)
 
 
 def test_docstring_example() -> None:
-    assert doctest.testmod(advantages).failed == 0
+    assert doctest.testmod(config).failed == 0
 
 
 @pytest.mark.parametrize("official", [False, True])

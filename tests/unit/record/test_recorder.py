@@ -17,8 +17,8 @@ from tests.support.recorder_passes import (
     tokens,
     without_times,
 )
+from wapo_analysis.record import on_schedule
 from wapo_analysis.record import step as step_module
-from wapo_analysis.record.guard import on_schedule
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.step import OpenStep
 from wapo_analysis.record.tokens import DevicePass, HostPass

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wapo_analysis import UserError
-from wapo_analysis.capture.hooks import CaptureMode
+from wapo_analysis.capture import CaptureMode
 from wapo_analysis.store import open_run
 from wapo_analysis.train import loop, scoring
 from wapo_analysis.train.batch import by_length

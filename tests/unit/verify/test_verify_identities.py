@@ -9,8 +9,7 @@ import wapo_taxonomy as wt
 
 from tests.support.rule_shares import run_observations
 from wapo_analysis.errors import UserError
-from wapo_analysis.verify import positions
-from wapo_analysis.verify.identities import Identity, run_identities
+from wapo_analysis.verify import Identity, positions, run_identities
 
 
 def failed(found: list[Identity]) -> set[str]:

@@ -13,8 +13,7 @@ from wapo_analysis.diagnose import diagnose
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.entropy import entropy_band
 from wapo_analysis.store import RunWriter, open_run
-from wapo_analysis.watch.chart import Rule, bar, bucket_means, line_chart
-from wapo_analysis.watch.view import TERMS, one_line, render
+from wapo_analysis.watch.view import TERMS, Rule, bar, line_chart, one_line, render, resampled
 
 
 def view(path: Path, width: int = 100) -> str:
@@ -197,7 +196,8 @@ def test_charts_of_one_value_and_of_very_many() -> None:
         rows = line_chart(values, width=30, height=3, style="")
         assert all(len(row.plain) >= 30 for row in rows)
         assert any(ord(c) > 0x2800 for row in rows for c in row.plain)
-    assert bucket_means(np.arange(10.0), 5).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert resampled(np.array([0.0, 1.0]), 3).tolist() == [0.0, 0.5, 1.0]
+    assert resampled(np.arange(10.0), 5).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
 
 
 def test_bars_are_exact_to_an_eighth() -> None:

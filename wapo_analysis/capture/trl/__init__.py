@@ -5,15 +5,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from wapo_analysis.capture.hooks import PASSIVE, REPLACE, CaptureMode, Patches
+from wapo_analysis.capture import PASSIVE, REPLACE, CaptureMode, Patches
 from wapo_analysis.capture.trl.passes import check_probing
 from wapo_analysis.capture.trl.replace import check_replaceable
 from wapo_analysis.capture.trl.stats import richer_head
 from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.record import Closing
 from wapo_analysis.record.beside import Action
-from wapo_analysis.record.guard import Closing
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import read_manifest

@@ -14,7 +14,7 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture import Patches
 from wapo_analysis.capture.lm_head import LmHead, whole
 from wapo_analysis.capture.trl.trainer import (
     SCORER,
@@ -25,8 +25,7 @@ from wapo_analysis.capture.trl.trainer import (
     loss_mask,
 )
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives.advantages import RESIDUAL_ULPS, group_advantages
-from wapo_analysis.objectives.config import ObjectiveConfig
+from wapo_analysis.objectives.config import RESIDUAL_ULPS, ObjectiveConfig, group_advantages
 from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture import Patches
 from wapo_analysis.errors import UserError
 from wapo_analysis.stats import TokenStats, fused_head_stats
 

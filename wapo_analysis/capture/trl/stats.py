@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import Patches
+from wapo_analysis.capture import Patches
 from wapo_analysis.capture.lm_head import LmHead, rows_of, whole
 from wapo_analysis.capture.trl.replace import TrlHead
 from wapo_analysis.capture.trl.trainer import TrlTrainer

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.hooks import PASSIVE, CaptureMode, Patches
+from wapo_analysis.capture import PASSIVE, CaptureMode, Patches
 from wapo_analysis.capture.trl.passes import SeenPass, TrlProber, score_again, token_pass
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead
 from wapo_analysis.capture.trl.rollouts import RolloutReader, log_entries, log_sums

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from wapo_analysis.capture.hooks import (
+from wapo_analysis.capture import (
     CaptureMode,
     Patches,
     choose_mode,
