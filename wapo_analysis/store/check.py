@@ -11,13 +11,10 @@ from typing import Any
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Items, Result, Section
 from wapo_analysis.store.files import (
-    LINE_BYTES,
-    LOG_BYTES,
     MANIFEST,
     PART_TABLES,
     STEP_LOG,
-    LineReader,
-    open_regular,
+    log_lines,
 )
 from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
@@ -119,21 +116,15 @@ def _steps(log: Path, manifest: Manifest, found: Check) -> dict[int, Row]:
     rows, written = Counter[int](), manifest.step_lines
     kept: dict[int, Row] = {}
     try:
-        with named(log), open_regular(log, LOG_BYTES) as stream:
-            reader = LineReader()
-            lines = iter(lambda: stream.readline(LINE_BYTES), b"")
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = reader.row(line)
-                except ValueError as error:
-                    told = f"{log.name}: line {number} is lost ({error})"
+        with named(log):
+            for number, line, row in log_lines(log):
+                if isinstance(row, ValueError):
+                    told = f"{log.name}: line {number} is lost ({row})"
                     unfinished = written is None and not line.endswith(b"\n")
                     (found.notes if unfinished else found.damage).append(told)
-                    continue
-                rows[row["step"]] += 1
-                kept[row["step"]] = row
+                else:
+                    rows[row["step"]] += 1
+                    kept[row["step"]] = row
     except FileNotFoundError:
         pass
     except UserError as error:

@@ -275,6 +275,27 @@ def _value(name: str, value: Any) -> float | int | str | None:
     raise ValueError(f"{name[:40]} is not a number")
 
 
+def log_lines(log: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | ValueError]]:
+    """Number of each line of a step log that is not blank, the line, its row or why it has none.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no log.
+    UserError
+        If it cannot be opened.
+    """
+    reader = LineReader()
+    with open_regular(log, LOG_BYTES) as stream:
+        for number, line in enumerate(iter(partial(stream.readline, LINE_BYTES), b""), start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, line, reader.row(line)
+            except ValueError as error:
+                yield number, line, error
+
+
 def step_lines(log: Path) -> Iterator[dict[str, Any]]:
     """Rows of the whole lines of a step log, in order; an unfinished last line is left out.
 
@@ -285,21 +306,16 @@ def step_lines(log: Path) -> Iterator[dict[str, Any]]:
     UserError
         On a line that is no step record or is damaged; the message names it.
     """
-    reader = LineReader()
-    with open_regular(log, LOG_BYTES) as stream:
-        for number, line in enumerate(iter(partial(stream.readline, LINE_BYTES), b""), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = reader.row(line)
-            except ValueError as error:
-                if not line.endswith(b"\n") and len(line) < LINE_BYTES:
-                    return
-                raise UserError(
-                    f"{log}: line {number} is not a step record ({error}); "
-                    "delete that line to read the others"
-                ) from error
+    for number, line, row in log_lines(log):
+        if not isinstance(row, ValueError):
             yield row
+        elif not line.endswith(b"\n") and len(line) < LINE_BYTES:
+            return
+        else:
+            raise UserError(
+                f"{log}: line {number} is not a step record ({row}); "
+                "delete that line to read the others"
+            ) from row
 
 
 def steps_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

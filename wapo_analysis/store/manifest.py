@@ -22,11 +22,17 @@ import numpy as np
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import SCHEMA_VERSION
-from wapo_analysis.store.files import MANIFEST, STEP_LOG, encodable, read_json, write_atomic
+from wapo_analysis.store.files import (
+    CHECKSUM,
+    MANIFEST,
+    STEP_LOG,
+    encodable,
+    read_json,
+    write_atomic,
+)
 
 log = logging.getLogger(__name__)
 
-CHECKSUM = "crc32"
 OPENED_FROM = "opened_from"
 """Entry, in memory alone, of a run that was made of a source where that lies: its path."""
 _OLD_NAMES = {"trainable": "trainable_parameters"}

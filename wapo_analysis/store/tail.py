@@ -67,10 +67,6 @@ class Tail:
         self._broken = {name: {} for name in _FOLLOWED}
         self._frames = {name: parts_frame([], TABLES[name]) for name in _FOLLOWED}
 
-    def exists(self) -> bool:
-        """Whether the run has been started: its manifest is there."""
-        return (self.path / MANIFEST).exists()
-
     def poll(self) -> bool:
         """Read what is new; returns whether anything was.
 

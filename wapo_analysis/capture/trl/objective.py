@@ -18,6 +18,7 @@ from wapo_analysis.capture import Patches
 from wapo_analysis.capture.lm_head import LmHead, whole
 from wapo_analysis.capture.trl.trainer import (
     SCORER,
+    behaviour_logps,
     causal_model,
     hidden_tensors,
     kind_of,
@@ -292,11 +293,7 @@ class _ObjectiveLoss:
         mask = loss_mask(inputs)
         self._hidden = [] if self._has_bins else None
         logps, entropies = self._score(model, inputs)
-        old = inputs.get("old_per_token_logps")
-        old = logps.detach() if old is None else old
-        sampler = inputs.get("sampling_per_token_logps")
-        if sampler is not None:
-            old = torch.where(sampler.isnan(), old, sampler)
+        old, _ = behaviour_logps(inputs, logps)
         advantages = inputs["advantages"]
         keep = keep_tokens(self._config, advantages, mask, self._peaks(inputs, logps, mask))
         out = policy_loss(self._config, logps, old, advantages, mask, keep, inputs[WEIGHT_KEY])

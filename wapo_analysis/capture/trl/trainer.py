@@ -104,6 +104,14 @@ def logps_and_entropies(scored: Any) -> tuple[Tensor | None, Tensor | None]:
     return scored[0], scored[1] if len(scored) > 1 else None
 
 
+def behaviour_logps(inputs: Mapping[str, Any], logps_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """What a sampling engine reported, else the trainer's old log-probabilities; and the latter."""
+    old: Tensor | None = inputs.get("old_per_token_logps")
+    old = logps_BT.detach() if old is None else old
+    sampler = inputs.get("sampling_per_token_logps")
+    return (old if sampler is None else torch.where(sampler.isnan(), old, sampler)), old
+
+
 def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
     """Tokens of the loss: completion tokens that no tool wrote, bool of shape (B, T)."""
     mask: Tensor = inputs["completion_mask"].bool()
@@ -278,13 +286,9 @@ class TrlTrainer:
         """
         if "old_logps" in inputs:
             return inputs.get(OLD_LOGPS), None
-        old: Tensor | None = inputs.get("old_per_token_logps")
-        old = logps_BT.detach() if old is None else old
-        sampler = inputs.get("sampling_per_token_logps")
-        if sampler is None:
-            return old, None
-        behaviour = torch.where(sampler.isnan(), old, sampler)
-        return behaviour, None if hasattr(self.raw, "_wapo_objective") else old
+        behaviour, old = behaviour_logps(inputs, logps_BT)
+        ours = hasattr(self.raw, "_wapo_objective")
+        return behaviour, None if ours or behaviour is old else old
 
     def log_ratio(
         self, inputs: Mapping[str, Any], logps_BT: Tensor, old_BT: Tensor | None, mask_BT: Tensor
