@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import relu
 
 from wapo_analysis.stats.formulas import LOG2_E, Reduced
 from wapo_analysis.stats.rows import BLOCK, Rows, block_maxima, top_columns, upper_end
@@ -17,7 +18,7 @@ CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 15, 1 << 23
 # Elements of a group: what a CPU's last cache keeps between the two looks at the logits.
 _GROUP_ELEMENTS = 1 << 21
 # Rows of a compiled block: enough to hide what a call costs.
-_COMPILED_ROWS = 64
+_COMPILED_ROWS = 128
 # Columns of a group that the search for the largest ones opens at once: some MiB with their ids.
 _OPENED_ELEMENTS = 1 << 15
 # Lowest exponent of 2 in a sum: its square is still a normal number, since denormal arithmetic is
@@ -191,10 +192,14 @@ def reduce_compiled(
     """Reduce N rows as `reduce_rows` does, in two sweeps that store nothing: maxima and sums."""
     scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=rows.logits.device)
     size = min(chunk_rows or _COMPILED_ROWS, max(len(rows), 1))
+    on_cpu = rows.logits.device.type == "cpu"
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        lowest = LOWEST[rows.dtype]
-        total = _kernel(_compiled_sums)(*_dynamic(rows.block(start, stop), origin), scale, lowest)
+        lowest, block = LOWEST[rows.dtype], _dynamic(rows.block(start, stop), origin)
+        total = _kernel(_quick_sums)(*block, scale, 2**lowest) if on_cpu else None
+        # A column of -inf makes the quick sums NaN, and so does a NaN.
+        if total is None or not torch.cat(total).isfinite().all():
+            total = _kernel(_compiled_sums)(*block, scale, lowest)
         # The two columns that do not count are 1 at most, and what is left is 1 at least.
         x = (rows.pick(start, stop, out).to(rows.dtype) - origin).mul_(scale).clamp_(lowest, 0)
         e = torch.exp2(x)
@@ -235,3 +240,15 @@ def _compiled_sums(
     e = torch.exp2(x)
     terms = (e, e * x, e * e, e * e * x)
     return tuple(term.sum(1, keepdim=True) for term in terms)
+
+
+def _quick_sums(rows: Tensor, origin: Tensor, scale: Tensor, least: float) -> tuple[Tensor, ...]:
+    """`_compiled_sums` of finite rows, by a tenth quicker: relu has no branch for a NaN.
+
+    An e below ``least`` is 0, so that no square of it is subnormal, which a CPU takes long for.
+    """
+    y = relu((origin - rows) * scale)
+    e = relu(torch.exp2(-y) - least)
+    ey = e * y
+    total, lower, square, lower_square = (t.sum(1, keepdim=True) for t in (e, ey, e * e, e * ey))
+    return total, -lower, square, -lower_square
