@@ -146,13 +146,15 @@ def is_noise(text: str) -> bool:
     >>> is_noise("!" * 20), is_noise("the answer is 42")
     (True, False)
     """
-    counts = Counter(text[:READ_CHARACTERS])
-    counts = Counter({mark: n for mark, n in counts.items() if not mark.isspace()})
-    total = sum(counts.values())
+    marks = "".join(text[:READ_CHARACTERS].split())
+    total = len(marks)
     if total < SHORTEST:
         return False
+    counts = Counter(marks)
     if max(counts.values()) >= ONE_CHARACTER * total or counts["\ufffd"] >= total / 10:
         return True
+    if marks.isascii():  # one script
+        return False
     letters: Counter[str] = Counter()
     for mark, n in counts.items():
         letters[_script(mark)] += n
@@ -201,8 +203,8 @@ def _share_by_step(steps: pd.Series, mask: Array) -> Series:
 
 
 def _ends_with(answer: str, text: str) -> bool:
-    word = re.escape(answer.strip().casefold())
-    return re.search(rf"(?<!\w){word}(?!\w)", text[-ANSWER_CHARACTERS:].casefold()) is not None
+    word, end = answer.strip().casefold(), text[-ANSWER_CHARACTERS:].casefold()
+    return word in end and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", end) is not None
 
 
 def length_pay(rows: pd.DataFrame) -> Series:
