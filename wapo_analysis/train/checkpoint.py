@@ -216,7 +216,7 @@ def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimize
     for name, parameter in policy.trainable().items():
         try:
             entries = {k: tensors[f"{name}/{k}"] for k in ("exp_avg", "exp_avg_sq")}
-            step = tensors[f"{name}/step"].cpu()
+            step = tensors[f"{name}/step"]
         except KeyError as error:
             raise ValueError(f"{_OPTIMIZER} lacks {error}") from error
         optimizer.state[parameter] = {"step": step, **entries}

@@ -291,10 +291,10 @@ class TrainConfig(ObjectiveSettings, _Objective):
         """The optimizer of the run, in its first state."""
         from torch.optim import SGD, AdamW
 
+        common: Any = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
-            return SGD(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        betas = (self.beta1, self.beta2)
-        return AdamW(parameters, lr=self.lr, betas=betas, weight_decay=self.weight_decay)
+            return SGD(parameters, **common)
+        return AdamW(parameters, betas=(self.beta1, self.beta2), fused=True, **common)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint: every n-th and the last one."""
