@@ -251,15 +251,13 @@ def _rank(finding: Finding) -> tuple[int, int, str]:
 
 
 def _span(context: Context) -> str:
-    """How many records, and how many steps they cover where these are more."""
+    """How many records, and from which step to which where these are further apart."""
     numbers = context.step_numbers
     records = len(numbers)
     steps = int(numbers[-1] - numbers[0]) + 1 if records else 0
     spacing = int(np.median(np.diff(numbers))) if records > 1 else 1
     if steps > records and spacing > 1:
-        first = int(numbers[0])  # a trainer may log its first step beside every n-th
-        before = 0 if 0 < first < spacing else first - spacing
-        return f"{records} records covering {int(numbers[-1]) - before} steps"
+        return f"{records} records from step {numbers[0]} to {numbers[-1]}"
     return f"{records} {'step' if records == 1 else 'steps'}"
 
 

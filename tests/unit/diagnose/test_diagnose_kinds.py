@@ -147,7 +147,7 @@ def test_flat_groups_are_hard_or_easy_by_the_reward(
 def test_steps_are_steps_and_records_are_records(tmp_path: Path) -> None:
     d = diagnose(open_run(write_log(tmp_path / "run", "plateau", sparse("plateau"))))
     steps, columns = make_log("plateau", sparse("plateau"))
-    assert f"{len(steps)} records covering {steps[-1]} steps" in d.sentence
+    assert f"{len(steps)} records from step {steps[0]} to {steps[-1]}" in d.sentence
     assert finding(d, "plateau").step % steps[0] == 0
 
 
@@ -295,9 +295,9 @@ def test_a_drop_no_deeper_than_those_before_that_came_back_is_none(tmp_path: Pat
     ("steps", "told"),
     [
         ([*range(1, 30), *range(40, 60)], "49 steps"),  # a gap, yet one record a step
-        (range(5, 500, 5), "99 records covering 495 steps"),
-        (range(0, 490, 10), "49 records covering 490 steps"),
-        ([1, *range(10, 500, 10)], "50 records covering 490 steps"),
+        (range(5, 500, 5), "99 records from step 5 to 495"),
+        (range(0, 490, 10), "49 records from step 0 to 480"),
+        ([1, *range(10, 500, 10)], "50 records from step 1 to 490"),
     ],
 )
 def test_records_are_told_from_steps_by_their_spacing(
