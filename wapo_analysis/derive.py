@@ -129,7 +129,7 @@ def sequence_ratio(columns: Mapping[str, Array]) -> Array:
     """Geometric mean of the importance ratios of a rollout's tokens in one pass, shape (rows,)."""
     log_ratio = columns["logp"].astype(np.float64) - _loss_old(columns)
     keys = np.stack([columns["minibatch"], columns["rollout"]])
-    index = np.unique(keys, axis=1, return_inverse=True)[1].reshape(-1)
+    index = np.unique(keys, axis=1, return_inverse=True)[1].ravel()
     mean = np.bincount(index, log_ratio) / np.bincount(index)
     with np.errstate(over="ignore"):
         return np.asarray(np.exp(mean)[index])
@@ -251,7 +251,7 @@ def class_codes(names: pd.Series) -> Array:
 def with_class(frame: pd.DataFrame) -> pd.DataFrame:
     """Class-table frame with a ``cls`` column of names from sign and regime."""
     sign, regime = frame["sign"].to_numpy(), frame["regime"].to_numpy()
-    code = np.where(sign > 0, 1 - regime, 3 - regime)
+    code = 2 - sign - regime  # 0 and 1 are positive, 2 and 3 negative, the peak first
     code = np.where(regime < 0, -1, code)
     return frame.assign(cls=class_names(np.where(sign == 0, 4, code)))
 

@@ -132,6 +132,16 @@ def test_probability_bins_are_half_open_and_one_is_in_the_last(prob: float, inde
     assert index < len(PROB_EDGES) - 1
 
 
+def test_bins_of_a_tensor_are_those_of_an_array() -> None:
+    """At every edge, a hair below and above it, and of what is missing."""
+    edges = np.array(PROB_EDGES)
+    probs = np.concatenate([edges, np.nextafter(edges, 2), np.nextafter(edges, -1)])
+    assert probability_bin(torch.from_numpy(probs)).tolist() == probability_bin(probs).tolist()
+    last = len(PROB_EDGES) - 2
+    assert probability_bin(edges).tolist() == [*range(last + 1), last]
+    assert probability_bin(np.array([np.nan])) == probability_bin(torch.tensor([torch.nan])) == last
+
+
 def test_class_names_and_codes_are_each_others_inverse() -> None:
     codes = np.array([-1, 0, 1, 2, 3, 4, 2], np.int8)
     names = pd.Series(class_names(codes))

@@ -248,3 +248,56 @@ def test_what_two_engines_differ_by_and_what_has_no_ratio() -> None:
     assert (row["clip_high"], row["clip_low"]) == pytest.approx((0.25, 0.25))
     nowhere = columns | {"logp_old": np.full(4, np.nan), "logp_prox": np.full(4, np.nan)}
     assert "clip_high" not in step_columns(token_sums(nowhere))
+
+
+@pytest.mark.parametrize("log_ratio", [-3.0, -0.5, -1e-3, 0.0, 0.25, 2.0, 19.0])
+def test_the_estimate_of_kl_is_r_minus_ln_r_minus_one(log_ratio: float) -> None:
+    """Of both pairs: the policy to the behaviour's, and the trainer's scores to the engine's."""
+    columns = {
+        "advantage": np.ones(1),
+        "logp": np.array([-20.0 + log_ratio]),
+        "logp_old": np.array([-20.0]),
+        "logp_prox": np.array([-20.0 + 2 * log_ratio]),
+    }
+    row = step_columns(token_sums(columns))
+    for name, x in (("kl_old", log_ratio), ("engine_kl", 2 * log_ratio)):
+        if x <= 20:
+            assert row[name] == pytest.approx(np.exp(x) - x - 1, rel=1e-9, abs=1e-12)
+    assert row["engine_logp_diff"] == pytest.approx(abs(2 * log_ratio))
+    assert row["nonfinite"] == 0
+
+
+def test_every_term_counts_the_tokens_it_is_known_of() -> None:
+    columns = {
+        "advantage": np.array([1.0, -1.0, 0.0, 2.0, -2.0]),
+        "logp": np.array([-1.0, -np.inf, -1.0, -1.0, -1.0]),
+        "logp_old": np.array([-1.0, -1.0, np.nan, -1.5, -0.5]),
+        "entropy": np.array([0.1, 0.2, 0.4, 0.8, np.inf]),
+        "kept": np.array([1.0, 1.0, 1.0, 1.0, 0.0]),
+        "clipped": np.array([0.0, 1.0, 1.0, 1.0, 1.0]),
+    }
+    sums = {name: float(value) for name, value in token_sums(columns).items()}
+    counts = {
+        "entropy": 4, "entropy_pos": 2, "entropy_neg": 1, "kl_old": 3, "clip_low": 3, "rows": 5,
+        "clip_high": 3, "kept_tokens": 5, "nonfinite": 5, "engine_kl": 0, "engine_logp_diff": 0,
+    }  # fmt: skip
+    assert {name: sums[f"{name} n"] for name in counts} == counts
+    totals = {
+        "entropy": 1.5, "entropy_pos": 0.9, "entropy_neg": 0.2, "clip_low": 1, "clip_high": 1,
+        "kept_tokens": 4, "nonfinite": 3,
+    }  # fmt: skip
+    assert {name: sums[name] for name in totals} == pytest.approx(totals)
+    named = token_sums(columns, given={"entropy"})
+    assert (float(named["kl_old n"]), float(named["kept_tokens n"])) == (0, 0)
+    assert float(named["nonfinite"]) == 1
+
+
+def test_rewards_without_groups_or_with_flat_ones() -> None:
+    assert reward_columns(np.array([2.0, 0.5]), None) == {
+        "reward": 1.25, "reward_std": 0.75, "pass_rate": 0.5
+    }  # fmt: skip
+    flat = reward_columns(np.array([0.0, 0.0, -1.0, -1.0, 0.5, 0.5, 1.0, 1.0]), np.arange(8) // 2)
+    assert flat["groups_all_wrong"] == flat["groups_all_right"] == 0.5
+    assert flat["pass_rate"] == 0.25
+    pair = reward_columns(np.array([1.0, 0.0, 0.0]), np.array([3, -1, 3]))
+    assert pair["groups_all_wrong"] == pair["groups_all_right"] == 0.0

@@ -36,8 +36,8 @@ class Beside(Protocol):
         """Whether an action was asked for since the last call."""
 
 
-def check_actions(on_warning: Action, on_critical: Action) -> None:
-    """Refuse what is no action.
+def check_actions(on_warning: Action, on_critical: Action, processes: int = 1) -> None:
+    """Refuse what is no action, and any where several processes train.
 
     Raises
     ------
@@ -48,6 +48,8 @@ def check_actions(on_warning: Action, on_critical: Action) -> None:
         if action is not None and not callable(action) and action not in _WORDS[name]:
             words = " or ".join(map(repr, _WORDS[name]))
             raise UserError(f"{name} must be {words} or a function, got {action!r}")
+        if action is not None and processes > 1:
+            raise UserError("on_warning and on_critical work with one process; leave them None")
 
 
 EVERY = 3

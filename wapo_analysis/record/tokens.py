@@ -260,7 +260,8 @@ class DeviceTotals:
     def arrived(self, step: int, rank: int) -> tuple[Records, dict[str, float]]:
         """Rows of the ``classes`` table, and the sums."""
         values = self._sent.arrived()
-        cells = values[: 2 * len(self._names) * CELLS].reshape(2, -1, CELLS)
+        shape = 2, len(self._names), CELLS
+        cells = values[: math.prod(shape)].reshape(shape)
         held = np.flatnonzero(cells[0, 0])
         codes = np.unravel_index(held, (3, 3, CELLS // 9))
         keys = {name: code - 1 for name, code in zip(CELL_KEYS[2:], codes, strict=True)}

@@ -1,9 +1,12 @@
 """Watched losses: rows, coef and weights of every trainer's call, and what holds for all."""
 
 import pickle
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -311,3 +314,58 @@ def test_what_does_not_exist_is_refused_with_the_closest(
 ) -> None:
     with pytest.raises(UserError, match=message):
         watched_loss(plain_loss, run=tmp_path / "r", **given)
+
+
+@pytest.mark.parametrize(
+    ("resume_after", "step", "topk"), [(None, 1, 5), (9, 10, 0), (10, 11, 5), (11, 12, 0)]
+)
+def test_the_first_step_reads_top_tokens_if_its_rows_are_written(
+    resume_after: int | None, step: int, topk: int, tmp_path: Path
+) -> None:
+    settings = {"resume_after": resume_after, "token_every": 10, "topk": 5}
+    watched = watched_loss(plain_loss, run=tmp_path / "r", names=PLAIN, **settings)
+    try:
+        assert watched._watch._step == step
+        assert watched._watch._head is not None
+        assert watched._watch._head.topk == topk
+    finally:
+        watched.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "set WAPO_RUN to the run folder"),
+        ({"WAPO_RUN": "r", "WAPO_TOKEN_EVERY": "x"}, "must be numbers"),
+        ({"WAPO_RUN": "r", "WAPO_TOKEN_FRACTION": "x"}, "must be numbers"),
+        ({"WAPO_RUN": "r"}, ("r", {}, {"token_every": 10, "token_fraction": 1.0})),
+        (
+            {"WAPO_RUN": "r", "WAPO_TOKEN_EVERY": "3", "WAPO_TOKEN_FRACTION": "0.5",
+             "WAPO_LABEL": "mine"},
+            ("r", {"label": "mine"}, {"token_every": 3, "token_fraction": 0.5}),
+        ),
+    ],
+)  # fmt: skip
+def test_verl_is_watched_by_the_settings_of_the_environment(
+    given: dict[str, str], said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module that verl's processes import is one line there; what it calls is looked at."""
+    calls = []
+
+    def watch_verl(path: str, described: dict[str, str], **settings: Any) -> SimpleNamespace:
+        calls.append((path, described, settings))
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr("wapo_analysis.capture.verl.watch_verl", watch_verl)
+    for name in ("WAPO_RUN", "WAPO_TOKEN_EVERY", "WAPO_TOKEN_FRACTION", "WAPO_LABEL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delitem(sys.modules, "wapo_analysis.capture.verl_plugin", raising=False)
+    if isinstance(said, str):
+        with pytest.raises(UserError, match=said):
+            import_module("wapo_analysis.capture.verl_plugin")
+    else:
+        import_module("wapo_analysis.capture.verl_plugin")
+        assert calls == [said]
+    sys.modules.pop("wapo_analysis.capture.verl_plugin", None)

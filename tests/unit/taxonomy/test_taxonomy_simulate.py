@@ -115,6 +115,12 @@ def test_each_class_alone_reaches_its_end(name: str, limit: float) -> None:
     assert set(run.regime.tolist()) == {1 if name.endswith("peak") else 0}
 
 
+def test_a_class_is_simulated_alone_for_100_steps_unless_said() -> None:
+    plain = wt.simulate_class(START, "neg_peak")
+    said = wt.simulate_class(START, "neg_peak", 1.0, 0.1, 100, 1.0, per_draw=False)
+    np.testing.assert_array_equal(plain.probs, said.probs)
+
+
 def test_per_draw_opposite_classes_are_one_flow() -> None:
     for first, second in (("pos_peak", "neg_valley"), ("pos_valley", "neg_peak")):
         one = wt.simulate_class(START, first, steps=50, per_draw=True)

@@ -13,7 +13,7 @@ from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.record import Closing
-from wapo_analysis.record.beside import Action
+from wapo_analysis.record.beside import Action, check_actions
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import read_manifest
@@ -166,8 +166,7 @@ def attach(
     given["exact_every"] = token_every if exact_every is None else exact_every
     every = DETAILS[detail] | {key: n for key, n in given.items() if n is not None}
     check_probing(watched, probe_every, probe_rows)
-    if watched.processes > 1 and not on_warning is on_critical is None:
-        raise UserError("on_warning and on_critical work with one process; leave them None")
+    check_actions(on_warning, on_critical, watched.processes)
     _check_mode(watched, mode)
     folder = Path(path)
     _check_folder(folder, resume_after)
