@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from wapo_analysis.train.tasks import TASKS, EmbeddedTask
-from wapo_analysis.train.tasks.embedded import DIGITS, LETTERS
+from wapo_analysis.train.tasks.generated import DIGITS, LETTERS
 
 ALPHABET = DIGITS + LETTERS + "+=;,"
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"

@@ -27,10 +27,10 @@ from wapo_analysis.record.topk import ReadRows
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.store import open_run
 from wapo_analysis.train.batch import Batch, draw_batch
-from wapo_analysis.train.chat import PromptFormat, PromptStyle
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import Trainer
-from wapo_analysis.train.models import Policy, configured_policy, pick_device
+from wapo_analysis.train.models import configured_policy, pick_device
+from wapo_analysis.train.policy import Policy, PromptFormat, PromptStyle
 from wapo_analysis.train.rollout import Rollouts, completion_logits
 
 _HEAD_WIDTH = 64

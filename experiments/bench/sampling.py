@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from wapo_analysis.train.models import Policy, load_policy
+from wapo_analysis.train.models import load_policy
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import pad_left, sample
 
 Sampling = Callable[[], int]

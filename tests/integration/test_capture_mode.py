@@ -24,7 +24,8 @@ from wapo_analysis.store import open_run, read_manifest
 from wapo_analysis.train import loop, scoring
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
-from wapo_analysis.train.models import Policy, load_policy, pick_device
+from wapo_analysis.train.models import load_policy, pick_device
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import Rollouts
 from wapo_analysis.train.scoring import score
 

@@ -19,7 +19,7 @@ pytest.importorskip("trl", reason="needs the extra [trl]")
 from tests.support.processes import ended, started, stop
 from wapo_analysis import open_run
 from wapo_analysis.cli import run as wapo
-from wapo_analysis.engines.trl_settings import check_gpus, launched
+from wapo_analysis.engines import check_gpus, launched
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.config import TrainConfig
 

@@ -17,7 +17,8 @@ from wapo_analysis.train.checkpoint import checkpoints, defect, last_checkpoint,
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.evaluate import evaluate, ks, pass_at_k
 from wapo_analysis.train.loop import train
-from wapo_analysis.train.models import Policy, configured_policy
+from wapo_analysis.train.models import configured_policy
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.tasks import get_task
 
 SETTINGS: dict[str, dict[str, Any]] = {

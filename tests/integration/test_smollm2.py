@@ -19,8 +19,8 @@ from tests.support.word_problems import write_word_problems
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.stats import token_stats
 from wapo_analysis.store import Run, open_run
-from wapo_analysis.train.chat import PromptStyle
-from wapo_analysis.train.models import Policy, load_policy
+from wapo_analysis.train.models import load_policy
+from wapo_analysis.train.policy import Policy, PromptStyle
 from wapo_analysis.train.rollout import completion_logits, sample
 
 pytestmark = [

@@ -14,7 +14,8 @@ from wapo_analysis.store import open_run
 from wapo_analysis.train import lifecycle
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import Trainer, train
-from wapo_analysis.train.models import Policy, load_policy, pick_device
+from wapo_analysis.train.models import load_policy, pick_device
+from wapo_analysis.train.policy import Policy
 
 
 def weights(policy: Policy) -> dict[str, torch.Tensor]:

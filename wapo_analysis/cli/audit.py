@@ -3,21 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Exit, Option
 
 from wapo_analysis.cli import Format, MapOption, log_settings, open_one, show
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(audit)
 
 
 def audit(
     run: Annotated[
-        Path, typer.Argument(help="Run folder, or somebody's table of tokens.", metavar="RUN")
+        Path, Argument(help="Run folder, or somebody's table of tokens.", metavar="RUN")
     ],
     steps: Annotated[int, Option(help="Steps with token rows to look at.", min=1)] = 10,
     format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
@@ -37,4 +30,4 @@ def audit(
     found = audit_run(open_one(run, log_settings([run], map)), steps)
     show(found, format)
     if found.deviations:
-        raise typer.Exit(1)
+        raise Exit(1)

@@ -3,16 +3,9 @@
 import json
 from typing import Annotated, Literal
 
-import typer
+from typer import Option, echo
 
 from wapo_analysis.cli import Format
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(bench)
 
 
 def bench(
@@ -54,6 +47,6 @@ def bench(
         threads=threads,
     )
     if format == "json":
-        typer.echo(json.dumps(costs.to_dict(), indent=1))
+        echo(json.dumps(costs.to_dict(), indent=1))
     else:
-        typer.echo(costs.to_markdown() if format == "markdown" else costs.to_text())
+        echo(costs.to_markdown() if format == "markdown" else costs.to_text())

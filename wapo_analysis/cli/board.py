@@ -3,20 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(board)
+from typer import Argument, Option, echo
 
 
 def board(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
+        Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
     ] = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
@@ -44,4 +37,4 @@ def board(
     port = port or free_port(host)
     shown = f"[{host}]" if ":" in host else host
     place = f"board: http://{shown}:{port}/" + (f"?token={token}" if token else "")
-    serve(folders or [Path("runs")], host, port, token, lambda: typer.echo(place))
+    serve(folders or [Path("runs")], host, port, token, lambda: echo(place))

@@ -2,19 +2,14 @@
 
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from wapo_analysis.cli import Format, RunArgument, show
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(check)
-
-
 def check(
     run: RunArgument,
-    format: Annotated[Format, typer.Option("--format", "-f", help="Output format.")] = "text",
+    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
 ) -> None:
     """Verify a run folder: checksums, gaps, duplicates, what is lost.
 
@@ -28,4 +23,4 @@ def check(
     found = checked(run)
     show(found, format)
     if found.damage:
-        raise typer.Exit(1)
+        raise Exit(1)

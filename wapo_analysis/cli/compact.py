@@ -3,26 +3,19 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from wapo_analysis.cli import say
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(compact)
 
 
 def compact(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, or a folder that holds runs.", metavar="RUN"),
+        Argument(help="Run folders, or a folder that holds runs.", metavar="RUN"),
     ],
     take_over: Annotated[
         bool,
-        typer.Option(
-            "--take-over", "--force", help="Also a run that another process seems to write."
-        ),
+        Option("--take-over", "--force", help="Also a run that another process seems to write."),
     ] = False,
 ) -> None:
     """Merge the part files of finished or crashed runs.

@@ -3,17 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option, echo
 
 from wapo_analysis.cli import Format, MapOption, RunsArgument, log_settings, open_runs, show
 from wapo_analysis.cli.figures import write_figures
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(compare)
 
 
 def compare(
@@ -41,4 +34,4 @@ def compare(
 
         write_figures(opened, out / "figures", "png", None)
         build_report(opened, out / "report.html")
-        typer.echo(f"report: {out / 'report.html'}", err=format == "json")
+        echo(f"report: {out / 'report.html'}", err=format == "json")

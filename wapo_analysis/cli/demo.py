@@ -9,7 +9,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option, echo
 
 from wapo_analysis.cli import check_new, console_error, next_commands, progress, say, show
 from wapo_analysis.cli.figures import write_figures
@@ -19,17 +19,11 @@ if TYPE_CHECKING:
     from wapo_analysis.train.config import TrainConfig
     from wapo_analysis.train.lifecycle import Job
 
-Option = typer.Option
 OBJECTIVES = ("grpo", "wapo")
 EXPLODES = "neg_peak"
 """Class that the run which explodes trains on alone: likely tokens, punished."""
 _LINES = 12
 """Lines about the progress where it goes to no terminal."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(demo)
 
 
 def demo(
@@ -58,7 +52,7 @@ def demo(
         rmtree(out)
     check_new(out)
     run_demo(out, steps=steps, seeds=seeds, task=task, device=device)
-    typer.echo(f"wall time: {perf_counter() - started:.0f} s")
+    echo(f"wall time: {perf_counter() - started:.0f} s")
 
 
 def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
@@ -134,7 +128,7 @@ def _lines(total: int) -> Callable[[Sequence[int]], None]:
             return
         written = count * _LINES // total
         left = (perf_counter() - started) * (total - count) / count
-        typer.echo(f"{count} of {total} steps, about {left:.0f} s left", err=True)
+        echo(f"{count} of {total} steps, about {left:.0f} s left", err=True)
 
     return moved
 
@@ -143,13 +137,14 @@ def _conclude(out: Path, folders: Sequence[Path]) -> None:
     """Comparison, verdict on the run that explodes, figures and page; that run came first."""
     from wapo_analysis.compare import compare
     from wapo_analysis.diagnose import diagnose
-    from wapo_analysis.plots.classes import prepare_gradient_mass, says_gradient_mass
+    from wapo_analysis.plots import get_figure
     from wapo_analysis.report import build_report
     from wapo_analysis.store import open_run
 
     runs = [open_run(folder) for folder in (*folders[1:], folders[0])]
     show(compare(runs), "text")
-    say(f"\n{says_gradient_mass(prepare_gradient_mass(runs[:-1]))}")
+    gradient = get_figure("gradient_mass")
+    say(f"\n{gradient.answer(gradient.prepare(runs[:-1]))}")
     found = diagnose(runs[-1])
     say(f"\n{found.title}\n  {found.sentence}")
     if found.culprits is not None:

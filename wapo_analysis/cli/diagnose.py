@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+from typer import Exit, Option, echo
 
 from wapo_analysis.cli import (
     ChosenRun,
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     from wapo_analysis.diagnose import Diagnosis
     from wapo_analysis.importers.run import ImportSettings
     from wapo_analysis.store import Run
-
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(diagnose)
 
 
 def diagnose(
@@ -78,7 +70,7 @@ def diagnose(
     found = [diagnose_run(run) for _, run in opened]
     if format == "json" and len(found) > 1:
         texts = [one.to_dict() for one in found]
-        typer.echo(json.dumps(texts, indent=1, allow_nan=False))
+        echo(json.dumps(texts, indent=1, allow_nan=False))
     for place, ((path, run), one) in enumerate(zip(opened, found, strict=True)):
         if format == "json" and len(found) > 1:
             break
@@ -92,7 +84,7 @@ def diagnose(
         if format == "text" and (one.culprits or one.drivers):
             say(f"\n{_next(path, run, one, of_log(log))}")
     if fail_on is not None and any(one.reaches(fail_on) for one in found):
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _audit_line(path: Path, run: "Run") -> str:

@@ -2,20 +2,13 @@
 
 from typing import Annotated
 
-import typer
+from typer import Exit, Option
 
 from wapo_analysis.cli import Format, RunArgument, console_error, say
 from wapo_analysis.cli import show as render
 
-Option = typer.Option
 
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("eval")(evaluate_run)
-
-
-def evaluate_run(
+def eval(
     run: RunArgument,
     prompts: Annotated[
         int | None, Option(min=1, help="Held-out prompts.  [default: the run's]")
@@ -49,11 +42,11 @@ def evaluate_run(
         wapo eval runs/wapo --prompts 200 --samples 8
         wapo eval runs/wapo --checkpoint 0 --format json
     """
-    from wapo_analysis.train.evaluate import evaluate_run as evaluated
+    from wapo_analysis.train.evaluate import evaluate_run
     from wapo_analysis.train.rollout import NonFiniteLogits
 
     try:
-        result = evaluated(
+        result = evaluate_run(
             run,
             checkpoint,
             threads,
@@ -66,7 +59,7 @@ def evaluate_run(
         )
     except NonFiniteLogits as error:
         console_error(f"stopped: {error}")
-        raise typer.Exit(1) from error
+        raise Exit(1) from error
     render(result, format)
     if format == "json":
         return

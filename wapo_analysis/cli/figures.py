@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-import typer
+from typer import Argument, Option
 
 from wapo_analysis.cli import (
     ChosenRun,
@@ -29,21 +29,13 @@ if TYPE_CHECKING:
     _Pool: TypeAlias = ProcessPoolExecutor
 
 
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(figures)
-
-
 ImageFormat = Literal["png", "svg", "pdf"]
 
 
 def figures(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(
+        Argument(
             help="Run folders, folders of runs, or any trainer's logs; none: theory.",
             metavar="RUN",
         ),

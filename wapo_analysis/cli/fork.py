@@ -3,18 +3,11 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Exit, Option, echo
 
 from wapo_analysis.cli import Format, RunArgument, console_error, next_commands, say, show
 from wapo_analysis.cli.train import MAX_THREADS, as_settings, assigned, shown_progress
 from wapo_analysis.errors import printable
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(fork)
 
 
 def fork(
@@ -65,7 +58,7 @@ def fork(
     settings_of(run, {}, trust_run)  # refuses code of a stranger's
     plan = plan_fork(run, at, changes, steps)
     folder = out or run.with_name(f"{run.resolve().name}-fork-{at}-{plan.slug}")
-    typer.echo(printable(plan.start), err=True)
+    echo(printable(plan.start), err=True)
     try:
         with (
             only_data(not trust_run),
@@ -74,7 +67,7 @@ def fork(
             result = fork_run(plan, folder, progress=shown, threads=threads)
     except NonFiniteLogits as error:
         console_error(f"the fork stopped: {error}; its run up to here is in {folder}")
-        raise typer.Exit(1) from error
+        raise Exit(1) from error
     show(result, format)
     if format != "json":
         say(f"run: {folder}")

@@ -3,22 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from wapo_analysis.cli import ChosenRun, MapOption, next_commands, say
 
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command("import")(import_)
-
 
 def import_(
-    source: Annotated[
-        Path, typer.Argument(help="File or folder another tool wrote.", metavar="SOURCE")
-    ],
+    source: Annotated[Path, Argument(help="File or folder another tool wrote.", metavar="SOURCE")],
     out: Annotated[
         Path | None, Option(help="Run folder.  [default: runs/<name of SOURCE>]")
     ] = None,

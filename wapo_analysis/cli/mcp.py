@@ -3,18 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(mcp)
+from typer import Argument
 
 
 def mcp(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
+        Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
     ] = None,
 ) -> None:
     """Let an assistant read runs (Model Context Protocol).

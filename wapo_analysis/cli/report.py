@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from wapo_analysis.cli import (
     ChosenRun,
@@ -14,13 +14,6 @@ from wapo_analysis.cli import (
     open_runs,
     say,
 )
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(report)
 
 
 def report(

@@ -3,16 +3,9 @@
 import json
 from typing import Annotated
 
-import typer
+from typer import Option, echo
 
 from wapo_analysis.cli import Format
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(schema)
 
 
 def schema(
@@ -24,18 +17,18 @@ def schema(
     from wapo_analysis.schema import TABLES
 
     if format == "json":
-        typer.echo(json.dumps({name: asdict(table) for name, table in TABLES.items()}, indent=1))
+        echo(json.dumps({name: asdict(table) for name, table in TABLES.items()}, indent=1))
         return
     for table in TABLES.values():
         if format == "markdown":
-            typer.echo(f"## {table.name}\n\nOne row is {table.row}.\n")
-            typer.echo("| column | type | unit | kind | meaning |\n|---|---|---|---|---|")
+            echo(f"## {table.name}\n\nOne row is {table.row}.\n")
+            echo("| column | type | unit | kind | meaning |\n|---|---|---|---|---|")
             for c in table:
                 meaning = c.doc.replace("|", "\\|")
-                typer.echo(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.kind} | {meaning} |")
-            typer.echo("")
+                echo(f"| `{c.name}` | {c.dtype} | {c.unit} | {c.kind} | {meaning} |")
+            echo("")
         else:
-            typer.echo(f"{table.name}: one row is {table.row}")
+            echo(f"{table.name}: one row is {table.row}")
             for c in table:
-                typer.echo(f"  {c.name:20} {c.dtype:8} {c.unit:12} {c.kind:9} {c.doc}")
-            typer.echo("")
+                echo(f"  {c.name:20} {c.dtype:8} {c.unit:12} {c.kind:9} {c.doc}")
+            echo("")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from wapo_analysis.cli import DataOption, EvalDataOption, say
 from wapo_analysis.errors import UserError
@@ -10,17 +10,10 @@ from wapo_analysis.errors import UserError
 if TYPE_CHECKING:
     from wapo_analysis.train.tasks import Problem, Task
 
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(tasks)
-
 
 def tasks(
     task: Annotated[
-        str | None, typer.Argument(help="A task, or reasoning-gym for its data sets.")
+        str | None, Argument(help="A task, or reasoning-gym for its data sets.")
     ] = None,
     data: DataOption = None,
     eval_data: EvalDataOption = None,
@@ -91,7 +84,7 @@ def _list_tasks() -> None:
 
 
 def _list_data_sets() -> None:
-    from wapo_analysis.train.tasks.reasoning_gym import data_set_names
+    from wapo_analysis.train.tasks.generated import data_set_names
 
     for name in data_set_names():
         say(f"reasoning-gym:{name}")

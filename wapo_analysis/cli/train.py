@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Exit, Option, echo
 
 from wapo_analysis.cli import console_error, drop_output, next_commands, progress, say
 from wapo_analysis.declare import Declared, declared_settings, settings_table
@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 MAX_THREADS = 1024
 LINES, STEPS_A_LINE = 20, 10
 """A run that is not on a terminal prints about so many lines, a long one one of so many steps."""
-Option = typer.Option
 Row = dict[str, float]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(train)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -114,7 +108,7 @@ def train(
     Several processes, with TRL: torchrun --nproc-per-node 2 -m wapo_analysis train ...
     """
     if settings:
-        typer.echo(settings_table(TrainConfig))
+        echo(settings_table(TrainConfig))
         return
     if checkpoint is not None and not resume:
         raise UserError("--checkpoint says where to --resume from; give both")
@@ -145,7 +139,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
     """Train, alone or with the processes a launcher has started, and say how it ended."""
-    from wapo_analysis.engines.trl_settings import ProcessFailed, launched
+    from wapo_analysis.engines import ProcessFailed, launched
     from wapo_analysis.train.rollout import NonFiniteLogits
 
     rank, processes = launched()
@@ -166,15 +160,15 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
     except (NonFiniteLogits, ProcessFailed) as error:
         if rank == 0 or isinstance(error, ProcessFailed):
             console_error(f"stopped: {error}; the run up to here is in {folder}")
-        raise typer.Exit(1) from error
+        raise Exit(1) from error
     _ended(folder)
 
 
 def _on_engine(settings: TrainConfig) -> tuple[Callable[..., Any], int]:
     """What trains, and the number of its last step."""
     if settings.engine == "trl":
+        from wapo_analysis.engines import updates_per_batch
         from wapo_analysis.engines.trl import train_with_trl
-        from wapo_analysis.engines.trl_settings import updates_per_batch
 
         return train_with_trl, settings.steps * updates_per_batch(settings)
     from wapo_analysis.train.loop import train as built_in
@@ -192,7 +186,7 @@ def _ended(folder: Path) -> None:
         status = f"gone ({error})"
     if status != "finished":
         console_error(f"the training is done, but the run in {folder} is not whole: {status}")
-        raise typer.Exit(3)
+        raise Exit(3)
     try:
         say(f"run: {folder}")
         say(next_commands(("wapo", "diagnose", folder), ("wapo", "report", folder)))
@@ -203,14 +197,14 @@ def _ended(folder: Path) -> None:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Leave what all processes of a run would say of an error to the first of them."""
-    from wapo_analysis.engines.trl_settings import launched
+    from wapo_analysis.engines import launched
 
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
         if launched()[0] == 0:
             raise
-        raise typer.Exit(2 if isinstance(error, UserError) else 130) from error
+        raise Exit(2 if isinstance(error, UserError) else 130) from error
 
 
 def assigned(pairs: list[str]) -> dict[str, Any]:
@@ -271,7 +265,7 @@ def shown_progress(
                 return
             try:
                 if not begun and folder is not None:
-                    typer.echo(printable(_capture_line(folder)), err=True)
+                    echo(printable(_capture_line(folder)), err=True)
                 show(row)
             except OSError as error:
                 silent = True
@@ -301,7 +295,7 @@ def step_lines(steps: int, err: bool = False) -> Callable[[Row], None]:
         step = int(row["step"])
         if not last or step == steps or step % every == 0:
             spent = perf_counter() - started
-            typer.echo(f"step {step}/{steps}  {_now(row)}  {spent:.0f} s", err=err)
+            echo(f"step {step}/{steps}  {_now(row)}  {spent:.0f} s", err=err)
             sys.stdout.flush()
         last = step
 

@@ -2,17 +2,12 @@
 
 from typing import Annotated
 
-import typer
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(verify)
+from typer import Exit, Option, echo
 
 
 def verify(
-    seed: Annotated[int, typer.Option(help="Seed of the random trials.")] = 0,
-    trials: Annotated[int, typer.Option(help="Random distributions per identity.", min=1)] = 2000,
+    seed: Annotated[int, Option(help="Seed of the random trials.")] = 0,
+    trials: Annotated[int, Option(help="Random distributions per identity.", min=1)] = 2000,
 ) -> None:
     """Check the taxonomy's formulas numerically.
 
@@ -22,8 +17,8 @@ def verify(
 
     results = run_identities(seed=seed, trials=trials)
     for identity in results:
-        typer.echo(identity.to_line())
+        echo(identity.to_line())
     passed = sum(identity.passed for identity in results)
-    typer.echo(f"{passed} of {len(results)} identities hold")
+    echo(f"{passed} of {len(results)} identities hold")
     if passed < len(results):
-        raise typer.Exit(1)
+        raise Exit(1)

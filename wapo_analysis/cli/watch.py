@@ -3,20 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Argument, Option
 
 from wapo_analysis.cli import ChosenRun, MapOption, holds_runs, log_settings
 
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(watch)
-
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Run folder, or any trainer's log.", metavar="RUN")],
+    run: Annotated[Path, Argument(help="Run folder, or any trainer's log.", metavar="RUN")],
     once: Annotated[bool, Option("--once", help="Print a snapshot and stop.")] = False,
     interval: Annotated[float, Option(help="Seconds between two looks.")] = 2.0,
     wait: Annotated[bool, Option("--wait", help="Wait for a run that is not there yet.")] = False,

@@ -2,16 +2,9 @@
 
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from wapo_analysis.cli import Format, RunArgument, show
-
-Option = typer.Option
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
-    app.command()(whatif)
 
 
 def whatif(

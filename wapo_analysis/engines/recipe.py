@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from wapo_analysis.engines.trl_settings import updates_per_batch
+from wapo_analysis.engines import updates_per_batch
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.beside import Ring
 from wapo_analysis.train.batch import encode_problems

@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from wapo_analysis.capture.trl import Attachment, attach
 from wapo_analysis.capture.trl.objective import use_objective
-from wapo_analysis.engines.recipe import Recipe
-from wapo_analysis.engines.trl_settings import (
+from wapo_analysis.engines import (
     STATE,
     ProcessFailed,
     check_counterparts,
@@ -27,6 +26,7 @@ from wapo_analysis.engines.trl_settings import (
     trl_settings,
     updates_per_batch,
 )
+from wapo_analysis.engines.recipe import Recipe
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.checkpoint import checkpoints
 from wapo_analysis.train.config import TrainConfig
@@ -36,7 +36,8 @@ from wapo_analysis.train.lifecycle import (
     nothing_left_if_refused,
     stop_between_steps,
 )
-from wapo_analysis.train.models import Policy, no_progress_bars
+from wapo_analysis.train.models import no_progress_bars
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.tasks.judge import require
 

@@ -1,18 +1,24 @@
 """Where on the probability scale the gradient sits: bins of p by sign of the advantage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import class_frame, keep_labels, keyed, labels_of, mean_over_runs
-from wapo_analysis.plots.panels import AxesArray, figure_height, label_panels, note, sign_legend
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    label_parts,
+    label_row,
+    note,
+    pair_legend,
+    sign_legend,
+)
 from wapo_analysis.plots.registry import figure, joined, largest
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
@@ -70,20 +76,14 @@ def _says_bin_mass(frame: pd.DataFrame) -> str:
     "and the black tick shows what the (1 - p) proxy of the published code says. Bins are those of "
     "arXiv 2606.16154.",
     group="policy",
-    prepare=prepare_bin_mass,
-    says=_says_bin_mass,
 )
 def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Bars of the exact mass, A > 0 upwards, A < 0 downwards, the proxy as a tick.
 
     Returns axes of shape (labels,).
     """
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.4))
-    axes = _bin_panels(figure, labels)
-    means = mean_over_runs(frame, ("sign", "prob_bin"))
-    for ax, label in zip(axes, labels, strict=True):
-        part = means[means["label"] == label]
+    figure, axes, parts = _bin_panels(frame, figure, 3.4)
+    for ax, _, part in parts:
         if not part["exact"].notna().any():
             note(ax, "nothing had a gradient,\nor the norm is unknown")
             continue
@@ -93,6 +93,7 @@ def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArra
             ticks = part[(part["sign"] == sign) & (part["proxy"] > 0)]
             if len(ticks):
                 ax.plot(ticks["prob_bin"], sign * ticks["proxy"], "_", color=INK, ms=16, mew=1.4)
+    means = mean_over_runs(frame, ("sign", "prob_bin"))
     top = means.groupby("sign")["exact"].max().reindex(list(SIGNS)).fillna(0)
     room = 0.12 * float(top.sum()) or 1.0
     axes[0].set_ylim(-top[-1] - room, top[1] + room)
@@ -150,17 +151,11 @@ def _says_token_strength(frame: pd.DataFrame) -> str:
     caption="Look for bars that grow towards small probabilities: there one token weighs more "
     "than its share (coef is the official w x ratio x A with clipping and normaliser in it).",
     group="policy",
-    prepare=prepare_token_strength,
-    says=_says_token_strength,
 )
 def plot_token_strength(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Bars of the mean coefficient in the paper's bins of p; axes of shape (labels,)."""
-    labels = labels_of(frame)
-    figure = figure or new_figure(figure_height(len(labels), 1, 3.0))
-    axes = _bin_panels(figure, labels)
-    means = mean_over_runs(frame, ("sign", "prob_bin"))
-    for ax, label in zip(axes, labels, strict=True):
-        part = means[means["label"] == label]
+    figure, axes, parts = _bin_panels(frame, figure, 3.0)
+    for ax, _, part in parts:
         if not part["strength"].notna().any():
             note(ax, "not available here:\n'coef' was not recorded")
             continue
@@ -185,16 +180,18 @@ def _paper_bins(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
     return sums.reset_index()[["label", "seed", "run", "sign", "prob_bin", *columns]]
 
 
-def _bin_panels(figure: Figure, labels: Sequence[str]) -> AxesArray:
-    """One panel per label with the paper's bins of p across."""
-    axes: AxesArray = label_panels(figure, labels)[0]
+def _bin_panels(
+    frame: pd.DataFrame, figure: Figure | None, panel: float
+) -> tuple[Figure, AxesArray, Iterable[tuple[Axes, str, pd.DataFrame]]]:
+    """One panel per label with the paper's bins of p across, and means over runs for each."""
+    labels, figure, axes = label_row(frame, figure, panel)
     names = bin_names(PAPER_EDGES)
     for ax in axes:
         ax.set_xticks(range(len(names)), labels=names, fontsize=9)
         ax.set_xlim(-0.6, len(names) - 0.4)
         ax.grid(visible=False, axis="x")
         ax.set_xlabel("p of the sampled token")
-    return axes
+    return figure, axes, label_parts(axes, mean_over_runs(frame, ("sign", "prob_bin")), labels)
 
 
 GOERS = ("sampled", "top other", "rest of top K", "tail")
@@ -320,8 +317,6 @@ def _mean(rows: pd.DataFrame) -> float:
     "fitted for all classes; they differ from the full ones where other tokens' updates moved "
     "this one, or where one step size does not fit all.",
     group="shift",
-    prepare=prepare_mass_flow,
-    says=_says_mass_flow,
 )
 def plot_mass_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Predicted and measured change of probability per class and part of the vocabulary.
@@ -331,18 +326,13 @@ def plot_mass_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArr
     labels = labels_of(frame)
     figure = figure or new_figure(1.0 + 2.3 * max(len(labels), 1))
     axes: AxesArray = figure.subplots(max(len(labels), 1), len(CLASSES), squeeze=False, sharey=True)
-    for label, row in zip(labels, axes, strict=False):
-        part = frame[frame["label"] == label]
+    for row, label, part in label_parts(axes, frame, labels):
         for cls, ax in zip(CLASSES, row, strict=True):
             _bars(ax, part[part["cls"] == cls], cls)
         row[0].set_ylabel(label)
     for ax in axes[-1]:
         ax.set_xlabel("mean change of p")
-    handles = [
-        Patch(facecolor="white", edgecolor=MUTED, label="predicted (first order, one step size)"),
-        Patch(color=MUTED, label="measured"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    pair_legend(figure, "predicted (first order, one step size)", "measured")
     return axes
 
 

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from wapo_analysis.plots.frames import (
     RUN_KEYS,
     class_frame,
+    class_table,
     keep_labels,
     token_frame,
     with_empty_classes,
@@ -19,12 +20,11 @@ from wapo_analysis.plots.panels import (
     ZERO,
     AxesArray,
     class_legend,
-    class_table,
     class_text,
-    fit_steps,
     label_figure,
     label_legend,
     label_lines,
+    label_parts,
     log_y,
     note,
     replicate_line,
@@ -74,8 +74,6 @@ def _says_class_share(frame: pd.DataFrame) -> str:
     caption="Look for a class that grows at the cost of the others; grey tokens had no "
     "advantage and taught nothing.",
     group="classes",
-    prepare=prepare_class_share,
-    says=_says_class_share,
     over_steps=True,
 )
 def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -84,15 +82,13 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     Returns axes of shape (1, labels).
     """
     labels, figure, axes = label_figure(frame, figure, 3.0)
-    for ax, label in zip(axes[0], labels, strict=True):
-        part = frame[frame["label"] == label]
+    for ax, _, part in label_parts(axes[0], frame, labels):
         stack(ax, class_table(part, "share"))
         if part["share"].isna().all():
             note(ax, "not available here:\nno class totals")
         ax.set_ylim(0, 1)
     axes[0, 0].set_ylabel("share of the tokens")
-    fit_steps(axes, frame["step"])
-    step_axis(axes[-1])
+    step_axis(axes, frame["step"])
     class_legend(figure, _present(frame))
     return axes
 
@@ -113,7 +109,7 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
-def says_gradient_mass(frame: pd.DataFrame) -> str:
+def _says_gradient_mass(frame: pd.DataFrame) -> str:
     """The class with most of the gradient, beside its part of the tokens, over the whole run."""
     told = []
     for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
@@ -133,8 +129,6 @@ def says_gradient_mass(frame: pd.DataFrame) -> str:
     caption="Look for a class whose share of the gradient (above) exceeds its share of the "
     "tokens, and whether the mass (below) fades as training goes on.",
     group="classes",
-    prepare=prepare_gradient_mass,
-    says=says_gradient_mass,
     over_steps=True,
 )
 def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -145,26 +139,24 @@ def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     Returns axes of shape (2, labels).
     """
     labels, figure, axes = label_figure(frame, figure, 2.5, 2)
-    for column, label in enumerate(labels):
-        part = frame[frame["label"] == label]
+    for column, _, part in label_parts(axes.T, frame, labels):
         if not (part["grad_mass"] > 0).any():
             blind = part["grad_mass"].isna().all()
             why = "the source gives no\ncollision statistics" if blind else "no gradient at all"
-            for ax in axes[:, column]:
+            for ax in column:
                 note(ax, f"not available here:\n{why}")
             continue
-        stack(axes[0, column], class_table(part, "share"))
+        stack(column[0], class_table(part, "share"))
         for code, name in enumerate(tax.CLASSES):
             rows = part[part["cls"] == code]
             if (rows["grad_mass"] > 0).any():
                 color = CLASS_COLORS[name]
-                replicate_line(axes[1, column], rows, "grad_mass", positive=True, color=color)
+                replicate_line(column[1], rows, "grad_mass", positive=True, color=color)
     axes[0, 0].set_ylim(0, 1)
     log_y(axes[1, 0], frame["grad_mass"])
     axes[0, 0].set_ylabel("share of gradient mass")
     axes[1, 0].set_ylabel("gradient mass,\nsum of |dL/dz|")
-    fit_steps(axes, frame["step"])
-    step_axis(axes[-1])
+    step_axis(axes, frame["step"])
     zeros = [Line2D([], [], color=MUTED, marker="v", markersize=4, ls="", label=ZERO)]
     class_legend(figure, tax.CLASSES, zeros * bool((frame["grad_mass"] == 0).any()))
     return axes
@@ -222,8 +214,6 @@ def _says_rule_breaks(frame: pd.DataFrame) -> str:
     caption="Look for a large right panel: many wrong tokens matter little while their share "
     "of the entropy change stays small.",
     group="classes",
-    prepare=prepare_rule_breaks,
-    says=_says_rule_breaks,
     over_steps=True,
 )
 def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -242,8 +232,7 @@ def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     axes[0].set_ylabel("exact dH against the rule")
     axes[0].set_ylim(bottom=0)
     axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0])
     return axes
 

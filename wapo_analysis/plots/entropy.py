@@ -12,6 +12,7 @@ from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE
 
 from wapo_analysis.plots.frames import (
     class_frame,
+    class_table,
     keep_labels,
     labels_of,
     step_frame,
@@ -20,12 +21,11 @@ from wapo_analysis.plots.frames import (
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
-    class_table,
     corner,
-    fit_steps,
     label_figure,
     label_legend,
     label_lines,
+    label_parts,
     log_y,
     mark_missing,
     note,
@@ -89,8 +89,6 @@ def _times(ratio: float) -> str:
     caption="Look for the step where a line crosses a dotted line, half or twice its own "
     "baseline: upwards is an explosion, downwards without a rising reward a collapse.",
     group="entropy",
-    prepare=prepare_entropy,
-    says=_says_entropy,
     over_steps=True,
 )
 def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -112,8 +110,7 @@ def plot_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray
     if wide:
         log_y(ax, span)
     ax.set_ylabel(axis_label("steps", "entropy", "mean entropy"))
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, ax)
     return axes
 
@@ -158,8 +155,6 @@ _BY_SIGN = {1: "entropy_pos", -1: "entropy_neg"}
     caption="Look for the two lines parting: punished tokens that stay uncertain while "
     "rewarded ones settle are the ones negative updates keep flat.",
     group="entropy",
-    prepare=prepare_entropy_by_sign,
-    says=_says_entropy_by_sign,
     over_steps=True,
 )
 def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -168,19 +163,17 @@ def plot_entropy_by_sign(frame: pd.DataFrame, figure: Figure | None = None) -> A
     Returns axes of shape (1, labels).
     """
     labels, figure, axes = label_figure(frame, figure, 3.0)
-    for ax, label in zip(axes[0], labels, strict=True):
-        rows = frame[frame["label"] == label]
+    for ax, _, rows in label_parts(axes[0], frame, labels):
         for sign, column in _BY_SIGN.items():
             replicate_line(ax, rows, column, color=SIGN_COLORS[sign])
             if rows[column].isna().all():
                 corner(ax, f"no tokens with {SIGN_NAMES[sign]} here", lower_right=sign < 0)
     axes[0, 0].set_ylabel(axis_label("steps", "entropy", "mean entropy"))
     axes[0, 0].set_ylim(bottom=0)
-    fit_steps(axes, frame["step"])
-    step_axis(axes[-1])
+    step_axis(axes, frame["step"])
     handles = [
         Line2D([], [], color=SIGN_COLORS[sign], label=f"tokens with {SIGN_NAMES[sign]}")
-        for sign in (1, -1)
+        for sign in _BY_SIGN
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     return axes
@@ -269,8 +262,6 @@ def _sign_right(rows: pd.DataFrame) -> str:
     "entropy, below zero they lower it (black: sum). The lower row, in the same unit, is what the "
     "whole update did to the tokens of each class.",
     group="entropy",
-    prepare=prepare_entropy_flow,
-    says=_says_entropy_flow,
     over_steps=True,
 )
 def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -280,19 +271,17 @@ def plot_entropy_flow(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
     """
     rows = 2 if frame["measured"].notna().any() else 1
     labels, figure, axes = label_figure(frame, figure, 2.7, rows, share_y=False)
-    for column, label in enumerate(labels):
-        part = frame[frame["label"] == label]
-        _predicted_flow(axes[0, column], part)
+    for column, _, part in label_parts(axes.T, frame, labels):
+        _predicted_flow(column[0], part)
         if rows > 1:
-            _measured_change(axes[1, column], part)
+            _measured_change(column[1], part)
     share_y_if_close(axes.ravel())
     if rows > 1:
         axes[1, 0].set_ylabel("measured dH\n(nats per token)")
     scaled = frame["scale"].notna().any()
     unit = "nats per token" if scaled else "nats per token\nand unit learning rate"
     axes[0, 0].set_ylabel(f"predicted dH\n({unit})")
-    fit_steps(axes, frame["step"])
-    step_axis(axes[-1])
+    step_axis(axes, frame["step"])
     class_legend(figure, (*CLASSES, NONE), [Line2D([], [], color=INK, label="sum")])
     return axes
 

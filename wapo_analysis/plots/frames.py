@@ -123,6 +123,13 @@ def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return full.assign(**{column: full[column].mask(added & ~blind, 0.0)}).drop(columns="_merge")
 
 
+def class_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Rows of one label as a table: steps down, class names across, mean over runs inside."""
+    known = frame.dropna(subset=["step", "cls"])
+    rows = known.assign(name=known["cls"].astype(int).map(CLASS_NAMES))
+    return rows.pivot_table(index="step", columns="name", values=column, aggfunc="mean", sort=True)
+
+
 def rescored_steps(run: Run) -> list[int]:
     """Steps that have token rows scored a second time after the update."""
     cells, recorded = run.classes, run.token_steps()

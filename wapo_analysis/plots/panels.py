@@ -1,6 +1,6 @@
 """Panels and the marks the figures share: grids, axes, remarks, replicate lines, class stacks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -125,6 +125,26 @@ def label_row(
     return labels, figure, row
 
 
+def label_parts(
+    axes: Iterable[Any], frame: pd.DataFrame, labels: Sequence[str]
+) -> Iterator[tuple[Any, str, pd.DataFrame]]:
+    """For each label its panel or panels, its name and its rows."""
+    for ax, label in zip(axes, labels, strict=False):
+        yield ax, label, frame[frame["label"] == label]
+
+
+def filled_parts(
+    axes: AxesArray, frame: pd.DataFrame, labels: Sequence[str], known: str | list[str], lacks: str
+) -> Iterator[tuple[Axes, str, pd.DataFrame]]:
+    """As `label_parts`, of rows that have ``known``; a panel without any says what it lacks."""
+    for ax, label, rows in label_parts(axes, frame, labels):
+        part = rows.dropna(subset=known)
+        if part.empty:
+            note(ax, lacks)
+        else:
+            yield ax, label, part
+
+
 def share_y_if_close(row: AxesArray) -> None:
     """One y range for all panels of a row, unless a panel would be flat in it; then each says so.
 
@@ -146,15 +166,14 @@ def share_y_if_close(row: AxesArray) -> None:
         ax.set_ylim(low, high)
 
 
-def step_axis(axes: Iterable[Axes]) -> None:
-    """Label the step axis of the given panels; a single step gets room on both sides."""
-    for ax in axes:
+def step_axis(axes: AxesArray, steps: Iterable[float]) -> None:
+    """Step axis from the first to the last step, named below the last row of panels.
+
+    A single step gets room on both sides.
+    """
+    for ax in axes if axes.ndim == 1 else axes[-1]:
         ax.set_xlabel(STEP_LABEL)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def fit_steps(axes: AxesArray, steps: Iterable[float]) -> None:
-    """Step axis from the first to the last step, without the usual margin."""
     every = [float(step) for step in steps if np.isfinite(step)]
     if not every:
         return
@@ -299,13 +318,6 @@ def mark_missing(ax: Axes, frame: pd.DataFrame, column: str) -> None:
     )
 
 
-def class_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Rows of one label as a table: steps down, class names across, mean over runs inside."""
-    known = frame.dropna(subset=["step", "cls"])
-    rows = known.assign(name=known["cls"].astype(int).map(CLASS_NAMES))
-    return rows.pivot_table(index="step", columns="name", values=column, aggfunc="mean", sort=True)
-
-
 def stack(ax: Axes, table: pd.DataFrame) -> None:
     """Stack the classes over the steps, positive values upwards, negative ones downwards.
 
@@ -340,6 +352,13 @@ def _slab(
         ax.fill_between(steps, base, top, color=color, linewidth=0)
     else:
         ax.bar(steps, top - base, bottom=base, color=color, width=0.6)
+
+
+def pair_legend(figure: Figure, predicted: str, measured: str, *extra: Line2D) -> None:
+    """Legend of outlined bars beside filled ones, below the panels."""
+    outline = Patch(facecolor="white", edgecolor=MUTED, label=predicted)
+    handles = [outline, Patch(color=MUTED, label=measured), *extra]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
 def class_legend(

@@ -19,9 +19,10 @@ from wapo_analysis.plots.frames import (
 from wapo_analysis.plots.panels import (
     AxesArray,
     corner,
-    fit_steps,
+    filled_parts,
     label_legend,
     label_lines,
+    label_parts,
     label_row,
     note,
     sign_legend,
@@ -116,8 +117,6 @@ def _says_train_vs_behaviour(frame: pd.DataFrame) -> str:
     caption="Look for mass away from the diagonal: tokens beyond the dashed lines have an "
     "importance ratio that the objective can clip.",
     group="policy",
-    prepare=prepare_train_vs_behaviour,
-    says=_says_train_vs_behaviour,
 )
 def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Token counts over the two probabilities, one panel per label and sign.
@@ -130,8 +129,7 @@ def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -
     figure = figure or new_figure(1.0 + rows * (2.55 if columns == 4 else 5.0))
     grid: AxesArray = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     axes = grid.reshape(-1, 2)
-    for label, pair in zip(labels, axes, strict=False):
-        part = frame[frame["label"] == label]
+    for pair, label, part in label_parts(axes, frame, labels):
         for ax, sign in zip(pair, SIGNS, strict=True):
             _density(ax, part[part["sign"] == sign], sign)
             ax.set_title(f"{label}, {SIGN_NAMES[sign]}", fontsize=10)
@@ -235,8 +233,6 @@ def _says_ratio_histogram(frame: pd.DataFrame) -> str:
     "the left and with A > 0 on the right. Ratio r = p / p_old, policy being updated over the one "
     "that sampled; the outer bars hold everything beyond them.",
     group="policy",
-    prepare=prepare_ratio_histogram,
-    says=_says_ratio_histogram,
 )
 def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Shares of tokens over the ratio, both axes logarithmic, clip bounds dashed.
@@ -245,11 +241,8 @@ def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> A
     """
     labels, figure, axes = label_row(frame, figure, 3.2)
     means = mean_over_runs(frame, ("sign", "bin"))
-    for ax, label in zip(axes, labels, strict=True):
-        part = means[means["label"] == label].dropna(subset="bin")
-        if part.empty:
-            note(ax, "not available here:\nno logp_old")
-            continue
+    lacks = "not available here:\nno logp_old"
+    for ax, _, part in filled_parts(axes, means, labels, "bin", lacks):
         for sign in SIGNS:
             rows = part[part["sign"] == sign].set_index("bin")["share"]
             heights = rows.reindex(range(len(_RATIO_BINS) - 1)).to_numpy()
@@ -311,8 +304,6 @@ def _says_up_clipped(frame: pd.DataFrame) -> str:
     "the policy being updated, of tokens with A > 0 and ratio above the upper bound; on the right "
     "of all tokens with A > 0.",
     group="policy",
-    prepare=prepare_up_clipped,
-    says=_says_up_clipped,
     over_steps=True,
 )
 def plot_up_clipped(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -325,7 +316,6 @@ def plot_up_clipped(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
         ax.set_title(title)
     axes[0].set_ylabel("mean p (probability)")
     axes[0].set_ylim(0, 1.02)
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[1])
     return axes

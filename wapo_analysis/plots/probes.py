@@ -7,11 +7,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
-from wapo_analysis.plots.panels import AxesArray, label_row, note
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    filled_parts,
+    label_parts,
+    label_row,
+    note,
+    pair_legend,
+)
 from wapo_analysis.plots.registry import figure, joined, largest_key
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.probes import agreement, closure, part_name, three_numbers
@@ -74,8 +80,6 @@ def _says_calibration(frame: pd.DataFrame) -> str:
     "share of the step applied alone and for the whole update; at half the prediction is worth a "
     "coin. On the right every probed update: in the shaded quarters the sign is right.",
     group="shift",
-    prepare=prepare_calibration,
-    says=_says_calibration,
 )
 def plot_calibration(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """How often the sign was right per class, and prediction against measurement.
@@ -85,19 +89,14 @@ def plot_calibration(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     labels = labels_of(frame)
     figure = figure or new_figure(1.2 + 2.7 * max(len(labels), 1))
     axes: AxesArray = figure.subplots(max(len(labels), 1), 2, squeeze=False)
-    for label, row in zip(labels, axes, strict=False):
-        part = frame[frame["label"] == label]
+    for row, label, part in label_parts(axes, frame, labels):
         _right_bars(row[0], part)
         _scatter(row[1], part)
         row[0].set_title(label)
     axes[-1, 0].set_xlabel("updates with the predicted sign of dH")
     axes[-1, 1].set_xlabel("predicted dH of the class (nats)")
-    handles = [
-        Patch(facecolor="white", edgecolor=MUTED, label="the class's share of the step alone"),
-        Patch(color=MUTED, label="the whole update"),
-        Line2D([], [], color=INK, linewidth=1, linestyle=":", label="a coin"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    coin = Line2D([], [], color=INK, linewidth=1, linestyle=":", label="a coin")
+    pair_legend(figure, "the class's share of the step alone", "the whole update", coin)
     return axes
 
 
@@ -193,8 +192,6 @@ def _says_waterfall(frame: pd.DataFrame) -> str:
     caption="Look for the longest bar: it is the class, or the momentum of earlier batches, that "
     "moved the entropy; read from top to bottom, the parts add up to the measured change.",
     group="entropy",
-    prepare=prepare_waterfall,
-    says=_says_waterfall,
 )
 def plot_waterfall(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Bars that begin where the one above ends; the last one is what was measured.
@@ -202,12 +199,9 @@ def plot_waterfall(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArr
     Returns axes of shape (labels,).
     """
     labels, figure, axes = label_row(frame, figure, 3.2, share_x=False, share_y=False, columns=2)
-    for ax, label in zip(axes, labels, strict=True):
-        part = frame[frame["label"] == label].dropna(subset="part")
-        if part.empty:
-            note(ax, "no probed update\n(recorded with probe_every)")
-        else:
-            _bars(ax, part)
+    lacks = "no probed update\n(recorded with probe_every)"
+    for ax, _, part in filled_parts(axes, frame, labels, "part", lacks):
+        _bars(ax, part)
     return axes
 
 

@@ -5,6 +5,7 @@ A figure is a pair: ``prepare_x(runs) -> frame`` takes opened runs and returns a
 returns the array of its axes. The decorator :func:`figure` on ``plot_x`` is all that adds one.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -242,6 +243,10 @@ class FigureSpec:
     says: Says | None = None
     over_steps: bool = False
 
+    def answer(self, frame: pd.DataFrame) -> str:
+        """The answer in one sentence; empty where the frame holds none."""
+        return self.says(frame) if self.says is not None else ""
+
 
 FIGURES: dict[str, FigureSpec] = {}
 """Every figure by name; group by group once the package is imported."""
@@ -252,17 +257,20 @@ def figure(
     title: str,
     caption: str,
     group: str,
-    prepare: Prepare,
-    says: Says | None = None,
     over_steps: bool = False,
 ) -> Callable[[P], P]:
-    """Make ``plot_x`` the figure ``x``, with what :class:`FigureSpec` says of it."""
+    """Make ``plot_x`` the figure ``x``, with what :class:`FigureSpec` says of it.
+
+    Its ``prepare_x`` and, if there is one, its ``_says_x`` stand before it in the same module.
+    """
 
     def add(plot: P) -> P:
         name = plot.__name__.removeprefix("plot_")
+        beside = vars(sys.modules[plot.__module__])
         FIGURES[name] = FigureSpec(
-            name=name, title=title, caption=caption, group=group,
-            needs=needs, prepare=prepare, plot=plot, says=says, over_steps=over_steps,
+            name=name, title=title, caption=caption, group=group, needs=needs, plot=plot,
+            prepare=beside[f"prepare_{name}"], says=beside.get(f"_says_{name}"),
+            over_steps=over_steps,
         )  # fmt: skip
         return plot
 
@@ -339,6 +347,5 @@ def render(name: str, runs: Sequence[Run] = (), marks: pd.DataFrame | None = Non
         if spec.over_steps:
             draw_marks(axes.flat, prepare_marks(runs) if marks is None else marks)
         drawn: Figure = axes.flat[0].figure
-        answer = spec.says(frame) if spec.says is not None else ""
-        drawn.suptitle(wrapped(answer or spec.title), x=0.01, ha="left")
+        drawn.suptitle(wrapped(spec.answer(frame) or spec.title), x=0.01, ha="left")
     return drawn

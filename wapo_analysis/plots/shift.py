@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
-from wapo_analysis.plots.panels import AxesArray, label_row, note
+from wapo_analysis.plots.panels import AxesArray, label_parts, label_row, note, pair_legend
 from wapo_analysis.plots.registry import figure, joined
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
 from wapo_analysis.probes import agreement
@@ -69,14 +68,15 @@ def _says(frame: pd.DataFrame) -> str:
     return joined(told)
 
 
+_says_prob_shift = _says_entropy_shift = _says
+
+
 @figure(
     Need("tokens", "dprob"),
     title="Did the tokens' probabilities move as predicted?",
     caption="Look for a filled bar (measured) on the other side of zero than the outline "
     "(predicted): other tokens moved that class through shared parameters.",
     group="shift",
-    prepare=prepare_prob_shift,
-    says=_says,
 )
 def plot_prob_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Mean change of p per class, predicted beside measured; axes of shape (labels,)."""
@@ -89,8 +89,6 @@ def plot_prob_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
     caption="Look for a filled bar (measured) on the other side of zero than the outline "
     "(predicted): other tokens moved that class through shared parameters.",
     group="shift",
-    prepare=prepare_entropy_shift,
-    says=_says,
 )
 def plot_entropy_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Mean change of H per class, predicted beside measured; axes of shape (labels,)."""
@@ -134,9 +132,9 @@ def _class_row(rows: pd.DataFrame, factor: float) -> dict[str, object]:
 
 def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
     labels, figure, axes = label_row(frame, figure, 3.4, share_x=False, share_y=False)
-    for ax, label in zip(axes, labels, strict=True):
-        part = frame[(frame["label"] == label) & (frame["tokens"] >= _FEW)]
-        _class_axis(ax, frame[frame["label"] == label])
+    for ax, _, rows in label_parts(axes, frame, labels):
+        part = rows[rows["tokens"] >= _FEW]
+        _class_axis(ax, rows)
         if part.empty:
             note(ax, "no re-scored token\nof any class")
             continue
@@ -146,11 +144,7 @@ def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
         scale = f"prediction x {factor:.3g}" if np.isfinite(factor) else "nothing predicted"
         ax.set_title(scale, loc="right", fontsize=8.5, fontweight="normal", color=MUTED)
     axes[0].set_ylabel(axis_label("tokens", _SHIFTS[kind][1], _SHIFTS[kind][2]))
-    handles = [
-        Patch(facecolor="white", edgecolor=MUTED, label="predicted from the token's own update"),
-        Patch(color=MUTED, label="measured after the whole update"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+    pair_legend(figure, "predicted from the token's own update", "measured after the whole update")
     return axes
 
 
@@ -221,8 +215,6 @@ def _says_decile_shift(frame: pd.DataFrame) -> str:
     "right: other tokens carried them there. Dots: median, bars: quartiles "
     "of the change of p over one update, by tenth of p and advantage (arXiv 2505.12929).",
     group="shift",
-    prepare=prepare_decile_shift,
-    says=_says_decile_shift,
 )
 def plot_decile_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Change of p against the tenth of p; labels down, intervals of the advantage across.
@@ -234,8 +226,7 @@ def plot_decile_shift(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
     axes: AxesArray = figure.subplots(
         max(len(labels), 1), len(_ADVANTAGE_NAMES), sharex=True, sharey="row", squeeze=False
     )
-    for label, row in zip(labels, axes, strict=False):
-        part = frame[frame["label"] == label]
+    for row, label, part in label_parts(axes, frame, labels):
         for place, ax in enumerate(row):
             _deciles(
                 ax, part[part["advantage"] == place], SIGN_COLORS[-1 if place < _POSITIVE else 1]

@@ -64,7 +64,6 @@ def prepare_theory_vocabulary(runs: Sequence[Run] = ()) -> pd.DataFrame:
     caption="Look below: a rewarded peak or a punished valley feeds the favourite, a rewarded "
     "valley or a punished peak feeds the rest.",
     group="theory",
-    prepare=prepare_theory_vocabulary,
 )
 def plot_theory_vocabulary(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """The policy as bars and every token's change below it, one column per class.
@@ -151,7 +150,6 @@ _PANELS = {
     caption="Look at the right panel: the force on a rewarded token dies out as it wins, "
     "the one on a punished token stays.",
     group="theory",
-    prepare=prepare_theory_classes,
 )
 def plot_theory_classes(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Entropy of the policy, p of one token and the force on it against the number of updates.
@@ -238,7 +236,6 @@ def prepare_theory_map(runs: Sequence[Run] = ()) -> pd.DataFrame:
     caption="Look at the dashed border p = S: the colour changes beside it, so the class tells "
     "the direction of the entropy everywhere but in the thin strip between the lines.",
     group="theory",
-    prepare=prepare_theory_map,
 )
 def plot_theory_map(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Map of the entropy change, left for a reward, right for a punishment.

@@ -12,9 +12,10 @@ from wapo_analysis.plots.frames import keep_labels, labels_of, mean_over_runs, t
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
-    fit_steps,
+    filled_parts,
     label_legend,
     label_lines,
+    label_parts,
     label_row,
     note,
     step_axis,
@@ -78,8 +79,6 @@ def _says_covariance(frame: pd.DataFrame) -> str:
     "falls, below zero it rises; the right panel says whether few tokens make it. Covariance over "
     "the tokens of a step, mean of (A - mean A)(logp - mean logp) (arXiv 2505.22617).",
     group="entropy",
-    prepare=prepare_covariance,
-    says=_says_covariance,
     over_steps=True,
 )
 def plot_covariance(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -94,8 +93,7 @@ def plot_covariance(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
     axes[1].set_ylabel("share of the sum of |products|")
     axes[1].set_title("held by the largest 2% of the tokens", fontsize=10)
     axes[1].set_ylim(0, 1.02)
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0])
     return axes
 
@@ -152,8 +150,6 @@ def _says_entropy_percentiles(frame: pd.DataFrame) -> str:
     "those forking tokens are where the text could go elsewhere (arXiv 2506.01939, which trains on "
     "them alone).",
     group="entropy",
-    prepare=prepare_entropy_percentiles,
-    says=_says_entropy_percentiles,
 )
 def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Histogram of the token entropy, logarithmic, with its 80th percentile.
@@ -162,11 +158,8 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
     """
     labels, figure, axes = label_row(frame, figure, 3.0)
     means, styles = mean_over_runs(frame, ("edge",)), label_styles(labels)
-    for ax, label in zip(axes, labels, strict=True):
-        part = means[means["label"] == label].dropna(subset="edge")
-        if part.empty:
-            note(ax, "not available here:\nno token entropy")
-            continue
+    lacks = "not available here:\nno token entropy"
+    for ax, label, part in filled_parts(axes, means, labels, "edge", lacks):
         edges = part["edge"].to_numpy()
         edges = np.append(edges, 2 * edges[-1] - edges[-2])
         ax.stairs(part["share"], edges, fill=True, color=styles[label].color, alpha=0.8)
@@ -231,18 +224,15 @@ def _says_top_tokens(frame: pd.DataFrame) -> str:
     caption="Look for one bar that outgrows its class: that token of the vocabulary takes the "
     "update. Share of the summed gradient norm |dL/dz| of the class, over the token rows read.",
     group="classes",
-    prepare=prepare_top_tokens,
-    says=_says_top_tokens,
 )
 def plot_top_tokens(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Bars of the top tokens, labels down, classes across; axes of shape (labels, 4)."""
     labels = labels_of(frame)
     figure = figure or new_figure(1.0 + 1.9 * max(len(labels), 1))
     axes: AxesArray = figure.subplots(max(len(labels), 1), 4, sharex=True, squeeze=False)
-    for label, row in zip(labels, axes, strict=False):
+    for row, label, part in label_parts(axes, frame, labels):
         for code, ax in enumerate(row):
-            part = frame[(frame["label"] == label) & (frame["cls"] == code)]
-            _token_bars(ax, part, CLASS_COLORS[CLASSES[code]])
+            _token_bars(ax, part[part["cls"] == code], CLASS_COLORS[CLASSES[code]])
         row[0].set_ylabel(label)
     for code, name in enumerate(CLASSES):
         axes[0, code].set_title(name, color=CLASS_INK[name])
@@ -310,8 +300,6 @@ def _says_position_profile(frame: pd.DataFrame) -> str:
     "tokens. Share of the summed gradient norm |dL/dz| by place in the completion; line: share of "
     "the tokens at that place.",
     group="classes",
-    prepare=prepare_position_profile,
-    says=_says_position_profile,
 )
 def plot_position_profile(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Stacked bars of the gradient share by position and class; axes of shape (labels,)."""
@@ -319,11 +307,8 @@ def plot_position_profile(frame: pd.DataFrame, figure: Figure | None = None) -> 
     means = mean_over_runs(frame, ("cls", "place"))
     width = float(means["width"].max()) if means["width"].notna().any() else 1.0
     places = np.arange(0, means["place"].max() + 1, width)
-    for ax, label in zip(axes, labels, strict=True):
-        part = means[(means["label"] == label)].dropna(subset="share")
-        if part.empty:
-            note(ax, "not available here:\nno gradient norm")
-            continue
+    lacks = "not available here:\nno gradient norm"
+    for ax, _, part in filled_parts(axes, means, labels, "share", lacks):
         base = np.zeros(len(places))
         for code, name in enumerate(CLASSES):
             rows = part[part["cls"] == code].set_index("place")["share"]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from operator import or_
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,12 @@ from matplotlib.figure import Figure
 from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
-    fit_steps,
+    filled_parts,
     label_legend,
     label_lines,
     label_row,
     log_y,
     mark_missing,
-    note,
     step_axis,
 )
 from wapo_analysis.plots.registry import after, changes, ends, figure, joined
@@ -69,8 +69,6 @@ def _says_reward(frame: pd.DataFrame) -> str:
     title="Does the policy learn?",
     caption="Look for a curve that rises and stays up; a fall after a rise is a collapse.",
     group="training",
-    prepare=prepare_reward,
-    says=_says_reward,
     over_steps=True,
 )
 def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -97,8 +95,7 @@ def plot_reward(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
         ax.set_ylabel(axis_label("steps", column, f"mean {column.replace('_', ' ')} of the batch"))
         if frame[column].between(0, 1).any() and not (frame[column].abs() > 1).any():
             ax.set_ylim(-0.02, 1.02)
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0])
     return axes
 
@@ -118,8 +115,6 @@ def _says_gradient_norm(frame: pd.DataFrame) -> str:
     caption="Look for spikes and crosses (not finite) before a collapse, and for a norm that "
     "fades because nothing is left to learn.",
     group="training",
-    prepare=prepare_gradient_norm,
-    says=_says_gradient_norm,
     over_steps=True,
 )
 def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -133,8 +128,7 @@ def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     mark_missing(axes[0], frame, "grad_norm")
     log_y(axes[0], frame["grad_norm"])
     axes[0].set_ylabel(axis_label("steps", "grad_norm", "gradient norm before clipping"))
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0])
     return axes
 
@@ -176,8 +170,6 @@ def _says_lengths(frame: pd.DataFrame) -> str:
     caption="Look for length, truncation or repetition running away, for clipping on one "
     "side, and for groups that give no signal.",
     group="training",
-    prepare=prepare_lengths,
-    says=_says_lengths,
     over_steps=True,
 )
 def plot_lengths(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -192,8 +184,7 @@ def plot_lengths(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray
         ax.set_title(text, fontsize=9.5, fontweight="normal")
         ax.set_ylabel("tokens" if column == "length" else "share")
         ax.set_ylim(bottom=0)
-    fit_steps(axes, frame["step"])
-    step_axis(axes[1])
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0, 0])
     return axes
 
@@ -222,8 +213,6 @@ def _says_kl_per_token(frame: pd.DataFrame) -> str:
     "say anything. KL to the sampling policy is the mean of r - ln r - 1 with r = p / p_old (k3, "
     "Schulman 2020, joschu.net/blog/kl-approx.html); the others are as the trainer logs them.",
     group="training",
-    prepare=prepare_kl_per_token,
-    says=_says_kl_per_token,
     over_steps=True,
 )
 def plot_kl_per_token(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -239,8 +228,7 @@ def plot_kl_per_token(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
         log_y(ax, frame[kind])
         ax.set_title(f"KL {KL[kind]}", fontsize=10)
     axes[0].set_ylabel("KL per token (nats)")
-    fit_steps(axes, frame["step"])
-    step_axis(axes)
+    step_axis(axes, frame["step"])
     label_legend(figure, axes[0])
     return axes
 
@@ -289,19 +277,14 @@ def _says_reward_and_entropy(frame: pd.DataFrame) -> str:
     "cause. Line: R = b - a exp(H), least squares (arXiv 2505.22617, which fits validation scores; "
     "here it is the reward of the batch). Points grow darker from the first step to the last.",
     group="training",
-    prepare=prepare_reward_and_entropy,
-    says=_says_reward_and_entropy,
 )
 def plot_reward_and_entropy(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Reward against entropy, one point per step, with the fitted law; axes of shape (labels,)."""
     labels, figure, axes = label_row(frame, figure, 3.4)
     styles = label_styles(labels)
-    for ax, label in zip(axes, labels, strict=True):
-        rows = frame[frame["label"] == label].dropna(subset=["reward", "entropy"])
-        if rows.empty:
-            note(ax, "not available here:\nreward or entropy")
-            continue
-        age = rows["step"].rank(pct=True).to_numpy()
+    lacks = "not available here:\nreward or entropy"
+    for ax, label, rows in filled_parts(axes, frame, labels, ["reward", "entropy"], lacks):
+        age: Any = rows["step"].rank(pct=True).to_numpy()
         color = styles[label].color
         ax.scatter(rows["entropy"], rows["reward"], s=14, color=color, alpha=0.15 + 0.75 * age)
         first = rows.iloc[0]

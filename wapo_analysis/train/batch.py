@@ -23,10 +23,9 @@ from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import repetition
 from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
-from wapo_analysis.train.chat import Prompt
 from wapo_analysis.train.config import BATCHED, TrainConfig
-from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import sampling_generator, step_problems
+from wapo_analysis.train.policy import Policy, Prompt
 from wapo_analysis.train.rollout import Rollouts, sample, sample_batched
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task

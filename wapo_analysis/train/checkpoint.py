@@ -19,8 +19,8 @@ from torch import Tensor
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.record.beside import Ring
 from wapo_analysis.store.files import folder_when_whole, remove_folder
-from wapo_analysis.train.adapters import save_options
-from wapo_analysis.train.models import Policy, no_progress_bars
+from wapo_analysis.train.models import no_progress_bars, save_options
+from wapo_analysis.train.policy import Policy
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
 from wapo_analysis.train.batch import encode_problems, graded_texts
 from wapo_analysis.train.checkpoint import naming, resume_point
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.models import Policy, configured_policy
+from wapo_analysis.train.models import configured_policy
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import sample
 from wapo_analysis.train.tasks import Problem, Task
 from wapo_analysis.train.trust import only_data, settings_of

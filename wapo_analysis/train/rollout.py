@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from wapo_analysis.capture.lm_head import inner_model, last_hidden
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.config import BATCHED
-from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import Exponentials, Noise, Uniforms
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.sampler import NonFiniteLogits as NonFiniteLogits
 from wapo_analysis.train.sampler import (
     Sampled,

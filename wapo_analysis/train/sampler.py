@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from wapo_analysis.train.models import Policy
 from wapo_analysis.train.noise import Noise
+from wapo_analysis.train.policy import Policy
 
 BLOCK = {"cpu": 1, "cuda": 16}
 """Tokens between two looks; on a CPU looking is free, and decoding on is not."""

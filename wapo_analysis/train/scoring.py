@@ -26,7 +26,7 @@ from wapo_analysis.record.topk import ReadRows
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.train.batch import Batch, MiniBatch
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.models import Policy
+from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import Rollouts, completion_hidden, completion_logits
 
 LARGE_VOCABULARY = 32_768

@@ -94,7 +94,7 @@ def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> T
         If the folder is no run, a setting is wrong, or the manifest names code to be run without
         ``trust``, or code inside the run folder.
     """
-    from wapo_analysis.train.tasks.catalogue import names_code
+    from wapo_analysis.train.tasks import names_code
 
     config = TrainConfig.from_dict(changes, recorded_settings(run))
     if "task" in changes or not names_code(config.task):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("trl", reason="needs the extra [trl]")
 
 from wapo_analysis.declare import declared_settings
-from wapo_analysis.engines.trl_settings import COUNTERPARTS, check_counterparts, trl_settings
+from wapo_analysis.engines import COUNTERPARTS, check_counterparts, trl_settings
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.config import TrainConfig
 

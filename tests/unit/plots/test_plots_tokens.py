@@ -121,7 +121,7 @@ def test_marks_name_baseline_onset_and_updates(tmp_path: Path) -> None:
     assert 1 <= marks["baseline"].item() <= 5
     assert step_label(marks) == "rollout step (2 updates)"
     ax = new_figure(3).subplots()
-    step_axis([ax])
+    step_axis(np.array([ax]), [1, 30])
     ax.set_xlim(1, 30)
     draw_marks([ax], marks)
     assert ax.get_xlabel() == "rollout step (2 updates)"

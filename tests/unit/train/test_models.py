@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from tests.support.tiny_models import save_tiny_gpt2, save_tiny_llama
 from wapo_analysis.errors import UserError
 from wapo_analysis.train import models
-from wapo_analysis.train.adapters import Adapter
-from wapo_analysis.train.models import Policy, load_policy, recomputing
+from wapo_analysis.train.models import Adapter, load_policy
+from wapo_analysis.train.policy import Policy, recomputing
 from wapo_analysis.train.rollout import Rollouts, completion_logits, sample
 
 CPU = torch.device("cpu")

@@ -12,11 +12,11 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.stats import token_stats
 from wapo_analysis.store import open_run
 from wapo_analysis.train import sampler
-from wapo_analysis.train.chat import PromptFormat, PromptStyle
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
-from wapo_analysis.train.models import Policy, load_policy
+from wapo_analysis.train.models import load_policy
 from wapo_analysis.train.noise import Exponentials, Uniforms, inverse_cdf
+from wapo_analysis.train.policy import Policy, PromptFormat, PromptStyle
 from wapo_analysis.train.rollout import (
     Rollouts,
     _first_like,

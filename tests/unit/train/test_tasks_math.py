@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task, judge
 from wapo_analysis.train.tasks.base import BadRow
-from wapo_analysis.train.tasks.judge import Judge
-from wapo_analysis.train.tasks.math_problems import (
+from wapo_analysis.train.tasks.formats import (
     MAX_BOX,
     Gsm8k,
     MathProblems,
     after_mark,
     last_box,
 )
+from wapo_analysis.train.tasks.judge import Judge
 
 pytest.importorskip("math_verify", reason="needs the extra [math]")
 

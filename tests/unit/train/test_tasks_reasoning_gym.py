@@ -8,7 +8,7 @@ import pytest
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task, judge
 from wapo_analysis.train.tasks.data_files import is_held_out
-from wapo_analysis.train.tasks.reasoning_gym import (
+from wapo_analysis.train.tasks.generated import (
     ReasoningGym,
     data_set_names,
     parse_settings,

@@ -3,17 +3,13 @@
 A task draws problems, checks a reward and may demonstrate; a format makes a row a problem.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from wapo_analysis.errors import UserError
-
-# No step of a run draws from this stream: their seeds are (seed, step, 1), see train/batch.py.
-HELD_OUT_SEED: Final = 2**40 + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +34,8 @@ class Problem:
     source: str = ""
 
 
-class Task(Protocol):
-    """What the trainer needs of a task: problems to draw and a verifiable reward."""
+class Named(Protocol):
+    """What is said of tasks and formats alike."""
 
     @property
     def name(self) -> str:
@@ -52,6 +48,10 @@ class Task(Protocol):
     @property
     def max_new_tokens(self) -> int:
         """Longest completion worth sampling, in tokens, end-of-sequence included."""
+
+
+class Task(Named, Protocol):
+    """What the trainer needs of a task: problems to draw and a verifiable reward."""
 
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
         """Draw problems to train on; the same generator state gives the same problems.
@@ -115,24 +115,6 @@ class EmbeddedTask(Task, Protocol):
         """
 
 
-class Generated(ABC):
-    """What tasks have in common whose problems are made on the spot."""
-
-    __slots__ = ()
-
-    @abstractmethod
-    def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
-        """Draw problems; see `Task.problems`."""
-
-    def held_out_problems(self, n: int) -> list[Problem]:
-        """Draw ``n`` problems, always the same ones, from a stream that no training step uses."""
-        return self.problems(np.random.default_rng(HELD_OUT_SEED), n)
-
-    def data_record(self) -> dict[str, Any]:
-        """Nothing: the problems are generated."""
-        return {}
-
-
 def tools_of(task: Any) -> list[Callable[..., str]]:
     """Functions that the policy may call while it answers; none for most tasks."""
     tools: list[Callable[..., str]] = getattr(task, "tools", list)()
@@ -169,20 +151,8 @@ class BadRow(ValueError):
     """A row that cannot become a problem; the message says why."""
 
 
-class Format(Protocol):
+class Format(Named, Protocol):
     """How the rows of one kind of data become problems, and how completions are graded."""
-
-    @property
-    def name(self) -> str:
-        """The name typed on the command line."""
-
-    @property
-    def description(self) -> str:
-        """One sentence for help texts and reports."""
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Longest completion worth sampling, in tokens, end-of-sequence included."""
 
     @property
     def question(self) -> str:

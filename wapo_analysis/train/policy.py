@@ -1,12 +1,17 @@
-"""From a problem's text to what the model sees: chat template, system prompt, ends, length limit.
+"""The policy: a model on its device, and from a problem's text to what the model sees.
 
-One place encodes prompts, so that the text a run records is the text the policy was given.
+One place encodes prompts (chat template, system prompt, ends, length limit), so that the text a run
+records is the text the policy was given.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor, nn
 
 from wapo_analysis.errors import UserError
 
@@ -162,3 +167,122 @@ def _begin_ids(tokenizer: Any) -> list[int]:
 def _special_ids(tokenizer: Any) -> set[int]:
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with its tokenizer on one device.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+    tokenizer : transformers.PreTrainedTokenizerBase
+    device : torch.device
+    eos_ids : tuple of int
+        Tokens that end a completion.
+    pad_id : int
+        Token that fills rows; never attended to.
+    format : PromptFormat
+        From a problem's text to what the model sees.
+    mixed : bool
+        Products are bfloat16, weights that are trained float32.
+    rounded : transformers.PreTrainedModel, optional
+        The model in bfloat16, which samples; it is brought up to date before it does.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    format: PromptFormat
+    mixed: bool = False
+    rounded: Any = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as a plain module."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    @contextmanager
+    def sampling(self) -> Iterator[Any]:
+        """The model that samples, as it is now: in bfloat16 where products are."""
+        if self.rounded is None:
+            with self.autocast():
+                yield self.model
+            return
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.rounded.parameters()), list(self.module.parameters()))
+        yield self.rounded
+
+    def autocast(self) -> torch.autocast:
+        """A block in which the model's products are made as training makes them."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and completion the model can take; None if it does not say."""
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(window) if window else None
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Parameters that training moves, by name."""
+        return {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a problem's text, chat template included."""
+        return self.format.encode(prompt).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a completion without its special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def texts(self, ids: list[int]) -> list[str]:
+        """Text of each single token, special ones by name."""
+        return [str(self.tokenizer.decode([i], skip_special_tokens=False)) for i in ids]
+
+
+def enable_recompute(model: Any) -> None:
+    """Prepare a model's layers for gradient checkpointing.
+
+    transformers does it in training mode alone, where dropout would be on. The policy that is
+    trained is the one that sampled, so the layers' own dropout is set to 0, and they alone are
+    switched to training mode, around the forward pass (`recomputing`).
+
+    Raises
+    ------
+    UserError
+        If the architecture does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing: {type(model).__name__} does not support it; set it to false"
+        )
+    # The method has a new name since transformers 5.20; the old one warns there.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    for layer in _layers(model):
+        for name, value in vars(layer).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(layer, name, 0.0)
+
+
+@contextmanager
+def recomputing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Checkpoint the layers in forward passes within, if ``on`` and if prepared.
+
+    Sampling stays outside: a layer that is checkpointed keeps no key-value cache.
+    """
+    layers = _layers(model) if on else []
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.support.tiny_models import byte_tokenizer
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.chat import PromptFormat, PromptStyle
+from wapo_analysis.train.policy import PromptFormat, PromptStyle
 
 TOKENIZER = byte_tokenizer()
 CHAT = PromptFormat(TOKENIZER, PromptStyle())
