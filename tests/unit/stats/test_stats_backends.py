@@ -113,3 +113,7 @@ def test_the_kernel_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) 
         ("compile", False, eager.reduce_compiled),
     ):
         assert backends.reducer(name, SimpleNamespace(is_cuda=on_gpu)) is chosen  # type: ignore[arg-type]
+    monkeypatch.setattr(backends, "find_spec", lambda _: SimpleNamespace())
+    there_too = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    for name, chosen in (("eager", eager.reduce_rows), ("compile", eager.reduce_compiled)):
+        assert backends.reducer(name, there_too) is chosen, "asked for by name"  # type: ignore[arg-type]

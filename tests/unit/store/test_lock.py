@@ -21,7 +21,15 @@ from wapo_analysis.schema import CLASSES
 from wapo_analysis.store import PartWriter, RunWriter, open_run
 from wapo_analysis.store import lock as module
 from wapo_analysis.store.files import STEP_LOG, step_line
-from wapo_analysis.store.lock import LOCK, Owner, RunLost, _last_step, ago
+from wapo_analysis.store.lock import (
+    LOCK,
+    Owner,
+    RunLock,
+    RunLost,
+    _last_step,
+    ago,
+    written_by_another,
+)
 from wapo_analysis.store.merge import compact
 from wapo_analysis.table import Records
 
@@ -285,3 +293,17 @@ def test_the_last_step_of_a_long_log_is_read_from_its_end(tmp_path: Path) -> Non
     assert re.fullmatch(", last step 3000 [0-9] s ago", _last_step(tmp_path))
     (tmp_path / STEP_LOG).write_bytes(b'{"step": 1')
     assert _last_step(tmp_path) == "", "before the first step"
+
+
+def test_a_run_is_another_s_while_it_has_a_writer_that_is_not_this_process(tmp_path: Path) -> None:
+    assert not written_by_another(tmp_path), "nobody writes it"
+    lock = RunLock(tmp_path)
+    assert not written_by_another(tmp_path)
+    for change in ({"pid": os.getpid() + 1}, {"place": "elsewhere"}):
+        entries = {**json.loads((tmp_path / LOCK).read_text()), **change}
+        other = tmp_path / "-".join(change)
+        other.mkdir()
+        (other / LOCK).write_text(json.dumps(entries))
+        assert written_by_another(other), change
+    lock.release()
+    assert not (tmp_path / LOCK).exists()

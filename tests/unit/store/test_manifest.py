@@ -13,7 +13,7 @@ from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.settings import steps_per_batch
 from wapo_analysis.store import Manifest, RunWriter, open_run, read_manifest
-from wapo_analysis.store.manifest import write_manifest
+from wapo_analysis.store.manifest import plain, write_manifest
 
 OLD_RUN = Path(__file__).parents[2] / "data" / "run_0_1"
 
@@ -165,3 +165,79 @@ def test_settings_that_trl_never_wrote_end_neither_diagnosis_nor_audit(
         steps_per_batch(entries["config"])
     for command in ("diagnose", "audit"):
         assert wapo([command, str(folder)]) in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "bounds", "found"),
+    [
+        (3, 1, (), 3), (None, 7, (), 7), (0, 1, (0, 5), 0), (4, 1, (0, 5), 4),
+        (0.25, 1.0, (), 0.25), (2, 1.0, (), 2.0), ("sgd", "adamw", (), "sgd"),
+        (5, 1, (0, 5), UserError), (-1, 1, (0, 5), UserError), (0.5, 1, (), UserError),
+        (True, 1, (), UserError), ("3", 1, (), UserError), (3, "x", (), UserError),
+        (float("inf"), 1.0, (), UserError), (1.0, 0.5, (0.0, 1.0), UserError),
+    ],
+)  # fmt: skip
+def test_a_setting_is_of_its_kind_and_in_its_range(
+    value: Any, default: Any, bounds: tuple[Any, ...], found: Any
+) -> None:
+    manifest = Manifest(name="r", config={"x": value})
+    if found is UserError:
+        with pytest.raises(UserError, match="setting x of run r is "):
+            manifest.setting("x", default, *bounds)
+        return
+    got = manifest.setting("x", default, *bounds)
+    assert (got, type(got)) == (found, type(found))
+
+
+def test_values_are_kept_as_json_has_them() -> None:
+    given = {
+        "a": (1, 2.5, None, True), "b": {np.int64(3)}, "c": np.float32(0.5), "d": float("nan"),
+        "e": Path("x"), "f": {"g": [float("inf")]}, "h": "\ud83d",
+    }  # fmt: skip
+    expected = {
+        "a": [1, 2.5, None, True], "b": [3], "c": 0.5, "d": None, "e": "x", "f": {"g": [None]},
+        "h": "\\ud83d",
+    }  # fmt: skip
+    assert plain(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"vocabulary": -1}, "vocabulary is -1, not a whole number from 0"),
+        ({"seed": 2**63}, f"seed is {2**63}, not a whole number of 64 bits"),
+        ({"seed": 1.5}, "seed is 1.5, not a whole number"),
+        ({"temperature": 0}, "temperature is 0, not a positive number"),
+        ({"token_fraction": float("nan")}, "token_fraction is nan, not a finite number"),
+        ({"token_fraction": "x"}, "token_fraction is 'x', not a number"),
+        ({"resumed": "x"}, "resumed is 'x', not a list of texts"),
+        ({"name": []}, "name is a list, not a text"),
+        ({"name": True}, "name is True, not a text"),
+        ({"config": 3}, "config is 3, not a table of entries"),
+        ({"objective": {"bounds": [1]}}, "objective is a table, not a table whose bounds is two n"),
+        ({"objective": {"clip_eps": "x"}}, "not a table whose clip_eps is a number"),
+        ({"name": {}}, "name is a table, not a text"),
+        ({"seed": "x" * 60}, f"seed is '{'x' * 39}..., not a whole number"),
+    ],
+)
+def test_an_entry_of_another_shape_is_refused(entry: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Manifest.of(entry)
+    assert str(caught.value).startswith("manifest entry ")
+    assert said in str(caught.value)
+    problems: list[str] = []
+    Manifest.of(entry, problems)
+    assert len(problems) == 1
+
+
+def test_entries_at_their_bounds_are_kept() -> None:
+    given = {
+        "vocabulary": 0, "seed": -(2**63), "temperature": 1e-9, "token_fraction": 10**300,
+        "objective": "grpo", "resumed": ("a",), "name": 3, "eval_before": {"x": 1, "y": None},
+    }  # fmt: skip
+    found = Manifest.of(given).to_dict()
+    assert found["objective"] == {"name": "grpo"}
+    assert (found["vocabulary"], found["seed"], found["temperature"]) == (0, -(2**63), 1e-9)
+    assert (found["resumed"], found["name"], found["eval_before"]) == (["a"], "3", {"x": 1.0})
+    bounds = Manifest.of({"objective": {"name": None, "bounds": (None, 2)}}).objective
+    assert bounds == {"bounds": [None, 2.0]}

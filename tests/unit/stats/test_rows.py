@@ -1,0 +1,173 @@
+"""Reading rows of logits in any layout, and what finds their largest columns."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from wapo_analysis.stats.eager import CPU_ELEMENTS, _lift, block_rows
+from wapo_analysis.stats.formulas import LOG2_E, TokenStats
+from wapo_analysis.stats.rows import (
+    BLOCK,
+    Rows,
+    block_maxima,
+    chosen_rows,
+    memory,
+    one_by_one,
+    top_columns,
+    upper_end,
+)
+
+V = 7
+
+
+def layouts() -> dict[str, Tensor]:
+    """Logits (2, 3, 4, V) whose numbers tell their place, in several ways to lie in memory."""
+    plain = torch.arange(2 * 3 * 4 * V, dtype=torch.float32).view(2, 3, 4, V)
+    wide = torch.full((2, 3, 6, V), -1.0)
+    wide[:, :, 1:5] = plain
+    turned = plain.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    every_other = torch.stack([plain, plain + 1000], dim=-1)[..., 0]
+    return {
+        "plain": plain, "shifted": wide[:, :, 1:5], "turned": turned, "strided": every_other
+    }  # fmt: skip
+
+
+KEPT = {
+    "all": None, "run": [3, 4, 5, 6], "across": [10, 11, 12, 13], "some": [0, 5, 6, 11, 12, 23],
+    "one": [9], "none": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("kept", KEPT)
+def test_every_row_is_read_picked_and_put_in_its_place(layout: str, kept: str) -> None:
+    logits, numbers = layouts()[layout], KEPT[kept]
+    whole = layouts()["plain"].reshape(-1, V)
+    wanted = list(range(24)) if numbers is None else numbers
+    rows = Rows(logits, None if numbers is None else torch.tensor(numbers, dtype=torch.long))
+    assert len(rows) == len(wanted)
+    for start, stop in ((0, len(wanted)), (1, len(wanted) - 1), (len(wanted) // 2, len(wanted))):
+        if stop <= start:
+            continue
+        expected = whole[wanted[start:stop]]
+        assert torch.equal(rows.block(start, stop), expected)
+        space = torch.empty(24, V)
+        assert torch.equal(rows.block(start, stop, space), expected)
+        wide = torch.empty(24, V, dtype=torch.float64)
+        found = rows.block(start, stop, wide)
+        assert found.dtype == torch.float64
+        assert torch.equal(found, expected.double())
+        ids = torch.tensor([[6, 0, 3]] * (stop - start))
+        assert torch.equal(rows.pick(start, stop, ids), expected[:, [6, 0, 3]])
+        out = torch.zeros(2, 3, 4, V)
+        rows.put(out, start, expected + 0.5)
+        filled = torch.zeros(24, V)
+        filled[wanted[start:stop]] = expected + 0.5
+        assert torch.equal(out.view(-1, V), filled)
+    first = int(logits.reshape(-1)[0])
+    base = torch.as_strided(logits, (logits.untyped_storage().size() // 4,), (1,), 0)
+    offsets = rows.offsets() + logits.storage_offset()
+    assert base[offsets].tolist() == [first + V * n for n in wanted]
+
+
+def test_rows_that_lie_evenly_are_not_copied() -> None:
+    logits = layouts()["shifted"]
+    start = logits.untyped_storage().data_ptr()
+    block = Rows(logits).block(4, 8)
+    assert start <= block.data_ptr() < start + logits.untyped_storage().size()
+    apart = Rows(logits).block(2, 6)  # of two panels
+    assert not start <= apart.data_ptr() < start + logits.untyped_storage().size()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "chunk", "rows"),
+    [
+        (1, None, CPU_ELEMENTS), (0, None, CPU_ELEMENTS), (2, None, CPU_ELEMENTS // 2),
+        (1000, None, CPU_ELEMENTS // 1000), (CPU_ELEMENTS, None, 1), (CPU_ELEMENTS + 1, None, 1),
+        (CPU_ELEMENTS // 2, None, 2), (1000, 3, 3), (CPU_ELEMENTS + 1, 5, 5),
+    ],
+)  # fmt: skip
+def test_rows_of_a_block_fit_into_the_cache(vocabulary: int, chunk: int | None, rows: int) -> None:
+    assert block_rows(torch.empty(1, vocabulary), chunk) == rows
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 127, 128, 129, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_upper_end_of_a_row(vocabulary: int, dtype: torch.dtype) -> None:
+    """Logits of the target, the mode and the next, by sorting; few values, so many are equal."""
+    draw = torch.Generator().manual_seed(vocabulary)
+    rows = torch.randint(4, (60, vocabulary), generator=draw).to(dtype)
+    rows[rows == 0] = -torch.inf
+    rows[:, 0] = 1
+    target = torch.randint(vocabulary, (60, 1), generator=draw)
+    maxima = block_maxima(rows)
+    assert maxima.shape == (60, -(-vocabulary // BLOCK))
+    parts = [part.amax(1) for part in rows.split(BLOCK, 1)]
+    assert torch.equal(maxima, torch.stack(parts, 1))
+    pick = partial(torch.gather, rows, 1)
+    k = min(3, vocabulary)
+    order = rows.sort(dim=1, descending=True, stable=True)
+    values, ids = top_columns(pick, maxima, k, vocabulary)
+    assert torch.equal(values, order.values[:, :k])
+    assert torch.equal(ids, order.indices[:, :k])
+    ends = upper_end(pick, maxima.clone(), target, vocabulary)
+    for row, at in enumerate(target[:, 0].tolist()):
+        chosen, highest = rows[row, at], rows[row].max()
+        mode = at if chosen == highest else int(rows[row].argmax())
+        left = [float(v) for n, v in enumerate(rows[row].tolist()) if n not in (at, mode)]
+        found = [float(part[row]) for part in ends[:3]]
+        assert found == [float(chosen), float(highest), max(left, default=-torch.inf)]
+        assert int(ends.mode[row]) == mode
+
+
+def test_a_normaliser_becomes_a_power_of_two() -> None:
+    draw = torch.Generator().manual_seed(3)
+    sum_e = torch.rand(40, 1, generator=draw, dtype=torch.float64) * 9
+    ends = torch.randn(40, 2, generator=draw, dtype=torch.float64)
+    out = torch.tensor([[4, 4], [4, 9]] * 20)
+    lift = _lift(sum_e, ends, out)
+    mode = torch.where(out[:, :1] == out[:, 1:], 0.0, ends[:, 1:].exp())
+    powers = (sum_e + ends[:, :1].exp() + mode).log() + lift
+    exponent = powers * LOG2_E
+    torch.testing.assert_close(exponent, exponent.round(), rtol=0, atol=1e-12)
+    assert (lift.abs() <= 0.5 / LOG2_E + 1e-12).all()
+
+
+def test_rows_are_chosen_by_mask_or_number() -> None:
+    targets = torch.tensor([[3, -100], [6, 0]])
+    mask = torch.tensor([[True, False], [True, True]])
+    for given in ({"mask": mask, "kept": None}, {"mask": None, "kept": torch.tensor([0, 2, 3])}):
+        chosen, kept = chosen_rows(targets, 7, **given)
+        assert chosen.tolist() == [3, 6, 0]
+        assert kept is not None
+        assert kept.tolist() == [0, 2, 3]
+    chosen, kept = chosen_rows(targets.clamp(min=0), 7, None, None)
+    assert (chosen.tolist(), kept) == ([3, 0, 6, 0], None)
+
+
+def test_problems_of_a_batch_are_solved_one_by_one() -> None:
+    class Scaled:
+        @staticmethod
+        def apply(values: Tensor, factor: Any) -> tuple[Tensor | None, ...]:
+            return values * factor, None
+
+    given = torch.arange(6.0).view(3, 2)
+    whole, dims = one_by_one(Scaled, 2, (1, None), (given, 10))
+    assert whole[0] is not None
+    assert whole[0].tolist() == [[0.0, 20.0, 40.0], [10.0, 30.0, 50.0]]
+    assert (whole[1], dims) == (None, (0, None))
+    assert memory() > 1 << 28
+
+
+def test_parts_of_statistics_are_joined_and_changed_together() -> None:
+    first = TokenStats(*(torch.full((2,), float(n)) for n in range(5)))
+    second = first.map(lambda part: part[:1] + 10)
+    joined = TokenStats.concat([first, second])
+    assert [part.tolist() for part in joined[:5]] == [[n, n, n + 10] for n in range(5)]
+    assert joined.top_ids is None
+    assert TokenStats.measured() == (
+        "logp", "entropy", "collision_rest", "collision_logp_rest", "top1"
+    )  # fmt: skip
