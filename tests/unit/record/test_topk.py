@@ -10,7 +10,7 @@ from torch import Tensor
 from wapo_analysis import TrainConfig
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
-from wapo_analysis.record.topk import TOPK_ROLLOUTS, TopReader, chosen_rows
+from wapo_analysis.record.topk import TOPK_ROLLOUTS, TopReader, chosen_rows, hashed
 from wapo_analysis.store import Run, open_run
 from wapo_analysis.train.loop import train
 
@@ -119,6 +119,27 @@ def test_a_loop_that_gives_logits_records_them(tmp_path: Path, packed: bool) -> 
     assert best.token_id.tolist() == truth.indices[rows, columns].tolist()
     np.testing.assert_allclose(best.logp, truth.values[rows, columns], rtol=1e-4)
     assert set(found.token_id) <= set(run.vocab), "every token has its text"
+
+
+def test_steps_that_have_token_rows_have_top_tokens_of_the_same_rollouts(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(1)
+    ids, mask = torch.randint(V, (B, T), generator=g), torch.ones(B, T)
+    with Recorder(tmp_path / "r", topk=2, token_every=2, token_fraction=0.5) as recorder:
+        for step in range(1, 6):
+            logits = torch.randn(B, T, V, generator=g)
+            logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].requires_grad_()
+            recorder.watch(logp, ids, mask, torch.ones(B), None, logits=logits)
+            logp.sum().backward()
+            recorder.finish_step(step)
+    assert recorder.failure is None
+    run = open_run(tmp_path / "r")
+    top, rows = run.topk(), run.tokens()
+    assert sorted(set(top.step)) == sorted(set(rows.step)) == [1, 3, 5]
+    for step in (1, 3, 5):
+        drawn = hashed(np.arange(B), step)
+        chosen = [n for n in np.argsort(drawn)[:TOPK_ROLLOUTS].tolist() if drawn[n] < 0.5]
+        assert set(top[top.step == step].rollout) == set(chosen)
+        assert set(chosen) <= set(rows[rows.step == step].rollout)
 
 
 @pytest.fixture(scope="module", params=["passive", "replace"])

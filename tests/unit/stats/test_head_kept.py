@@ -59,6 +59,24 @@ def test_no_block_of_logits_outlives_the_forward_pass(chunk: int | None) -> None
     assert max(held) == (40 * 300 if chunk is None else weight.numel())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("short", "kept"), [(0, True), (1, False)])
+def test_logits_are_kept_up_to_a_32nd_of_the_memory(
+    dtype: torch.dtype, short: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight, _, targets = problem(40, 300, 2, dtype=dtype)
+    monkeypatch.setattr(head, "memory", lambda: 32 * (40 * 300 * dtype.itemsize) - 32 * short)
+    held: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_head_stats(hidden, weight, targets)
+    assert (max(held) >= 40 * 300) is kept
+
+
 @pytest.mark.parametrize("chunk", [None, 256])
 def test_logits_are_never_whole(chunk: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor made on the way is far smaller than (N, V), where memory is short."""

@@ -54,6 +54,41 @@ def test_on_a_cpu_asking_for_triton_says_what_is_missing() -> None:
         token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="triton")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("padding", [0, 50], ids=["finite", "padded"])
+def test_the_program_that_is_compiled_is_right_before_it_is(
+    dtype: torch.dtype, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same operations without a compiler; which rows are finite chooses one of two."""
+    monkeypatch.setattr(eager, "_kernel", lambda program: program)
+    monkeypatch.setattr(eager, "_dynamic", lambda *tensors: tensors)
+    for temperature, gap in ((1.0, 15.0), (0.5, 35.0)):
+        logits = torch.nn.functional.pad(drawn(70, 300, 3, gap), (0, padding), value=-torch.inf)
+        logits, targets = logits.to(dtype), some_targets(logits[:, :300], 1)
+        stats = token_stats(logits, targets, temperature, topk=3, backend="compile")
+        rtol = 1e-11 if dtype == torch.float64 else 5e-6
+        exact = by_float64(logits, targets, temperature)
+        assert_close(type(stats)(*stats[:5]), exact, rtol)
+        ids = logits.sort(dim=1, descending=True, stable=True).indices
+        assert torch.equal(stats.top_ids, ids[:, :3])
+        some = token_stats(logits, targets, temperature, backend="compile", chunk_rows=11)
+        assert_close(some, exact, rtol)
+
+
+def test_quick_sums_are_the_careful_ones_of_finite_rows() -> None:
+    rows = torch.randn(20, 90, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 9
+    origin, scale = rows.sort(1).values[:, -2:-1], torch.tensor(1.7, dtype=torch.float64)
+    quick = eager._quick_sums(rows, origin, scale, 2.0**-140)
+    careful = eager._compiled_sums(rows, origin, scale, -140.0)
+    for one, other in zip(quick, careful, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+    x = ((rows - origin) * 1.7).clamp(max=0)
+    e = 2**x
+    expected = (e, e * x, e * e, e * e * x)
+    for one, term in zip(careful, expected, strict=True):
+        torch.testing.assert_close(one, term.sum(1, keepdim=True), rtol=1e-12, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("finite", [True, False])
