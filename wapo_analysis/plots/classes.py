@@ -1,19 +1,20 @@
-"""The four classes over the steps: how many tokens, how much gradient, where the rule is wrong."""
+"""The four classes over the steps, and bins of p by sign: how many tokens, how much gradient."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 
 from wapo_analysis.plots.frames import (
-    RUN_KEYS,
     class_frame,
     class_table,
     keep_labels,
-    token_frame,
+    mean_over_runs,
     with_empty_classes,
 )
 from wapo_analysis.plots.panels import (
@@ -21,21 +22,28 @@ from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
     class_text,
+    filled_parts,
     label_figure,
-    label_legend,
-    label_lines,
     label_parts,
+    label_row,
     log_y,
     note,
     replicate_line,
+    sign_legend,
     stack,
     step_axis,
 )
-from wapo_analysis.plots.registry import after, ends, figure, joined, largest_key
-from wapo_analysis.plots.style import CLASS_COLORS, MUTED, new_figure
+from wapo_analysis.plots.registry import ends, figure, joined, largest, largest_key
+from wapo_analysis.plots.style import (
+    CLASS_COLORS,
+    INK,
+    MUTED,
+    SIGN_COLORS,
+    SIGN_NAMES,
+    SIGNS,
+)
+from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
 from wapo_analysis.store import Need, Run
-
-_RULE_STEPS = 40
 
 
 def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
@@ -162,81 +170,6 @@ def plot_gradient_mass(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
     return axes
 
 
-def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
-    """How often, and for how much of the entropy change, the rule's sign is wrong.
-
-    Only tokens with a non-zero predicted dH count. Steps are at most forty evenly spaced ones.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, tokens, weight``: share of the tokens, and share of the summed
-        absolute first-order dH, whose sign is not the one of the token's class.
-    """
-    rows = token_frame(runs, ("cls", "pred_dentropy"), max_steps=_RULE_STEPS)
-    moved = rows[np.isfinite(rows["pred_dentropy"].astype(float)) & (rows["pred_dentropy"] != 0)]
-    moved = moved[moved["cls"].isin(range(4))]
-    effect = moved["pred_dentropy"].to_numpy(dtype=np.float64)
-    expected = np.asarray(tax.rule_dentropy_sign(moved["cls"].to_numpy(dtype=np.int64)))
-    wrong = np.sign(effect) != expected
-    size = np.abs(effect)
-    table = moved[[*RUN_KEYS, "step"]].assign(one=1.0, wrong=wrong, size=size, bad=size * wrong)
-    keys = ["label", "run", "step"]
-    sums = table.groupby(keys, sort=False)[["one", "wrong", "size", "bad"]].sum().reset_index()
-    seeds = {place: run.seed for place, run in enumerate(runs)}
-    shares = pd.DataFrame(
-        {
-            "label": sums["label"],
-            "seed": sums["run"].map(seeds),
-            "run": sums["run"],
-            "step": sums["step"],
-            "tokens": sums["wrong"] / sums["one"],
-            "weight": sums["bad"] / sums["size"],
-        }
-    )
-    return keep_labels(shares, runs)
-
-
-def _says_rule_breaks(frame: pd.DataFrame) -> str:
-    means = frame.groupby("label", sort=False)[["tokens", "weight"]].mean().dropna()
-    return after(
-        "The class tells the wrong direction",
-        joined(
-            f"{label} for {row.tokens:.1%} of the tokens, {row.weight:.1%} of the predicted |dH|"
-            for label, row in means.iterrows()
-        ),
-    )
-
-
-@figure(
-    Need("tokens", "pred_dentropy"),
-    title="How often is the class's entropy rule wrong?",
-    caption="Look for a large right panel: many wrong tokens matter little while their share "
-    "of the entropy change stays small.",
-    group="classes",
-    over_steps=True,
-)
-def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Share of tokens and share of the entropy change that break the rule, over the steps.
-
-    Returns axes of shape (2,).
-    """
-    figure = figure or new_figure(3.6)
-    axes: AxesArray = figure.subplots(1, 2, sharex=True, sharey=True)
-    for ax, column, title in (
-        (axes[0], "tokens", "share of the tokens"),
-        (axes[1], "weight", "share of the predicted |dH|"),
-    ):
-        label_lines(ax, frame, column)
-        ax.set_title(title)
-    axes[0].set_ylabel("exact dH against the rule")
-    axes[0].set_ylim(bottom=0)
-    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-    step_axis(axes, frame["step"])
-    label_legend(figure, axes[0])
-    return axes
-
-
 def _with_share(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Add ``share``, the part of the sum over the classes of the run and step."""
     total = frame.groupby(["run", "step"])[column].transform("sum")
@@ -247,3 +180,162 @@ def _present(frame: pd.DataFrame) -> list[str]:
     """Names of the classes with a non-zero share somewhere, in legend order."""
     seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame["share"] > 0, "cls"]}
     return [name for name in CLASS_COLORS if name in seen]
+
+
+def bin_names(edges: Sequence[float]) -> list[str]:
+    """Text of every bin between the edges, such as ``.1-.25``."""
+    texts = [f"{edge:g}".replace("0.", ".") for edge in edges]
+    return [f"{low}-{high}" for low, high in zip(texts, texts[1:], strict=False)]
+
+
+def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
+    """Gradient mass per bin of p and sign over all steps, exact and by the official proxy.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, sign, prob_bin, exact, proxy``: shares of the run's whole exact mass in
+        the paper's five bins of p. The proxy is the sum of |coef| (1 - p) instead of |dL/dz|; it
+        may add up to less than one.
+    """
+    frame = _paper_bins(runs, ("grad_mass", "grad_mass_proxy"))
+    total = frame.groupby("run")["grad_mass"].transform("sum")
+    total = total.where(total > 0)
+    shares = frame.assign(exact=frame["grad_mass"] / total, proxy=frame["grad_mass_proxy"] / total)
+    return keep_labels(shares.drop(columns=["grad_mass", "grad_mass_proxy"]), runs)
+
+
+def _says_bin_mass(frame: pd.DataFrame) -> str:
+    names, told = bin_names(PAPER_EDGES), []
+    means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="exact")
+    for label, rows in means.groupby("label", sort=False):
+        top = largest(rows, "exact")
+        told.append(
+            f"{label}: {top['exact']:.0%} of the gradient is on tokens with "
+            f"{SIGN_NAMES[int(top['sign'])]}, p in {names[int(top['prob_bin'])]}"
+        )
+    return joined(told)
+
+
+@figure(
+    Need("classes", "grad_mass"),
+    title="At which probabilities does the gradient sit?",
+    caption="Look for the longest bar: it names the probability and the sign that own the update, "
+    "and the black tick shows what the (1 - p) proxy of the published code says. Bins are those of "
+    "arXiv 2606.16154.",
+    group="policy",
+)
+def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Bars of the exact mass, A > 0 upwards, A < 0 downwards, the proxy as a tick.
+
+    Returns axes of shape (labels,).
+    """
+    labels, figure, axes = _bin_panels(frame, figure, 3.4)
+    means = mean_over_runs(frame, ("sign", "prob_bin"))
+    for ax, _, part in label_parts(axes, means, labels):
+        if not part["exact"].notna().any():
+            note(ax, "nothing had a gradient,\nor the norm is unknown")
+            continue
+        for sign in SIGNS:
+            rows = part[(part["sign"] == sign) & (part["exact"] > 0)]
+            _mirrored(ax, rows["prob_bin"], sign * rows["exact"], sign)
+            ticks = part[(part["sign"] == sign) & (part["proxy"] > 0)]
+            if len(ticks):
+                ax.plot(ticks["prob_bin"], sign * ticks["proxy"], "_", color=INK, ms=16, mew=1.4)
+    top = means.groupby("sign")["exact"].max().reindex(list(SIGNS)).fillna(0)
+    room = 0.12 * float(top.sum()) or 1.0
+    axes[0].set_ylim(-top[-1] - room, top[1] + room)
+    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):.0%}"))
+    axes[0].set_ylabel("share of the gradient mass")
+    proxy = Line2D([], [], color=INK, marker="_", ms=11, ls="", label="proxy (1 - p)")
+    sign_legend(figure, proxy)
+    return axes
+
+
+def _mirrored(ax: Axes, places: pd.Series, sizes: pd.Series, sign: int) -> None:
+    """Bars of one sign with their share beyond the end of each; tiny ones go without."""
+    ax.bar(places, sizes, 0.7, color=SIGN_COLORS[sign])
+    ax.axhline(0, color=INK, linewidth=0.6)
+    for place, size in zip(places, sizes, strict=True):
+        if abs(size) >= 0.005:
+            ax.annotate(
+                f"{abs(size):.0%}", (place, size), xytext=(0, 3 * sign),
+                textcoords="offset points", ha="center", va="bottom" if sign > 0 else "top",
+                fontsize=8.5,
+            )  # fmt: skip
+
+
+def prepare_token_strength(runs: Sequence[Run]) -> pd.DataFrame:
+    """Mean coefficient of a token per bin of p and sign over all steps.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, sign, prob_bin, strength``: mean of coef = -dL/dlogp over the tokens of
+        the bin. The official token strength is w * ratio * A; coef is that with clipping, gates
+        and the outer normaliser included, so clipped tokens count as 0.
+    """
+    frame = _paper_bins(runs, ("coef_sum", "tokens"))
+    frame["strength"] = frame["coef_sum"] / frame["tokens"].where(frame["tokens"] > 0)
+    return keep_labels(frame.drop(columns=["coef_sum", "tokens"]), runs)
+
+
+def _says_token_strength(frame: pd.DataFrame) -> str:
+    """Strongest bin against the weakest that is moved at all."""
+    names, told = bin_names(PAPER_EDGES), []
+    means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="strength")
+    for label, rows in means[means["strength"] != 0].groupby("label", sort=False):
+        size, top = rows["strength"].abs(), largest(rows, "strength")
+        told.append(
+            f"{label}: strongest at p in {names[int(top['prob_bin'])]}, "
+            f"{SIGN_NAMES[int(top['sign'])]}, {size.max() / size.min():.2g} times the weakest"
+        )
+    return joined(told)
+
+
+@figure(
+    Need("classes", "coef_sum"),
+    title="How strong is the update of a single token?",
+    caption="Look for bars that grow towards small probabilities: there one token weighs more "
+    "than its share (coef is the official w x ratio x A with clipping and normaliser in it).",
+    group="policy",
+)
+def plot_token_strength(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Bars of the mean coefficient in the paper's bins of p; axes of shape (labels,)."""
+    labels, figure, axes = _bin_panels(frame, figure, 3.0)
+    means, lacks = mean_over_runs(frame, ("sign", "prob_bin")), "'coef' was not recorded"
+    parts = filled_parts(axes, means, labels, "strength", f"not available here:\n{lacks}")
+    for ax, _, part in parts:
+        for sign in SIGNS:
+            rows = part[part["sign"] == sign]
+            ax.bar(rows["prob_bin"], rows["strength"], 0.7, color=SIGN_COLORS[sign])
+        ax.axhline(0, color=INK, linewidth=0.6)
+    axes[0].set_ylabel("mean coefficient,\n-dL/dlogp")
+    sign_legend(figure)
+    return axes
+
+
+def _paper_bins(runs: Sequence[Run], columns: Sequence[str]) -> pd.DataFrame:
+    """Sums over all steps of tokens with A > 0 and A < 0 in the paper's five bins of p."""
+    frame = class_frame(runs, columns, ("sign", "prob_bin"))
+    signed = frame[frame["sign"].isin(SIGNS) & (frame["prob_bin"] >= 0)]
+    merge = np.searchsorted(PAPER_EDGES, PROB_EDGES[:-1], side="right") - 1
+    coarse = signed.assign(prob_bin=signed["prob_bin"].astype(int).map(dict(enumerate(merge))))
+    keys = ["label", "run", "sign", "prob_bin"]
+    grouped = coarse.groupby(keys, sort=False)
+    sums = grouped[list(columns)].sum(min_count=1).assign(seed=grouped["seed"].first())
+    return sums.reset_index()[["label", "seed", "run", "sign", "prob_bin", *columns]]
+
+
+def _bin_panels(
+    frame: pd.DataFrame, figure: Figure | None, panel: float
+) -> tuple[list[str], Figure, AxesArray]:
+    """:func:`label_row` with the paper's bins of p across."""
+    labels, figure, axes = label_row(frame, figure, panel)
+    names = bin_names(PAPER_EDGES)
+    for ax in axes:
+        ax.set_xticks(range(len(names)), labels=names, fontsize=9)
+        ax.set_xlim(-0.6, len(names) - 0.4)
+        ax.grid(visible=False, axis="x")
+        ax.set_xlabel("p of the sampled token")
+    return labels, figure, axes

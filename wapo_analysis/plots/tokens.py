@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from wapo_taxonomy import CLASSES
+from wapo_taxonomy import CLASSES, rule_dentropy_sign
 
-from wapo_analysis.plots.frames import keep_labels, labels_of, mean_over_runs, token_frame
+from wapo_analysis.plots.frames import RUN_KEYS, keep_labels, labels_of, mean_over_runs, token_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
     class_legend,
@@ -37,6 +37,69 @@ _STEPS = 40
 _TOP = 6
 _POSITIONS = 20
 _ENTROPY_BINS = 40
+
+
+def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
+    """How often, and for how much of the entropy change, the rule's sign is wrong.
+
+    Only tokens with a non-zero predicted dH count. Steps are at most forty evenly spaced ones.
+
+    Returns
+    -------
+    DataFrame
+        ``label, seed, run, step, tokens, weight``: share of the tokens, and share of the summed
+        absolute first-order dH, whose sign is not the one of the token's class.
+    """
+    rows = token_frame(runs, ("cls", "pred_dentropy"), max_steps=_STEPS)
+    moved = rows[np.isfinite(rows["pred_dentropy"].astype(float)) & (rows["pred_dentropy"] != 0)]
+    moved = moved[moved["cls"].isin(range(4))]
+    effect = moved["pred_dentropy"].to_numpy(dtype=np.float64)
+    expected = np.asarray(rule_dentropy_sign(moved["cls"].to_numpy(dtype=np.int64)))
+    wrong = np.sign(effect) != expected
+    size = np.abs(effect)
+    table = moved[[*RUN_KEYS, "step"]].assign(tokens=wrong, size=size, bad=size * wrong)
+    cells = table.groupby([*RUN_KEYS, "step"], dropna=False, sort=False)
+    sums = cells[["size", "bad"]].sum()
+    shares = pd.DataFrame({"tokens": cells["tokens"].mean(), "weight": sums["bad"] / sums["size"]})
+    return keep_labels(shares.reset_index(), runs)
+
+
+def _says_rule_breaks(frame: pd.DataFrame) -> str:
+    means = frame.groupby("label", sort=False)[["tokens", "weight"]].mean().dropna()
+    return after(
+        "The class tells the wrong direction",
+        joined(
+            f"{label} for {row.tokens:.1%} of the tokens, {row.weight:.1%} of the predicted |dH|"
+            for label, row in means.iterrows()
+        ),
+    )
+
+
+@figure(
+    Need("tokens", "pred_dentropy"),
+    title="How often is the class's entropy rule wrong?",
+    caption="Look for a large right panel: many wrong tokens matter little while their share "
+    "of the entropy change stays small.",
+    group="classes",
+    over_steps=True,
+)
+def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
+    """Share of tokens and share of the entropy change that break the rule, over the steps.
+
+    Returns axes of shape (2,).
+    """
+    figure = figure or new_figure(3.6)
+    axes: AxesArray = figure.subplots(1, 2, sharex=True, sharey=True)
+    titles = {"tokens": "share of the tokens", "weight": "share of the predicted |dH|"}
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        label_lines(ax, frame, column)
+        ax.set_title(title)
+    axes[0].set_ylabel("exact dH against the rule")
+    axes[0].set_ylim(bottom=0)
+    axes[0].yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    step_axis(axes, frame["step"])
+    label_legend(figure, axes[0])
+    return axes
 
 
 def prepare_covariance(runs: Sequence[Run]) -> pd.DataFrame:

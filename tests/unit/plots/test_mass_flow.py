@@ -8,7 +8,7 @@ import torch
 
 from wapo_analysis import Recorder
 from wapo_analysis.plots import get_figure, render
-from wapo_analysis.plots.bins import GOERS, prepare_mass_flow
+from wapo_analysis.plots.probes import GOERS, prepare_mass_flow
 from wapo_analysis.store import Run, open_run
 
 B, T, V, ETA = 4, 6, 12, 2e-3

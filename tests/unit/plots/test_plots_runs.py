@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.plots import bins, classes, entropy, policy, shift, training
+from wapo_analysis.plots import classes, entropy, policy, shift, tokens, training
 from wapo_analysis.plots.style import CLASS_COLORS, SIGN_COLORS, label_styles, theme
 from wapo_analysis.schema import PAPER_EDGES, PROB_EDGES
 from wapo_analysis.series import Series
@@ -223,7 +223,7 @@ def test_unknown_classes_are_not_taken_for_empty_ones(tmp_path: Path) -> None:
 
 
 def test_rule_breaks_agree_with_the_exact_class_totals(pair: list[Run]) -> None:
-    frame = classes.prepare_rule_breaks(pair)
+    frame = tokens.prepare_rule_breaks(pair)
     for place, run in enumerate(pair):
         cells = run.classes
         steps = run.tokens()
@@ -232,7 +232,7 @@ def test_rule_breaks_agree_with_the_exact_class_totals(pair: list[Run]) -> None:
         mine = frame[frame["run"] == place].set_index("step")["tokens"]
         np.testing.assert_allclose(mine, expected[mine.index])
     assert (frame["weight"] <= frame["tokens"] + 0.05).all(), "breaks are the small effects"
-    axes = classes.plot_rule_breaks(frame)
+    axes = tokens.plot_rule_breaks(frame)
     assert axes[0].get_ylabel() == "exact dH against the rule"
 
 
@@ -339,7 +339,7 @@ def test_behaviour_counts_tokens_beyond_the_clip(pair: list[Run]) -> None:
 
 
 def test_paper_bins_hold_the_whole_gradient(pair: list[Run]) -> None:
-    frame = bins.prepare_bin_mass(pair)
+    frame = classes.prepare_bin_mass(pair)
     np.testing.assert_allclose(frame.groupby("run")["exact"].sum(), 1.0)
     assert (frame["proxy"] <= frame["exact"] + 1e-12).all(), "(1 - p) is a lower bound"
     assert frame["prob_bin"].max() <= len(PAPER_EDGES) - 2
@@ -352,12 +352,12 @@ def test_paper_bins_hold_the_whole_gradient(pair: list[Run]) -> None:
 
 
 def test_bin_names_cover_the_scale() -> None:
-    assert bins.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
+    assert classes.bin_names(PAPER_EDGES) == ["0-.01", ".01-.1", ".1-.25", ".25-.5", ".5-1"]
 
 
 def test_bin_bars_are_the_prepared_numbers(pair: list[Run]) -> None:
-    frame = bins.prepare_token_strength(pair)
-    axes = bins.plot_token_strength(frame)
+    frame = classes.prepare_token_strength(pair)
+    axes = classes.plot_token_strength(frame)
     assert axes.shape == (2,)
     part = frame[(frame["label"] == "WAPO") & (frame["sign"] == 1)]
     heights = sorted(bar.get_height() for bar in axes[1].patches if bar.get_height() > 0)
@@ -365,14 +365,14 @@ def test_bin_bars_are_the_prepared_numbers(pair: list[Run]) -> None:
     colors = {to_hex(bar.get_facecolor()) for bar in axes[0].patches}
     assert colors == {SIGN_COLORS[1].lower(), SIGN_COLORS[-1].lower()}
     assert len(axes[0].get_xticklabels()) == len(PAPER_EDGES) - 1
-    mass = bins.prepare_bin_mass(pair)
-    drawn = [bar.get_height() for bar in bins.plot_bin_mass(mass)[1].patches]
+    mass = classes.prepare_bin_mass(pair)
+    drawn = [bar.get_height() for bar in classes.plot_bin_mass(mass)[1].patches]
     expected = mass[(mass["label"] == "WAPO") & (mass["exact"] > 0)]["exact"]
     np.testing.assert_allclose(sorted(drawn), sorted(expected))
 
 
 def test_token_strength_is_the_mean_coefficient(pair: list[Run]) -> None:
-    frame = bins.prepare_token_strength(pair[:1])
+    frame = classes.prepare_token_strength(pair[:1])
     tokens = pair[0].tokens()
     mine = tokens[(tokens["sign"] == -1) & (tokens["prob"] >= 0.5)]
     rows = frame[(frame["sign"] == -1) & (frame["prob_bin"] == 4)]
