@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from experiments.pretrain_base import EOS, PAD, PEAK_LR, Row, collate, learning_rate, save
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.models import no_progress_bars
+from wapo_analysis.train.policy import no_progress_bars
 
 # ---- word problems ------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ import torch
 
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
-from wapo_analysis.train.models import load_policy, no_progress_bars
+from wapo_analysis.train.models import load_policy
+from wapo_analysis.train.policy import no_progress_bars
 
 SETTINGS: dict[str, dict[str, object]] = {
     "plain": {},

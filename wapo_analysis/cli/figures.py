@@ -152,8 +152,7 @@ def _draw_all(
     """Draw here from the front and, where there are helpers, elsewhere from the end."""
     from concurrent.futures.process import BrokenProcessPool
 
-    from wapo_analysis.plots import render, save_figure
-    from wapo_analysis.plots.registry import prepare_marks
+    from wapo_analysis.plots import prepare_marks, render, save_figure
 
     marks = prepare_marks(runs)
     gc.freeze()  # else every collection while drawing walks through all that was imported

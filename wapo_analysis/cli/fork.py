@@ -49,9 +49,9 @@ def fork(
         wapo fork runs/grpo --at 60 --objective wapo --steps 40
         wapo fork runs/grpo --at 0 --set lr=1e-5 --out runs/gentle
     """
+    from wapo_analysis.train.checkpoint import only_data, settings_of
     from wapo_analysis.train.fork import fork_run, plan_fork
     from wapo_analysis.train.rollout import NonFiniteLogits
-    from wapo_analysis.train.trust import only_data, settings_of
 
     given = {"objective": objective, "include_bins": include_bins, "exclude_bins": exclude_bins}
     changes = assigned(other or []) | as_settings(given)

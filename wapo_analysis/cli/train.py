@@ -4,7 +4,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -112,10 +112,8 @@ def train(
         return
     if checkpoint is not None and not resume:
         raise UserError("--checkpoint says where to --resume from; give both")
-    from wapo_analysis.train.trust import only_data
-
     changes = assigned(other or []) | as_settings(given)
-    with _told_once(), only_data(resume and not trust_run):
+    with _told_once(), _only_data(resume and not trust_run):
         chosen = _chosen(config, changes, out if resume else None, trust_run)
         folder = out or Path("runs") / f"{chosen.objective}-{chosen.seed}"
         chosen.load_task()  # what is wrong with the data shows before the model is loaded
@@ -194,6 +192,15 @@ def _ended(folder: Path) -> None:
         drop_output()  # what counts is on disk
 
 
+def _only_data(on: bool) -> AbstractContextManager[None]:
+    """A block that loads only data of a run that is continued; a new run loads torch later."""
+    if not on:
+        return nullcontext()
+    from wapo_analysis.train.checkpoint import only_data
+
+    return only_data()
+
+
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Leave what all processes of a run would say of an error to the first of them."""
@@ -226,7 +233,7 @@ def _chosen(
 ) -> TrainConfig:
     """Settings from the resumed run or the file, with the options given on top."""
     if resumed is not None:
-        from wapo_analysis.train.trust import settings_of
+        from wapo_analysis.train.checkpoint import settings_of
 
         return settings_of(resumed, changes, trust)
     base = TrainConfig.from_toml(config) if config is not None else TrainConfig()

@@ -36,8 +36,7 @@ from wapo_analysis.train.lifecycle import (
     nothing_left_if_refused,
     stop_between_steps,
 )
-from wapo_analysis.train.models import no_progress_bars
-from wapo_analysis.train.policy import Policy
+from wapo_analysis.train.policy import Policy, no_progress_bars
 from wapo_analysis.train.rollout import NonFiniteLogits
 from wapo_analysis.train.tasks.judge import require
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from wapo_analysis.plots import ends, figure, joined, largest, largest_key
 from wapo_analysis.plots.frames import (
     class_frame,
     class_table,
@@ -33,7 +34,6 @@ from wapo_analysis.plots.panels import (
     stack,
     step_axis,
 )
-from wapo_analysis.plots.registry import ends, figure, joined, largest, largest_key
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     INK,

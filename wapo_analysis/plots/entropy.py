@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE
 
+from wapo_analysis.plots import after, ends, figure, joined, largest_key
 from wapo_analysis.plots.frames import (
     class_frame,
     class_table,
@@ -34,7 +35,6 @@ from wapo_analysis.plots.panels import (
     stack,
     step_axis,
 )
-from wapo_analysis.plots.registry import after, ends, figure, joined, largest_key
 from wapo_analysis.plots.style import (
     INK,
     SIGN_COLORS,

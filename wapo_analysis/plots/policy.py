@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from wapo_analysis.plots import after, figure, joined
 from wapo_analysis.plots.frames import (
     keep_labels,
     labels_of,
@@ -28,7 +29,6 @@ from wapo_analysis.plots.panels import (
     sign_legend,
     step_axis,
 )
-from wapo_analysis.plots.registry import after, figure, joined
 from wapo_analysis.plots.style import (
     INK,
     MUTED,

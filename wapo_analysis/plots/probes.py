@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASSES
 
+from wapo_analysis.plots import figure, joined, largest_key
 from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
 from wapo_analysis.plots.panels import (
     AxesArray,
@@ -19,7 +20,6 @@ from wapo_analysis.plots.panels import (
     note,
     pair_legend,
 )
-from wapo_analysis.plots.registry import figure, joined, largest_key
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.probes import agreement, closure, part_name, three_numbers
 from wapo_analysis.schema import INTERACTION, MOMENTUM, UPDATE, WEIGHT_DECAY

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES
 
+from wapo_analysis.plots import figure, joined
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.panels import AxesArray, label_parts, label_row, note, pair_legend
-from wapo_analysis.plots.registry import figure, joined
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
 from wapo_analysis.probes import agreement
 from wapo_analysis.schema import axis_label

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from wapo_analysis.plots import figure
 from wapo_analysis.plots.panels import AxesArray
-from wapo_analysis.plots.registry import figure
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, new_figure
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array

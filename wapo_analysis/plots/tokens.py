@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES, rule_dentropy_sign
 
+from wapo_analysis.plots import after, changes, figure, joined, largest
 from wapo_analysis.plots.frames import RUN_KEYS, keep_labels, labels_of, mean_over_runs, token_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
@@ -20,7 +21,6 @@ from wapo_analysis.plots.panels import (
     note,
     step_axis,
 )
-from wapo_analysis.plots.registry import after, changes, figure, joined, largest
 from wapo_analysis.plots.style import (
     CLASS_COLORS,
     CLASS_INK,

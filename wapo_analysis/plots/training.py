@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from wapo_analysis.plots import after, changes, ends, figure, joined
 from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
@@ -20,7 +21,6 @@ from wapo_analysis.plots.panels import (
     mark_missing,
     step_axis,
 )
-from wapo_analysis.plots.registry import after, changes, ends, figure, joined
 from wapo_analysis.plots.style import INK, label_styles, new_figure
 from wapo_analysis.schema import axis_label
 from wapo_analysis.store import Need, Run

@@ -16,13 +16,12 @@ import torch
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
 from wapo_analysis.train.batch import encode_problems, graded_texts
-from wapo_analysis.train.checkpoint import naming, resume_point
+from wapo_analysis.train.checkpoint import naming, only_data, resume_point, settings_of
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.models import configured_policy
 from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import sample
 from wapo_analysis.train.tasks import Problem, Task
-from wapo_analysis.train.trust import only_data, settings_of
 
 _EVALUATION = 3  # stream of random numbers, beside those of the training batch
 _AT_ONCE = 64  # rows, if sample_batch_size does not say

@@ -24,11 +24,10 @@ from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import STEP_LOG, Manifest, read_manifest
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.lock import written_by_another
-from wapo_analysis.train.checkpoint import drop_later
+from wapo_analysis.train.checkpoint import drop_later, recorded_settings
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import NonFiniteLogits
-from wapo_analysis.train.trust import recorded_settings
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +17,15 @@ from typing import Any
 import torch
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.train.checkpoint import check_model
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.policy import Policy, PromptFormat, PromptStyle, enable_recompute
-from wapo_analysis.train.trust import check_model
+from wapo_analysis.train.policy import (
+    Policy,
+    PromptFormat,
+    PromptStyle,
+    enable_recompute,
+    no_progress_bars,
+)
 
 ALL_LINEAR = "all-linear"
 BASE, SMOLLM2 = "base", "smollm2"
@@ -45,24 +50,6 @@ class Adapter:
     alpha: float
     targets: tuple[str, ...] = (ALL_LINEAR,)
     seed: int = 0
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal while loading and saving."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    # The bar of the GGUF reader is a plain tqdm that heeds no switch of transformers.
-    bar, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)
-    try:
-        yield
-    finally:
-        gguf.tqdm = bar
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -332,8 +319,3 @@ def _peft() -> Any:
             'lora_rank needs peft, which is not installed: pip install "wapo-analysis[lora]"'
         ) from error
     return peft
-
-
-def save_options(model: Any) -> dict[str, Any]:
-    """Options of ``save_pretrained``: of a model with adapters only these are saved."""
-    return {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}

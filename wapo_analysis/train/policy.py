@@ -7,6 +7,7 @@ records is the text the policy was given.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,6 +168,24 @@ def _begin_ids(tokenizer: Any) -> list[int]:
 def _special_ids(tokenizer: Any) -> set[int]:
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the terminal while loading and saving."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    # The bar of the GGUF reader is a plain tqdm that heeds no switch of transformers.
+    bar, gguf.tqdm = gguf.tqdm, partial(gguf.tqdm, disable=True)
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

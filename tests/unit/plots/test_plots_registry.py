@@ -10,8 +10,15 @@ import pytest
 
 from tests.support.builders import DRIFTS, write_fake_run
 from wapo_analysis.errors import UserError
-from wapo_analysis.plots import FIGURES, FORMATS, encode_figure, get_figure, render, unavailable
-from wapo_analysis.plots.registry import prepare_marks
+from wapo_analysis.plots import (
+    FIGURES,
+    FORMATS,
+    encode_figure,
+    get_figure,
+    prepare_marks,
+    render,
+    unavailable,
+)
 from wapo_analysis.schema import TABLES
 from wapo_analysis.store import Run, open_run
 

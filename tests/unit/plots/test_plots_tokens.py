@@ -8,9 +8,16 @@ import pytest
 import wapo_taxonomy as tax
 
 from tests.support.builders import write_fake_run
-from wapo_analysis.plots import policy, tokens, training
+from wapo_analysis.plots import (
+    draw_marks,
+    joined,
+    policy,
+    prepare_marks,
+    step_label,
+    tokens,
+    training,
+)
 from wapo_analysis.plots.panels import step_axis
-from wapo_analysis.plots.registry import draw_marks, joined, prepare_marks, step_label
 from wapo_analysis.plots.style import new_figure
 from wapo_analysis.store import Run, open_run
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
+from wapo_analysis.train.checkpoint import settings_of
 from wapo_analysis.train.evaluate import evaluate_run
-from wapo_analysis.train.trust import settings_of
 
 SMALL: dict[str, Any] = {"eval_prompts": 2, "eval_samples": 1, "device": "cpu"}
 
