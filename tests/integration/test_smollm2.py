@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("gguf") is None, reason="extra gguf is not installed"),
 ]
 ROOT = Path(__file__).parents[2]
-REWARD = f"{ROOT / 'tests' / 'word_problems.py'}:names_answer"
+REWARD = f"{ROOT / 'tests' / 'support' / 'word_problems.py'}:names_answer"
 OPTIONS = (
     "--model smollm2 --steps 3 --prompts 4 --rollouts 4 --minibatches 2 --microbatch-size 4 "
     "--max-new-tokens 40 --lr 1e-5 --threads 1 --set store_bits=23"
