@@ -266,8 +266,6 @@ def _deviations_exact(rewards: list[float]) -> list[float]:
     """Deviations from the exactly rounded mean, with rounding residues set to exactly 0."""
     mean = math.fsum(rewards) / len(rewards)
     floor = RESIDUAL_ULPS * np.finfo(np.float64).eps * max(abs(reward) for reward in rewards)
-    if max(rewards) == min(rewards):
-        return [0.0] * len(rewards)
     return [0.0 if abs(reward - mean) <= floor else reward - mean for reward in rewards]
 
 

@@ -84,7 +84,7 @@ def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: 
     """
     mask = mask.bool()
     # An empty rollout counts as zero advantage: it is dropped by either gate.
-    sign_B1 = torch.where(mask.any(-1), advantage, torch.zeros_like(advantage)).unsqueeze(-1)
+    sign_B1 = torch.where(mask.any(1), advantage, torch.zeros_like(advantage)).unsqueeze(1)
     keep = mask.clone()
     if config.drops_negative:
         keep &= sign_B1 > 0
@@ -109,7 +109,7 @@ def _multiplied(
 ) -> LossOutput:
     """Masks multiply: a non-finite token loss makes the sum NaN even where it is dropped."""
     term = config.token_loss(logp, logp_old, advantage, mask, config.bounds)
-    loss = (term.loss * keep.to(logp.dtype) * weight.unsqueeze(-1)).sum()
+    loss = (term.loss * keep.to(logp.dtype) * weight.unsqueeze(1)).sum()
     none_dropped = torch.zeros((), dtype=torch.int64, device=logp.device)
     return LossOutput(loss, term.loss.detach(), term.ratio, term.clipped, keep, none_dropped)
 
@@ -124,21 +124,20 @@ def _selected(
     weight: Tensor,
 ) -> LossOutput:
     """Masks select, on the value and on the gradient, before anything is exponentiated."""
-    usable = mask & logp.isfinite()
+    usable, has_old = mask & logp.isfinite(), logp_old.isfinite()
     if config.uses_ratio:
-        usable &= logp_old.isfinite()
+        usable &= has_old
     kept = keep & usable
     zero = torch.zeros((), dtype=logp.dtype, device=logp.device)
     # Dropped tokens may give a sequence ratio its value but never receive gradient.
     clean_logp = torch.where(kept, logp, torch.where(usable, logp.detach(), zero))
-    clean_old = torch.where(usable & logp_old.isfinite(), logp_old, zero)
+    clean_old = torch.where(has_old, logp_old, zero)
     term = config.token_loss(clean_logp, clean_old, advantage, usable, config.bounds)
-    loss = torch.where(kept, term.loss * weight.unsqueeze(-1), zero).sum()
-    has_ratio = usable & logp_old.isfinite()
+    loss = torch.where(kept, term.loss * weight.unsqueeze(1), zero).sum()
     return LossOutput(
         loss,
         torch.where(usable, term.loss.detach(), torch.nan),
-        torch.where(has_ratio, term.ratio, torch.nan),
+        torch.where(usable & has_old, term.ratio, torch.nan),
         term.clipped & usable,
         kept,
         (keep & ~usable).sum(),

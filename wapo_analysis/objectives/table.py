@@ -24,9 +24,9 @@ class Bounds:
     and passes no gradient, so no ratio overflows; ``inf`` leaves every ratio as it is.
     """
 
-    low: float = 0.0
-    high: float = float("inf")
-    max_log_ratio: float = MAX_LOG_RATIO
+    low: float
+    high: float
+    max_log_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def _surrogate(log_ratio_BT: Tensor, advantage: Tensor, bounds: Bounds) -> Token
     """``-min(x A, clip(x) A)`` with x = exp(log-ratio)."""
     limit = bounds.max_log_ratio
     ratio_BT = log_ratio_BT.clamp(-limit, limit).exp()
-    advantage_B1 = advantage.unsqueeze(-1)
+    advantage_B1 = advantage.unsqueeze(1)
     plain_BT = ratio_BT * advantage_B1
     held_BT = ratio_BT.clamp(bounds.low, bounds.high) * advantage_B1
     clipped_BT = (plain_BT > held_BT) | (log_ratio_BT.abs() > limit)
@@ -106,8 +106,8 @@ def rollout_surrogate(
     Parameters as `token_surrogate`.
     """
     mask_BT = mask.to(logp.dtype)
-    total_B1 = ((logp - logp_old) * mask_BT).sum(-1, keepdim=True)
-    mean_B1 = total_B1 / mask_BT.sum(-1, keepdim=True).clamp(min=1.0)
+    total_B1 = ((logp - logp_old) * mask_BT).sum(1, keepdim=True)
+    mean_B1 = total_B1 / mask_BT.sum(1, keepdim=True).clamp(min=1.0)
     return _surrogate(mean_B1.expand_as(logp), advantage, bounds)
 
 
@@ -122,7 +122,7 @@ def likelihood(
     limit = bounds.max_log_ratio
     ratio_BT = (logp - logp_old).detach().clamp(-limit, limit).exp()
     unclipped_BT = ratio_BT.new_zeros(ratio_BT.shape).bool()
-    return TokenLoss(-advantage.unsqueeze(-1) * logp, ratio_BT, unclipped_BT)
+    return TokenLoss(-advantage.unsqueeze(1) * logp, ratio_BT, unclipped_BT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

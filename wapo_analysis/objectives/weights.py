@@ -33,8 +33,6 @@ class BatchWeights:
         Number of units averaged over (rollouts, groups or tokens), at least 1.
     multiplier : float
         Factor of the weighted sum; with several ranks, before the mean over ranks.
-    contributing : Tensor of bool, shape (N,)
-        Rollouts that are counted.
     num_minibatches : int
         Optimizer steps the batch is split into.
     """
@@ -42,16 +40,11 @@ class BatchWeights:
     sequence_weight: Tensor
     normalizer: float
     multiplier: float
-    contributing: Tensor
     num_minibatches: int = 1
 
     def on(self, device: torch.device) -> BatchWeights:
         """The same with its tensors on a device."""
-        return replace(
-            self,
-            sequence_weight=self.sequence_weight.to(device),
-            contributing=self.contributing.to(device),
-        )
+        return replace(self, sequence_weight=self.sequence_weight.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +191,6 @@ def batch_weights(
         sequence_weight=torch.from_numpy(weight),
         normalizer=units,
         multiplier=_multiplier(config, units, num_minibatches, world_size),
-        contributing=torch.from_numpy(contributing),
         num_minibatches=num_minibatches,
     )
 
@@ -228,7 +220,6 @@ def _kept_per_microbatch(
         sequence_weight=weight,
         normalizer=1.0 if is_global else batch.normalizer,
         multiplier=float(batch.num_minibatches) if is_global else batch.multiplier,
-        contributing=count_B > 0,
     )
 
 
@@ -260,7 +251,7 @@ def kept_token_weights(
     Returns
     -------
     BatchWeights
-        Weights on ``keep``'s device; ``contributing`` marks rollouts with a kept token.
+        Weights on ``keep``'s device.
 
     Notes
     -----
@@ -269,7 +260,7 @@ def kept_token_weights(
     dropped rollout, the batch's own normaliser at seq and group level, and at global level
     micro-batch means that add up.
     """
-    count_B = keep.sum(-1)
+    count_B = keep.sum(1)
     if not config.rules.kept_per_minibatch:
         return _kept_per_microbatch(config, count_B, group, batch)
     count_B = count_B.double()
@@ -282,7 +273,6 @@ def kept_token_weights(
         sequence_weight=weight_B,
         normalizer=float(units),
         multiplier=1.0 / units,
-        contributing=count_B > 0,
     )
 
 
@@ -312,8 +302,4 @@ def minibatch_weights(
     if config.normalize_by_kept_tokens:
         return kept_token_weights(config, keep, group, batch)
     rows = rows.to(batch.sequence_weight.device)
-    return replace(
-        batch,
-        sequence_weight=batch.sequence_weight[rows].to(keep.device),
-        contributing=batch.contributing[rows].to(keep.device),
-    )
+    return replace(batch, sequence_weight=batch.sequence_weight[rows].to(keep.device))

@@ -259,7 +259,7 @@ class StepJob:
     def _top_records(self) -> list[Records]:
         """The most probable tokens of rollouts whose own rows are written."""
         built = [Records.build(TOPK, top.columns(self.step, self.rank)) for top in self.tops]
-        if not built or self.share <= 0:
+        if not built:
             return []
         rows = Records.concat(built)
         kept = rows.select(chosen_rows(rows["rollout"], self.step, self.share))

@@ -64,6 +64,14 @@ def test_a_small_real_difference_is_not_rounded_away() -> None:
     np.testing.assert_allclose(found, [-5e-10, 5e-10], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("units", "zero"), [(14, True), (16, True), (20, False), (40, False)])
+def test_a_deviation_of_eight_rounding_units_is_none(units: int, zero: bool) -> None:
+    """Half of the difference of two rewards, in units of the larger one."""
+    for size in (1.0, 0.5, 1024.0):
+        pair = [size, size * (1 + units * np.finfo(np.float64).eps)]
+        assert (group_advantages("centered", pair, [0, 0]) == 0).all() == zero
+
+
 @given(
     rewards=st.lists(st.floats(-2, 2), min_size=2, max_size=10),
     kind=st.sampled_from(sorted(ADVANTAGE_KINDS)),

@@ -185,6 +185,27 @@ def test_clip_range(name: str, settings: dict[str, object], expected: tuple[floa
 
 
 @pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"mask_ratio_low": 0.0}, True), ({"mask_ratio_low": 1.0}, True),
+        ({"mask_ratio_low": -1e-9}, False), ({"mask_ratio_low": 1 + 1e-9}, False),
+        ({"mask_ratio_high": 1.0}, True), ({"mask_ratio_high": 1e9}, True),
+        ({"mask_ratio_high": 1 - 1e-9}, False), ({"mask_ratio_high": 1.1e9}, False),
+        ({"clip_eps": 0.0}, True), ({"clip_eps": 1e9}, True), ({"clip_eps": -1e-9}, False),
+        ({"clip_eps": 1.1e9}, False), ({"max_seq_len": 1}, True), ({"max_seq_len": 0}, False),
+        ({"max_seq_len": 10_000_000}, True), ({"max_seq_len": 10_000_001}, False),
+    ],
+)  # fmt: skip
+def test_settings_at_their_bounds(settings: dict[str, float], allowed: bool) -> None:
+    if allowed:
+        config = config_of("dapo", **settings)
+        assert all(getattr(config, name) == value for name, value in settings.items())
+    else:
+        with pytest.raises(UserError):
+            config_of("dapo", **settings)
+
+
+@pytest.mark.parametrize(
     ("name", "level", "rule"),
     [
         ("grpo", None, "seq"),

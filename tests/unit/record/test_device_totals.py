@@ -39,3 +39,11 @@ def test_statistics_a_source_lacks_are_missing_in_the_totals() -> None:
     assert set(found["regime"]) == {-1}
     assert np.isnan(found["entropy_sum"]).all()
     assert sums["entropy n"] == sums["kept_tokens n"] == 0
+
+
+def test_a_cell_of_which_no_token_was_kept_is_there() -> None:
+    given = tokens(1)
+    given.kept = given.kept & False  # type: ignore[operator]
+    found, _ = DeviceTotals(given, 1.0, None).arrived(1, 0)
+    assert found["tokens"].sum() == len(given.logp)
+    assert found["kept"].sum() == 0
