@@ -61,6 +61,7 @@ def replay_hazard(
         sequence_weight=given["seq_loss_weights"],
         normalizer=1.0,
         multiplier=1.0,
+        num_minibatches=1,
     )
     group = given.get("group_ids", rows).long()
     weight = minibatch_weights(config, batch, rows, keep, group).sequence_weight.to(dtype)

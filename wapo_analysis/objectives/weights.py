@@ -40,7 +40,7 @@ class BatchWeights:
     sequence_weight: Tensor
     normalizer: float
     multiplier: float
-    num_minibatches: int = 1
+    num_minibatches: int
 
     def on(self, device: torch.device) -> BatchWeights:
         """The same with its tensors on a device."""

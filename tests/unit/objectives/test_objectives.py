@@ -173,6 +173,7 @@ def test_registry_matches_the_published_table() -> None:
         ("gspo", {}, (0.96, 1.04)),
         ("dapo", {"mask_ratio_high": 1.28, "clip_eps": 0.5}, (0.8, 1.28)),
         ("raft++", {}, (0.0, 1.2)),
+        ("raft", {}, (0.0, np.inf)),
         ("wapo", {}, (0.0, 10.0)),
         ("wapo", {"clip_eps": 0.5}, (0.0, 1.5)),
     ],

@@ -76,12 +76,13 @@ def test_a_host_s_tokens_are_summed_up_by_the_writer_not_by_training() -> None:
 
 
 def test_outside_the_mask_is_told_apart_by_its_side() -> None:
-    mask = torch.tensor([[0, 1, 0, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    gradient = torch.tensor([[2.0, 2, 2, 2, torch.nan], [3, 0, 0, 0, 0], [4, 4, 4, 4, 4]])
-    assert outside_counts(gradient, mask).tolist() == [3, 1, 0]
-    gradient[0, 4] = -1e-30
-    assert outside_counts(gradient, mask).tolist() == [4, 1, 1]
-    assert outside_counts(gradient[0], mask[0]).tolist() == [3]
+    mask = torch.zeros(3, 9, dtype=torch.bool)
+    mask[0, [3, 5]], mask[2] = True, True
+    gradient = torch.tensor([[2.0, 2, 2, 2, 2, 2, 2, torch.nan, 0], [3.0] + [0] * 8, [4.0] * 9])
+    assert outside_counts(gradient, mask).tolist() == [6, 3, 1]
+    gradient[0, 7] = -1e-30
+    assert outside_counts(gradient, mask).tolist() == [7, 3, 2]
+    assert outside_counts(gradient[0], mask[0]).tolist() == [6]
     assert outside_counts(gradient * 0, mask).tolist() == [0, 0, 0]
 
 
