@@ -78,8 +78,8 @@ class Table:
         return tuple(column.name for column in self.columns if column.required)
 
 
-def _key(name: str, doc: str, dtype: str = "int32", required: bool = True) -> Column:
-    return Column(name, dtype, "1", "key", doc, required)
+def _key(name: str, doc: str, dtype: str = "int32") -> Column:
+    return Column(name, dtype, "1", "key", doc, required=True)
 
 
 def _measured(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import matplotlib as mpl
 import numpy as np
@@ -38,9 +38,6 @@ from wapo_analysis.plots.style import (
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need, Run
 
-if TYPE_CHECKING:
-    from wapo_analysis.diagnose import Diagnosis
-
 __all__ = [
     "CLASS_COLORS",
     "FIGURES",
@@ -61,17 +58,13 @@ _SHADE = "#EFEFEF"
 _GROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
-def prepare_marks(
-    runs: Sequence[Run], diagnoses: "Sequence[Diagnosis] | None" = None
-) -> pd.DataFrame:
+def prepare_marks(runs: Sequence[Run]) -> pd.DataFrame:
     """Baseline and onset of every run, and how many optimizer updates one of its steps has.
 
     Parameters
     ----------
     runs : sequence of Run
         Opened runs.
-    diagnoses : sequence of Diagnosis, optional
-        Theirs, where they are known already.
 
     Returns
     -------
@@ -82,10 +75,9 @@ def prepare_marks(
     """
     from wapo_analysis.diagnose import diagnose
 
-    found = [diagnose(run) for run in runs] if diagnoses is None else diagnoses
     parts = []
-    for place, (run, diagnosis) in enumerate(zip(runs, found, strict=True)):
-        steps = run.steps["step"].to_numpy()
+    for place, run in enumerate(runs):
+        onset, steps = diagnose(run).onset_step, run.steps["step"].to_numpy()
         if not len(steps):
             continue
         known = run.steps[["step", "entropy"]].dropna()
@@ -96,7 +88,7 @@ def prepare_marks(
             "baseline": entropy.step(min(entropy.few, len(entropy)) - 1)
             if len(entropy)
             else np.nan,
-            "onset": np.nan if diagnosis.onset_step is None else diagnosis.onset_step,
+            "onset": np.nan if onset is None else onset,
             "updates": pd.to_numeric(run.steps["updates"], errors="coerce").median(),
         }
         parts.append(pd.DataFrame([row]))

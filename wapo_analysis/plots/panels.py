@@ -37,23 +37,26 @@ _PLAIN_BELOW = 300.0
 _NOTHING = 1e-6
 
 
-def label_panels(
-    figure: Figure,
-    labels: Sequence[str],
+def label_figure(
+    frame: pd.DataFrame,
+    figure: Figure | None,
+    panel: float,
     rows: int = 1,
     *,
     share_x: bool = True,
     share_y: bool = True,
     columns: int = MAX_COLUMNS,
-) -> AxesArray:
+) -> tuple[list[str], Figure, AxesArray]:
     """One column of panels per label, titled with it; labels beyond the last column wrap.
 
     Parameters
     ----------
-    figure : Figure
-        Empty figure.
-    labels : sequence of str
-        Column titles.
+    frame : DataFrame
+        With the column ``label``.
+    figure : Figure, optional
+        Empty; None makes one.
+    panel : float
+        Height of a panel, inches.
     rows : int
         Quantities, one panel each per label.
     share_x : bool
@@ -65,11 +68,14 @@ def label_panels(
 
     Returns
     -------
-    ndarray of Axes, shape (rows, labels)
+    tuple
+        Labels, the figure, and its axes, an array of shape (rows, labels).
     """
-    blocks = -(-len(labels) // columns)
+    labels = labels_of(frame)
+    blocks = -(-max(len(labels), 1) // columns)
+    figure = figure or new_figure(1.0 + blocks * rows * panel)
     columns = -(-len(labels) // blocks)
-    grid = figure.add_gridspec(blocks * rows, columns)
+    grid = figure.add_gridspec(blocks * rows, max(columns, 1))
     axes: AxesArray = np.empty((rows, len(labels)), dtype=object)
     for place, label in enumerate(labels):
         block, column = divmod(place, columns)
@@ -85,35 +91,7 @@ def label_panels(
             if row < rows - 1 and share_x:
                 axes[row, place].tick_params(labelbottom=False)
         axes[0, place].set_title(label)
-    return axes
-
-
-def figure_height(labels: int, rows: int, panel: float = 2.6, columns: int = MAX_COLUMNS) -> float:
-    """Height in inches of a figure laid out by :func:`label_panels`, legend included."""
-    blocks = -(-max(labels, 1) // columns)
-    return 1.0 + blocks * rows * panel
-
-
-def label_figure(
-    frame: pd.DataFrame, figure: Figure | None, panel: float, rows: int = 1, **layout: Any
-) -> tuple[list[str], Figure, AxesArray]:
-    """Labels of a frame, a figure with ``rows`` panels for each, and their axes.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        With the column ``label``.
-    figure : Figure, optional
-        Empty; None makes one.
-    panel : float
-        Height of a panel, inches.
-    rows : int
-    **layout
-        Of :func:`label_panels`.
-    """
-    labels, columns = labels_of(frame), layout.get("columns", MAX_COLUMNS)
-    figure = figure or new_figure(figure_height(len(labels), rows, panel, columns))
-    return labels, figure, label_panels(figure, labels, rows, **layout)
+    return labels, figure, axes
 
 
 def label_row(

@@ -30,6 +30,10 @@ _COLUMNS = (
     "label", "seed", "run", "cls", "tokens", "predicted", "measured", "factor",
     "rank_correlation", "sign_agreement",
 )  # fmt: skip
+_LOOK = (
+    "Look for a filled bar (measured) on the other side of zero than the outline (predicted): "
+    "other tokens moved that class through shared parameters."
+)
 _FEW = 8
 _ADVANTAGES = (-np.inf, -1.0, 0.0, 1.0, np.inf)
 _POSITIVE = 2  # intervals from here on are of A > 0
@@ -74,8 +78,7 @@ _says_prob_shift = _says_entropy_shift = _says
 @figure(
     Need("tokens", "dprob"),
     title="Did the tokens' probabilities move as predicted?",
-    caption="Look for a filled bar (measured) on the other side of zero than the outline "
-    "(predicted): other tokens moved that class through shared parameters.",
+    caption=_LOOK,
     group="shift",
 )
 def plot_prob_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
@@ -86,8 +89,7 @@ def plot_prob_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
 @figure(
     Need("tokens", "dentropy"),
     title="Did the tokens' entropy move as predicted?",
-    caption="Look for a filled bar (measured) on the other side of zero than the outline "
-    "(predicted): other tokens moved that class through shared parameters.",
+    caption=_LOOK,
     group="shift",
 )
 def plot_entropy_shift(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:

@@ -60,8 +60,8 @@ class Loggers:
         By the name a warning uses.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink] | None = None) -> None:
-        self._sinks = dict(sinks or {})
+    def __init__(self, sinks: Mapping[str, Sink]) -> None:
+        self._sinks = dict(sinks)
 
     def log(self, row: Mapping[str, float]) -> None:
         """Copy a row of the step table; numbers that are not finite are left out."""
