@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wapo_analysis.diagnose.detectors import registry
+from wapo_analysis.diagnose import detectors
 from wapo_analysis.train.config import TrainConfig
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def _ctrl_c_as_in_a_terminal() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _faults_of_checks_are_seen() -> None:
-    registry.FAULTS_RAISE = True
+    detectors.FAULTS_RAISE = True
 
 
 @pytest.fixture(scope="session")

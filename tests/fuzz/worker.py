@@ -32,9 +32,9 @@ def main() -> None:
     with _instrumented() if options.guided else nullcontext():
         import wapo_analysis
         from tests.fuzz.target import Fuzz
-        from wapo_analysis.diagnose.detectors import registry
+        from wapo_analysis.diagnose import detectors
 
-        registry.FAULTS_RAISE = True
+        detectors.FAULTS_RAISE = True
 
         if options.guided:  # what a command imports when it runs is to be seen as well
             for module in pkgutil.walk_packages(wapo_analysis.__path__, "wapo_analysis."):

@@ -4,24 +4,96 @@
 >>> audit(run)  # doctest: +SKIP
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from wapo_analysis.audit import checks, rollouts, sampling, terms
 from wapo_analysis.audit.coefficient import MEANS, Coefficient, Core, read_coefficient
-from wapo_analysis.audit.declared import Known, declared_of, exact, library, settings_of
-from wapo_analysis.audit.evidence import Evidence
-from wapo_analysis.audit.result import Audit, Deviation, Findings, look
+from wapo_analysis.audit.declared import Known, declared_of, exact, library, look, settings_of
+from wapo_analysis.audit.evidence import Deviation, Evidence, Findings
 from wapo_analysis.audit.rollouts import RULES, Advantages, read_advantages
 from wapo_analysis.errors import UserError
+from wapo_analysis.results import Block, Items, Result, Say, Section, plain
 from wapo_analysis.store import Need, Run
 
 __all__ = ["Audit", "Deviation", "audit", "first_audit"]
 
 STEPS = 10
 """Steps with token rows that are looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Result):
+    """What a trainer computes, detected from its recorded tokens.
+
+    Attributes
+    ----------
+    run : str
+        Name of the run.
+    declared : str
+        Objective that the run names.
+    fits : tuple of str
+        Known objectives that fit everything that was seen; several if the data cannot tell them
+        apart, none if nothing known fits or it cannot be told.
+    summary : str
+        The first line.
+    steps : tuple of int
+        Steps that were looked at.
+    tokens : int
+        Their token rows.
+    deviations, facts, missing
+        See `Findings`.
+    """
+
+    run: str
+    declared: str
+    fits: tuple[str, ...]
+    summary: str
+    steps: tuple[int, ...]
+    tokens: int
+    deviations: tuple[Deviation, ...]
+    facts: dict[str, str]
+    missing: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """The audit in one line, for a diagnosis."""
+        names = ", ".join(found.name for found in self.deviations)
+        return f"{self.summary}; deviations: {names}" if names else self.summary
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return plain(asdict(self))  # type: ignore[no-any-return]
+
+    def page(self) -> Section:
+        """First line, deviations, what was checked, what could not be."""
+        parts: list[Block] = [Say(self.summary)]
+        parts += [self._deviation(found) for found in self.deviations]
+        if not self.deviations and self.tokens:
+            parts.append(Say("No deviation found."))
+        facts = [f"{name}: {text}" for name, text in self.facts.items()]
+        missing = [
+            f"{name}: not available here, because {why}" for name, why in self.missing.items()
+        ]
+        parts += [Section("Checked", [Items(facts)])] if facts else []
+        parts += [Section("Not checked", [Items(missing)])] if missing else []
+        return Section(f"Audit of {self.run}, {_steps(self.steps)}, {self.tokens} tokens", parts)
+
+    @staticmethod
+    def _deviation(found: Deviation) -> Section:
+        lines = [f"tokens: {found.tokens}", f"usual cause: {found.cause}", f"look at: {found.look}"]
+        return Section(f"Deviation: {found.says}", [Items(lines)])
+
+
+def _steps(steps: Sequence[int]) -> str:
+    if not steps:
+        return "no steps"
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
 
 
 def audit(run: Run, steps: int = STEPS) -> Audit:

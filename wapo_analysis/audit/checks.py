@@ -8,9 +8,8 @@ import math
 import numpy as np
 
 from wapo_analysis.audit.coefficient import Coefficient
-from wapo_analysis.audit.declared import Known
-from wapo_analysis.audit.evidence import Evidence, exponential
-from wapo_analysis.audit.result import Findings, look
+from wapo_analysis.audit.declared import Known, look
+from wapo_analysis.audit.evidence import Evidence, Findings, exponential
 from wapo_analysis.table import Array
 
 _LEAST = 5

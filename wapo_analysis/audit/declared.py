@@ -1,4 +1,4 @@
-"""Which losses are known, and what a run says of its own."""
+"""Which losses are known, what a run says of its own, and where each trainer computes them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -232,4 +232,57 @@ def exact(source: str) -> bool:
     return source in OWN_SOURCES
 
 
-__all__ = ["ANY", "OWN", "TRL", "Known", "declared_of", "exact", "library", "settings_of"]
+PLACES = {
+    "temperature": {
+        "trl": "GRPOConfig.temperature, top_p, top_k; _get_per_token_logps_and_entropies",
+        "verl": "rollout.temperature, top_p, top_k; dp_actor._forward_micro_batch",
+        "": "where logits become log-probabilities: divide by the sampling temperature, and shift "
+        "by one",
+    },
+    "old": {
+        "trl": "old_per_token_logps in _generate_and_score_completions; steps_per_generation",
+        "verl": "compute_log_prob and the weight sync of the rollout workers",
+        "": "where old log-probabilities are computed, and where the sampler gets its weights",
+    },
+    "update": {
+        "trl": "learning_rate, lr_scheduler_type, requires_grad of the model, the optimizer",
+        "": "zero_grad, backward, step, in this order; the parameters that the optimizer was given",
+    },
+    "mask": {
+        "trl": "completion_mask in _generate_and_score_completions",
+        "verl": "response_mask and loss_agg_mode in core_algos.agg_loss",
+        "": "the mask that the loss multiplies its tokens with",
+    },
+    "rollouts": {
+        "trl": "RepeatSampler and num_generations",
+        "": "the sampling call: one prompt per rollout, one random state for all",
+    },
+    "mean": {
+        "trl": "the end of GRPOTrainer._compute_loss, loss_type",
+        "verl": "core_algos.agg_loss, loss_agg_mode",
+        "": "the line that averages the token losses, and the division by accumulation steps",
+    },
+    "ratio": {
+        "trl": "GRPOTrainer._compute_loss: coef_1, coef_2, per_token_loss",
+        "verl": "core_algos.compute_policy_loss",
+        "": "the lines that make ratio and clipped ratio",
+    },
+    "advantage": {
+        "trl": "advantages in _generate_and_score_completions, scale_rewards",
+        "verl": "core_algos.compute_grpo_outcome_advantage",
+        "": "the lines that make advantages from rewards",
+    },
+    "kl": {
+        "trl": "beta and per_token_kl in GRPOTrainer._compute_loss",
+        "verl": "use_kl_loss, kl_loss_coef, kl_penalty; entropy_coeff",
+        "": "the terms that are added to the policy loss, and what is detached",
+    },
+    "precision": {"": "fp16 without a loss scale; bf16 or GradScaler"},
+}
+"""Where to look, by subject and source."""
+
+
+def look(source: str, subject: str) -> str:
+    """Place to look at in a trainer."""
+    places = PLACES[subject]
+    return places.get(source, places[""])

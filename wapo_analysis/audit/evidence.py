@@ -1,4 +1,4 @@
-"""What an audit looks at: token rows of a few steps, rewards, what was declared, and error bounds.
+"""What an audit looks at, with its error bounds, and what its checks find.
 
 Shapes: N token rows of the audited steps, U units (one rollout in one gradient pass).
 """
@@ -336,3 +336,57 @@ class Totals:
                 if (near & (whole >= self.longest)).all() and len(set(whole)) <= 1:
                     return True
         return False
+
+
+NO_SAMPLES = "tokens are no samples of the policy"
+"""Deviation beside which odds of tokens mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviation:
+    """Something the trainer does that it should not, or not by what was declared.
+
+    Attributes
+    ----------
+    name : str
+        Short name of the kind, for programs.
+    says : str
+        What was seen, with its size.
+    tokens : str
+        The tokens that show it.
+    cause : str
+        The usual cause.
+    look : str
+        The place to look at in this trainer.
+    """
+
+    name: str
+    says: str
+    tokens: str
+    cause: str
+    look: str
+
+
+@dataclass
+class Findings:
+    """What the checks of an audit add to, one after the other.
+
+    Attributes
+    ----------
+    deviations : list of Deviation
+    facts : dict of str to str
+        Of every check that could be made, what it found.
+    missing : dict of str to str
+        Of every check that could not, why.
+    """
+
+    deviations: list[Deviation] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def deviates(self, name: str, says: str, *, tokens: str, cause: str, look: str) -> None:
+        """Add a deviation, once for each kind."""
+        if all(found.name != name for found in self.deviations):
+            self.deviations.append(
+                Deviation(name=name, says=says, tokens=tokens, cause=cause, look=look)
+            )

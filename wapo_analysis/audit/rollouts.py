@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.audit.evidence import OWN_SOURCES, Evidence, first_of
-from wapo_analysis.audit.result import NO_SAMPLES, Findings, look
+from wapo_analysis.audit.declared import look
+from wapo_analysis.audit.evidence import NO_SAMPLES, OWN_SOURCES, Evidence, Findings, first_of
 from wapo_analysis.table import Array
 
 _CHANCE = 1e-7

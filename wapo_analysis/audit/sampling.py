@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 
-from wapo_analysis.audit.evidence import OWN_SOURCES, Evidence, by_unit
-from wapo_analysis.audit.result import NO_SAMPLES, Findings, look
+from wapo_analysis.audit.declared import look
+from wapo_analysis.audit.evidence import NO_SAMPLES, OWN_SOURCES, Evidence, Findings, by_unit
 from wapo_analysis.table import Array
 
 CERTAIN = 1e-7

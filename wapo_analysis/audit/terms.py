@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from wapo_analysis.audit.coefficient import MEANS, Coefficient
-from wapo_analysis.audit.declared import Known
-from wapo_analysis.audit.evidence import Evidence, by_unit, first_of
-from wapo_analysis.audit.result import Findings, look
+from wapo_analysis.audit.declared import Known, look
+from wapo_analysis.audit.evidence import Evidence, Findings, by_unit, first_of
 from wapo_analysis.audit.sampling import declared_number
 from wapo_analysis.table import Array
 

@@ -11,13 +11,11 @@ from dataclasses import replace
 import numpy as np
 
 from wapo_analysis.diagnose.advice import Advice, Situation, fork_command
-from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors import DETECTORS, Detector, run_detectors
+from wapo_analysis.diagnose.context import Context, entropy_drivers
+from wapo_analysis.diagnose.detectors import DETECTORS, MIN_STEPS, Detector, run_detectors
 from wapo_analysis.diagnose.detectors.forecast import EARLY, TREND_WINDOW
-from wapo_analysis.diagnose.detectors.registry import MIN_STEPS
 from wapo_analysis.diagnose.detectors.reward import find_confirmed_loss
 from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
-from wapo_analysis.diagnose.drivers import entropy_drivers, find_culprits
 from wapo_analysis.diagnose.result import (
     SEVERITIES,
     VERDICT_WORDS,
@@ -28,6 +26,7 @@ from wapo_analysis.diagnose.result import (
     Skipped,
     Verdict,
 )
+from wapo_analysis.diagnose.samples import find_culprits
 from wapo_analysis.store import Run
 
 __all__ = [

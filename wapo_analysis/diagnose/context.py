@@ -1,4 +1,4 @@
-"""What detectors read: the step columns of a run as series, its reward, its class flows."""
+"""What detectors read: step columns as series, the reward, class flows and who drives them."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,7 +10,14 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.diagnose.advice import Advice, Situation, trained_classes
+from wapo_analysis.diagnose.advice import (
+    CLASS_ADVICE,
+    LOWER_LR,
+    Advice,
+    Situation,
+    trained_classes,
+)
+from wapo_analysis.diagnose.result import Driver
 from wapo_analysis.diagnose.reward import (
     SOLVED,
     Fall,
@@ -28,6 +35,7 @@ from wapo_analysis.diagnose.samples import (
 )
 from wapo_analysis.diagnose.trainers import trainer_of
 from wapo_analysis.objectives.table import OBJECTIVES
+from wapo_analysis.schema import ALL_TOKENS
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -294,3 +302,85 @@ def grades_form(name: str) -> bool:
     (True, False)
     """
     return any(part in name.lower() for part in FORM)
+
+
+MIN_WINDOW = 5
+"""Steps over which drivers are ranked, at least."""
+
+
+def entropy_drivers(
+    context: Context, first: int | None, last: int | None, direction: int
+) -> tuple[Driver, ...]:
+    """Rank the classes by their predicted dH over a window of steps.
+
+    Parameters
+    ----------
+    context : Context
+        The run.
+    first, last : int or None
+        First and last step of the window, widened to at least ``MIN_WINDOW`` steps on its early
+        side; None leaves that side open.
+    direction : int
+        1 if the entropy rose, -1 if it fell, 0 to take the sign of the total.
+
+    Returns
+    -------
+    tuple of Driver
+        Largest share in the direction first. Empty if the run has no class totals with statistics.
+        ``predicted_dentropy`` is the exact first-order sum over all tokens (taxonomy/README.md).
+    """
+    flows = _window(context.flows, first, last)
+    if flows.empty:
+        return ()
+    total = flows.sum()
+    way = direction or (1 if total.sum() >= 0 else -1)
+    toward = way * total
+    gross = float(toward.clip(lower=0).sum())
+    alone = _counterfactual(context, flows.index.to_numpy())
+    drivers = [
+        Driver(name, float(total[name]), alone.get(name), float(toward[name]) / gross)
+        for name in toward.sort_values(ascending=False, kind="stable").index
+        if gross > 0 and total[name] != 0
+    ]
+    return tuple(drivers)
+
+
+def _window(flows: pd.DataFrame, first: int | None, last: int | None) -> pd.DataFrame:
+    """Rows of the window; the rows before it too if it holds fewer than ``MIN_WINDOW``."""
+    until = flows if last is None else flows[flows.index <= last]
+    inside = until if first is None else until[until.index >= first]
+    return inside if len(inside) >= MIN_WINDOW else until.tail(MIN_WINDOW)
+
+
+def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
+    """Measured entropy change of each class applied alone, summed over the probed steps."""
+    probes = context.run.probes
+    if probes.empty:
+        return {}
+    probes = probes[probes["tokens_of"] == ALL_TOKENS]
+    known = probes[probes["step"].isin(steps) & probes["part"].isin(range(len(tax.CLASSES)))]
+    sums = known.dropna(subset=["counterfactual_dentropy"]).groupby("part")
+    totals = sums["counterfactual_dentropy"].sum()
+    return dict(zip(totals.index.map(tax.CLASS_NAMES), totals.to_list(), strict=True))
+
+
+def driver_words(drivers: tuple[Driver, ...], direction: int) -> str:
+    """One clause on the class that predicts most of the change; empty without drivers."""
+    if not drivers:
+        return ""
+    way = "rise" if direction > 0 else "fall"
+    said = f"{drivers[0].cls} tokens account for {drivers[0].share:.0%} of the predicted {way}"
+    if direction * sum(driver.predicted_dentropy for driver in drivers) < 0:
+        said += f", though all classes together predict a {'fall' if direction > 0 else 'rise'}"
+    return said
+
+
+def driver_advice(drivers: tuple[Driver, ...]) -> Advice:
+    """What to change for the class that predicts most of the change."""
+    if not drivers:
+        return Advice(
+            "Which tokens drive it is not in this record; docs/watch_your_trainer.md shows how to "
+            "record it.",
+            steps=(LOWER_LR,),
+        )
+    return CLASS_ADVICE[drivers[0].cls]

@@ -11,7 +11,7 @@ from tests.support.builders import write_fake_run
 from tests.support.step_logs import names, ramp, write_flows, write_steps
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.diagnose import diagnose
-from wapo_analysis.diagnose.drivers import find_culprits
+from wapo_analysis.diagnose.samples import find_culprits
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter, open_run
 from wapo_analysis.table import Records

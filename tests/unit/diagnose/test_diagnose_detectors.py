@@ -17,10 +17,9 @@ from tests.support.step_logs import (
     write_flows,
     write_steps,
 )
-from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, diagnose
+from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, detectors, diagnose
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors import registry
-from wapo_analysis.diagnose.detectors.registry import Detector
+from wapo_analysis.diagnose.detectors import Detector
 from wapo_analysis.store import RunWriter, open_run
 
 STEPS = 60
@@ -129,8 +128,8 @@ def test_a_check_that_fails_leaves_the_others_standing(
     def broken(context: Context) -> list[Finding]:
         raise IndexError("index 5 is out of bounds")
 
-    monkeypatch.setattr(registry, "FAULTS_RAISE", False)
-    monkeypatch.setattr(registry, "DETECTORS", [Detector("odd", broken, (), 0), *DETECTORS])
+    monkeypatch.setattr(detectors, "FAULTS_RAISE", False)
+    monkeypatch.setattr(detectors, "DETECTORS", [Detector("odd", broken, (), 0), *DETECTORS])
     d = judge(tmp_path, entropy=noisy(ramp(0.5, 2.5, STEPS, 20, 20), 0.01))
     assert d.verdict == "entropy_explosion"
     assert ["odd"] == [s.name for s in d.skipped if "repair" in s.missing[0]]

@@ -4,8 +4,7 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice, leave_out
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.heldout import held_out_follows
-from wapo_analysis.diagnose.detectors.registry import (
+from wapo_analysis.diagnose.detectors import (
     LEVEL_SIGMAS,
     MIN_STEPS,
     detector,
@@ -13,6 +12,7 @@ from wapo_analysis.diagnose.detectors.registry import (
     level_finding,
     risen,
 )
+from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need

@@ -7,10 +7,9 @@ import pandas as pd
 import wapo_taxonomy as tax
 
 from wapo_analysis.diagnose.advice import CLASS_ADVICE, LOWER_LR, POSITIVE_ONLY, Advice
-from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.context import Context, driver_advice, driver_words, entropy_drivers
+from wapo_analysis.diagnose.detectors import detector, lasting, level_finding
 from wapo_analysis.diagnose.detectors.completions import degenerate_since
-from wapo_analysis.diagnose.detectors.registry import detector, lasting, level_finding
-from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, reward_state
 from wapo_analysis.series import Departure, Series, departure

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
-from wapo_analysis.diagnose.context import Context
+from wapo_analysis.diagnose.context import Context, driver_advice, driver_words, entropy_drivers
+from wapo_analysis.diagnose.detectors import detector
 from wapo_analysis.diagnose.detectors.entropy import FALL, RISE, find_entropy_fall
-from wapo_analysis.diagnose.detectors.registry import detector
-from wapo_analysis.diagnose.drivers import driver_advice, driver_words, entropy_drivers
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes, theil_sen
 from wapo_analysis.store import Need

@@ -6,7 +6,7 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import detector, lasting
+from wapo_analysis.diagnose.detectors import detector, lasting
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need

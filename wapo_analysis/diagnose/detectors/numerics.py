@@ -5,7 +5,7 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import (
+from wapo_analysis.diagnose.detectors import (
     MIN_STEPS,
     detector,
     lasting,

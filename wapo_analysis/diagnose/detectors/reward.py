@@ -6,7 +6,7 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
-from wapo_analysis.diagnose.detectors.registry import detector
+from wapo_analysis.diagnose.detectors import detector
 from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, fell_before

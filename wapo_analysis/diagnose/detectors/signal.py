@@ -5,7 +5,7 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import (
+from wapo_analysis.diagnose.detectors import (
     LEVEL_SIGMAS,
     MIN_STEPS,
     detector,

@@ -4,7 +4,7 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors.registry import MIN_STEPS, detector, lasting, level_finding
+from wapo_analysis.diagnose.detectors import MIN_STEPS, detector, lasting, level_finding
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
