@@ -5,6 +5,7 @@ recorded setting but the seed contradicts it. Runs of one label whose settings d
 settings of their own, with the difference in their label: "GRPO, lr 5e-5" and "GRPO, lr 1e-4".
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
@@ -24,6 +25,17 @@ BESIDE_TRAINING: Final = frozenset(
 _MANIFEST: Final = ("trainer", "model", "task", "temperature")
 _NAMED: Final = 3
 """Differences that a label names at most."""
+
+
+COMPARED = frozenset(
+    {
+        "objective", "loss_type", "clip_eps", "mask_ratio_low", "mask_ratio_high", "epsilon",
+        "epsilon_high", "delta", "bounds", "use_importance_sampling", "include_bins",
+        "exclude_bins", "loss_mean_level", "normalize_by_kept_tokens", "official", "max_seq_len",
+        "importance_sampling_level", "scale_rewards",
+    }
+)  # fmt: skip
+"""Settings of the objective: that they differ is what a comparison is made for."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,75 @@ def _in_order(groups: Sequence[_Group]) -> list[str]:
 def _differs(name: str, groups: Sequence[_Group]) -> bool:
     values = [group.known[name] for group in groups if name in group.known]
     return any(value != values[0] for value in values[1:])
+
+
+def heads_up(runs: Sequence[Run], settings: Sequence[Setting]) -> tuple[str, ...]:
+    """What has to be known before runs are compared: which are no seeds of one setting.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    settings : sequence of Setting
+        Of these runs, see `settings_of`.
+
+    Returns
+    -------
+    tuple of str
+        Sentences.
+    """
+    return (*_split(settings), *_repeated(settings), *_unlike(runs, settings))
+
+
+def _split(settings: Sequence[Setting]) -> list[str]:
+    given: dict[str, list[Setting]] = {}
+    for setting in settings:
+        given.setdefault(setting.given, []).append(setting)
+    return [
+        f"Runs labelled {label} differ in "
+        f"{_values(alike[0].differs, [run for s in alike for run in s.runs])}; "
+        "they are not seeds of one setting, so each setting has its own column."
+        for label, alike in given.items()
+        if len(alike) > 1
+    ]
+
+
+def _repeated(settings: Sequence[Setting]) -> list[str]:
+    """Runs of one setting and one seed are no independent draws."""
+    told = []
+    for setting in settings:
+        counts = Counter(run.seed for run in setting.runs if run.seed is not None)
+        twice = [f"{seed} ({count} runs)" for seed, count in counts.items() if count > 1]
+        if twice:
+            told.append(
+                f"{setting.label} holds runs of one seed: {', '.join(twice)}; they are not "
+                "independent, so its intervals are too narrow."
+            )
+    return told
+
+
+def _unlike(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
+    """Settings in which the runs differ although a comparison wants them equal."""
+    named = {name for setting in settings for name in setting.differs}
+    known = [recorded_settings(run) for run in runs]
+    names = [
+        name
+        for name in dict.fromkeys(name for values in known for name in values)
+        if name not in COMPARED | named
+        and len({shown_value(values[name]) for values in known if name in values}) > 1
+    ]
+    done = dict.fromkeys(str(len(run.steps)) for run in runs)
+    differ = [_values(names, runs)] if names else []
+    differ += [f"steps done ({', '.join(done)})"] if len(done) > 1 else []
+    return [f"Not like with like: the runs differ in {'; '.join(differ)}."] if differ else []
+
+
+def _values(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """Settings with the values they take, such as ``lr (5e-5, 1e-4)``."""
+    known = [recorded_settings(run) for run in runs]
+    return "; ".join(
+        f"{name} ({', '.join(dict.fromkeys(shown_value(values.get(name)) for values in known))})"
+        for name in names
+    )
 
 
 def shown_value(value: Any) -> str:

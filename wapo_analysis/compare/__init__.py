@@ -6,7 +6,6 @@ of Student's t; two settings are also compared seed by seed, which takes out wha
 """
 
 from wapo_analysis.compare.divergence import Divergence, Parting
-from wapo_analysis.compare.metrics import METRICS, Interval, Metric
-from wapo_analysis.compare.table import Comparison, compare
+from wapo_analysis.compare.table import METRICS, Comparison, Interval, Metric, compare
 
 __all__ = ["METRICS", "Comparison", "Divergence", "Interval", "Metric", "Parting", "compare"]

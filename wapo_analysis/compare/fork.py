@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.compare.metrics import EDGE, Interval
+from wapo_analysis.compare.table import EDGE, Interval
 from wapo_analysis.diagnose import VERDICT_WORDS, diagnose
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, plain, short

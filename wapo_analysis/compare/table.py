@@ -1,30 +1,155 @@
 """The comparison of settings: means over seeds, paired differences, the sentences they allow."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import wapo_taxonomy as tax
+from scipy import special
 
 from wapo_analysis.compare.divergence import Divergence, divergence
-from wapo_analysis.compare.metrics import METRICS, Interval, Metric
+from wapo_analysis.derive import class_codes
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Grid, Items, Result, Say, Section
-from wapo_analysis.settings import Setting, recorded_settings, settings_of, shown_value
+from wapo_analysis.settings import Setting, heads_up, settings_of
 from wapo_analysis.store import Run
+from wapo_analysis.table import Array
 
-COMPARED = frozenset(
-    {
-        "objective", "loss_type", "clip_eps", "mask_ratio_low", "mask_ratio_high", "epsilon",
-        "epsilon_high", "delta", "bounds", "use_importance_sampling", "include_bins",
-        "exclude_bins", "loss_mean_level", "normalize_by_kept_tokens", "official", "max_seq_len",
-        "importance_sampling_level", "scale_rewards",
-    }
+EDGE = 0.1
+"""Part of the steps that counts as first and as last."""
+CONFIDENCE = 0.95
+MAX_DECIMALS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Mean of a few numbers with the half-width of its interval; NaN half-width below two."""
+
+    n: int
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Array) -> "Interval":
+        """Mean and 95% Student-t half-width of the finite values, shape (n,)."""
+        known = np.asarray(values, np.float64)
+        known = known[np.isfinite(known)]
+        n = len(known)
+        if n == 0:
+            return cls(0, float("nan"), float("nan"))
+        spread = float(np.std(known, ddof=1)) / np.sqrt(n) if n > 1 else float("nan")
+        quantile = float(special.stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) if n > 1 else float("nan")
+        return cls(n, float(known.mean()), quantile * spread)
+
+    @property
+    def clear(self) -> bool:
+        """The interval leaves out zero."""
+        return bool(np.isfinite(self.half) and abs(self.mean) > self.half)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain values for JSON; what is not known is None."""
+        ends = {"mean": self.mean, "low": self.mean - self.half, "high": self.mean + self.half}
+        return {"n": self.n} | {k: v if np.isfinite(v) else None for k, v in ends.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the comparison.
+
+    Attributes
+    ----------
+    name : str
+        Key in data frames and JSON.
+    title : str
+        Words in tables, unit included.
+    value : callable
+        Run to number, NaN if the run cannot give it.
+    percent : bool
+        It is a share, shown in percent.
+    """
+
+    name: str
+    title: str
+    value: Callable[[Run], float]
+    percent: bool = False
+
+    def show(self, interval: Interval, signed: bool = False) -> str:
+        """Mean and half-width to two digits of the latter, such as ``0.52 ± 0.03``.
+
+        A signed share is a difference of shares, in percentage points; no value is ``n/a``.
+        """
+        if interval.n == 0:
+            return "n/a"
+        scale = 100.0 if self.percent else 1.0
+        unit = "" if not self.percent else " pp" if signed else "%"
+        mean, half = interval.mean * scale, interval.half * scale
+        plus = "+" if signed else ""
+        if not np.isfinite(half):
+            return _unsigned_zero(f"{mean:{plus}{'.1f' if self.percent else '.3g'}}") + unit
+        digits = 1 - int(np.floor(np.log10(half))) if half > 0 else 2
+        decimals = min(max(digits, 0), 1 if self.percent else MAX_DECIMALS)
+        shown = _unsigned_zero(f"{mean:{plus}.{decimals}f}")
+        return f"{shown} ± {half:.{decimals}f}{unit}"
+
+
+def _unsigned_zero(number: str) -> str:
+    """A number that rounds to zero has no sign."""
+    return number.lstrip("+-") if not number.strip("+-0.") else number
+
+
+def _edge_mean(run: Run, column: str, last: bool) -> float:
+    """Mean of a step column over the first or last tenth of its finite values."""
+    numbers = pd.to_numeric(run.steps[column], errors="coerce").to_numpy(np.float64)
+    known = numbers[np.isfinite(numbers)]
+    count = max(1, int(len(known) * EDGE))
+    part = known[-count:] if last else known[:count]
+    return float(part.mean()) if len(part) else float("nan")
+
+
+def _class_sums(run: Run, column: str) -> pd.Series:
+    """Sum of a class total over the whole run, per class code; NaN where none was recorded."""
+    cells = run.classes
+    sums = cells[column].groupby(class_codes(cells["cls"])).sum(min_count=1)
+    return pd.to_numeric(sums)
+
+
+def _token_share(run: Run, code: int) -> float:
+    sums = _class_sums(run, "tokens")
+    known = sums.drop(tax.CLASS_CODES[tax.UNKNOWN], errors="ignore")
+    return float(known.get(code, 0.0) / sums.sum()) if len(known) else float("nan")
+
+
+def _flow_share(run: Run, code: int) -> float:
+    """Signed predicted dH of a class over the sum of the sizes of all four."""
+    sums = _class_sums(run, "pred_dentropy_sum").reindex(range(len(tax.CLASSES)))
+    gross = float(sums.abs().sum())
+    return float(sums.fillna(0.0)[code]) / gross if gross > 0 else float("nan")
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("reward_first", "reward, first 10% of steps",
+           partial(_edge_mean, column="reward", last=False)),
+    Metric("reward_last", "reward, last 10%", partial(_edge_mean, column="reward", last=True)),
+    Metric("entropy_first", "entropy, first 10% (nats)",
+           partial(_edge_mean, column="entropy", last=False)),
+    Metric("entropy_last", "entropy, last 10% (nats)",
+           partial(_edge_mean, column="entropy", last=True)),
+    Metric("grad_norm_last", "gradient norm, last 10%",
+           partial(_edge_mean, column="grad_norm", last=True)),
+    *(Metric(f"tokens_{name}", f"tokens in {name}",
+             partial(_token_share, code=tax.CLASS_CODES[name]), percent=True)
+      for name in tax.CLASSES),
+    Metric("tokens_none", "tokens without advantage",
+           partial(_token_share, code=tax.CLASS_CODES[tax.NONE]), percent=True),
+    *(Metric(f"flow_{name}", f"predicted dH, share of {name}",
+             partial(_flow_share, code=tax.CLASS_CODES[name]), percent=True)
+      for name in tax.CLASSES),
 )  # fmt: skip
-"""Settings of the objective: that they differ is what a comparison is made for."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +200,6 @@ class Comparison(Result):
         """Label of the setting of every run, in the order of the runs."""
         by_place = {place: s.label for s in self.settings for place in s.places}
         return tuple(by_place[place] for place in range(len(self.runs)))
-
-    def diagnoses_of(self, label: str) -> list[Diagnosis]:
-        """Diagnoses of the runs of one setting."""
-        both = zip(self.label_of, self.diagnoses, strict=True)
-        return [found for name, found in both if name == label]
 
     @property
     def title(self) -> str:
@@ -188,14 +308,14 @@ class Comparison(Result):
 
     def _verdict_sentences(self) -> list[str]:
         sentences = []
-        for label in self.labels:
-            mine = self.diagnoses_of(label)
+        for setting in self.settings:
+            mine = [self.diagnoses[place] for place in setting.places]
             bad = [d for d in mine if d.onset_step is not None]
             told = bad or mine
             many = f" in {len(told)} of {len(mine)} runs" if len(mine) > 1 else ""
             name = f" {told[0].run}:" if len(mine) > 1 else ""
             verdict = VERDICT_WORDS[told[0].verdict]
-            sentences.append(f"{label}: {verdict}{many}.{name} {told[0].sentence}")
+            sentences.append(f"{setting.label}: {verdict}{many}.{name} {told[0].sentence}")
         return sentences
 
     def _pair_sentence(self) -> list[str]:
@@ -215,52 +335,7 @@ class Comparison(Result):
     @cached_property
     def heads_up(self) -> tuple[str, ...]:
         """What has to be known before the table is read: runs that are no seeds of one setting."""
-        return (*self._split(), *self._repeated(), *self._unlike())
-
-    def _split(self) -> list[str]:
-        told = []
-        for given, settings in self._by_given_label().items():
-            if len(settings) > 1:
-                names = _values(settings[0].differs, [run for s in settings for run in s.runs])
-                told.append(
-                    f"Runs labelled {given} differ in {names}; they are not seeds of one setting, "
-                    "so each setting has its own column."
-                )
-        return told
-
-    def _repeated(self) -> list[str]:
-        """Runs of one setting and one seed are no independent draws."""
-        told = []
-        for setting in self.settings:
-            counts = Counter(run.seed for run in setting.runs if run.seed is not None)
-            twice = [f"{seed} ({count} runs)" for seed, count in counts.items() if count > 1]
-            if twice:
-                told.append(
-                    f"{setting.label} holds runs of one seed: {', '.join(twice)}; they are not "
-                    "independent, so its intervals are too narrow."
-                )
-        return told
-
-    def _by_given_label(self) -> dict[str, list[Setting]]:
-        found: dict[str, list[Setting]] = {}
-        for setting in self.settings:
-            found.setdefault(setting.given, []).append(setting)
-        return found
-
-    def _unlike(self) -> list[str]:
-        """Settings in which the runs differ although a comparison wants them equal."""
-        named = {name for setting in self.settings for name in setting.differs}
-        known = [recorded_settings(run) for run in self.runs]
-        names = [
-            name
-            for name in dict.fromkeys(name for values in known for name in values)
-            if name not in COMPARED | named
-            and len({shown_value(values[name]) for values in known if name in values}) > 1
-        ]
-        done = dict.fromkeys(str(len(run.steps)) for run in self.runs)
-        differ = [_values(names, self.runs)] if names else []
-        differ += [f"steps done ({', '.join(done)})"] if len(done) > 1 else []
-        return [f"Not like with like: the runs differ in {'; '.join(differ)}."] if differ else []
+        return heads_up(self.runs, self.settings)
 
     def _note(self) -> str:
         note = "Predicted dH is first-order and signed, each class as part of all four together."
@@ -275,7 +350,7 @@ class Comparison(Result):
         """Plain values for JSON."""
         return {
             "title": self.title,
-            "settings": [self._setting(label) for label in self.labels],
+            "settings": [self._setting(setting) for setting in self.settings],
             "difference": {
                 "second": self.labels[1],
                 "first": self.labels[0],
@@ -287,30 +362,19 @@ class Comparison(Result):
             "sentences": self.sentences(),
         }
 
-    def _setting(self, label: str) -> dict[str, Any]:
-        found = zip(self.label_of, self.runs, self.diagnoses, strict=True)
-        mine = [(run.name, diagnosis.verdict) for name, run, diagnosis in found if name == label]
+    def _setting(self, setting: Setting) -> dict[str, Any]:
         return {
-            "label": label,
-            "n": len(mine),
-            "runs": [name for name, _ in mine],
-            "verdicts": [verdict for _, verdict in mine],
-            "metrics": {m.name: self.interval(label, m).to_dict() for m in METRICS},
+            "label": setting.label,
+            "n": len(setting.runs),
+            "runs": [run.name for run in setting.runs],
+            "verdicts": [self.diagnoses[place].verdict for place in setting.places],
+            "metrics": {m.name: self.interval(setting.label, m).to_dict() for m in METRICS},
         }
 
     def page(self) -> Section:
         """What to know before reading, the table, and the sentences below it."""
         above = [Say(told) for told in self.heads_up]
         return Section(self.title, [*above, Grid(self.rows()), Items(self.notes())])
-
-
-def _values(names: Sequence[str], runs: Sequence[Run]) -> str:
-    """Settings with the values they take, such as ``lr (5e-5, 1e-4)``."""
-    known = [recorded_settings(run) for run in runs]
-    return "; ".join(
-        f"{name} ({', '.join(dict.fromkeys(shown_value(values.get(name)) for values in known))})"
-        for name in names
-    )
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
