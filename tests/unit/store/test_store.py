@@ -11,7 +11,16 @@ import pytest
 from tests.support.builders import write_fake_run
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import ROLLOUTS, TOKENS
-from wapo_analysis.store import Run, RunWriter, find_runs, open_run, round_mantissa, run_folders
+from wapo_analysis.store import (
+    Run,
+    RunWriter,
+    find_runs,
+    open_run,
+    reader,
+    round_mantissa,
+    run_folders,
+)
+from wapo_analysis.store.reader import summed_classes
 from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.table import Records
 
@@ -301,3 +310,32 @@ def test_another_tools_manifest_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "manifest.json").write_text('{"tool": "another"}')
     assert run_folders(tmp_path) == [mine]
+
+
+def test_class_totals_of_several_processes_are_added_and_missing_ones_left_out() -> None:
+    nan = float("nan")
+    keys = {"step": [1, 1, 2, 1, 1], "sign": [-1, 1, 1, -1, 0], "regime": [1] * 5}
+    mass, flow = [0.5, nan, 1.0, 0.25, 2.0], [nan, nan, 0.25, nan, 1.0]
+    frame = pd.DataFrame(
+        {**keys, "prob_bin": [3] * 5, "rank": [0, 0, 0, 1, 1], "tokens": [2, 3, 4, 10, 20],
+         "grad_mass": mass, "pred_dentropy_sum": flow}
+    )  # fmt: skip
+    found = summed_classes(frame)
+    assert found["step"].tolist() == [1, 1, 1, 2]
+    assert found["tokens"].tolist() == [12, 20, 3, 4]
+    assert found["cls"].tolist() == ["neg_peak", "none", "pos_peak", "pos_peak"]
+    np.testing.assert_array_equal(found["grad_mass"], [0.75, 2.0, nan, 1.0])
+    np.testing.assert_array_equal(found["pred_dentropy_sum"], [nan, 1.0, nan, 0.25])
+    alone = frame[frame["rank"] == 0]
+    assert summed_classes(alone).drop(columns="cls").equals(alone.drop(columns="rank"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "ascending"),
+    [
+        ([[1, 0], [1, 1], [2, 0]], True), ([[1, 0], [1, 0]], False), ([[1, 1], [1, 0]], False),
+        ([[2, 0], [1, 5]], False), ([[1, 5], [2, 0]], True), ([[1, 5]], True),
+    ],
+)  # fmt: skip
+def test_rows_that_come_in_order_and_once(rows: list[list[int]], ascending: bool) -> None:
+    assert reader._ascending(np.array(rows)) is ascending
