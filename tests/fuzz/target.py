@@ -27,7 +27,7 @@ from tests.fuzz.sources import OTHERS, SOURCES, make_all
 from wapo_analysis.cli import COMMANDS, run
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
-from wapo_analysis.train.tasks import math_problems
+from wapo_analysis.train.tasks import formats
 
 LIMIT, WAITING = 10, 30
 """Seconds of computing, or of waiting for something, after which an input counts as a hang."""
@@ -177,7 +177,7 @@ def _limited() -> Iterator[None]:
 # The commands are the same for every input: building them takes a fifth of a call.
 typer.main.get_command = functools.cache(typer.main.get_command)
 # So is the process that grades answers; starting it takes longer than ten calls.
-math_problems.MathJudge = functools.cache(math_problems.MathJudge)
+formats.MathJudge = functools.cache(formats.MathJudge)
 
 
 # ---- calls ---------------------------------------------------------------------------------------
