@@ -1,6 +1,7 @@
 """verl: the adapter on tensors of the documented shapes."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,9 +140,70 @@ def test_a_folder_that_cannot_be_used_warns_once_and_trains_on(
 
 
 def test_without_verl_the_mistake_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "verl", None)
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", None)
     with pytest.raises(UserError, match=r"verl 0\.9\.1 is needed"):
         watch_verl("nowhere")
+
+
+class Worker:
+    """Calls what verl's TrainingWorker calls: the loss within a mini-batch, on one micro-batch."""
+
+    engine = VERL_ENGINE
+
+    def __init__(self) -> None:
+        self.loss: Any = None
+
+    def set_loss_fn(self, loss_fn: Any) -> None:
+        self.loss = loss_fn
+
+    def train_mini_batch(self, data: Any) -> str:
+        loss, _ = self.loss({}, data)
+        loss.backward()
+        return "done"
+
+
+def test_watched_losses_stand_in_the_registry_and_a_worker_s_steps_are_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry: dict[str, Any] = {"vanilla": clipped_loss, "gspo": clipped_loss}
+
+    def register_policy_loss(name: str) -> Any:
+        return lambda loss: registry.setdefault(name, loss)
+
+    core = SimpleNamespace(POLICY_LOSS_REGISTRY=registry, register_policy_loss=register_policy_loss)
+    for name, module in (
+        ("verl.trainer.ppo.core_algos", core),
+        ("verl.workers.engine_workers", SimpleNamespace(TrainingWorker=Worker)),
+        ("verl.workers.utils.padding", SimpleNamespace()),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
+    before = dict(vars(Worker))
+    watch = watch_verl(str(tmp_path / "r"), {"label": "mine"}, token_every=1)
+    assert watch.names == ["wapo_vanilla", "wapo_gspo"]
+    with pytest.raises(UserError, match="verl is already watched in this process"):
+        watch_verl(str(tmp_path / "other"))
+    worker = Worker()
+    tensors: list[dict[str, Any]] = []
+
+    def loss_fn(model_output: Any, data: Any) -> Any:
+        tensors.append(batch(len(tensors)))
+        return registry["wapo_vanilla"](**tensors[-1])
+
+    worker.set_loss_fn(loss_fn)
+    for _ in range(2):
+        rows = Data(responses=torch.arange(24).view(4, 6))
+        assert worker.train_mini_batch(rows) == "done"
+    watch.close()
+    watch.close()
+    assert list(registry) == ["vanilla", "gspo"]
+    assert dict(vars(Worker)) == before
+    assert watch.watcher.failure is None
+    run = open_run(tmp_path / "r")
+    assert (run.label, run.status, run.manifest.source) == ("mine", "finished", "verl")
+    found, mask = run.tokens(), tensors[0]["response_mask"]
+    assert found.groupby("step").size().tolist() == [int(mask.sum())] * 2
+    assert found[found.step == 1].token_id.tolist() == torch.arange(24).view(4, 6)[mask].tolist()
+    assert found[found.step == 2].rollout.tolist() == mask.nonzero()[:, 0].tolist()
+    coef = torch.cat([-given["log_prob"].grad[mask] for given in tensors])
+    np.testing.assert_allclose(found.coef, coef, rtol=4e-5, atol=1e-8)

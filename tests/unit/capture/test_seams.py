@@ -19,6 +19,7 @@ from wapo_analysis.capture.lm_head import (
     is_shard,
     logit_transform,
     rows_of,
+    whole,
 )
 from wapo_analysis.capture.seams import SEAMS, Names, look_up, shaped
 from wapo_analysis.errors import UserError
@@ -293,3 +294,46 @@ def test_the_last_positions_are_read_and_padding_is_not(keep: int, padded: bool)
     assert reader.take(logp + 0.2, mask) is None
     assert "0.2 nats away on average" in reader.reason
     reader.close()
+
+
+def test_a_whole_head_is_that_of_a_module_or_is_gathered() -> None:
+    plain = nn.Linear(2, 3)
+    with whole(plain) as (weight, bias):
+        assert weight is plain.weight
+        assert bias is plain.bias
+    shard = SimpleNamespace(full_tensor=lambda: torch.ones(3, 2))
+    with whole(SimpleNamespace(weight=shard)) as (weight, bias):
+        assert weight.tolist() == [[1.0, 1.0]] * 3
+        assert bias is None
+    both = SimpleNamespace(weight=shard, bias=SimpleNamespace(full_tensor=lambda: torch.zeros(3)))
+    with whole(both) as (_, bias):
+        assert bias is not None
+        assert bias.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_loss_of_whole_texts_may_hold_each_token_s_own_probability_or_the_next_one_s(
+    own: bool,
+) -> None:
+    """(B, L) log-probabilities of L logits: at each position those of its token, or the next."""
+    model = Head()
+    reader = HeadReader(1.0, model)
+    logits = model(input_ids=IDS)["logits"].detach()
+    logp = logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
+    shown, mask = torch.zeros(2, 4), torch.zeros(2, 4)
+    at = slice(1, None) if own else slice(0, 3)
+    shown[:, at], mask[:, at] = logp, 1
+    found = reader.take(shown, mask)
+    assert found is not None
+    torch.testing.assert_close(found[0].logp, logp.flatten())
+    assert found[1].tolist() == IDS[:, 1:].flatten().tolist()
+    reader.close()
+
+
+def test_a_reader_that_fails_says_why_and_reads_no_more() -> None:
+    model = Head()
+    reader = HeadReader(1.0, model)
+    reader.fail(ValueError("no kernel"))
+    assert reader.reason == "reading the logits failed (ValueError: no kernel)"
+    model(input_ids=IDS)
+    assert reader._reading is None

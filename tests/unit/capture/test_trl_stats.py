@@ -1,6 +1,7 @@
 """Statistics and rows of a TRL pass, without a trainer: what is trusted, bounded, probed."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ from wapo_analysis.capture.trl.passes import (
 )
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead, _spread, check_replaceable
 from wapo_analysis.capture.trl.stats import StatsReader, _Call, _completion
-from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer
+from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer, kind_of
+from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
 from wapo_analysis.stats import TokenStats
 
@@ -253,3 +255,105 @@ def test_a_failing_head_tells_once_and_hands_over(caplog: pytest.LogCaptureFixtu
 def test_replace_mode_needs_a_fused_head() -> None:
     with pytest.raises(UserError, match="stands in for the fused head of TRL 1.15 or newer"):
         check_replaceable(SimpleNamespace(), has_fused_head=False)
+
+
+@pytest.mark.parametrize(("loss", "sums"), [(None, (0.0, 0.0)), (torch.tensor(0.25), (0.25, 1.0))])
+def test_a_process_without_a_loss_adds_nothing_to_that_of_the_others(
+    loss: Any, sums: tuple[float, float]
+) -> None:
+    watcher = object.__new__(TrlWatcher)
+    watcher._loss = loss
+    watcher._rollouts = SimpleNamespace(sums=lambda: {"length": 3.0})  # type: ignore[assignment]
+    assert watcher._sums_beside_tokens() == {"length": 3.0, "loss": sums[0], "loss n": sums[1]}
+    nothing = watcher._no_sums()
+    assert set(nothing.values()) == {0.0}
+    assert {"length", "loss", "loss n", "rows", "tokens/unknown"} <= nothing.keys()
+
+
+def test_numbers_of_all_processes_are_added_in_one_call() -> None:
+    calls: list[list[float]] = []
+
+    def reduce(vector: Tensor, reduction: str) -> Tensor:
+        calls.append(vector.tolist())
+        assert (vector.dtype, reduction) == (torch.float64, "sum")
+        return vector * 2
+
+    watched = object.__new__(TrlTrainer)
+    watched.raw = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", reduce=reduce))
+    assert watched.sum_over_processes({"b": 1.5, "a": 3.0}) == {"b": 3.0, "a": 6.0}
+    assert calls == [[1.5, 3.0]]
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_checkpoint_holds_what_a_resume_of_the_trainer_needs(
+    only_model: bool, tmp_path: Path
+) -> None:
+    done: list[Any] = []
+    watched = object.__new__(TrlTrainer)
+    watched.raw = SimpleNamespace(
+        save_model=lambda place, _internal_call: done.append(("model", place, _internal_call)),
+        args=SimpleNamespace(save_only_model=only_model),
+        _save_optimizer_and_scheduler=lambda place: done.append("optimizer"),
+        _save_rng_state=lambda place: done.append("random"),
+        state=SimpleNamespace(save_to_json=lambda file: done.append(Path(file).name)),
+    )
+    watched.save(tmp_path)
+    first, *rest = done
+    assert first == ("model", str(tmp_path), True)
+    assert rest == [*([] if only_model else ["optimizer", "random"]), "trainer_state.json"]
+
+
+class Named:
+    """Methods that a trainer is known by."""
+
+    def _compute_loss(self) -> None: ...
+    def _generate_and_score_completions(self) -> None: ...
+    def training_step(self) -> None: ...
+    def add_callback(self) -> None: ...
+
+
+def class_of(name: str, module: str, *bases: type) -> Any:
+    return type(name, bases or (Named,), {"__module__": module})
+
+
+def test_which_trainer_it_is_or_derives_from() -> None:
+    base = class_of("_BaseTrainer", "trl.trainer.base")
+    grpo = class_of("GRPOTrainer", "trl.trainer.grpo", base)
+    rloo = class_of("RLOOTrainer", "trl.trainer.rloo", base)
+    assert kind_of(grpo()) == kind_of(class_of("Mine", "mine", grpo)()) == "GRPOTrainer"
+    assert kind_of(rloo()) == "RLOOTrainer"
+    assert kind_of(class_of("Own", "own")()) == "GRPOTrainer", "of its own, with all methods"
+    dpo = class_of("DPOTrainer", "trl.trainer.dpo", base)
+    for thing, why in (
+        (dpo(), "the loss of DPOTrainer is not known"), (object(), "it has no _compute_loss"),
+        (SimpleNamespace(_compute_loss=print), "it has no _generate_and_score_completions"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"cannot attach to {type(thing).__name__}: {why}"):
+            kind_of(thing)
+
+
+def test_a_guard_s_stop_waits_until_the_updates_on_a_batch_are_done() -> None:
+    asked: list[str] = []
+    for between in (False, True):
+        watcher = object.__new__(TrlWatcher)
+        watcher._trainer = SimpleNamespace(between_batches=between, save=None)  # type: ignore[assignment]
+        watcher._recorder = SimpleNamespace(  # type: ignore[assignment]
+            checkpoint=lambda save: asked.append("checkpoint"),
+            asked=lambda action: bool(asked.append(action)) or True,
+        )
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        watcher.obey(control)
+        assert (control.should_save, control.should_training_stop) == (between, between)
+        assert asked == ["checkpoint", "stop"] * between
+
+
+def test_the_learning_rate_is_that_of_the_first_group() -> None:
+    watcher = object.__new__(TrlWatcher)
+    groups = [{"lr": 0.1}, {"lr": 0.2}]
+    raw = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    told: list[int] = []
+    watcher._trainer = SimpleNamespace(raw=raw, step=7)  # type: ignore[assignment]
+    watcher._prober = SimpleNamespace(before_update=told.append)  # type: ignore[assignment]
+    watcher._row = {}
+    watcher.before_update()
+    assert (watcher._row, told) == ({"lr": 0.1}, [7])
