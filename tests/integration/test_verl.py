@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -176,6 +177,7 @@ def test_watched_losses_stand_in_the_registry_and_a_worker_s_steps_are_recorded(
         ("verl.trainer.ppo.core_algos", core),
         ("verl.workers.engine_workers", SimpleNamespace(TrainingWorker=Worker)),
         ("verl.workers.utils.padding", SimpleNamespace()),
+        ("verl.utils.tensordict_utils", SimpleNamespace(get=lambda d, key, default: d[key])),
     ):
         monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
     before = dict(vars(Worker))
@@ -191,8 +193,12 @@ def test_watched_losses_stand_in_the_registry_and_a_worker_s_steps_are_recorded(
         return registry["wapo_vanilla"](**tensors[-1])
 
     worker.set_loss_fn(loss_fn)
-    for _ in range(2):
-        rows = Data(responses=torch.arange(24).view(4, 6))
+    uids, scores = ["a", "a", "b", "prompt 3"], torch.tensor([[0.25, 0.5]] * 3 + [[0.0, 0.0]])
+    for step in (5, 6):
+        rows = Data(
+            responses=torch.arange(24).view(4, 6), uid=uids, global_steps=step,
+            token_level_scores=scores, temperature=0.5,
+        )  # fmt: skip
         assert worker.train_mini_batch(rows) == "done"
     watch.close()
     watch.close()
@@ -203,7 +209,14 @@ def test_watched_losses_stand_in_the_registry_and_a_worker_s_steps_are_recorded(
     assert (run.label, run.status, run.manifest.source) == ("mine", "finished", "verl")
     found, mask = run.tokens(), tensors[0]["response_mask"]
     assert found.groupby("step").size().tolist() == [int(mask.sum())] * 2
-    assert found[found.step == 1].token_id.tolist() == torch.arange(24).view(4, 6)[mask].tolist()
-    assert found[found.step == 2].rollout.tolist() == mask.nonzero()[:, 0].tolist()
+    assert found[found.step == 5].token_id.tolist() == torch.arange(24).view(4, 6)[mask].tolist()
+    numbers = [crc32(uid.encode()) % 2**31 for uid in uids]
+    assert max(crc32(uid.encode()) for uid in uids) >= 2**31
+    assert found[found.step == 6].group.tolist() == [
+        numbers[row] for row in mask.nonzero()[:, 0].tolist()
+    ]
+    assert run.steps.reward.tolist() == [0.5625] * 2
+    assert (run.temperature, run.rollouts.reward.tolist()) == (0.5, [0.75, 0.75, 0.75, 0.0] * 2)
+    assert found[found.step == 6].rollout.tolist() == mask.nonzero()[:, 0].tolist()
     coef = torch.cat([-given["log_prob"].grad[mask] for given in tensors])
     np.testing.assert_allclose(found.coef, coef, rtol=4e-5, atol=1e-8)

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.store.test_store import token_records, written_run
 from wapo_analysis.errors import UserError
 from wapo_analysis.schema import PROBES, ROLLOUTS, TOKENS
-from wapo_analysis.store import RunWriter, merge, open_run, parquet, round_mantissa
+from wapo_analysis.store import RunWriter, merge, open_run, parquet, parts, round_mantissa
 from wapo_analysis.store.files import (
     JSON_DEPTH,
     LineReader,
@@ -294,6 +294,21 @@ def test_a_row_group_holds_whole_steps_until_there_are_enough(
     assert list(merge._grouped(rows)) == groups
 
 
+@pytest.mark.parametrize(
+    ("group", "held"),
+    [
+        ([[1, 5], [3, 0]], {1: 5, 3: 0}), ([], {}), ([[1, 5], [1, 5]], None), ([[1, -1]], None),
+        ([[-1, 1]], None), ([[1, 2.0]], None), ([["1", 2]], None), ([[True, 2]], None),
+    ],
+)  # fmt: skip
+def test_steps_that_a_row_group_says_it_holds(group: Any, held: dict[int, int] | None) -> None:
+    if held is None:
+        with pytest.raises(ValueError, match="wapo_steps has no list of steps and rows"):
+            parts._steps_of(group)
+    else:
+        assert parts._steps_of(group) == held
+
+
 def test_parts_of_several_ranks_are_read_once_each_and_by_step(tmp_path: Path) -> None:
     writer = PartWriter(tmp_path, {})
     for step, rank in ((1, 0), (2, 0), (1, 1), (2, 1)):
@@ -314,12 +329,12 @@ def test_parts_of_several_ranks_are_read_once_each_and_by_step(tmp_path: Path) -
     assert scan_step(tmp_path / "tokens", 3, ["logp"], lambda block: block) == {}
 
 
-@pytest.mark.parametrize(("parts", "files"), [(LAST_STEPS - 1, LAST_STEPS - 1), (LAST_STEPS, 1)])
+@pytest.mark.parametrize(("count", "files"), [(LAST_STEPS - 1, LAST_STEPS - 1), (LAST_STEPS, 1)])
 def test_a_run_that_ends_merges_what_is_left_if_it_is_much(
-    parts: int, files: int, tmp_path: Path
+    count: int, files: int, tmp_path: Path
 ) -> None:
     for rank, writer in ((0, RunWriter(tmp_path / "0", {})), (1, PartWriter(tmp_path / "1", {}))):
-        for step in range(1, parts + 1):
+        for step in range(1, count + 1):
             rows = token_records(step, 2).with_columns({"rank": np.full(2, rank)})
             writer.write_part(rows, step, rank)
             writer.merge(rank)
