@@ -22,8 +22,9 @@ from wapo_analysis.store.files import open_regular
 
 MAX_UNPACKED = 4 << 30
 MAX_PAGE_BYTES = 1 << 30
-_HEAD = 1 << 16
+_HEAD, _FIRST = 1 << 16, 512
 _WRAPPED = (b"{", b"s", b'"', b"\xef")
+_TABLES = (".csv", ".tsv")
 PAGES = (".ipynb", ".html", ".htm")
 """What is read as the text that it shows."""
 
@@ -39,8 +40,11 @@ def head_of(file: Path, size: int = _HEAD) -> bytes:
 
 def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
     """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
-    start = head_of(file, 2)
-    how = wrapped_by(head_of(file)) if start[:1] in _WRAPPED else None
+    start = head_of(file, _FIRST)
+    wide = wide_encoding(start)
+    table, how = file.suffix in _TABLES, None
+    if wide is None and (table or start[:1] in _WRAPPED):
+        how = wrapped_by(head_of(file), table)
     if file == source and file.suffix in PAGES and unpacked is not None:
         text = unpacked / file.name
         with text.open("wb") as out:
@@ -53,20 +57,21 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
                 "cells have run, a page must hold a table"
             )
         return text
-    wide = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    if not wide and how is None and not file.name.endswith(".gz") and start != b"\x1f\x8b":
+    packed = file.name.endswith(".gz") or start.startswith(b"\x1f\x8b")
+    if wide is None and how is None and not packed:
         return file
     if unpacked is None:
         return None
     inside = file.relative_to(source) if source != file else Path(file.name)
-    name = inside.name.removesuffix(".gz") if how in (None, "sep") else f"{inside.stem}.log"
+    kept = how in (None, "sep", "returns")
+    name = inside.name.removesuffix(".gz") if kept else f"{inside.stem}.log"
     target = unpacked / inside.with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as out:
         if how is not None:
             whole = unwrapped_into(file, how, out)
         else:
-            whole = widened(file, out) if wide else unpacked_into(file, out)
+            whole = widened(file, wide, out) if wide else unpacked_into(file, out)
     if not whole:
         told.append(f"{shown(file.name)} is cut or damaged: what could be unpacked is read")
         if not target.stat().st_size:
@@ -76,9 +81,26 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
     return target if wide or how else plain_file(target, target, inner.parent, told) or target
 
 
-def widened(file: Path, out: BinaryIO) -> bool:
+def wide_encoding(head: bytes) -> str | None:
+    """Encoding of a text of two bytes a character, by its mark or, without one, by its zeros.
+
+    Examples
+    --------
+    >>> [wide_encoding("step,reward".encode(name)) for name in ("utf-16", "utf-16-be", "utf-8")]
+    ['utf-16', 'utf-16-be', None]
+    """
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    first, second = head[::2], head[1::2]
+    for name, zeros, marks in (("utf-16-le", second, first), ("utf-16-be", first, second)):
+        if zeros.count(0) > 0.9 * len(zeros) and 0 not in marks:
+            return name
+    return None
+
+
+def widened(file: Path, encoding: str, out: BinaryIO) -> bool:
     """UTF-16, as PowerShell writes what a command printed, as UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-16")("replace")
+    decoder = codecs.getincrementaldecoder(encoding)("replace")
     try:
         with open_regular(file) as wide:
             while data := wide.read(1 << 20):
@@ -95,8 +117,10 @@ _TELLING = 50
 """Lines of which none may hold numbers by known names of its own."""
 
 
-def wrapped_by(head: bytes) -> str | None:
+def wrapped_by(head: bytes, table: bool = False) -> str | None:
     r"""How a file holds another text: "sep" above a table of Excel, or a name of each record.
+
+    Of a ``table`` also "returns", where no line ends otherwise.
 
     Examples
     --------
@@ -105,6 +129,8 @@ def wrapped_by(head: bytes) -> str | None:
     """
     if _SEPARATOR.match(head):
         return "sep"
+    if table and b"\r" in head and b"\n" not in head:
+        return "returns"
     if not head.startswith(b"{"):
         return None
     found = list(_objects(head.split(b"\n")[:_TELLING]))
@@ -132,6 +158,11 @@ def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:
             table.readline()
             while data := table.read(1 << 20):
                 out.write(data)
+        return True
+    if how == "returns":
+        with open_regular(file) as table:
+            while data := table.read(1 << 20):
+                out.write(data.replace(b"\r", b"\n"))
         return True
     for record in JsonLines(file).records():
         text = record.values.get(how)

@@ -322,13 +322,21 @@ def test_a_last_line_without_line_feed_counts_if_its_number_is_whole(
     assert bool(report.half_lines) == (read == 3)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
-def test_utf_16_as_powershell_writes_it(tmp_path: Path, encoding: str) -> None:
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_as_powershell_writes_it(tmp_path: Path, encoding: str, mark: str) -> None:
     text = "\r\n".join(f"step:{n} - critic/score/mean:0.{n} - actor/lr:1e-6" for n in range(1, 9))
     file = tmp_path / "train.log"
-    file.write_bytes(("\ufeff" * (encoding == "utf-16-be") + text).encode(encoding))
+    file.write_bytes((mark + text).encode(encoding))
     mapped(file, tmp_path / "out")
     assert open_run(tmp_path / "out").steps["reward"].tolist()[-1] == 0.8
+
+
+def test_lines_that_end_in_returns_alone(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_bytes(b"step,reward\r1,0.125\r2,0.25\r3,0.375")
+    mapped(file, tmp_path / "out")
+    assert open_run(tmp_path / "out").steps["reward"].tolist() == [0.125, 0.25, 0.375]
 
 
 def test_rows_of_an_evaluation_are_not_averaged_into_the_training(tmp_path: Path) -> None:
