@@ -96,6 +96,7 @@ def test_bytes_in_the_unit_that_fits(count: int, said: str) -> None:
         ("auto", 900, 1000, "no head", "passive", "the limit is 10%, but no head"),
         ("auto", 9, 1000, "no head", "passive", "the limit is 10%"),
         ("auto", 900, None, None, "passive", "free memory is not known"),
+        ("auto", 5, 0, None, "replace", "take 5 B, 500.0% of the 0 B free; the limit is 10%"),
         ("passive", 900, 1000, "no head", "passive", "as set"),
     ],
 )

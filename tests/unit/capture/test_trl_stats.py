@@ -1,6 +1,8 @@
 """Statistics and rows of a TRL pass, without a trainer: what is trusted, bounded, probed."""
 
 import logging
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ from wapo_analysis.capture.trl.passes import (
     TrlProber,
     check_probing,
     evaluating,
+    score_again,
     token_pass,
 )
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead, _spread, check_replaceable
@@ -21,6 +24,7 @@ from wapo_analysis.capture.trl.stats import StatsReader, _Call, _completion
 from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer, kind_of
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
+from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.stats import TokenStats
 
 
@@ -357,3 +361,36 @@ def test_the_learning_rate_is_that_of_the_first_group() -> None:
     watcher._row = {}
     watcher.before_update()
     assert (watcher._row, told) == ({"lr": 0.1}, [7])
+
+
+def test_a_pass_without_rows_is_scored_again_all_the_same() -> None:
+    """The forward may be a collective of all processes."""
+    scored: list[str] = []
+
+    def score(name: str) -> Any:
+        scored.append(name)
+        return torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.ones(2, 2)
+
+    def tokens() -> TokenPass:
+        place = torch.arange(2)
+        zeros = torch.zeros(2)
+        return TokenPass(place, place, place, place, zeros, zeros)
+
+    mask = torch.eye(2).bool()
+    passes = [
+        SeenPass(partial(score, name), rows, where)
+        for name, rows, where in (
+            ("whole", tokens(), mask), ("no rows", None, mask), ("no mask", tokens(), None)
+        )
+    ]  # fmt: skip
+    looked: list[SeenPass] = []
+    score_again(nn.Dropout(), passes, lambda seen: nullcontext(looked.append(seen)))
+    assert scored == ["whole", "no rows", "no mask"]
+    assert looked == passes
+    first, last = passes[0].tokens, passes[2].tokens
+    assert first is not None
+    assert last is not None
+    assert first.logp_after is not None
+    assert first.entropy_after is not None
+    assert (first.logp_after.tolist(), first.entropy_after.tolist()) == ([-1.0, -4.0], [1.0, 1.0])
+    assert last.logp_after is None

@@ -335,6 +335,7 @@ def test_class_totals_of_several_processes_are_added_and_missing_ones_left_out()
     [
         ([[1, 0], [1, 1], [2, 0]], True), ([[1, 0], [1, 0]], False), ([[1, 1], [1, 0]], False),
         ([[2, 0], [1, 5]], False), ([[1, 5], [2, 0]], True), ([[1, 5]], True),
+        ([[1, 0], [2, 0], [1, 5]], False), ([[1, 0], [3, 0], [2, 9]], False),
     ],
 )  # fmt: skip
 def test_rows_that_come_in_order_and_once(rows: list[list[int]], ascending: bool) -> None:
