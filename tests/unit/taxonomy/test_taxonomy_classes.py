@@ -53,8 +53,8 @@ def test_every_token_of_a_uniform_row_is_a_peak(size: int, dtype: str) -> None:
 def test_tie_tolerance_is_the_stated_relative_width(sign: int) -> None:
     prob, complement = 0.3, 0.7
     border = prob * complement
-    inside = border * (1 + 0.5 * wt.TIE_TOLERANCE)
-    outside = border * (1 + 2 * wt.TIE_TOLERANCE)
+    inside = border * (1 + 0.5e-6)
+    outside = border * (1 + 1.5e-6)
     assert wt.is_peak(prob, complement, inside)
     assert not wt.is_peak(prob, complement, outside)
     assert wt.class_code(sign, prob, complement, inside) == (0 if sign > 0 else 2)
