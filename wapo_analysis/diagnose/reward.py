@@ -214,8 +214,8 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     With a gain beyond noise, losing half of it is a loss; without one, losing half of the baseline
     is. Either way the drop from the peak must be a fifth of the peak and six times the noise of a
     smoothed value, so that the best of many noisy steps does not make a loss. A reward that was
-    there and then shows nothing but its lowest value is lost from that record on. A slow loss may
-    show in means of blocks alone, and a deep one in its first two records.
+    there and then shows nothing but its lowest value, a fifth less, is lost from that record on. A
+    slow loss may show in means of blocks alone, and a deep one in its first two records.
     """
     level, smooth, noise = series.level, series.smooth, _calm_noise(series)
     peak = np.maximum(np.maximum.accumulate(smooth), level)
@@ -254,7 +254,10 @@ def _death(series: Series) -> Departure | None:
     """The reward was there for a few records, and then never again."""
     floor = series.values.min()
     dead = silent_since(series.values <= floor)
-    if dead is None or dead < 2 or np.median(series.values[:dead]) <= floor:
+    if dead is None or dead < 2:
+        return None
+    before = float(np.median(series.values[:dead]))
+    if before - floor <= LEAST_LOSS * abs(before):
         return None
     return Departure(dead, dead, dead, ongoing=True)
 

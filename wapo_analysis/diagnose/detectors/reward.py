@@ -297,9 +297,10 @@ def _weighted(context: Context) -> dict[str, Series]:
     if len(known) < len(functions) or len(total) < 4 * len(functions):
         return functions
     columns = np.column_stack([s.values for s in known])
-    weights, *_ = np.linalg.lstsq(columns, total.values, rcond=None)
+    weights, _, rank, _ = np.linalg.lstsq(columns, total.values, rcond=None)
     left = total.values - columns @ weights
-    if (weights < 0).any() or left.std() > POOR_FIT * total.values.std():
+    told = rank == len(known)  # functions that never vary, or alike, may have any weights
+    if not told or (weights < 0).any() or left.std() > POOR_FIT * total.values.std():
         return functions
     scaled = zip(functions.items(), weights, strict=True)
     return {name: Series(s.steps, weight * s.values) for (name, s), weight in scaled}
