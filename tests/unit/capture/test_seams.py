@@ -15,6 +15,7 @@ from wapo_analysis.capture.lm_head import (
     Reading,
     _begins,
     _named_logits,
+    head_obstacle,
     inner_model,
     is_shard,
     logit_transform,
@@ -337,3 +338,62 @@ def test_a_reader_that_fails_says_why_and_reads_no_more() -> None:
     assert reader.reason == "reading the logits failed (ValueError: no kernel)"
     model(input_ids=IDS)
     assert reader._reading is None
+
+
+class Small(nn.Module):
+    """A causal model whose logits are those of its head, and a little more."""
+
+    def __init__(self, size: float, more: float) -> None:
+        super().__init__()
+        self.base_model = Backbone()
+        self.head = nn.Linear(1, 5, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.linspace(-size, size, 5)[:, None])
+        self.more = more
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, **inputs: Any) -> SimpleNamespace:
+        hidden = self.base_model(**inputs).last_hidden_state
+        return SimpleNamespace(logits=self.head(hidden) + self.more)
+
+
+class Backbone(nn.Module):
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        assert not use_cache
+        return SimpleNamespace(last_hidden_state=torch.ones(*input_ids.shape, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "fits"),
+    [
+        (0.5, 0.0, True), (0.5, 9e-5, True), (0.5, 1.2e-4, False), (1.0, 1.2e-4, False),
+        (4.0, 3.6e-4, True), (4.0, 4.5e-4, False),
+    ],
+)  # fmt: skip
+def test_a_head_fits_if_it_makes_the_model_s_own_logits(
+    size: float, more: float, fits: bool
+) -> None:
+    """To 1e-4 of the largest logit, of at least 1."""
+    reason = head_obstacle(Small(size, more), torch.device("cpu"))
+    assert reason == (
+        None if fits else "Small does more than head, scale and soft cap to make its logits"
+    )
+
+
+def test_why_a_head_cannot_be_used() -> None:
+    model = Small(1.0, 0.0)
+    model.head = nn.Sequential(nn.Linear(1, 5))
+    assert head_obstacle(model, torch.device("cpu")) == (
+        "its head is no plain linear layer but Sequential"
+    )
+    whole_model = Small(1.0, 0.0)
+    del whole_model.base_model
+    object.__setattr__(whole_model, "base_model", whole_model)
+    assert head_obstacle(whole_model, torch.device("cpu")) == "Small has no backbone of its own"
+    wide = Small(1.0, 0.0)
+    wide.forward = lambda **given: SimpleNamespace(logits=torch.zeros(1, 5, 7))  # type: ignore[method-assign]
+    found = head_obstacle(wide, torch.device("cpu"))
+    assert str(found).startswith("its head cannot be applied to hidden states (")
