@@ -12,6 +12,7 @@ from wapo_analysis.derive import (
     class_totals,
     derive,
     probability_bin,
+    run_sums,
     with_class,
 )
 from wapo_analysis.schema import PROB_EDGES, TOKENS
@@ -192,3 +193,18 @@ def test_the_ratio_is_to_the_proximal_policy_where_there_is_one() -> None:
     ratio = derive(rows.with_columns({"logp_old": old, "logp_prox": prox}), 1.0)["ratio"]
     plain = np.exp(rows["logp"].astype(float) - np.where(np.isnan(prox), old, prox))
     np.testing.assert_allclose(ratio, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "starts", "sums"),
+    [
+        ([1.0, 2.0, 4.0], [0, 2], [3.0, 4.0]), ([1.0, np.nan, 4.0], [0, 2], [1.0, 4.0]),
+        ([np.nan, np.nan, 4.0], [0, 2], [np.nan, 4.0]), ([np.nan], [0], [np.nan]),
+        ([1, 2, 4], [0, 1], [1, 6]), ([], [], []), ([1.0, 2.0], [], []),
+    ],
+)  # fmt: skip
+def test_sums_of_runs_leave_out_what_is_missing(
+    values: list[float], starts: list[int], sums: list[float]
+) -> None:
+    found = run_sums(np.array(values), np.array(starts, np.int64))
+    np.testing.assert_array_equal(found, sums)
