@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from wapo_analysis.store import Run
 
 KEEP_BITS = 10
+_TOP = ("rollout", "position", "token_id", "prob", "prob_after")
 KEYS = ["group", "rollout", "position"]
 FLOATS = ("logp", "entropy", "grad_norm", "pred_dentropy", "dprob", "dentropy", "coef")
 MAX_TEXT = 4000
@@ -74,12 +75,13 @@ def alternatives(run: Run, step: int) -> tuple[Json, Array]:
     rows = run.topk([step])
     rows = rows.sort_values(["minibatch", "place"])
     rows = rows.drop_duplicates(["rollout", "position", "place"])
+    rows = rows.sort_values(["rollout", "position"], kind="stable")
+    columns = (rows[name].tolist() for name in _TOP)
     found: Json = {}
-    for (rollout, position), part in rows.groupby(["rollout", "position"], sort=True):
-        cells = zip(part["token_id"], part["prob"], part["prob_after"], strict=True)
-        found.setdefault(str(rollout), {})[str(position)] = [
-            [int(i), _short(p), None if np.isnan(after) else _short(after)] for i, p, after in cells
-        ]
+    for rollout, position, token, p, after in zip(*columns, strict=True):
+        of_rollout = found.setdefault(str(rollout), {})
+        told = [token, _short(p), None if np.isnan(after) else _short(after)]
+        of_rollout.setdefault(str(position), []).append(told)
     return found, rows["token_id"].unique()
 
 
