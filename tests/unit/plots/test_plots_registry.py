@@ -92,8 +92,10 @@ def test_every_figure_draws_every_kind_of_run(
 
 
 @pytest.mark.parametrize("name", ["entropy_flow", "theory_map", "train_vs_behaviour"])
-def test_figures_in_every_format(name: str, cases: dict[str, list[Run]]) -> None:
-    figure = render(name, cases["two labels"])
+def test_figures_in_every_format(
+    name: str, cases: dict[str, list[Run]], marks: dict[str, pd.DataFrame]
+) -> None:
+    figure = render(name, cases["two labels"], marks["two labels"])
     for kind in FORMATS:
         assert 5_000 < len(encode_figure(figure, kind)) < 700_000
 
@@ -106,8 +108,9 @@ def test_full_runs_can_feed_every_figure(name: str, cases: dict[str, list[Run]])
 @pytest.mark.parametrize("drift", DRIFTS)
 def test_entropy_figures_of_every_course(drift: str, tmp_path: Path) -> None:
     run = open_run(write_fake_run(tmp_path / "a", drift=drift, steps=8))
+    marks = prepare_marks([run])
     for name in ("entropy", "entropy_flow", "class_share"):
-        assert render(name, [run]).axes
+        assert render(name, [run], marks).axes
 
 
 def test_specs_are_complete() -> None:

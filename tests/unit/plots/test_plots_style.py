@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import seaborn as sns
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from wapo_taxonomy import CLASS_NAMES, CLASSES
 
 from wapo_analysis.errors import UserError
@@ -118,9 +119,15 @@ def test_a_notebook_shows_a_figure_by_itself() -> None:
     assert render("theory_vocabulary")._repr_png_().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def twice() -> tuple[Figure, Figure]:
+    """One figure, drawn two times."""
+    return render("theory_vocabulary"), render("theory_vocabulary")
+
+
 @pytest.mark.parametrize("kind", FORMATS)
-def test_same_figure_same_bytes(kind: str) -> None:
-    one, two = (encode_figure(render("theory_vocabulary"), kind) for _ in range(2))
+def test_same_figure_same_bytes(kind: str, twice: tuple[Figure, Figure]) -> None:
+    one, two = (encode_figure(figure, kind) for figure in twice)
     assert one == two
     assert one.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind])
 
