@@ -16,7 +16,8 @@ from tests.gold.compare import Check, check
 from tests.gold.folders import Case
 from tests.gold.hazards import replay_hazard
 from tests.gold.replay import Replay, replay_case
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, group_advantages
+from wapo_analysis.objectives.config import ObjectiveConfig, group_advantages
+from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.objectives.weights import batch_weights
 
 PRECISIONS = {"float64": (torch.float64, "f64"), "float32": (torch.float32, "f32")}

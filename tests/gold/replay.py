@@ -17,8 +17,9 @@ from wapo_taxonomy import is_peak
 
 from tests.gold import metrics
 from tests.gold.folders import Case
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, group_advantages
+from wapo_analysis.objectives.config import ObjectiveConfig, group_advantages
 from wapo_analysis.objectives.loss import LossOutput, keep_tokens, policy_loss
+from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights, minibatch_weights
 from wapo_analysis.stats import TokenStats, token_stats
 

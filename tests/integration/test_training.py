@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from wapo_analysis.objectives.config import OBJECTIVES
+from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.store import open_run
 from wapo_analysis.train import lifecycle

@@ -18,8 +18,9 @@ from tests.support.trl_toy import (
     toy_trainer,
 )
 from wapo_analysis import UserError, attach, open_run, use_objective, use_wapo
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
+from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import keep_tokens, policy_loss
+from wapo_analysis.objectives.table import OBJECTIVES
 from wapo_analysis.objectives.weights import batch_weights, minibatch_weights
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.

@@ -23,22 +23,10 @@ from wapo_analysis.objectives.table import (
     Bounds,
     Objective,
     Rules,
-    TokenLoss,
     TokenLossFunction,
     likelihood,
     rules,
 )
-
-__all__ = [
-    "BIN_NAMES",
-    "LEVELS",
-    "OBJECTIVES",
-    "Bounds",
-    "Objective",
-    "ObjectiveConfig",
-    "TokenLoss",
-    "TokenLossFunction",
-]
 
 LEVELS = ("seq", "group", "global")
 """Over what the token losses are averaged first: each rollout, each group, or all tokens."""

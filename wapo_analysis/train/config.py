@@ -19,7 +19,8 @@ from wapo_analysis.declare import (
     typed_values,
 )
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig, ObjectiveSettings
+from wapo_analysis.objectives.config import ObjectiveConfig, ObjectiveSettings
+from wapo_analysis.objectives.table import OBJECTIVES
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.objectives.config import OBJECTIVES, ObjectiveConfig
+from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import policy_loss
-from wapo_analysis.objectives.table import MAX_LOG_RATIO
+from wapo_analysis.objectives.table import MAX_LOG_RATIO, OBJECTIVES
 
 Array = np.ndarray
 
