@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 _SHARE = Limit(lambda value: 0 <= value < 1, "in [0, 1)")
 _TOML_WORDS = ("true", "false", "inf", "nan", "none")
-_STEPS = between(1, 10_000_000)
+_STEPS = _TOKENS = between(1, 10_000_000)
 _EVERY = between(0, 10_000_000)
-_TOKENS = between(1, 10_000_000)
 MAX_ROLLOUTS = 131_072
 """Most rollouts of a step; no published run comes near."""
 BATCHED = "continuous-batching"
