@@ -71,7 +71,9 @@ NEAREST = {
     "wapo_analysis/audit": ["tests/unit/audit"],
 }
 # Sizes of blocks, limits of memory and waiting times: no result depends on them.
-_NO_RESULT = re.compile(r"ROWS|BYTES|BLOCK|CHUNK|SECONDS|TIMEOUT|WIDTH|SIZE|QUEUE|CACHE|MEMORY")
+_NO_RESULT = re.compile(
+    r"ROWS|BYTES|BLOCK|ELEMENTS|CHUNK|SECONDS|TIMEOUT|WIDTH|SIZE|QUEUE|CACHE|MEMORY"
+)
 _OPERATORS = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"),

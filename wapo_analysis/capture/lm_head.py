@@ -257,7 +257,7 @@ class HeadReader(Guarded):
 
     topk = 0
 
-    def __init__(self, temperature: float = 1.0, model: nn.Module | bool = True) -> None:
+    def __init__(self, temperature: float, model: nn.Module | bool = True) -> None:
         self.reason = "no model has returned logits by that name; head=model names yours"
         self._temperature = temperature
         self._reading: Reading | None = None

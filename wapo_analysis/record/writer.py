@@ -49,7 +49,7 @@ class StepWriter:
         Token rows that may wait.
     synchronous : bool
         Write in the caller's thread; the files are the same.
-    beside : callable, optional
+    beside : callable or None
         Called with the number of every step that is in the log, in the writer's thread.
     """
 
@@ -57,9 +57,9 @@ class StepWriter:
         self,
         writer: PartWriter,
         on_error: Callable[[Exception], None],
-        queue_rows: int = QUEUE_ROWS,
-        synchronous: bool = False,
-        beside: Callable[[int], None] | None = None,
+        queue_rows: int,
+        synchronous: bool,
+        beside: Callable[[int], None] | None,
     ) -> None:
         self._writer, self._queue_rows, self._beside = writer, queue_rows, beside
         self._thread = WriterThread(partial(_tell, weakref.WeakMethod(on_error)), synchronous)

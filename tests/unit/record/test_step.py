@@ -1,5 +1,6 @@
 """A step between training and disk: what came back, what is copied, what a caller must give."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from tests.support.recorder_passes import ROWS, tokens
 from wapo_analysis.errors import UserError
+from wapo_analysis.record import step as step_module
 from wapo_analysis.record.batches import BatchPass, Layout, batch_pass, outside_counts
 from wapo_analysis.record.step import OpenStep, rollout_table, step_rollouts
 from wapo_analysis.record.tokens import DevicePass, HostPass, given_in_all, on_host, repetition
@@ -73,6 +75,33 @@ def test_a_host_s_tokens_are_summed_up_by_the_writer_not_by_training() -> None:
         assert job.rows == (2 * ROWS if share else 0)
         assert job.row["token_fraction"] == share
         assert ("entropy" in job.row) is (sums is not None)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "share", "settled", "summed"),
+    [
+        (["cuda", "cuda"], 0.0, False, 2), (["cuda"], 0.5, False, 0), (["cuda"], 0.0, True, 0),
+        (["cuda"], 1.0, True, 0), (["cuda", "cpu"], 0.0, False, 0), (["cpu"], 0.0, False, 0),
+    ],
+)  # fmt: skip
+def test_a_device_sums_up_a_step_of_which_no_row_is_written(
+    kinds: list[str], share: float, settled: bool, summed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_module, "DeviceTotals", lambda tokens, *how: (tokens, how))
+    passes: Any = [
+        SimpleNamespace(
+            logp=SimpleNamespace(device=SimpleNamespace(type=kind)), outside=("counts",),
+            given=lambda: {"logp": 1},
+        )
+        for kind in kinds
+    ]  # fmt: skip
+    step = OpenStep(passes, settled=[tokens(1)] * settled)  # type: ignore[list-item]
+    settings = {"share": share, "temperature": 0.5, "sums": {}, "sequence_level": True}
+    found: Any = step._summed_there(settings)
+    assert [tokens for tokens, _ in found] == passes[:summed]
+    assert all(how == (0.5, frozenset({"logp"}), True) for _, how in found)
+    assert len(step.passes) == (0 if summed else len(kinds))
+    assert step._outside == ["counts"] * summed
 
 
 def test_outside_the_mask_is_told_apart_by_its_side() -> None:

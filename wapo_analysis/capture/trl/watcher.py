@@ -49,7 +49,7 @@ class TrlWatcher:
         Rollouts that a probe scores.
     replace : bool
         Let our head make the log-probabilities of the loss.
-    resume_after : int, optional
+    resume_after : int or None
         Step after which the run is continued.
     """
 
@@ -62,8 +62,8 @@ class TrlWatcher:
         exact_every: int,
         log_metrics: bool,
         probe_rows: int,
-        replace: bool = False,
-        resume_after: int | None = None,
+        replace: bool,
+        resume_after: int | None,
     ) -> None:
         self._trainer, self._recorder, self._guard = trainer, recorder, recorder.guard
         self._exact_every, self._log_metrics = exact_every, log_metrics
