@@ -195,10 +195,11 @@ class ObjectiveConfig(ObjectiveSettings):
     @property
     def bounds(self) -> Bounds:
         """Clip range in force."""
-        eps = self.objective.default_clip_eps if self.clip_eps is None else self.clip_eps
+        chosen = self.objective.default_clip_eps if self.clip_eps is None else self.clip_eps
+        eps = chosen or 0.0  # of rules without one
         low, high = {
-            "two_sided": (1 - (eps or 0.0), 1 + (eps or 0.0)),
-            "upper": (0.0, 1 + (eps or 0.0)),
+            "two_sided": (1 - eps, 1 + eps),
+            "upper": (0.0, 1 + eps),
             "ratio": (self.mask_ratio_low, self.mask_ratio_high),
             "none": (0.0, math.inf),
         }[self.objective.clip]

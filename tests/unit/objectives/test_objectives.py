@@ -174,6 +174,8 @@ def test_registry_matches_the_published_table() -> None:
         ("dapo", {"mask_ratio_high": 1.28, "clip_eps": 0.5}, (0.8, 1.28)),
         ("raft++", {}, (0.0, 1.2)),
         ("raft", {}, (0.0, np.inf)),
+        ("grpo", {"clip_eps": 0.0}, (1.0, 1.0)),
+        ("wapo", {"clip_eps": 0.0}, (0.0, 1.0)),
         ("wapo", {}, (0.0, 10.0)),
         ("wapo", {"clip_eps": 0.5}, (0.0, 1.5)),
     ],

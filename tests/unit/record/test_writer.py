@@ -95,3 +95,26 @@ def test_tokens_without_a_row_need_no_name_and_a_late_step_is_refused(tmp_path: 
     job: Any = SimpleNamespace(step=3)
     with pytest.raises(UserError, match=r"step 3 came after close\(\), so it is not recorded"):
         steps.put(job, spell)
+
+
+@pytest.mark.parametrize(
+    ("rank", "step", "watched", "named"),
+    [(0, 1, True, True), (0, 2, True, False), (1, 1, True, False), (0, 1, False, False)],
+)
+def test_settling_names_tokens_of_the_first_process_on_schedule(
+    rank: int, step: int, watched: bool, named: bool, tmp_path: Path
+) -> None:
+    asked: list[int] = []
+
+    def texts(ids: list[int]) -> list[str]:
+        asked.extend(ids)
+        return spell(ids)
+
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, token_every=2, rank=rank, synchronous=True)
+    if watched:
+        recorder.watch_pass(tokens(3))
+    assert (recorder.settle(step, texts) is not None) is watched
+    assert asked == (sorted(set(tokens(3).token_id.tolist())) if named else [])
+    recorder.settle(step)
+    recorder.close()
+    assert recorder.failure is None
