@@ -13,7 +13,14 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.record import step as step_module
 from wapo_analysis.record.batches import BatchPass, Layout, batch_pass, outside_counts
 from wapo_analysis.record.step import OpenStep, rollout_table, step_rollouts
-from wapo_analysis.record.tokens import DevicePass, HostPass, given_in_all, on_host, repetition
+from wapo_analysis.record.tokens import (
+    DevicePass,
+    DeviceTotals,
+    HostPass,
+    given_in_all,
+    on_host,
+    repetition,
+)
 from wapo_analysis.record.topk import chosen_rows, hashed
 
 
@@ -102,6 +109,34 @@ def test_a_device_sums_up_a_step_of_which_no_row_is_written(
     assert all(how == (0.5, frozenset({"logp"}), True) for _, how in found)
     assert len(step.passes) == (0 if summed else len(kinds))
     assert step._outside == ["counts"] * summed
+
+
+def test_sums_made_where_the_tokens_are_give_the_step_of_the_rows() -> None:
+    given = [tokens(1), tokens(2, rows=35)]
+    rows = OpenStep(list(given)).job({"step": 3, "lr": 0.5}, {}, rank=0, share=0.0, sums={})
+    there = OpenStep().job({"step": 3, "lr": 0.5}, {}, rank=0, share=0.0, sums={})
+    there.summed = [DeviceTotals(one, 1.0, given_in_all(given)) for one in given]
+    for job in (rows, there):
+        job.condense()
+    assert there.summed == []
+    assert there.row == pytest.approx(rows.row, rel=1e-12)
+    assert there.row["token_fraction"] == 0.0
+    (one,), (other,) = rows.records(), there.records()
+    assert len(one) == len(other)
+    for name, values in one.columns.items():
+        np.testing.assert_allclose(other[name], values, rtol=1e-12, err_msg=name)
+
+
+def test_a_pass_without_tokens_belongs_to_any_logits() -> None:
+    empty = torch.zeros(1, 3)
+    batch = batch_pass(
+        empty, empty.long(), empty, torch.ones(1), None, rollouts=None, first_rollout=0,
+        temperature=1.0, minibatch=0, logits=torch.ones(1, 3, 5),
+    )  # fmt: skip
+    assert len(batch.tokens.logp) == 0
+    with pytest.raises(UserError, match="logits were given without the sampled tokens"):
+        batch_pass(empty, None, empty, torch.ones(1), None, rollouts=None, first_rollout=0,
+                   temperature=1.0, minibatch=0, logits=torch.ones(1, 3, 5))  # fmt: skip
 
 
 def test_outside_the_mask_is_told_apart_by_its_side() -> None:
