@@ -118,3 +118,15 @@ def test_settling_names_tokens_of_the_first_process_on_schedule(
     recorder.settle(step)
     recorder.close()
     assert recorder.failure is None
+
+
+def test_a_step_without_rows_changes_no_share(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, queue_rows=100)
+    steps = recorder._steps
+    job: Any = SimpleNamespace(share=0.0, rows=20)
+    for waiting, share in ((1000, 1.0), (0, 0.25)):
+        steps._waiting, steps._share = waiting, share
+        steps._choose(job)
+        assert (steps._share, steps._thinned, job.share) == (share, 0, 0.0)
+    steps._waiting = 0
+    recorder.close()
