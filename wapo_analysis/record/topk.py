@@ -73,11 +73,11 @@ class TopTokens:
         start, stop = int(span[0]), int(span[-1]) + 1
         logits = rows(tuple(index[start:stop] for index in self.place)).detach()
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        logp = wide.log_softmax(-1)
+        logp = wide.log_softmax(1)
         if self.ids is not None:
             ids = self.ids[start:stop]
-            return ids, logp.gather(-1, ids)
-        values, ids = logp.topk(min(self.size, logp.shape[-1]), dim=-1)
+            return ids, logp.gather(1, ids)
+        values, ids = logp.topk(min(self.size, logp.shape[1]), dim=1)
         return ids, values
 
     @property

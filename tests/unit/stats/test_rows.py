@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.stats.eager import CPU_ELEMENTS, _lift, block_rows
+from wapo_analysis.stats.eager import CPU_ELEMENTS, _lift, block_rows, reduce_keeping
 from wapo_analysis.stats.formulas import LOG2_E, TokenStats
 from wapo_analysis.stats.rows import (
     BLOCK,
@@ -134,6 +134,27 @@ def test_a_normaliser_becomes_a_power_of_two() -> None:
     exponent = powers * LOG2_E
     torch.testing.assert_close(exponent, exponent.round(), rtol=0, atol=1e-12)
     assert (lift.abs() <= 0.5 / LOG2_E + 1e-12).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_powers_are_those_of_the_row_and_nothing_more_is_found(dtype: torch.dtype) -> None:
+    """Exponentials from the origin on, but of target and mode; no largest columns."""
+    logits = (3 * torch.randn(9, 40, generator=torch.Generator().manual_seed(2))).to(dtype)
+    targets = torch.arange(9) * 4
+    powers = torch.empty(9, 40, dtype=dtype)
+    reduced, modes, lifts = reduce_keeping(Rows(logits), targets, 0.8, powers)
+    assert reduced.top_values is None
+    assert reduced.top_ids is None
+    best = logits.max(1)
+    at = logits.gather(1, targets[:, None])[:, 0]
+    assert modes.tolist() == torch.where(at == best.values, targets, best.indices).tolist()
+    origin = reduced.numbers[:, 2:3]
+    expected = ((logits.float() - origin) / 0.8 + lifts[:, None]).exp()
+    others = torch.ones(9, 40, dtype=torch.bool)
+    others[range(9), targets] = others[range(9), modes] = False
+    rtol = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(powers.float()[others], expected[others], rtol=rtol, atol=1e-30)
+    assert lifts.any() == (dtype == torch.bfloat16)
 
 
 def test_rows_are_chosen_by_mask_or_number() -> None:
