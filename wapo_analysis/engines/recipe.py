@@ -13,12 +13,11 @@ import torch.distributed as dist
 from wapo_analysis.engines import updates_per_batch
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.beside import Ring
-from wapo_analysis.train.batch import encode_problems
+from wapo_analysis.train.batch import encode_problems, sampling_generator, step_problems
 from wapo_analysis.train.checkpoint import save_checkpoint
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.evaluate import evaluate
 from wapo_analysis.train.models import configured_policy
-from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.rollout import NonFiniteLogits, sample
 from wapo_analysis.train.tasks.base import Problem, tools_of
 

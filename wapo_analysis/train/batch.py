@@ -24,12 +24,13 @@ from wapo_analysis.record.tokens import repetition
 from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.config import BATCHED, TrainConfig
-from wapo_analysis.train.noise import sampling_generator, step_problems
 from wapo_analysis.train.policy import Policy, Prompt
 from wapo_analysis.train.rollout import Rollouts, sample, sample_batched
 from wapo_analysis.train.sampler import sent
 from wapo_analysis.train.tasks import Problem, Task
 from wapo_analysis.train.tasks.base import tools_of
+
+_PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
 
 
 @dataclass(frozen=True)
@@ -345,3 +346,14 @@ def micro_batches(
         (piece, minibatch_weights(objective, weights, piece.rows, mask, piece.group))
         for piece, mask in zip(pieces, masks, strict=True)
     ]
+
+
+def step_problems(task: Task, seed: int, step: int, n: int) -> list[Problem]:
+    """The n problems of a step; they depend on (seed, step) alone."""
+    return task.problems(np.random.default_rng([seed, step, _PROMPTS]), n)
+
+
+def sampling_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Source of the noise of a step's samples."""
+    stream = np.random.SeedSequence([seed, step, _SAMPLING]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(stream[0]) >> 1)

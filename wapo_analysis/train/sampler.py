@@ -7,14 +7,16 @@ ended leave between blocks, with their part of the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from wapo_analysis.train.noise import Noise
 from wapo_analysis.train.policy import Policy
+
+if TYPE_CHECKING:
+    from wapo_analysis.train.rollout import Noise
 
 BLOCK = {"cpu": 1, "cuda": 16}
 """Tokens between two looks; on a CPU looking is free, and decoding on is not."""
@@ -209,7 +211,7 @@ class Sampler:
     model: Any
     max_new_tokens: int
     temperature: float
-    noise: Noise
+    noise: "Noise"
     entropy: bool = False
     block: int | None = None
 

@@ -15,12 +15,14 @@ from wapo_analysis.train import sampler
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
 from wapo_analysis.train.models import load_policy
-from wapo_analysis.train.noise import Exponentials, Uniforms, inverse_cdf
 from wapo_analysis.train.policy import Policy, PromptFormat, PromptStyle
 from wapo_analysis.train.rollout import (
+    Exponentials,
     Rollouts,
+    Uniforms,
     _first_like,
     completion_logits,
+    inverse_cdf,
     pad_left,
     sample,
     sample_batched,

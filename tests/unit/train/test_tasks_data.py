@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks import Problem, get_task
+from wapo_analysis.train.tasks.base import FileTask, load_file_task
 from wapo_analysis.train.tasks.data_files import (
     DataRefused,
     DataReport,
@@ -23,7 +24,6 @@ from wapo_analysis.train.tasks.data_files import (
     read_rows,
     split,
 )
-from wapo_analysis.train.tasks.file_task import FileTask, load_file_task
 from wapo_analysis.train.tasks.hotpotqa import HotpotQA
 
 

@@ -14,7 +14,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.tasks import get_task
-from wapo_analysis.train.tasks.file_task import FileTask
+from wapo_analysis.train.tasks.base import FileTask
 
 CODE = '''
 """Rewards of a user."""

@@ -19,8 +19,14 @@ from pathlib import Path
 from typing import Final
 
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.train.tasks.base import EmbeddedTask, Format, Problem, Task
-from wapo_analysis.train.tasks.file_task import FileTask, load_file_task
+from wapo_analysis.train.tasks.base import (
+    EmbeddedTask,
+    FileTask,
+    Format,
+    Problem,
+    Task,
+    load_file_task,
+)
 from wapo_analysis.train.tasks.formats import Gsm8k, MathProblems, OwnReward
 from wapo_analysis.train.tasks.generated import (
     PREFIX,

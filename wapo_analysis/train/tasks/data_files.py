@@ -1,6 +1,6 @@
 """Rows of a data file or of a hub data set: read, counted, and split into training and held-out.
 
-Reading and judging are apart: this module says what stands where, ``file_task`` what can be used.
+Reading and judging are apart: this module says what stands where, ``base`` what can be used.
 """
 
 import hashlib
@@ -9,11 +9,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.store.files import open_regular
-from wapo_analysis.train.tasks.base import Problem
+
+if TYPE_CHECKING:
+    from wapo_analysis.train.tasks.base import Problem
 
 LINES: Final = (".jsonl", ".ndjson")
 SUFFIXES: Final = (*LINES, ".json", ".parquet")
@@ -202,8 +204,8 @@ def is_held_out(question: str, fraction: float) -> bool:
 
 
 def split(
-    problems: list[tuple[str, Problem]], fraction: float
-) -> tuple[list[Problem], list[Problem]]:
+    problems: "list[tuple[str, Problem]]", fraction: float
+) -> "tuple[list[Problem], list[Problem]]":
     """Split problems by their questions.
 
     Parameters
