@@ -191,6 +191,20 @@ def changes(frame: pd.DataFrame, column: str, digits: str = ".2f") -> str:
     return joined(f"{label} {a:{digits}} to {b:{digits}}" for label, (a, b) in pairs)
 
 
+def each_label(known: str | None = None) -> "Callable[[Callable[[str, pd.DataFrame], str]], Says]":
+    """Make a function of the rows of one label, those with ``known``, one of a whole frame."""
+
+    def over_all(tell: Callable[[str, pd.DataFrame], str]) -> Says:
+        def says(frame: pd.DataFrame) -> str:
+            rows = frame if known is None else frame.dropna(subset=known)
+            told = (tell(str(label), part) for label, part in rows.groupby("label", sort=False))
+            return joined(text for text in told if text)
+
+        return says
+
+    return over_all
+
+
 def after(what: str, text: str) -> str:
     """``what: text``, or nothing where there is nothing to tell."""
     return f"{what}: {text}" if text else ""

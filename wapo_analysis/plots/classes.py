@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from wapo_analysis.plots import ends, figure, joined, largest, largest_key
+from wapo_analysis.plots import each_label, ends, figure, largest, largest_key
 from wapo_analysis.plots.frames import (
     class_frame,
     class_table,
@@ -60,20 +60,16 @@ def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares, runs)
 
 
-def _says_class_share(frame: pd.DataFrame) -> str:
+@each_label()
+def _says_class_share(label: str, rows: pd.DataFrame) -> str:
     """The class whose share of the tokens changed most."""
-    told = []
-    for label, rows in frame.groupby("label", sort=False):
-        pairs = {
-            code: ends(rows[rows["cls"] == code], "share").get(str(label))
-            for code in tax.CLASS_NAMES
-        }
-        known = {code: pair for code, pair in pairs.items() if pair is not None}
-        if known:
-            code = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
-            first, last = known[code]
-            told.append(f"{label}: {class_text(code)} {first:.0%} to {last:.0%} of the tokens")
-    return joined(told)
+    pairs = {code: ends(rows[rows["cls"] == code], "share").get(label) for code in tax.CLASS_NAMES}
+    known = {code: pair for code, pair in pairs.items() if pair is not None}
+    if known:
+        code = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
+        first, last = known[code]
+        return f"{label}: {class_text(code)} {first:.0%} to {last:.0%} of the tokens"
+    return ""
 
 
 @figure(
@@ -117,18 +113,16 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
-def _says_gradient_mass(frame: pd.DataFrame) -> str:
+@each_label("share")
+def _says_gradient_mass(label: str, rows: pd.DataFrame) -> str:
     """The class with most of the gradient, beside its part of the tokens, over the whole run."""
-    told = []
-    for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
-        sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
-        code = largest_key(sums["grad_mass"])
-        told.append(
-            f"{label}: {tax.CLASS_NAMES[code]} is "
-            f"{sums['tokens'][code] / sums['all_tokens'][code]:.1%} of the tokens and "
-            f"{sums['grad_mass'][code] / sums['grad_mass'].sum():.0%} of the gradient"
-        )
-    return joined(told)
+    sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
+    code = largest_key(sums["grad_mass"])
+    return (
+        f"{label}: {tax.CLASS_NAMES[code]} is "
+        f"{sums['tokens'][code] / sums['all_tokens'][code]:.1%} of the tokens and "
+        f"{sums['grad_mass'][code] / sums['grad_mass'].sum():.0%} of the gradient"
+    )
 
 
 @figure(
@@ -205,16 +199,13 @@ def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(shares.drop(columns=["grad_mass", "grad_mass_proxy"]), runs)
 
 
-def _says_bin_mass(frame: pd.DataFrame) -> str:
-    names, told = bin_names(PAPER_EDGES), []
-    means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="exact")
-    for label, rows in means.groupby("label", sort=False):
-        top = largest(rows, "exact")
-        told.append(
-            f"{label}: {top['exact']:.0%} of the gradient is on tokens with "
-            f"{SIGN_NAMES[int(top['sign'])]}, p in {names[int(top['prob_bin'])]}"
-        )
-    return joined(told)
+@each_label("exact")
+def _says_bin_mass(label: str, rows: pd.DataFrame) -> str:
+    top = largest(mean_over_runs(rows, ("sign", "prob_bin")), "exact")
+    return (
+        f"{label}: {top['exact']:.0%} of the gradient is on tokens with "
+        f"{SIGN_NAMES[int(top['sign'])]}, p in {bin_names(PAPER_EDGES)[int(top['prob_bin'])]}"
+    )
 
 
 @figure(
@@ -280,17 +271,18 @@ def prepare_token_strength(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.drop(columns=["coef_sum", "tokens"]), runs)
 
 
-def _says_token_strength(frame: pd.DataFrame) -> str:
+@each_label("strength")
+def _says_token_strength(label: str, rows: pd.DataFrame) -> str:
     """Strongest bin against the weakest that is moved at all."""
-    names, told = bin_names(PAPER_EDGES), []
-    means = mean_over_runs(frame, ("sign", "prob_bin")).dropna(subset="strength")
-    for label, rows in means[means["strength"] != 0].groupby("label", sort=False):
-        size, top = rows["strength"].abs(), largest(rows, "strength")
-        told.append(
-            f"{label}: strongest at p in {names[int(top['prob_bin'])]}, "
-            f"{SIGN_NAMES[int(top['sign'])]}, {size.max() / size.min():.2g} times the weakest"
-        )
-    return joined(told)
+    means = mean_over_runs(rows, ("sign", "prob_bin"))
+    means = means[means["strength"] != 0]
+    if means.empty:
+        return ""
+    size, top = means["strength"].abs(), largest(means, "strength")
+    return (
+        f"{label}: strongest at p in {bin_names(PAPER_EDGES)[int(top['prob_bin'])]}, "
+        f"{SIGN_NAMES[int(top['sign'])]}, {size.max() / size.min():.2g} times the weakest"
+    )
 
 
 @figure(

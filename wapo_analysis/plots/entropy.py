@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASS_NAMES, CLASSES, NONE
 
-from wapo_analysis.plots import after, ends, figure, joined, largest_key
+from wapo_analysis.plots import after, each_label, ends, figure, joined, largest_key
 from wapo_analysis.plots.frames import (
     class_frame,
     class_table,
@@ -136,14 +136,11 @@ def prepare_entropy_by_sign(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(step_frame(runs, ("entropy_pos", "entropy_neg")), runs)
 
 
-def _says_entropy_by_sign(frame: pd.DataFrame) -> str:
-    told = []
-    for label in labels_of(frame):
-        rows = frame[frame["label"] == label]
-        pairs = {sign: ends(rows, name).get(label) for sign, name in _BY_SIGN.items()}
-        known = [f"{SIGN_NAMES[s]} {p[0]:.2f} to {p[1]:.2f}" for s, p in pairs.items() if p]
-        told += [f"{label}: {', '.join(known)} nats"] if known else []
-    return joined(told)
+@each_label()
+def _says_entropy_by_sign(label: str, rows: pd.DataFrame) -> str:
+    pairs = {sign: ends(rows, name).get(label) for sign, name in _BY_SIGN.items()}
+    known = [f"{SIGN_NAMES[s]} {p[0]:.2f} to {p[1]:.2f}" for s, p in pairs.items() if p]
+    return f"{label}: {', '.join(known)} nats" if known else ""
 
 
 _BY_SIGN = {1: "entropy_pos", -1: "entropy_neg"}
@@ -228,22 +225,20 @@ def _scales(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Series:
     return scale
 
 
-def _says_entropy_flow(frame: pd.DataFrame) -> str:
+@each_label()
+def _says_entropy_flow(label: str, rows: pd.DataFrame) -> str:
     """The class that predicts most, and how often the predicted sum had the measured sign."""
-    told = []
-    for label, rows in frame.groupby("label", sort=False):
-        sums = rows.groupby("cls")["predicted"].sum(min_count=1).dropna()
-        way = np.sign(sums.sum())
-        toward = sums[np.sign(sums) == way]
-        if toward.empty or not way:
-            continue
-        code = largest_key(toward)
-        share = float(toward.abs().max() / toward.abs().sum())
-        told.append(
-            f"{label}: {CLASS_NAMES[code]} is {share:.0%} of the predicted "
-            f"{'rise' if way > 0 else 'fall'}{_sign_right(rows)}"
-        )
-    return joined(told)
+    sums = rows.groupby("cls")["predicted"].sum(min_count=1).dropna()
+    way = np.sign(sums.sum())
+    toward = sums[np.sign(sums) == way]
+    if toward.empty or not way:
+        return ""
+    code = largest_key(toward)
+    share = float(toward.abs().max() / toward.abs().sum())
+    return (
+        f"{label}: {CLASS_NAMES[code]} is {share:.0%} of the predicted "
+        f"{'rise' if way > 0 else 'fall'}{_sign_right(rows)}"
+    )
 
 
 def _sign_right(rows: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from wapo_taxonomy import CLASSES
 
-from wapo_analysis.plots import figure, joined, largest_key
+from wapo_analysis.plots import each_label, figure, largest_key
 from wapo_analysis.plots.frames import keep_labels, keyed, labels_of
 from wapo_analysis.plots.panels import (
     AxesArray,
@@ -121,25 +121,23 @@ def _by_class(rows: pd.DataFrame) -> pd.DataFrame:
     return table.assign(predicted=predicted * step)
 
 
-def _says_mass_flow(frame: pd.DataFrame) -> str:
+@each_label()
+def _says_mass_flow(label: str, rows: pd.DataFrame) -> str:
     """Of the class that moves most probability: a token's mean, and what moves against it."""
-    told = []
-    for label, rows in frame.groupby("label", sort=False):
-        means = rows.groupby(["cls", "goer"], sort=False)["measured"].mean().unstack()
-        counts = rows.groupby("cls", sort=False)["tokens"].first()
-        means = means.reindex(columns=list(GOERS)).dropna(subset="sampled")
-        known: dict[Any, Any] = means.to_dict("index")
-        if not known:
-            continue
-        cls = max(known, key=lambda name: abs(known[name]["sampled"]) * counts[name])
-        own = known[cls]["sampled"]
-        to = max(GOERS[1:], key=lambda goer: -known[cls][goer] * np.sign(own))
-        verbs = ("loses", "gains") if own < 0 else ("gains", "loses")
-        told.append(
-            f"{label}: a {cls} token {verbs[0]} {abs(own):.2g} of probability, the {to} "
-            f"{verbs[1]} {abs(known[cls][to]):.2g} (mean of {counts[cls]:,})"
-        )
-    return joined(told)
+    means = rows.groupby(["cls", "goer"], sort=False)["measured"].mean().unstack()
+    counts = rows.groupby("cls", sort=False)["tokens"].first()
+    means = means.reindex(columns=list(GOERS)).dropna(subset="sampled")
+    known: dict[Any, Any] = means.to_dict("index")
+    if not known:
+        return ""
+    cls = max(known, key=lambda name: abs(known[name]["sampled"]) * counts[name])
+    own = known[cls]["sampled"]
+    to = max(GOERS[1:], key=lambda goer: -known[cls][goer] * np.sign(own))
+    verbs = ("loses", "gains") if own < 0 else ("gains", "loses")
+    return (
+        f"{label}: a {cls} token {verbs[0]} {abs(own):.2g} of probability, the {to} "
+        f"{verbs[1]} {abs(known[cls][to]):.2g} (mean of {counts[cls]:,})"
+    )
 
 
 @figure(
@@ -221,16 +219,15 @@ def _with_agreement(part: pd.DataFrame) -> pd.DataFrame:
     return part.assign(**dict(zip(_RIGHT, right, strict=True)))
 
 
-def _says_calibration(frame: pd.DataFrame) -> str:
-    told = []
-    for label, rows in frame.groupby("label", sort=False):
-        found = agreement(rows["predicted"].to_numpy(float), rows["measured"].to_numpy(float))
-        if np.isfinite(found["sign_agreement"]):
-            told.append(
-                f"{label}: predicted dH has the sign of the measured one in "
-                f"{found['sign_agreement']:.0%} of {found['pairs']:.0f} cases"
-            )
-    return joined(told)
+@each_label()
+def _says_calibration(label: str, rows: pd.DataFrame) -> str:
+    found = agreement(rows["predicted"].to_numpy(float), rows["measured"].to_numpy(float))
+    if np.isfinite(found["sign_agreement"]):
+        return (
+            f"{label}: predicted dH has the sign of the measured one in "
+            f"{found['sign_agreement']:.0%} of {found['pairs']:.0f} cases"
+        )
+    return ""
 
 
 @figure(
@@ -333,17 +330,14 @@ def prepare_waterfall(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(keyed(parts, runs, _PARTS[3:])[_PARTS], runs)
 
 
-def _says_waterfall(frame: pd.DataFrame) -> str:
-    told = []
-    for label, rows in frame.dropna(subset="part").groupby("label", sort=False):
-        means = rows.groupby("part")["dentropy"].mean()
-        parts = means.drop(UPDATE).dropna()
-        if len(parts):
-            code = largest_key(parts)
-            told.append(
-                f"{label}: {part_name(code)} {parts[code]:+.2g} nats of {means[UPDATE]:+.2g}"
-            )
-    return joined(told)
+@each_label("part")
+def _says_waterfall(label: str, rows: pd.DataFrame) -> str:
+    means = rows.groupby("part")["dentropy"].mean()
+    parts = means.drop(UPDATE).dropna()
+    if len(parts):
+        code = largest_key(parts)
+        return f"{label}: {part_name(code)} {parts[code]:+.2g} nats of {means[UPDATE]:+.2g}"
+    return ""
 
 
 @figure(

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES
 
-from wapo_analysis.plots import figure, joined
+from wapo_analysis.plots import each_label, figure
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
 from wapo_analysis.plots.panels import AxesArray, label_parts, label_row, note, pair_legend
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
@@ -58,18 +58,16 @@ def prepare_entropy_shift(runs: Sequence[Run]) -> pd.DataFrame:
     return _prepare(runs, "entropy")
 
 
-def _says(frame: pd.DataFrame) -> str:
+@each_label("sign_agreement")
+def _says(label: str, rows: pd.DataFrame) -> str:
     """In which class the prediction had the right sign most often, and in which least."""
-    told = []
-    for label, rows in frame.dropna(subset="sign_agreement").groupby("label", sort=False):
-        ranked = rows[rows["tokens"] >= _FEW].sort_values("sign_agreement", ascending=False)
-        ends = ranked.iloc[[0, -1]].drop_duplicates("cls") if len(ranked) else ranked
-        parts = [
-            f"{row['sign_agreement']:.0%} of the {CLASSES[int(row['cls'])]} tokens"
-            for _, row in ends.iterrows()
-        ]
-        told += [f"{label}: sign right for {', '.join(parts)}"] if parts else []
-    return joined(told)
+    ranked = rows[rows["tokens"] >= _FEW].sort_values("sign_agreement", ascending=False)
+    ends = ranked.iloc[[0, -1]].drop_duplicates("cls") if len(ranked) else ranked
+    parts = [
+        f"{row['sign_agreement']:.0%} of the {CLASSES[int(row['cls'])]} tokens"
+        for _, row in ends.iterrows()
+    ]
+    return f"{label}: sign right for {', '.join(parts)}" if parts else ""
 
 
 _says_prob_shift = _says_entropy_shift = _says
@@ -200,14 +198,10 @@ def prepare_decile_shift(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(table.loc[table["tokens"] >= _FEW, order], runs)
 
 
-def _says_decile_shift(frame: pd.DataFrame) -> str:
-    told = []
-    for label, rows in frame.dropna(subset="median").groupby("label", sort=False):
-        against = np.sign(rows["median"]) == np.where(rows["advantage"] < _POSITIVE, 1, -1)
-        told.append(
-            f"{label}: {against.sum()} of {len(rows)} groups of tokens move against their advantage"
-        )
-    return joined(told)
+@each_label("median")
+def _says_decile_shift(label: str, rows: pd.DataFrame) -> str:
+    against = np.sign(rows["median"]) == np.where(rows["advantage"] < _POSITIVE, 1, -1)
+    return f"{label}: {against.sum()} of {len(rows)} groups of tokens move against their advantage"
 
 
 @figure(

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from wapo_taxonomy import CLASSES, rule_dentropy_sign
 
-from wapo_analysis.plots import after, changes, figure, joined, largest
+from wapo_analysis.plots import after, changes, each_label, figure, joined, largest
 from wapo_analysis.plots.frames import RUN_KEYS, keep_labels, labels_of, mean_over_runs, token_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
@@ -269,15 +269,13 @@ def prepare_top_tokens(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(top[order].sort_values("run", kind="stable", ignore_index=True), runs)
 
 
-def _says_top_tokens(frame: pd.DataFrame) -> str:
-    told = []
-    for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
-        top = largest(rows, "mass")
-        told.append(
-            f"{label}: {top['text']} holds {top['share']:.0%} of the gradient of "
-            f"{CLASSES[int(top['cls'])]}"
-        )
-    return joined(told)
+@each_label("share")
+def _says_top_tokens(label: str, rows: pd.DataFrame) -> str:
+    top = largest(rows, "mass")
+    return (
+        f"{label}: {top['text']} holds {top['share']:.0%} of the gradient of "
+        f"{CLASSES[int(top['cls'])]}"
+    )
 
 
 @figure(
@@ -341,19 +339,17 @@ def prepare_position_profile(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(table.assign(width=width)[[*keys, "width", "share", "tokens"]], runs)
 
 
-def _says_position_profile(frame: pd.DataFrame) -> str:
-    told = []
-    for label, rows in frame.dropna(subset="share").groupby("label", sort=False):
-        by_place = rows.groupby("place")[["share", "tokens"]].sum() / rows["run"].nunique()
-        ahead = by_place["share"] - by_place["tokens"]
-        place = int(ahead.index.to_numpy()[int(np.argmax(ahead.to_numpy()))])
-        last = place + rows["width"].iloc[0] - 1
-        where = f"positions {place:g} to {last:g}" if last > place else f"position {place:g}"
-        told.append(
-            f"{label}: {by_place['share'][place]:.0%} of the gradient is at {where}, with "
-            f"{by_place['tokens'][place]:.0%} of the tokens"
-        )
-    return joined(told)
+@each_label("share")
+def _says_position_profile(label: str, rows: pd.DataFrame) -> str:
+    by_place = rows.groupby("place")[["share", "tokens"]].sum() / rows["run"].nunique()
+    ahead = by_place["share"] - by_place["tokens"]
+    place = int(ahead.index.to_numpy()[int(np.argmax(ahead.to_numpy()))])
+    last = place + rows["width"].iloc[0] - 1
+    where = f"positions {place:g} to {last:g}" if last > place else f"position {place:g}"
+    return (
+        f"{label}: {by_place['share'][place]:.0%} of the gradient is at {where}, with "
+        f"{by_place['tokens'][place]:.0%} of the tokens"
+    )
 
 
 @figure(

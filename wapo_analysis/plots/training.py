@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from wapo_analysis.plots import after, changes, ends, figure, joined
-from wapo_analysis.plots.frames import keep_labels, labels_of, run_labels, step_frame
+from wapo_analysis.plots import after, changes, each_label, ends, figure, joined
+from wapo_analysis.plots.frames import keep_labels, run_labels, step_frame
 from wapo_analysis.plots.panels import (
     AxesArray,
     filled_parts,
@@ -148,20 +148,17 @@ def prepare_lengths(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(frame.drop(columns=list(flat)), runs)
 
 
-def _says_lengths(frame: pd.DataFrame) -> str:
+@each_label()
+def _says_lengths(label: str, rows: pd.DataFrame) -> str:
     """What moved most of the shares, and the length."""
-    told = []
-    for label in labels_of(frame):
-        rows = frame[frame["label"] == label]
-        moved = {name: ends(rows, name).get(label) for name in HEALTH if name != "length"}
-        known = {name: pair for name, pair in moved.items() if pair is not None}
-        length = ends(rows, "length").get(label)
-        parts = [] if length is None else [f"length {length[0]:.0f} to {length[1]:.0f} tokens"]
-        if known:
-            name = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
-            parts.append(f"{HEALTH[name]} {known[name][0]:.0%} to {known[name][1]:.0%}")
-        told += [f"{label} {', '.join(parts)}"] if parts else []
-    return joined(told)
+    moved = {name: ends(rows, name).get(label) for name in HEALTH if name != "length"}
+    known = {name: pair for name, pair in moved.items() if pair is not None}
+    length = ends(rows, "length").get(label)
+    parts = [] if length is None else [f"length {length[0]:.0f} to {length[1]:.0f} tokens"]
+    if known:
+        name = max(known, key=lambda key: abs(known[key][1] - known[key][0]))
+        parts.append(f"{HEALTH[name]} {known[name][0]:.0%} to {known[name][1]:.0%}")
+    return f"{label} {', '.join(parts)}" if parts else ""
 
 
 @figure(
