@@ -13,8 +13,11 @@ pytest.importorskip("trl", minversion="1.0", reason="needs the extra [trl]")
 
 from trl import GRPOTrainer
 
-from tests.support.trl_toy import run, toy_trainer
+from tests.support.trl_toy import TEMPERATURE, run, toy_trainer
 from wapo_analysis import UserError, attach, open_run
+from wapo_analysis.capture.trl import DETAILS
+from wapo_analysis.capture.trl.trainer import TrlTrainer
+from wapo_analysis.record import on_schedule
 
 # TRL, transformers and peft warn about each other's future versions; that is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -76,6 +79,32 @@ def test_detail_sets_what_is_written(tmp_path: Path, detail: Any, rows: int, res
     assert found.classes.groupby("step").tokens.sum().tolist() == [64] * 3
     known = found.classes.groupby("step").pred_dentropy_sum.apply(lambda v: v.notna().all())
     assert known.tolist() == [True] + [detail == "full"] * 2
+
+
+def test_before_training_the_first_step_comes_next(tmp_path: Path) -> None:
+    watched = TrlTrainer(toy_trainer(tmp_path / "out"))
+    assert (watched.done, watched.step, watched.rank, watched.processes) == (0, 1, 0, 1)
+    assert watched.temperature == TEMPERATURE
+    assert watched.loss_scale == 1.0
+    assert not watched.casts_head
+    assert watched.beside_logp == []
+    manifest = watched.manifest(None, "mine")
+    assert (manifest.name, manifest.label, manifest.seed) == ("dapo seed 3", "mine", 3)
+    assert manifest.planned_steps == 2
+    assert manifest.parameters == manifest.trainable_parameters
+    assert manifest.vocabulary == watched.model.lm_head.weight.shape[0]
+    assert manifest.objective["bounds"] == [0.8, 1.2]
+
+
+@pytest.mark.parametrize(
+    ("detail", "every", "rows"),
+    [("totals", 0, []), ("sampled", 10, [1, 11, 21]), ("full", 1, list(range(1, 22)))],
+)
+def test_steps_with_rows_by_detail(detail: str, every: int, rows: list[int]) -> None:
+    given = DETAILS[detail]
+    assert (given["token_every"], given["rescore_every"]) == (every, every)
+    assert given["exact_every"] == (every or 10)
+    assert [step for step in range(1, 22) if on_schedule(step, given["token_every"])] == rows
 
 
 def test_an_unknown_detail_names_those_there_are(tmp_path: Path) -> None:
