@@ -130,3 +130,16 @@ def test_a_step_without_rows_changes_no_share(tmp_path: Path) -> None:
         assert (steps._share, steps._thinned, job.share) == (share, 0, 0.0)
     steps._waiting = 0
     recorder.close()
+
+
+def test_a_step_takes_the_time_since_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"}, synchronous=True)
+    now = [107.0]
+    monkeypatch.setattr("wapo_analysis.record.recorder.perf_counter", lambda: now[0])
+    recorder._since, recorder._captured, recorder.seconds = 100.0, 3.0, 5.0
+    assert recorder._times() == {"seconds": 7.0, "seconds_capture": 2.0}
+    now[0], recorder.seconds = 110.0, 6.0
+    assert recorder._times() == {"seconds": 3.0, "seconds_capture": 1.0}
+    recorder.close()
