@@ -131,7 +131,7 @@ def regime_code(prob: Array, complement: Array, collision_rest: Array) -> Array:
     >>> [regime_code(0.1, 0.9, collision_rest) for collision_rest in (0.09, 0.81, float("nan"))]
     [1, 0, -1]
     """
-    peak = is_peak(prob, complement, collision_rest) * 1
+    peak = is_peak(prob, complement, collision_rest)
     return _known(prob, complement, collision_rest) * (peak + 1) - 1
 
 

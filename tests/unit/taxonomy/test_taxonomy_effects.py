@@ -245,3 +245,11 @@ def test_the_table_of_effects_has_the_signs_of_the_formulas(name: str) -> None:
         step, s.prob, s.complement, s.logp, s.entropy, s.collision_rest, s.collision_logp_rest
     )
     assert (np.sign(dprob), np.sign(dentropy)) == (effect.sampled, effect.entropy)
+
+
+def test_temperature_and_learning_rate_are_one_unless_said() -> None:
+    assert wt.logit_step(3.0) == 3.0
+    assert wt.logit_step(3.0, 2.0) == 0.75
+    assert wt.logit_step(3.0, 2.0, 0.5) == 0.375
+    assert wt.grad_norm(-2.0, 0.6, 0.64) == pytest.approx(2.0)
+    assert wt.grad_norm(-2.0, 0.6, 0.64, 0.5) == pytest.approx(4.0)
