@@ -220,3 +220,20 @@ def test_watched_losses_stand_in_the_registry_and_a_worker_s_steps_are_recorded(
     assert found[found.step == 6].rollout.tolist() == mask.nonzero()[:, 0].tolist()
     coef = torch.cat([-given["log_prob"].grad[mask] for given in tensors])
     np.testing.assert_allclose(found.coef, coef, rtol=4e-5, atol=1e-8)
+
+
+def test_rollouts_of_later_processes_are_numbered_after_those_before(
+    watcher: VerlWatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "verl.workers.utils.padding", SimpleNamespace())  # type: ignore[arg-type]
+    engine = SimpleNamespace(**vars(VERL_ENGINE) | {"get_data_parallel_rank": lambda: 2})
+    data = Data(responses=torch.zeros(4, 6))
+    watcher.begin_step(engine, data)
+    assert data["wapo_row"].tolist() == [0, 1, 2, 3]
+    with watcher.micro_batch(
+        {}, {"responses": torch.zeros(2, 6), "wapo_row": torch.tensor([3, 1])}
+    ):
+        assert watcher._micro["rollouts"].tolist() == [11, 9], "2 x 4 come before"
+    assert watcher._micro == {}
+    assert watcher.recorder is not None
+    assert watcher.recorder.rank == 2

@@ -14,6 +14,7 @@ from wapo_analysis.capture.trl.objective import (
     _ObjectiveLoss,
     _passes_on,
 )
+from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
 
@@ -214,3 +215,42 @@ def test_a_trainer_that_returns_no_log_probabilities_is_told() -> None:
     inputs = dict.fromkeys(("prompt_ids", "completion_ids", "prompt_mask"), ids)
     with pytest.raises(UserError, match="the trainer returned no log-probabilities"):
         loss._score(None, {**inputs, "completion_mask": ids})
+
+
+class Raw:
+    """What a watcher that sees no tokens puts its calls around."""
+
+    def __init__(self) -> None:
+        self.accelerator = Accelerator()
+        self.callbacks: list[Any] = []
+
+    def _generate_and_score_completions(self, inputs: Any) -> None: ...
+    def training_step(self) -> None: ...
+
+    def add_callback(self, callback: Any) -> None:
+        self.callbacks.append(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        self.callbacks.remove(callback)
+
+
+class Accelerator:
+    def clip_grad_norm_(self) -> None: ...
+
+
+@pytest.mark.parametrize(("processes", "several"), [(1, False), (2, True), (8, True)])
+def test_processes_that_train_together_are_several(processes: int, several: bool) -> None:
+    notes: list[dict[str, Any]] = []
+    trainer: Any = SimpleNamespace(raw=Raw(), processes=processes, hidden_by="Unsloth")
+    recorder: Any = SimpleNamespace(guard=None, note=lambda **given: notes.append(given))
+    patches = Patches()
+    watcher = TrlWatcher(
+        trainer, recorder, patches, exact_every=1, log_metrics=True, probe_rows=1, replace=False,
+        resume_after=7,
+    )  # fmt: skip
+    assert watcher._several is several
+    assert (watcher._last, watcher._resume_after) == (7, 7)
+    assert notes == [{"tokens_hidden_by": "Unsloth"}]
+    assert len(trainer.raw.callbacks) == 1
+    patches.close()
+    assert trainer.raw.callbacks == []

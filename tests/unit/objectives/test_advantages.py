@@ -110,3 +110,9 @@ def test_a_residue_of_rounding_is_measured_against_the_rewards() -> None:
         low, middle, high = group_advantages(kind, rewards, [0, 0, 0])
         assert middle == 0
         assert low < 0 < high
+
+
+def test_the_largest_reward_that_is_used() -> None:
+    assert group_advantages("raw", [1e100, -1e100], [0, 0]).tolist() == [1e100, -1e100]
+    with pytest.raises(UserError, match=r"reward 1\.1e\+100 of rollout 1 is not usable"):
+        group_advantages("raw", [0.0, 1.1e100], [0, 0])

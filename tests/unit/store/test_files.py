@@ -161,6 +161,14 @@ def test_rounding_is_to_the_nearest_value_of_so_many_bits(bits: int) -> None:
     assert len(np.unique(found)) <= len(np.unique(values))
 
 
+def test_a_nan_of_any_bits_stays_one_beside_numbers() -> None:
+    """Rounded as a number, that of all ones would become -0."""
+    values = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x3F800000], np.uint32).view(np.float32)
+    found = round_mantissa(values)
+    assert np.isnan(found).tolist() == [True, True, True, False]
+    assert found[3] == 1.0
+
+
 def test_columns_keep_their_types_and_what_is_missing_is_null() -> None:
     table = arrow_table(token_records(1, 4).with_columns({"entropy": np.full(4, np.nan)}))
     for column in TOKENS.stored:
