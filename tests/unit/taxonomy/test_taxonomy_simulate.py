@@ -115,6 +115,16 @@ def test_each_class_alone_reaches_its_end(name: str, limit: float) -> None:
     assert set(run.regime.tolist()) == {1 if name.endswith("peak") else 0}
 
 
+def test_the_regime_of_every_state_is_that_of_its_distribution() -> None:
+    """0.4 is above the sum of squares of the start, 0.2602, and 0.25 a little below it."""
+    for token, regime in ((0, 1), (1, 0), (5, 0)):
+        assert wt.simulate(START, token, 1.0, 0.05, 0).regime.tolist() == [regime]
+    run = wt.simulate(START, 1, 1.0, 0.3, 12)
+    p, s = run.prob_sampled, (run.probs**2).sum(1)
+    assert run.regime.tolist() == (p >= s).astype(int).tolist()
+    assert set(run.regime.tolist()) == {0, 1}
+
+
 def test_a_class_is_simulated_alone_for_100_steps_unless_said() -> None:
     plain = wt.simulate_class(START, "neg_peak")
     said = wt.simulate_class(START, "neg_peak", 1.0, 0.1, 100, 1.0, per_draw=False)

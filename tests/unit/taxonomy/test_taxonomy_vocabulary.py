@@ -95,3 +95,10 @@ def test_errors_name_what_is_wrong() -> None:
         wt.predict([0.5, 0.5], 0)
     with pytest.raises(IndexError):
         wt.predict(np.array([0.5, 0.5]), 2)
+
+
+def test_a_step_is_one_unless_said() -> None:
+    probs = np.array([0.5, 0.3, 0.2])
+    plain, half = wt.predict(probs, 1), wt.predict(probs, 1, 0.5)
+    np.testing.assert_allclose(plain.dprob, 2 * half.dprob, rtol=1e-15)
+    assert plain.dprob[1] == pytest.approx(0.3 * (1 - 0.6 + 0.38))
