@@ -174,8 +174,11 @@ def _step_pairs(part: Any) -> list[tuple[Any, Any]] | None:
 
 def _by_name(value: Mapping[str, Any], told: Callable[[str], None]) -> Rows | None:
     """Lists of numbers by name, nested names joined; lists of another length are left out."""
-    if all(isinstance(v, list) for v in value.values()) and len(set(map(len, value.values()))) == 1:
-        columns = zip(*value.values(), strict=True)
+    lists_of = list(value.values())
+    if len(lists_of) == 1 and _rows(lists_of[0], told) is not None:
+        return None  # records below a name
+    if all(isinstance(v, list) for v in lists_of) and len(set(map(len, lists_of))) == 1:
+        columns = zip(*lists_of, strict=True)
         return [dict(zip(value, row, strict=True)) for row in columns] or None
     scalars = [name for name, v in value.items() if as_number(v) is not None]
     if NameTable({}).feeds(scalars).keys() & set(VITAL):
