@@ -254,3 +254,20 @@ def test_processes_that_train_together_are_several(processes: int, several: bool
     assert len(trainer.raw.callbacks) == 1
     patches.close()
     assert trainer.raw.callbacks == []
+
+
+def test_a_step_says_how_long_its_probe_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = object.__new__(TrlWatcher)
+    now, told = [100.0], list[Any]()
+
+    def after_update(*given: Any) -> None:
+        now[0] += 2.5
+        told.extend(given)
+
+    monkeypatch.setattr("wapo_analysis.capture.trl.watcher.perf_counter", lambda: now[0])
+    watcher._trainer = SimpleNamespace(step=7)  # type: ignore[assignment]
+    watcher._prober = SimpleNamespace(after_update=after_update)  # type: ignore[assignment]
+    watcher._passes, watcher._row = [], {"grad_norm": 0.25}
+    watcher.after_update()
+    assert told == [7, [], 0.25]
+    assert watcher._row == {"grad_norm": 0.25, "seconds_probe": 2.5}
