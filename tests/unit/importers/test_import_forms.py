@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from wapo_analysis.errors import UserError
+from wapo_analysis.importers.console import holds_reward
 from wapo_analysis.importers.detect import _copies, _told_copies
 from wapo_analysis.importers.logs import _is_reward, _reach
 from wapo_analysis.importers.packed import notebook_text, page_text, wrapped_by
+from wapo_analysis.importers.printed import line_of
 from wapo_analysis.importers.readers import (
     csv_frames,
     csv_header,
@@ -265,3 +267,37 @@ def test_the_last_step_of_a_log_and_what_is_a_reward() -> None:
     assert _is_reward("accuracy", 1)
     assert not _is_reward("accuracy", "1")
     assert not _is_reward("advantage", 1.0)
+
+
+def test_columns_whose_rows_have_another_length_are_no_table_of_pandas() -> None:
+    for data in ([[1]], [[1, 2], [3]], [1, 2]):
+        value = {"columns": ["step", "reward"], "data": data}
+        assert json_rows(value) != [{"step": 1, "reward": 2}]
+
+
+def test_a_column_may_be_called_by_a_number(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("step,1\n1,0.5\n")
+    ((_, frame),) = csv_frames(tmp_path / "t.csv", fresh())
+    assert frame.columns.tolist() == ["step", "1"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reward"),
+    [("step=1 reward=0.5 loss=0.1", True), ("step=1 lr=0.5 loss=0.1", False),
+     ("{'loss': 0.1, 'reward': 0.5}", True), ("words alone", False)],
+)  # fmt: skip
+def test_whether_a_printed_log_holds_a_reward(line: str, reward: bool) -> None:
+    assert holds_reward(iter([(1, line)])) is reward
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [("Loaded 5 files and 7 words of it", None), ("loss 0.5", None),
+     ("loss 0.5 reward 0.1", {"loss": 0.5, "reward": 0.1}),
+     ("loss 0.5, reward 0.1", {"loss": 0.5, "reward": 0.1})],
+)  # fmt: skip
+def test_names_and_numbers_side_by_side_are_two_at_least(
+    line: str, values: dict[str, float] | None
+) -> None:
+    found = line_of(line)
+    assert (found and found.values) == values

@@ -270,6 +270,7 @@ def scalars(*steps: int, name: str = "reward") -> list[tuple[str, int, float]]:
         ([range(1, 11), range(11, 21)], ["0", "1"]),
         ([range(1, 11), range(5, 21), range(0, 9)], ["2"]),
         ([range(1, 11), range(0)], ["0", "1"]),
+        ([range(1, 11), range(5, 21)], ["0", "1"]),
     ],
 )
 def test_of_several_starts_the_last_that_is_long_enough_is_read(
