@@ -2,16 +2,19 @@
 
 import inspect
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from wapo_analysis.capture import (
     CaptureMode,
     Patches,
     choose_mode,
     earlier_mode,
+    free_memory,
     own_rank,
     readable,
 )
@@ -138,3 +141,14 @@ def test_of_processes_that_see_the_same_tokens_the_first_records(
     )
     monkeypatch.setitem(sys.modules, "megatron.core.parallel_state", state)  # type: ignore[arg-type]
     assert own_rank() == rank
+
+
+@pytest.mark.parametrize(
+    ("text", "free"),
+    [("MemFree: 7 kB\nMemAvailable:  100 kB\n", 102_400), ("MemFree: 7 kB\n", None)],
+)
+def test_free_memory_is_what_the_system_says_is_available(
+    text: str, free: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda self, **how: text)
+    assert free_memory(torch.device("cpu")) == free

@@ -1,5 +1,6 @@
 """Our objectives in TRL, the parts that need no trainer: whose loss it is, advantages, updates."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from wapo_analysis.capture.trl.objective import (
     _ObjectiveLoss,
     _passes_on,
 )
+from wapo_analysis.capture.trl.passes import SeenPass, TrlProber
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
@@ -271,3 +273,12 @@ def test_a_step_says_how_long_its_probe_took(monkeypatch: pytest.MonkeyPatch) ->
     watcher.after_update()
     assert told == [7, [], 0.25]
     assert watcher._row == {"grad_norm": 0.25, "seconds_probe": 2.5}
+
+
+@pytest.mark.parametrize("scored", [(None, torch.ones(1, 2)), (torch.ones(1, 2), None)])
+def test_a_scoring_without_entropies_cannot_be_probed(scored: Any) -> None:
+    trainer: Any = SimpleNamespace(precision=nullcontext)
+    prober = TrlProber(trainer, SimpleNamespace(probe_every=1), 1)  # type: ignore[arg-type]
+    seen = SeenPass(lambda: scored, None, torch.ones(1, 2).bool())
+    with pytest.raises(ValueError, match="the trainer's scoring gives no entropies"):
+        prober._score(seen, grad=False)
