@@ -154,14 +154,18 @@ def test_end_tokens_of_the_generation_count_too() -> None:
 
 
 def test_an_advantage_for_every_token_is_averaged_and_prompts_are_spelled() -> None:
-    given = batch("12.", "1.")
-    given["advantages"] = torch.tensor([[1.0, 2.0, 6.0, 9, 9, 9], [4.0, -2.0, 9, 9, 9, 9]])
+    given = batch("12.", "1.", "3", "4")
+    given["completion_mask"][3] = 0
+    nines = [9.0] * 4
+    given["advantages"] = torch.tensor(
+        [[1.0, 2.0, 6.0, 9, 9, 9], [4.0, -2.0, *nines], [0.5, 9, *nines], [9.0, 9, *nines]]
+    )
     watch = reader()
-    watch.take_batch([{"prompt": [{"role": "user"}]}, {"label": 0}], given)
+    watch.take_batch([{"prompt": [{"role": "user"}]}, {"label": 0}, {}, {}], given)
     table = watch.columns()
-    assert table["advantage"] == [3.0, 1.0]
-    assert table["prompt"] == ["1+", "1+"]
-    assert table["answer"] == [None, "0"]
+    assert table["advantage"] == [3.0, 1.0, 0.5, 0.0]
+    assert table["prompt"] == ["1+"] * 4
+    assert table["answer"] == [None, "0", None, None]
 
 
 def test_old_log_probabilities_travel_with_a_batch_that_has_but_their_sum() -> None:
