@@ -61,7 +61,7 @@ def write_flows(
     column: str = "pred_dentropy_sum",
 ) -> None:
     """Add class totals: (sign, regime) to a number of each step, by default the predicted dH."""
-    writer = reopened(path)
+    writer, records = reopened(path), {}
     for step, values in enumerate(zip(*flows.values(), strict=True), start=1):
         columns = {
             "step": [step] * len(flows),
@@ -72,5 +72,6 @@ def write_flows(
             "tokens": [10] * len(flows),
             column: list(values),
         }
-        writer.write_part(Records.build(CLASSES, columns), step)
+        records[step] = Records.build(CLASSES, columns)
+    writer.write_steps(records)
     writer.close("finished")
