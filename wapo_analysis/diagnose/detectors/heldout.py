@@ -98,7 +98,7 @@ def _fall(score: Series) -> _Fall | None:
     if len(score) < MIN_EVALUATIONS:
         return None
     near = _near(score)
-    best = int(np.argmax(near))
+    best = len(near) - 1 - int(np.argmax(near[::-1]))  # the last: there the score still stood
     top, end = float(near[best]), float(near[-1])
     if top - end < max(FALL_SIGMAS * _noise(score), FALL_SHARE * abs(top), LEAST_FALL):
         return None
