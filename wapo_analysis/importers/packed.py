@@ -82,12 +82,13 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
 
 
 def wide_encoding(head: bytes) -> str | None:
-    """Encoding of a text of two bytes a character, by its mark or, without one, by its zeros.
+    r"""Encoding of a text of two bytes a character, by its mark or, without one, by its zeros.
 
     Examples
     --------
     >>> [wide_encoding("step,reward".encode(name)) for name in ("utf-16", "utf-16-be", "utf-8")]
     ['utf-16', 'utf-16-be', None]
+    >>> wide_encoding(b"\x18" + bytes(7))  # an event file of TensorBoard
     """
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
