@@ -10,6 +10,7 @@ import torch
 from tests.support.pretend_device import LEDGER, installed
 from tests.support.tiny_models import save_tiny_llama
 from wapo_analysis.errors import UserError
+from wapo_analysis.probes.split import Before, split_step
 from wapo_analysis.store import open_run
 from wapo_analysis.train import scoring
 from wapo_analysis.train.config import TrainConfig
@@ -114,3 +115,19 @@ def test_the_host_seldom_waits(way: str, config: TrainConfig, tmp_path: Path) ->
     }
     once = 9  # a step: texts, lengths and sums to the host, weights to the device
     assert sum(learning.values()) <= 4 * pieces + once, learning
+
+
+@needs_ledger
+@pytest.mark.parametrize("fused", [True, False])
+def test_splitting_a_step_waits_once_at_most(fused: bool) -> None:
+    """A fused AdamW keeps a step count of every parameter on the device."""
+    weights = [torch.nn.Parameter(torch.ones(3, device="cuda")) for _ in range(6)]
+    optimizer = torch.optim.AdamW(weights, fused=fused)
+    before = Before.of(weights, optimizer)
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 0.5)
+    optimizer.step()
+    gradients = [[torch.full_like(weight, 0.125) for weight in weights]] * 4
+    with LEDGER.counting() as waits:
+        split_step(weights, optimizer, before, gradients, 1.0)
+    assert sum(waits.values()) <= 1, waits

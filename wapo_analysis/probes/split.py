@@ -161,12 +161,13 @@ def split_step(
         zero parts.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    taken = _steps_taken(parameters, optimizer)
     codes = range(len(gradients))
     parts: dict[int, Tensors] = {code: [] for code in (*codes, MOMENTUM, WEIGHT_DECAY)}
     for number, parameter in enumerate(parameters):
         moved = parameter.grad is not None
         group: dict[str, Any] = groups[id(parameter)]
-        gain, carry = _gains(parameter, optimizer, group, moved)
+        gain, carry = _gains(parameter, optimizer, group, moved, taken[number])
         for code in codes:
             parts[code].append(gain * clip * gradients[code][number])
         parts[MOMENTUM].append(carry * before.momentum[number])
@@ -175,8 +176,15 @@ def split_step(
     return parts
 
 
+def _steps_taken(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[float]:
+    """Steps the optimizer has made of each parameter; a GPU is waited for once, not for each."""
+    counts = [torch.as_tensor(optimizer.state[p].get("step", 0.0)) for p in parameters]
+    there = [count.to(counts[-1].device) for count in counts]
+    return [float(count) for count in torch.stack(there).tolist()] if there else []
+
+
 def _gains(
-    parameter: Tensor, optimizer: Optimizer, group: dict[str, Any], moved: bool
+    parameter: Tensor, optimizer: Optimizer, group: dict[str, Any], moved: bool, count: float
 ) -> tuple[Tensor, Tensor]:
     """What this step multiplies a gradient with, and the first moment before it."""
     zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
@@ -185,7 +193,6 @@ def _gains(
     if isinstance(optimizer, SGD):
         return zero - group["lr"], zero
     state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
-    count = float(state["step"])
     spread = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt() + group["eps"]
     step = -group["lr"] / (1 - beta1**count) / spread
     return step * (1 - beta1), step * beta1
