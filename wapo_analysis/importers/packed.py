@@ -154,16 +154,12 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:
     """Write the text that a file holds as :func:`wrapped_by` says."""
-    if how == "sep":
+    if how in ("sep", "returns"):
         with open_regular(file) as table:
-            table.readline()
+            if how == "sep":
+                table.readline()
             while data := table.read(1 << 20):
-                out.write(data)
-        return True
-    if how == "returns":
-        with open_regular(file) as table:
-            while data := table.read(1 << 20):
-                out.write(data.replace(b"\r", b"\n"))
+                out.write(data if how == "sep" else data.replace(b"\r", b"\n"))
         return True
     for record in JsonLines(file).records():
         text = record.values.get(how)

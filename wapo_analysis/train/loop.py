@@ -47,9 +47,10 @@ from wapo_analysis.train.lifecycle import (
     open_recorder,
     stop_between_steps,
 )
-from wapo_analysis.train.loggers import Prober, StepTally, check_loggers, open_loggers
+from wapo_analysis.train.loggers import StepTally, check_loggers, open_loggers
 from wapo_analysis.train.models import configured_policy, repeatable
 from wapo_analysis.train.policy import Policy, recomputing
+from wapo_analysis.train.probe import Prober
 from wapo_analysis.train.rollout import Rollouts
 from wapo_analysis.train.scoring import kept_tokens, planned, rescored, score
 
