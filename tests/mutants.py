@@ -9,6 +9,7 @@ changed line differs from what you have:
 
     python -m tests.mutants --sample 100 --seed 0
     python -m tests.mutants --only store,derive --sample 20
+    python -m tests.mutants --only store --files check,tail --sample 60
 """
 
 import argparse
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -286,10 +287,12 @@ def main() -> int:
     parser.add_argument("--sample", type=int, default=100, help="mutants, evenly over the rooms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="rooms, comma-separated, e.g. store,derive")
+    parser.add_argument("--files", default="", help="of these modules alone, e.g. check,tail")
     options = parser.parse_args()
     only = [name for name in options.only.split(",") if name]
     rooms = [r for r in NEAREST if not only or Path(r).stem.removeprefix("wapo_") in only]
-    chosen = _chosen(rooms, options.sample, random.Random(options.seed))
+    files = [name for name in options.files.split(",") if name]
+    chosen = _chosen(rooms, options.sample, random.Random(options.seed), files)
     known = tomllib.loads((ROOT / "tests/mutants_explained.toml").read_text())["mutant"]
     os.environ["OMP_NUM_THREADS"] = "1"
     for heavy in ("pandas", "pyarrow.parquet", "scipy.stats", "torch", "transformers"):
@@ -343,20 +346,24 @@ def _score(dead: int, number: int) -> str:
     return f"{share:.1%} ({centre - half:.0%} to {centre + half:.0%}), {dead} of {number} killed"
 
 
-def _chosen(rooms: list[str], number: int, draw: random.Random) -> list[tuple[str, Mutant]]:
+def _chosen(
+    rooms: list[str], number: int, draw: random.Random, only: Sequence[str] = ()
+) -> list[tuple[str, Mutant]]:
     """Mutants drawn alike from every room, and within a room alike from every file."""
     chosen = []
     for index, room in enumerate(rooms):
         place = ROOT / room
         files = [place] if place.suffix else sorted(place.rglob("*.py"))
-        drawn = [m for f in files for m in _shuffled(mutants(str(f.relative_to(ROOT))), draw)]
+        files = [file for file in files if not only or file.stem in only]
+        most = max(12, number // max(1, len(only))) if only else 12
+        drawn = [m for f in files for m in _shuffled(mutants(str(f.relative_to(ROOT))), draw, most)]
         share = number * (index + 1) // len(rooms) - number * index // len(rooms)
         draw.shuffle(drawn)
         chosen += [(room, mutant) for mutant in drawn[:share]]
     return chosen
 
 
-def _shuffled(found: list[Mutant], draw: random.Random, most: int = 12) -> list[Mutant]:
+def _shuffled(found: list[Mutant], draw: random.Random, most: int) -> list[Mutant]:
     draw.shuffle(found)
     return found[:most]  # of a file, so that long ones do not fill the sample
 
