@@ -65,6 +65,7 @@ _JSON_BEGINS = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|-?[\d.]+(?:[eE][-+]?\d+)?
 _MLFLOW = re.compile(rb"\d{13} [-+.\deEinfaN]+ \d+\n")
 # A scalar that TensorBoard lets one download as JSON: time, step, number.
 _SCALARS = re.compile(r"\[\s*\[\s*\d{9,}[\d.eE+]*\s*,\s*\d+\s*,\s*[^,\]]+\]")
+_DIGITS = re.compile(r"\d+")
 _SCATTER = re.compile(r"scatter_step_\d+\.npz")
 _OFFICIAL_FOLDERS = ("token_bins", "grad_mass", "token_count", "token_strength", "rewards")
 _OFFICIAL_KEYS = (b"groups/with_correct", b"prob_train_mean", b"masking/neg_adv_seq_fraction")
@@ -135,12 +136,14 @@ def detect(
     told: list[str] = []
     plain = (plain_file(file, source, unpacked, told) for file in files)
     files = [file for file in plain if file is not None]
-    if not any(_size(file) for file in files):
+    if not any(file.stat().st_size for file in files):
         what = "is empty" if source.is_file() else "is not a run, and is empty"
         raise UserError(f"{name} {what}: there is nothing to import")
     kinds = _kinds(files, named=source.is_file())
     if source.is_dir() and wanted == "auto":
+        printed = {file for file, kind in kinds.items() if kind == "console"}
         kinds = _without_data(kinds, names or NameTable({}), told)
+        told += _told_odd([file for file in files if file not in printed], kinds)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
     told += _told_copies(copies)
@@ -184,14 +187,14 @@ def _wanted(
     if wanted in found:
         return found[wanted]
     if wanted == "table":
-        tables = [file for file in files if _size(file) and file.suffix in _TABLES]
+        tables = [file for file in files if file.stat().st_size and file.suffix in _TABLES]
         if tables:
             return tables
     told = f"; it looks like {', '.join(found)}" if found else f"; looked for {LOOKED_FOR}"
     raise UserError(f"nothing of format {wanted!r} in {name}{told}")
 
 
-_TOLD_COPIES = 4
+_TOLD_FILES = 4
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -207,20 +210,10 @@ def _files(folder: Path) -> Iterator[Path]:
                 raise UserError(f"{folder} holds more than {MAX_FILES} files; name a part of it")
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
 def _kinds(files: list[Path], named: bool) -> dict[Path, str]:
     """What each file is; files that are no log are left out, unless one is named by itself."""
-    kinds: dict[Path, str] = {}
-    for file in files:
-        kind = _by_place(file)
-        if kind is None and _size(file):
-            kind = _by_content(file, named)
-        if kind is not None:
-            kinds[file] = kind
-    return kinds
+    kinds = {file: _by_place(file) or _by_content(file, named) for file in files}
+    return {file: kind for file, kind in kinds.items() if kind is not None}
 
 
 def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> dict[Path, str]:
@@ -241,17 +234,27 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
 def _told_copies(copies: set[Path]) -> list[str]:
     """Say which files are not read because another holds the same; of many only how many."""
     few = sorted(shown(file.name) for file in copies)
-    if len(few) > _TOLD_COPIES:
-        some = ", ".join(few[:_TOLD_COPIES])
-        return [f"{len(few)} files hold the same bytes as another file, read once: {some}, ..."]
+    if len(few) > _TOLD_FILES:
+        what = f"{len(few)} files hold the same bytes as another file, read once"
+        return [f"{what}: {', '.join(few[:_TOLD_FILES])}, ..."]
     return [f"{name} holds the same bytes as another file: read once" for name in few]
+
+
+def _told_odd(files: list[Path], kinds: Mapping[Path, str]) -> list[str]:
+    """Say which files are not read though their names differ from read ones in digits alone."""
+    read = {_DIGITS.sub("0", file.name) for file in kinds if _DIGITS.search(file.name)}
+    odd = [file for file in files if file not in kinds and _DIGITS.sub("0", file.name) in read]
+    few = [shown(file.name) for file in odd if file.stat().st_size]
+    what = "named like the files that are read, but no log of that kind: not read"
+    more = ", ..." if len(few) > _TOLD_FILES else ""
+    return [f"{', '.join(few[:_TOLD_FILES])}{more}: {what}"] if few else []
 
 
 def _copies(files: list[Path]) -> set[Path]:
     """Files that hold the same bytes as one before them."""
     sizes: dict[int, list[Path]] = {}
     for file in files:
-        sizes.setdefault(_size(file), []).append(file)
+        sizes.setdefault(file.stat().st_size, []).append(file)
     copies: set[Path] = set()
     for alike in sizes.values():
         seen: set[bytes] = set()
@@ -308,6 +311,8 @@ def _is_prime(name: str, parents: list[str]) -> bool:
 
 def _by_content(file: Path, named: bool) -> str | None:
     head = head_of(file)
+    if not head:
+        return None
     if head.startswith(b"PAR1"):
         return _parquet_kind(file)
     if head.startswith(b":W&B"):
@@ -352,11 +357,8 @@ def _parquet_kind(file: Path) -> str:
             names = set(pq.ParquetFile(stream).schema_arrow.names)
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         return "completions" if re.fullmatch(r"completions_\d+\.parquet", file.name) else "table"
-    logged = {"step", "prompt", "completion"} <= names and not names & {
-        "reward",
-        "score",
-        "rewards",
-    }
+    rewarded = names & {"reward", "score", "rewards"}
+    logged = {"step", "prompt", "completion"} <= names and not rewarded
     return "completions" if logged else "table"
 
 

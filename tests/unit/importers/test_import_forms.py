@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.logged import read
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.console import holds_reward
 from wapo_analysis.importers.detect import _copies, _told_copies
@@ -257,6 +258,21 @@ def test_copies_of_a_table_are_read_once(tmp_path: Path) -> None:
     ]
     assert _told_copies(set(files[1:6])) == [
         "5 files hold the same bytes as another file, read once: 1.csv, 2.csv, 3.csv, 4.csv, ..."
+    ]
+
+
+@pytest.mark.parametrize("odd", [b"\0\1\2\xff" * 500, b"no JSON at all\n", b'{"foo": 1}\n'])
+def test_a_file_named_like_the_others_that_holds_no_log_is_told(tmp_path: Path, odd: bytes) -> None:
+    folder = tmp_path / "rollouts"
+    folder.mkdir()
+    for n in (1, 2):
+        (folder / f"{n}.jsonl").write_text(f'{{"step": {n}, "reward": 0.5}}\n')
+    (folder / "3.jsonl").write_bytes(odd)
+    (folder / "4.jsonl").write_bytes(b"")  # just begun
+    (folder / "vocabulary.json").write_text('{"a": 1}')
+    _, report = read(folder, tmp_path / "out")
+    assert report.events == [
+        "3.jsonl: named like the files that are read, but no log of that kind: not read"
     ]
 
 
