@@ -28,6 +28,8 @@ from wapo_analysis.store.parquet import (
 from wapo_analysis.store.parts import (
     STEPS_KEY,
     PartFile,
+    Rows,
+    joined,
     list_parts,
     merged_name,
     read_steps,
@@ -183,12 +185,12 @@ def _schema(found: pa.Schema, declared: Table) -> pa.Schema:
 
 def _rows_of(steps: Sequence[int], place: Mapping[int, PartFile], schema: pa.Schema) -> pa.Table:
     """Rows of some steps in order, each from its file, under one schema."""
-    found: dict[int, pa.Table] = {}
+    found: dict[int, Rows] = {}
     for source in dict.fromkeys(place[step] for step in steps):
         wanted = {step for step in steps if place[step] == source}
         found |= read_steps(source, wanted)
     table = pa.concat_tables(
-        [found[step].replace_schema_metadata(None) for step in steps],
+        [table.replace_schema_metadata(None) for table in joined(found[s] for s in steps)],
         promote_options="permissive",
     )
     for field in schema:

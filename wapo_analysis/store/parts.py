@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,14 @@ _VOCABULARY = Table(
 T = TypeVar("T")
 Key = tuple[int, int]
 """Step and rank."""
+
+
+class Rows(NamedTuple):
+    """Rows of one step in a table that holds other steps too; see `joined`."""
+
+    table: pa.Table
+    start: int
+    size: int
 
 
 @dataclass(frozen=True, order=True)
@@ -190,7 +198,7 @@ def read_rows(
     columns: list[str] | None = None,
     have: Iterable[Key] = (),
     broken: dict[str, UserError] | None = None,
-) -> dict[Key, pa.Table]:
+) -> dict[Key, Rows]:
     """Read the rows of a table by step and rank, each once.
 
     Parameters
@@ -208,7 +216,7 @@ def read_rows(
 
     Returns
     -------
-    dict of (step, rank) to pyarrow.Table
+    dict of (step, rank) to Rows
         In the order of the keys.
 
     Raises
@@ -216,7 +224,7 @@ def read_rows(
     UserError
         On a broken file, unless ``broken`` is given.
     """
-    found: dict[Key, pa.Table] = {}
+    found: dict[Key, Rows] = {}
     known = set(have)
 
     def look() -> None:
@@ -232,7 +240,7 @@ def read_rows(
                     raise
                 broken[part.path.name] = error
                 continue
-            found.update({(step, part.rank): table for step, table in rows.items()})
+            found.update({(step, part.rank): held for step, held in rows.items()})
             known.update(found)
 
     # What was read before a file vanished is kept, so every new listing has less to do.
@@ -240,9 +248,24 @@ def read_rows(
     return dict(sorted(found.items()))
 
 
+def joined(rows: Iterable[Rows]) -> list[pa.Table]:
+    """Tables with the given rows in their order; neighbours in one table are one slice of it.
+
+    A slice for each step takes longer than to read the file, where steps have few rows.
+    """
+    spans: list[Rows] = []
+    for table, start, size in rows:
+        last = spans[-1] if spans else None
+        if last is not None and last.table is table and last.start + last.size == start:
+            spans[-1] = Rows(table, last.start, last.size + size)
+        else:
+            spans.append(Rows(table, start, size))
+    return [table.slice(start, size) for table, start, size in spans]
+
+
 def read_steps(
     part: PartFile, steps: Container[int], columns: list[str] | None = None
-) -> dict[int, pa.Table]:
+) -> dict[int, Rows]:
     """Rows of one file by step; row groups without any of the steps are not read.
 
     Raises
@@ -268,7 +291,7 @@ def read_steps(
     found, start = {}, 0
     for step, rows in held:
         if step in steps:
-            found[step] = table.slice(start, rows)
+            found[step] = Rows(table, start, rows)
         start += rows
     return found
 
@@ -297,7 +320,7 @@ def scan_step(
         On a broken file.
     """
 
-    def joined(values: list[Array]) -> Array:
+    def whole(values: list[Array]) -> Array:
         return values[0] if len(values) == 1 else np.concatenate(values)
 
     def look() -> dict[str, Array]:
@@ -310,7 +333,7 @@ def scan_step(
                 parts.append(_kept(part, step, columns, groups, keep))
         # Column by column, so that no more than one is there twice.
         names = list(parts[0]) if parts else []
-        return {name: joined([part.pop(name) for part in parts]) for name in names}
+        return {name: whole([part.pop(name) for part in parts]) for name in names}
 
     return settled(look)
 

@@ -19,7 +19,7 @@ from wapo_analysis.store.lock import DEAD, probably_dead
 from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need, lack
 from wapo_analysis.store.parquet import named
-from wapo_analysis.store.parts import listed_keys, read_rows, read_vocab, scan_step
+from wapo_analysis.store.parts import joined, listed_keys, read_rows, read_vocab, scan_step
 from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Array, Records
 
@@ -219,7 +219,7 @@ class Run:
         wanted = None if steps is None else set(steps)
         rows = read_rows(self.path / name, None if wanted is None else wanted.__contains__, columns)
         with named(self.path / name):
-            return parts_frame(list(rows.values()), TABLES[name], columns)
+            return parts_frame(joined(rows.values()), TABLES[name], columns)
 
     def __repr__(self) -> str:
         steps = f"{len(self.steps)} steps"

@@ -18,7 +18,7 @@ from wapo_analysis.store.files import (
     steps_frame,
 )
 from wapo_analysis.store.manifest import Manifest, read_manifest
-from wapo_analysis.store.parts import Key, read_rows
+from wapo_analysis.store.parts import Key, joined, read_rows
 from wapo_analysis.store.reader import Run, parts_frame, summed_classes
 
 _FOLLOWED = ("classes", "probes")
@@ -153,7 +153,7 @@ class Tail:
         self._have[name].update(new)
         self.notes += [f"{error}; left out" for file, error in broken.items() if file not in before]
         if new:
-            added = parts_frame(list(new.values()), TABLES[name])
+            added = parts_frame(joined(new.values()), TABLES[name])
             held = self._frames[name]
             whole = added if held.empty else pd.concat([held, added], ignore_index=True)
             self._frames[name] = whole

@@ -36,7 +36,15 @@ from wapo_analysis.store.parquet import (
     parquet_bytes,
     texts_array,
 )
-from wapo_analysis.store.parts import list_parts, merged_name, part_name, read_rows, scan_step
+from wapo_analysis.store.parts import (
+    Rows,
+    joined,
+    list_parts,
+    merged_name,
+    part_name,
+    read_rows,
+    scan_step,
+)
 from wapo_analysis.store.writer import LAST_STEPS, PartWriter
 from wapo_analysis.table import Records
 
@@ -326,7 +334,7 @@ def test_parts_of_several_ranks_are_read_once_each_and_by_step(tmp_path: Path) -
     found = read_rows(tmp_path / "tokens", have=[(2, 0)])
     assert list(found) == [(1, 0), (1, 1), (2, 1)]
     only = read_rows(tmp_path / "tokens", lambda step: step == 2)
-    assert [key for key, rows in only.items() if len(rows) == 3] == [(2, 0), (2, 1)]
+    assert [key for key, rows in only.items() if rows.size == 3] == [(2, 0), (2, 1)]
     scanned = scan_step(
         tmp_path / "tokens", 2, ["logp", "coef", "logp_old"],
         lambda block: {"logp": block["logp"], "old": np.isnan(block["logp_old"])},
@@ -374,3 +382,11 @@ def test_resuming_leaves_a_file_that_ends_at_the_step_as_it_is(tmp_path: Path) -
     (part,) = list_parts(path / "tokens")
     assert (part.first, part.last) == (1, 3)
     assert open_run(path).steps["step"].tolist() == [1, 2, 3]
+
+
+def test_rows_of_neighbouring_steps_are_one_slice_of_their_table() -> None:
+    a, b = (pa.table({"x": [10 * n + i for i in range(6)]}) for n in (1, 2))
+    spans = [(a, 0, 2), (a, 2, 1), (a, 4, 2), (b, 4, 1), (b, 5, 1), (a, 3, 1), (b, 0, 4)]
+    found = [table["x"].to_pylist() for table in joined([Rows(*span) for span in spans])]
+    assert found == [[10, 11, 12], [14, 15], [24, 25], [13], [20, 21, 22, 23]]
+    assert joined([]) == []

@@ -19,7 +19,7 @@ from wapo_analysis.store import writer as writing
 from wapo_analysis.store.check import check
 from wapo_analysis.store.files import folder_when_whole, remove_folder, write_atomic
 from wapo_analysis.store.merge import compact, replace_files
-from wapo_analysis.store.parts import list_parts, merged_name, part_name, read_rows
+from wapo_analysis.store.parts import joined, list_parts, merged_name, part_name, read_rows
 from wapo_analysis.store.summary import class_summary
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.store.writer import copy_steps
@@ -69,10 +69,10 @@ def test_several_steps_are_one_file_and_one_is_a_part(tmp_path: Path) -> None:
     folder = tmp_path / "r" / "tokens"
     assert named(folder) == [merged_name(2, 9, 0), part_name(11, 0)]
     found = read_rows(folder)
-    assert [(key, len(table)) for key, table in found.items()] == [
+    assert [(key, held.size) for key, held in found.items()] == [
         ((2, 0), 3), ((4, 0), 3), ((9, 0), 3), ((11, 0), 2)
     ]  # fmt: skip
-    np.testing.assert_allclose(found[4, 0]["logp"], rows[4]["logp"], rtol=2**-15)
+    np.testing.assert_allclose(joined([found[4, 0]])[0]["logp"], rows[4]["logp"], rtol=2**-15)
 
 
 def test_what_is_older_than_ten_seconds_outlasts_a_loss_of_power(
