@@ -159,12 +159,11 @@ def class_code(advantage: Array, prob: Array, complement: Array, collision_rest:
     >>> [class_code(a, 0.1, 0.9, 0.81) for a in (1, -1, float("nan"))]
     [1, 3, -1]
     """
-    positive, negative = (advantage > 0) * 1, (advantage < 0) * 1
-    zero = (advantage == 0) * 1
+    positive, negative, zero = advantage > 0, advantage < 0, advantage == 0
     regime = regime_code(prob, complement, collision_rest)
-    known, valley = (regime >= 0) * 1, (regime == 0) * 1
+    known, valley = regime >= 0, regime == 0
     # Shifted by one, so that whatever no term below claims comes out as unknown (-1).
-    return positive * known * (valley + 1) + negative * known * (valley + 3) + zero * 5 - 1
+    return (positive & known) * (valley + 1) + (negative & known) * (valley + 3) + zero * 5 - 1
 
 
 def rule_dentropy_sign(code: Array) -> Array:

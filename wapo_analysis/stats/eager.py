@@ -14,7 +14,8 @@ from wapo_analysis.stats.rows import BLOCK, Rows, block_maxima, top_columns, upp
 
 # Elements of a block: two of them in float32 (1.25 MiB) stay near a CPU's core, also beside other
 # work (twice as many took a quarter longer); a GPU is kept busy by 64 MiB.
-CPU_ELEMENTS, _GPU_ELEMENTS = 5 << 15, 1 << 23
+CPU_ELEMENTS = 5 << 15
+_GPU_ELEMENTS = 1 << 23
 # Elements of a group: what a CPU's last cache keeps between the two looks at the logits.
 _GROUP_ELEMENTS = 1 << 21
 # Rows of a compiled block: enough to hide what a call costs.
@@ -29,10 +30,11 @@ LOWEST = {torch.float32: -62.0, torch.float64: -140.0}
 Sums = Callable[[int, int, Tensor, Tensor], tuple[Tensor, ...]]
 
 
-def block_rows(logits: Tensor, chunk_rows: int | None) -> int:
-    """Rows that are worked on at once."""
-    elements = CPU_ELEMENTS if logits.device.type == "cpu" else _GPU_ELEMENTS
-    return chunk_rows or max(1, elements // max(1, logits.shape[-1]))
+def block_rows(rows: Rows, chunk_rows: int | None) -> int:
+    """Rows that are worked on at once: at least one, at most all there are."""
+    elements = CPU_ELEMENTS if rows.logits.device.type == "cpu" else _GPU_ELEMENTS
+    fit = chunk_rows or elements // rows.logits.shape[-1]
+    return max(1, min(fit, len(rows)))
 
 
 def reduce_rows(
@@ -55,7 +57,7 @@ def reduce_rows(
     Reduced
         In float32; float64 if the rows are.
     """
-    size = min(block_rows(rows.logits, chunk_rows), max(len(rows), 1))
+    size = block_rows(rows, chunk_rows)
     x, e = rows.logits.new_empty((2, size, rows.logits.shape[-1]), dtype=rows.dtype)
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +89,7 @@ def reduce_keeping(
     Tensor, shape (N,)
         The lifts: 0 where nothing is rounded.
     """
-    size = min(block_rows(rows.logits, None), max(len(rows), 1))
+    size = block_rows(rows, None)
     x = rows.logits.new_empty((size, rows.logits.shape[-1]), dtype=rows.dtype)
     rounded = powers.dtype != rows.dtype
     space = torch.empty_like(x) if rounded else x
@@ -191,7 +193,7 @@ def reduce_compiled(
 ) -> Reduced:
     """Reduce N rows as `reduce_rows` does, in two sweeps that store nothing: maxima and sums."""
     scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=rows.logits.device)
-    size = min(chunk_rows or _COMPILED_ROWS, max(len(rows), 1))
+    size = block_rows(rows, chunk_rows or _COMPILED_ROWS)
     on_cpu = rows.logits.device.type == "cpu"
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:

@@ -20,10 +20,13 @@ from wapo_analysis.stats.rows import Rows, check_head, chosen_rows, gathered, me
 
 # Rows that go through the head at once: fewer make the product slow, more only cost memory. Half
 # precision on a CPU wants more of them: 256 took twice as long as 512.
-_CPU_ROWS, _CPU_HALF_ROWS, _GPU_ROWS = 256, 512, 1024
+_CPU_ROWS = 256
+_CPU_HALF_ROWS = 512
+_GPU_ROWS = 1024
 # Elements of a block of the backward pass, and of its part that is exponentiated at once: in a
 # CPU's cache; enough to keep a GPU busy.
-_CPU_BLOCK, _GPU_BLOCK = (1 << 20, 1 << 18), (1 << 27, 1 << 25)
+_CPU_BLOCK = 1 << 20, 1 << 18
+_GPU_BLOCK = 1 << 27, 1 << 25
 # Powers of two below this are far under any rounding; denormal numbers would be slow.
 _LOWEST = {torch.float32: -90.0, torch.float64: -900.0}
 _NARROWEST = 1024
@@ -171,7 +174,7 @@ class _Head(torch.autograd.Function):
         held = len(hidden) if how.keep else min(how.rows, len(hidden))
         buffer = hidden.new_empty((held, len(weight)), dtype=how.dtype)
         # The soft cap makes float32 of half precision: in small parts.
-        size = how.rows if how.softcap is None else block_rows(buffer, None)
+        size = how.rows if how.softcap is None else block_rows(Rows(buffer), None)
         blocks = []
         for place in _slices(len(hidden), how.rows):
             rows, chosen = hidden[place].to(how.dtype), targets[place]

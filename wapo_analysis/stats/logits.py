@@ -200,7 +200,7 @@ def _slopes(ctx: Any) -> Any:
     """Blocks of rows e_y - p, exact in the sampled column, with where each begins and ends."""
     logits, targets, kept, logp, highest, log2_z = ctx.saved_tensors
     rows = Rows(logits, kept)
-    size = min(block_rows(logits, ctx.chunk_rows), max(len(rows), 1))
+    size = block_rows(rows, ctx.chunk_rows)
     buffer = torch.empty((size, logits.shape[-1]), dtype=logp.dtype, device=logits.device)
     for start in range(0, len(rows), size):
         stop = min(start + size, len(rows))

@@ -135,8 +135,8 @@ class Rows:
     def __init__(self, logits: Tensor, kept: Tensor | None = None) -> None:
         self.logits, self.kept = logits, kept
         self.dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self._count = logits[..., 0].numel() if kept is None else len(kept)
         self._lead = logits.shape[:-1]
+        self._count = self._lead.numel() if kept is None else len(kept)
         self._index: tuple[Tensor, ...] | None = None
         try:
             self._flat: Tensor | None = logits.view(-1, logits.shape[-1])

@@ -57,6 +57,7 @@ def test_no_block_of_logits_outlives_the_forward_pass(chunk: int | None) -> None
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fused_head_stats(hidden, weight, targets, chunk_rows=chunk).logp.sum().backward()
     assert max(held) == (40 * 300 if chunk is None else weight.numel())
+    assert (0 in held) is (chunk is not None), "in their place an empty tensor"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -101,3 +102,86 @@ def test_logits_are_never_whole(chunk: int | None, monkeypatch: pytest.MonkeyPat
     with Sizes():
         fused_head_stats(hidden, weight, torch.arange(rows), chunk_rows=chunk).logp.sum().backward()
     assert 0 < largest <= rows * vocab / 8
+
+
+def products(monkeypatch: pytest.MonkeyPatch, rows: int, vocabulary: int, **how: Any) -> list[Any]:
+    """Sizes (rows, columns) of the logits that are made, forward and, after None, backward."""
+    made: list[Any] = []
+    real = head._product
+
+    def product(rows: Tensor, weight: Tensor, bias: Any, out: Tensor) -> Tensor:
+        made.append((len(rows), len(weight)))
+        return real(rows, weight, bias, out)
+
+    monkeypatch.setattr(head, "_product", product)
+    monkeypatch.setattr(head, "memory", lambda: 0)
+    dtype = how.pop("dtype", torch.float32)
+    hidden = torch.rand(rows, 2, dtype=dtype, requires_grad=True)
+    stats = fused_head_stats(
+        hidden, torch.rand(vocabulary, 2, dtype=dtype), torch.zeros(rows), **how
+    )
+    made.append(None)
+    stats.logp.sum().backward()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "how", "forward"),
+    [
+        (600, 2000, {}, [256, 256, 88]), (600, 2000, {"dtype": torch.float64}, [256, 256, 88]),
+        (600, 2000, {"dtype": torch.bfloat16}, [512, 88]), (600, 50, {}, [600]),
+        (600, 2000, {"chunk_rows": 400}, [400, 200]), (300, 600, {}, [273, 27]),
+        (600, 2000, {"softcap": 9.0}, [256, 256, 88]),
+    ],
+)  # fmt: skip
+def test_rows_go_through_the_head_in_blocks(
+    rows: int, vocabulary: int, how: Any, forward: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """256 of them, 512 of half precision, more of a small vocabulary."""
+    monkeypatch.undo()
+    made = products(monkeypatch, rows, vocabulary, **how)
+    assert made[: made.index(None)] == [(count, vocabulary) for count in forward]
+
+
+@pytest.mark.parametrize(
+    ("block", "narrowest", "rows", "backward"),
+    [
+        (60, 4, 5, [12, 12, 6]), (60, 20, 5, [20, 10]), (60, 4, 60, [4] * 7 + [2]),
+        (90, 4, 2, [30]), (30, 1, 1, [30]), (29, 1, 1, [29, 1]),
+    ],
+)  # fmt: skip
+def test_the_backward_pass_makes_blocks_of_the_vocabulary(
+    block: int, narrowest: int, rows: int, backward: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many columns as all rows leave room for, and never fewer than the narrowest."""
+    monkeypatch.setattr(head, "_CPU_BLOCK", (block, 12))
+    monkeypatch.setattr(head, "_NARROWEST", narrowest)
+    made = products(monkeypatch, rows, 30)
+    assert made[made.index(None) + 1 :] == [(rows, width) for width in backward]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "parts"),
+    [(7, 4, [3, 3, 1]), (2, 12, [1, 1]), (2, 13, [1, 1]), (3, 6, [2, 1]), (0, 6, [0])],
+)
+def test_a_part_of_a_block_is_exponentiated_at_once(
+    rows: int, columns: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[int] = []
+
+    def push(block: Tensor, *_: Any) -> Tensor:
+        pushed.append(len(block))
+        return block + 1
+
+    monkeypatch.setattr(head, "_push", push)
+    numbers = torch.zeros(rows)
+    found = head._push_all(torch.zeros(rows, columns), numbers, numbers, numbers, None)  # type: ignore[arg-type]
+    assert pushed == parts, "twelve elements"
+    assert (found == 1).all()
+
+
+def test_slices_cover_a_length_and_nothing_is_one_empty_slice() -> None:
+    assert list(head._slices(5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(head._slices(1, 1)) == [slice(0, 1)]
+    assert list(head._slices(2, 1)) == [slice(0, 1), slice(1, 2)]
+    assert list(head._slices(0, 1)) == list(head._slices(0, 3)) == [slice(0, 0)]

@@ -1,19 +1,34 @@
 """Reading rows of logits in any layout, and what finds their largest columns."""
 
+import os
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.stats.eager import CPU_ELEMENTS, _lift, block_rows, reduce_keeping
+from wapo_analysis.errors import UserError
+from wapo_analysis.stats import eager
+from wapo_analysis.stats.eager import (
+    CPU_ELEMENTS,
+    _lift,
+    _spans,
+    block_rows,
+    reduce_by,
+    reduce_compiled,
+    reduce_keeping,
+    reduce_rows,
+)
 from wapo_analysis.stats.formulas import LOG2_E, TokenStats
 from wapo_analysis.stats.rows import (
     BLOCK,
     Rows,
     block_maxima,
+    check_head,
     chosen_rows,
+    gathered,
     memory,
     one_by_one,
     top_columns,
@@ -73,25 +88,94 @@ def test_every_row_is_read_picked_and_put_in_its_place(layout: str, kept: str) -
     assert base[offsets].tolist() == [first + V * n for n in wanted]
 
 
-def test_rows_that_lie_evenly_are_not_copied() -> None:
-    logits = layouts()["shifted"]
-    start = logits.untyped_storage().data_ptr()
-    block = Rows(logits).block(4, 8)
-    assert start <= block.data_ptr() < start + logits.untyped_storage().size()
-    apart = Rows(logits).block(2, 6)  # of two panels
-    assert not start <= apart.data_ptr() < start + logits.untyped_storage().size()
+@pytest.mark.parametrize(
+    ("layout", "kept", "start", "stop", "copied"),
+    [
+        ("shifted", None, 4, 8, False), ("shifted", None, 0, 1, False),
+        ("shifted", None, 3, 4, False), ("shifted", None, 7, 8, False),
+        ("shifted", None, 5, 7, False), ("shifted", None, 2, 6, True),
+        ("shifted", None, 3, 5, True), ("shifted", None, 0, 8, True),
+        ("shifted", [1, 3, 4, 5, 6, 7], 2, 6, False), ("shifted", [1, 3, 4], 0, 1, False),
+        ("shifted", [4, 5, 7], 0, 3, True), ("shifted", [1, 3, 4], 1, 3, True),
+        ("plain", None, 2, 23, False), ("plain", [2, 3, 5, 6], 0, 2, False),
+        ("plain", [2, 3, 5, 6], 1, 3, True), ("plain", [2, 3, 5, 6], 3, 4, False),
+    ],
+)  # fmt: skip
+def test_rows_that_lie_evenly_are_not_copied(
+    layout: str, kept: Any, start: int, stop: int, copied: bool
+) -> None:
+    """Panels of four rows with a gap between them, or rows without one."""
+    logits = layouts()[layout]
+    begin = logits.untyped_storage().data_ptr()
+    block = Rows(logits, None if kept is None else torch.tensor(kept)).block(start, stop)
+    inside = begin <= block.data_ptr() < begin + logits.untyped_storage().size()
+    assert inside is not copied
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "chunk", "rows"),
+    ("count", "vocabulary", "chunk", "rows"),
     [
-        (1, None, CPU_ELEMENTS), (0, None, CPU_ELEMENTS), (2, None, CPU_ELEMENTS // 2),
-        (1000, None, CPU_ELEMENTS // 1000), (CPU_ELEMENTS, None, 1), (CPU_ELEMENTS + 1, None, 1),
-        (CPU_ELEMENTS // 2, None, 2), (1000, 3, 3), (CPU_ELEMENTS + 1, 5, 5),
+        (1 << 30, 1, None, CPU_ELEMENTS), (1 << 30, 2, None, CPU_ELEMENTS // 2),
+        (999, 1000, None, CPU_ELEMENTS // 1000), (9, CPU_ELEMENTS, None, 1),
+        (9, CPU_ELEMENTS + 1, None, 1), (9, CPU_ELEMENTS // 2, None, 2), (9, 1000, 3, 3),
+        (9, CPU_ELEMENTS + 1, 5, 5), (4, 1000, 5, 4), (4, 2, None, 4), (0, 7, None, 1),
+        (0, 7, 5, 1), (1, 7, 5, 1),
     ],
 )  # fmt: skip
-def test_rows_of_a_block_fit_into_the_cache(vocabulary: int, chunk: int | None, rows: int) -> None:
-    assert block_rows(torch.empty(1, vocabulary), chunk) == rows
+def test_rows_of_a_block_fit_into_the_cache(
+    count: int, vocabulary: int, chunk: int | None, rows: int
+) -> None:
+    whole = torch.empty(1, 1).expand(count, vocabulary)
+    assert block_rows(Rows(whole), chunk) == rows
+
+
+def test_spans_cover_all_rows_once() -> None:
+    assert list(_spans(0, 7, 3)) == [(0, 3), (3, 6), (6, 7)]
+    assert list(_spans(2, 6, 2)) == [(2, 4), (4, 6)]
+    assert list(_spans(3, 3, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("elements", "opened", "topk", "groups"),
+    [
+        (43, 1 << 20, 0, [(0, 8), (8, 9)]), (39, 1 << 20, 0, [(0, 6), (6, 9)]),
+        (9, 1 << 20, 0, [(0, 2), (2, 4), (4, 6), (6, 8), (8, 9)]),
+        (43, BLOCK * 6, 2, [(0, 3), (3, 6), (6, 9)]),
+        (43, BLOCK * 2 - 1, 2, [(n, n + 1) for n in range(9)]),
+        (43, BLOCK * 99, 2, [(0, 8), (8, 9)]),
+    ],
+)  # fmt: skip
+def test_the_sums_of_a_group_follow_its_maxima(
+    elements: int, opened: int, topk: int, groups: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a CPU's last cache keeps between two looks at the logits; blocks of two rows."""
+    monkeypatch.setattr(eager, "_GROUP_ELEMENTS", elements)
+    monkeypatch.setattr(eager, "_OPENED_ELEMENTS", opened)
+    rows, order = Rows(torch.rand(9, 5)), list[Any]()
+
+    def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+        assert len(origin) == len(out) == stop - start
+        order.append((start, stop))
+        return (torch.zeros_like(origin),) * 4
+
+    def maxima(block: Tensor) -> Tensor:
+        order.append(len(block))
+        return block_maxima(block)
+
+    reduce_by(sums, rows, torch.zeros(9, dtype=torch.long), topk, 2, None, maxima)
+    expected = list[Any]()
+    for start, stop in groups:
+        spans = list(_spans(start, stop, 2))
+        expected += [b - a for a, b in spans] + spans
+    assert order == expected
+
+
+def test_the_largest_columns_are_found_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_kernel", lambda program: program)
+    monkeypatch.setattr(eager, "_dynamic", lambda *tensors: tensors)
+    for reduce in (reduce_rows, reduce_compiled):
+        found = reduce(Rows(torch.rand(3, 5)), torch.arange(3), 1.0)
+        assert (found.top_values, found.top_ids) == (None, None)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 127, 128, 129, 256, 300])
@@ -183,7 +267,65 @@ def test_problems_of_a_batch_are_solved_one_by_one() -> None:
     assert whole[0] is not None
     assert whole[0].tolist() == [[0.0, 20.0, 40.0], [10.0, 30.0, 50.0]]
     assert (whole[1], dims) == (None, (0, None))
+
+
+def test_the_memory_of_a_machine_is_its_pages_or_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}
+    for sysconf, found in ((sizes.__getitem__, 4_096_000), ({}.__getitem__, 0)):
+
+        def ask(name: str, sysconf: Any = sysconf) -> int:
+            try:
+                return int(sysconf(name))
+            except KeyError as error:
+                raise ValueError("unrecognized configuration name") from error
+
+        monkeypatch.setattr(os, "sysconf", ask)
+        memory.cache_clear()
+        assert memory() == found
+    monkeypatch.undo()
+    memory.cache_clear()
     assert memory() > 1 << 28
+
+
+@pytest.mark.parametrize(
+    ("learns", "enabled", "refused"),
+    [(True, True, True), (True, False, False), (False, True, False), (False, False, False)],
+)
+def test_a_shard_is_gathered_unless_it_asks_for_a_gradient(
+    learns: bool, enabled: bool, refused: bool
+) -> None:
+    whole = torch.ones(3, 2)
+    shard: Any = SimpleNamespace(full_tensor=lambda: whole, requires_grad=learns)
+    with torch.set_grad_enabled(enabled):
+        if refused:
+            with pytest.raises(UserError, match="the head is a shard of FSDP2"):
+                gathered(shard)
+        else:
+            assert gathered(shard) is whole
+        assert gathered(whole) is whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None), ({"weight": (7, 2, 1)}, "does not fit"), ({"weight": (7,)}, "does not fit"),
+        ({"weight": (7, 3)}, "does not fit"), ({"weight": (2, 7)}, "does not fit"),
+        ({"bias": (7,)}, None), ({"bias": (2,)}, "bias must have shape"),
+        ({"scale": 0.5}, None), ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
+        ({"softcap": 0.5}, None), ({"softcap": float("inf")}, "softcap must be positive"),
+    ],
+)  # fmt: skip
+def test_a_head_must_fit_its_hidden_states(change: dict[str, Any], said: str | None) -> None:
+    sizes = {"weight": (7, 2), "bias": None, "scale": 1.0, "softcap": None, **change}
+    weight, bias = torch.zeros(sizes["weight"]), sizes["bias"]
+    given = (torch.zeros(3, 2), weight, torch.zeros(3), None if bias is None else torch.zeros(bias))
+    if said is None:
+        check_head(*given, 1.0, None, sizes["scale"], sizes["softcap"])
+    else:
+        with pytest.raises(UserError, match=said):
+            check_head(*given, 1.0, None, sizes["scale"], sizes["softcap"])
 
 
 def test_parts_of_statistics_are_joined_and_changed_together() -> None:
