@@ -278,10 +278,8 @@ def _kept_statistics(logits: Tensor, targets: Tensor, unit: float) -> tuple[Tens
     factor = torch.exp((origin - centre) / unit - lift).clamp(min=_LEAST_FACTOR)
     # Not scatter_: of bfloat16 it goes through the whole tensor on a CPU.
     rows = torch.arange(len(targets), device=targets.device)
-    for ids, push in (
-        (mode, torch.exp((highest - centre) / unit)),
-        (targets, torch.expm1(columns[0])),
-    ):
+    known = (mode, torch.exp((highest - centre) / unit)), (targets, torch.expm1(columns[0]))
+    for ids, push in known:
         logits[rows, ids] = (push / factor).to(logits.dtype)
     return *columns, centre, factor
 
@@ -308,9 +306,8 @@ def _gradients(
     for block in _slices(len(weight), width):
         part = weight[block].to(how.dtype)
         shift = None if bias is None else bias[block].to(how.dtype)
-        logits = _product(
-            rows, part, shift, buffer[: len(rows) * len(part)].view(len(rows), len(part))
-        )
+        out = buffer[: len(rows) * len(part)].view(len(rows), len(part))
+        logits = _product(rows, part, shift, out)
         push = _push_all(logits, targets - block.start, centre, logp, how)
         if d_hidden is not None:
             _add_product(d_hidden, push, part)
