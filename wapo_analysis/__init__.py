@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from wapo_analysis.run import Run, open_run
     from wapo_analysis.train.config import TrainConfig
 
+#: The one place it is written.
 __version__ = "0.2.0"
-"""The one place it is written."""
 
 _LAZY = {
     "Recorder": "wapo_analysis.record.recorder",

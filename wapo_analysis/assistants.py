@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 500
 MOST_COMPARED = 100
+#: Token rows of one answer; more are cut off, and that is said.
 MOST_ROWS = 500
-"""Token rows of one answer; more are cut off, and that is said."""
 MOST_CHARACTERS = 400_000
 _INSTRUCTIONS = (
     "Diagnoses of RLVR training runs (GRPO and its kin). Begin with list_runs, then diagnose. "
@@ -190,8 +190,8 @@ def schema(library: Library) -> dict[str, Any]:
     return {name: asdict(table) for name, table in TABLES.items()}
 
 
+#: What an assistant may call; nothing here writes.
 TOOLS: tuple[Callable[..., Any], ...] = (list_runs, diagnose, step, tokens, compare, schema)
-"""What an assistant may call; nothing here writes."""
 
 
 def make_server(folders: Sequence[Path]) -> MCPServer:

@@ -19,15 +19,15 @@ from wapo_analysis.store import Run, open_run
 
 log = logging.getLogger(__name__)
 
+#: Steps after which the audit is printed, once.
 AUDIT_AFTER = 3
-"""Steps after which the audit is printed, once."""
+#: Warnings about what the gradient is made of: nothing is lost yet, and often nothing will be.
 SHARES = {
     "negative_mass_outweighs", "one_class_dominates", "one_class_takes_the_gradient",
     "positive_mass_outweighs",
 }  # fmt: skip
-"""Warnings about what the gradient is made of: nothing is lost yet, and often nothing will be."""
+#: A diagnosis waits this many times as long as the last one took: at most 5% of the time.
 REST = 20.0
-"""A diagnosis waits this many times as long as the last one took: at most 5% of the time."""
 
 
 class BesideTraining:

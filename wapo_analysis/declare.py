@@ -14,10 +14,10 @@ from typing import Any
 from wapo_analysis.errors import UserError, unknown_name
 
 _KEY = "declared"
+#: Whole numbers beyond it have no float.
 _HUGE = 1e300
-"""Whole numbers beyond it have no float."""
+#: Of more words than these the one that is meant is named.
 _FEW = 4
-"""Of more words than these the one that is meant is named."""
 
 
 @dataclass(frozen=True, slots=True)

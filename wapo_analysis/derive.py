@@ -21,10 +21,10 @@ from wapo_analysis.schema import CLASSES, PROB_EDGES
 from wapo_analysis.table import Array, Records
 
 CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
+#: Statistics a token is counted in ``nonfinite`` for.
 _STATISTICS = ("logp", "logp_old", "entropy")
-"""Statistics a token is counted in ``nonfinite`` for."""
+#: Largest ln(pi / pi_old) in ``kl_old``, nats: an impossible token gives e^20, not inf.
 K3_LIMIT = 20.0
-"""Largest ln(pi / pi_old) in ``kl_old``, nats: an impossible token gives e^20, not inf."""
 
 
 def probability_bin(prob: Any) -> Any:
@@ -79,6 +79,7 @@ def _wide(values: Any, xp: Any) -> Any:
     return xp.asarray(values, dtype=xp.float64)
 
 
+#: Measured columns that `update_columns` reads.
 UPDATE_STATISTICS = (
     "advantage",
     "logp",
@@ -87,7 +88,6 @@ UPDATE_STATISTICS = (
     "collision_logp_rest",
     "coef",
 )
-"""Measured columns that `update_columns` reads."""
 
 
 @np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning
@@ -232,8 +232,8 @@ def cell_terms(c: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+#: Names that ``cls`` takes in data frames: the four classes, none, unknown.
 CLASS_ORDER = tuple(tax.CLASS_NAMES[code] for code in (*range(len(tax.CLASSES) + 1), -1))
-"""Names that ``cls`` takes in data frames: the four classes, none, unknown."""
 
 
 def class_names(codes: Any) -> "pd.Categorical[str]":
@@ -323,8 +323,8 @@ def _k3(log_ratio: Any, xp: Any) -> Any:
     return xp.expm1(held) - held
 
 
+#: Terms whose sum is the column; of all others it is the mean over the tokens they are known of.
 _TOTALS = ("rows", "kept_tokens", "nonfinite")
-"""Terms whose sum is the column; of all others it is the mean over the tokens they are known of."""
 
 
 def rollout_sums(columns: Mapping[str, Array]) -> dict[str, float]:

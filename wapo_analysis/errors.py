@@ -10,8 +10,8 @@ _UNSAFE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     r"\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
+#: A longer list of names is not told whole where a close one is found.
 _MANY = 40
-"""A longer list of names is not told whole where a close one is found."""
 
 
 class UserError(ValueError):

@@ -19,22 +19,22 @@ RANGE_SIGMAS = 5.0
 HOME_RANGE = 0.1
 MAX_WINDOW = 25
 MAD_TO_SIGMA = 1.4826
+#: Distance of the first and the last quintile of a normal distribution, in standard deviations.
 QUINTILES = 1.683
-"""Distance of the first and the last quintile of a normal distribution, in standard deviations."""
 MEDIAN_EFFICIENCY = 1.2533
 RELATIVE_FLOOR = 0.01
+#: Share of quiet records at which a stretch neither gains nor loses as a silence.
 QUIET_SHARE = 0.82
-"""Share of quiet records at which a stretch neither gains nor loses as a silence."""
+#: Share of quiet records of a silence.
 SILENT_SHARE = 0.88
-"""Share of quiet records of a silence."""
+#: Records of a silence, at least.
 MIN_SILENT = 8
-"""Records of a silence, at least."""
+#: Chance of so long a silence, by what came before it, that is no accident.
 CHANCE = 1e-6
-"""Chance of so long a silence, by what came before it, that is no accident."""
 
 
+#: Values are held within this, both ways.
 LARGEST = 1e100
-"""Values are held within this, both ways."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from wapo_analysis.store import Run
 
+#: Entries of a manifest's ``config`` that leave the trained policy as it is, seeds among them.
 BESIDE_TRAINING: Final = frozenset(
     {
         "seed", "data_seed", "label", "name", "device", "log_to", "checkpoint_every",
@@ -21,12 +22,12 @@ BESIDE_TRAINING: Final = frozenset(
         "probe_rows", "microbatch_size", "sample_batch_size", "gradient_checkpointing",
     }
 )  # fmt: skip
-"""Entries of a manifest's ``config`` that leave the trained policy as it is, seeds among them."""
 _MANIFEST: Final = ("trainer", "model", "task", "temperature")
+#: Differences that a label names at most.
 _NAMED: Final = 3
-"""Differences that a label names at most."""
 
 
+#: Settings of the objective: that they differ is what a comparison is made for.
 COMPARED = frozenset(
     {
         "objective", "loss_type", "clip_eps", "mask_ratio_low", "mask_ratio_high", "epsilon",
@@ -35,7 +36,6 @@ COMPARED = frozenset(
         "importance_sampling_level", "scale_rewards",
     }
 )  # fmt: skip
-"""Settings of the objective: that they differ is what a comparison is made for."""
 
 
 @dataclass(frozen=True)

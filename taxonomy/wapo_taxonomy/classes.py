@@ -7,17 +7,17 @@ numpy arrays, torch tensors and pandas Series. Every argument may have any shape
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
+#: A Python number, numpy array, torch tensor or pandas Series; results keep the kind given.
 Array: TypeAlias = Any
-"""A Python number, numpy array, torch tensor or pandas Series; results keep the kind given."""
 
+#: The four classes, in code order 0..3 (the names of arXiv 2606.16154).
 CLASSES = ("pos_peak", "pos_valley", "neg_peak", "neg_valley")
-"""The four classes, in code order 0..3 (the names of arXiv 2606.16154)."""
 
+#: Zero advantage: the update does nothing, so it has no class.
 NONE = "none"
-"""Zero advantage: the update does nothing, so it has no class."""
 
+#: A statistic is missing (NaN), so the class cannot be told.
 UNKNOWN = "unknown"
-"""A statistic is missing (NaN), so the class cannot be told."""
 
 CLASS_CODES: dict[str, int] = {
     **{name: code for code, name in enumerate(CLASSES)},
@@ -26,12 +26,11 @@ CLASS_CODES: dict[str, int] = {
 }
 CLASS_NAMES: dict[int, str] = {code: name for name, code in CLASS_CODES.items()}
 
+#: Relative width of the border that counts as peak.
+#:
+#: On a uniform row every token is an exact tie ``p = S``, and rounding alone would decide its
+#: regime; float32 statistics carry a relative error of a few 1e-7.
 TIE_TOLERANCE = 1e-6
-"""Relative width of the border that counts as peak.
-
-On a uniform row every token is an exact tie ``p = S``, and rounding alone would decide its regime;
-float32 statistics carry a relative error of a few 1e-7.
-"""
 
 _SIGNS = ("pos", "neg")
 _REGIMES = ("peak", "valley")

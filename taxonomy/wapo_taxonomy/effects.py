@@ -36,6 +36,7 @@ class ClassEffect:
     entropy: int
 
 
+#: Class name -> :class:`ClassEffect`, in the order of ``CLASSES``.
 EFFECTS: dict[str, ClassEffect] = {
     effect.name: effect
     for effect in (
@@ -65,7 +66,6 @@ EFFECTS: dict[str, ClassEffect] = {
         ),
     )
 }
-"""Class name -> :class:`ClassEffect`, in the order of ``CLASSES``."""
 
 
 def collision(prob: Array, collision_rest: Array) -> Array:

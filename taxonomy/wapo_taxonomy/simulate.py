@@ -12,8 +12,8 @@ from wapo_taxonomy.classes import CLASSES, Array, is_peak, regime_code
 from wapo_taxonomy.effects import logit_step
 from wapo_taxonomy.vocabulary import namespace, one_hot
 
+#: Probabilities (V,) -> direction of z/T (V,), probability of being drawn, regime code.
 _Direction = Callable[[Array], tuple[Array, Array, Array]]
-"""Probabilities (V,) -> direction of z/T (V,), probability of being drawn, regime code."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,8 @@ from wapo_analysis.table import Array
 CONTEXT = 12
 _TOKEN_KEYS = ["group", "rollout", "position"]
 _MISSING_TEXT = "?"
+#: Characters of a prompt or completion in a table.
 _SHOWN_TEXT = 60
-"""Characters of a prompt or completion in a table."""
 
 
 @dataclass(frozen=True, kw_only=True)

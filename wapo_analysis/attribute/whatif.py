@@ -42,15 +42,15 @@ MIN_PROBES = 3
 _PARTS = (*range(len(tax.CLASSES)), GRADIENT, UPDATE)
 RESAMPLES = 400
 BAND = (0.05, 0.95)
+#: Steps averaged at either end of the path.
 ENDS = 5
-"""Steps averaged at either end of the path."""
+#: Nats; less than two runs of one setting differ by.
 SMALL_EFFECT = 0.005
-"""Nats; less than two runs of one setting differ by."""
+#: Factor by which real effects miss estimated ones that stay in the recorded range, at most
+#: (docs/attribution.md).
 MODEL_FACTOR = 1.5
-"""Factor by which real effects miss estimated ones that stay in the recorded range, at most
-(docs/attribution.md)."""
+#: Nats; below this entropy relative changes are no longer trusted.
 SMALLEST = 1e-3
-"""Nats; below this entropy relative changes are no longer trusted."""
 _LARGEST_SHIFT = 50.0  # exp of it is far above any ceiling and still finite
 
 

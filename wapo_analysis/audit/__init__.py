@@ -21,8 +21,8 @@ from wapo_analysis.store import Need, Run
 
 __all__ = ["Audit", "Deviation", "audit", "first_audit"]
 
+#: Steps with token rows that are looked at.
 STEPS = 10
-"""Steps with token rows that are looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from wapo_analysis.audit.declared import Known, look
 from wapo_analysis.audit.evidence import Evidence, Findings, exponential
 from wapo_analysis.table import Array
 
+#: Tokens that a statement about the clip needs.
 _LEAST = 5
-"""Tokens that a statement about the clip needs."""
+#: Distance of subnormal half-precision numbers.
 _GRID = 2.0**-24
-"""Distance of subnormal half-precision numbers."""
 
 
 def check_outside(seen: Evidence, found: Findings) -> None:

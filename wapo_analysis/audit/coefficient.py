@@ -25,10 +25,10 @@ from wapo_analysis.audit.evidence import (
 )
 from wapo_analysis.table import Array
 
+#: Share of tokens that may lie beyond the bound of rounding where a candidate fits.
 OUTLIERS = 0.002
-"""Share of tokens that may lie beyond the bound of rounding where a candidate fits."""
+#: Fewer tokens with gradient tell nothing.
 LEAST = 8
-"""Fewer tokens with gradient tell nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,8 +83,9 @@ def _loss(name: str, core: Core, *means: str) -> Known:
 
 
 TOKEN, MEAN, SUM = Core("plain"), Core("plain", "mean"), Core("plain", "sum")
+#: The objectives of `wapo_analysis.objectives`.
 OWN = _own()
-"""The objectives of `wapo_analysis.objectives`."""
+#: The losses of trl.
 TRL = {
     known.name: known
     for known in (
@@ -101,7 +102,6 @@ TRL = {
                 cores=frozenset({Core("gmpo", "mean"), MEAN})),
     )
 }  # fmt: skip
-"""The losses of trl."""
 
 
 def _both() -> dict[str, Known]:
@@ -232,6 +232,7 @@ def exact(source: str) -> bool:
     return source in OWN_SOURCES
 
 
+#: Where to look, by subject and source.
 PLACES = {
     "temperature": {
         "trl": "GRPOConfig.temperature, top_p, top_k; _get_per_token_logps_and_entropies",
@@ -279,7 +280,6 @@ PLACES = {
     },
     "precision": {"": "fp16 without a loss scale; bf16 or GradScaler"},
 }
-"""Where to look, by subject and source."""
 
 
 def look(source: str, subject: str) -> str:

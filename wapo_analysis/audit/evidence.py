@@ -21,8 +21,8 @@ _FLOATS = (
     "advantage", "logp", "logp_old", "logp_prox", "entropy", "collision_rest",
     "collision_logp_rest", "coef", "logp_after", "entropy_after",
 )  # fmt: skip
+#: Sources whose settings say what the loss should be; a loop's name of an objective says less.
 OWN_SOURCES = ("built-in", "trl")
-"""Sources whose settings say what the loss should be; a loop's name of an objective says less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,13 +222,13 @@ def by_unit(values: Array, index: Array, count: int) -> Array:
         )
 
 
+#: Relative distance from a whole count at which a sum of weights is that count.
 _SCALE = 1e-3
-"""Relative distance from a whole count at which a sum of weights is that count."""
+#: Means that a form may be as long as nothing is known of the size of its weights.
 ANY_SIZE = {
     "seq": {"seq"}, "group": {"group"}, "pass": {"pass"}, "padded": {"padded"},
     "even": {"batch", "constant", "sum"}, "long": {"long"}, "rank": {"rank"},
 }  # fmt: skip
-"""Means that a form may be as long as nothing is known of the size of its weights."""
 
 
 @dataclass(frozen=True)
@@ -338,8 +338,8 @@ class Totals:
         return False
 
 
+#: Deviation beside which odds of tokens mean nothing.
 NO_SAMPLES = "tokens are no samples of the policy"
-"""Deviation beside which odds of tokens mean nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from wapo_analysis.audit.declared import look
 from wapo_analysis.audit.evidence import NO_SAMPLES, OWN_SOURCES, Evidence, Findings, first_of
 from wapo_analysis.table import Array
 
+#: Chance below which a copy is not put down to chance.
 _CHANCE = 1e-7
-"""Chance below which a copy is not put down to chance."""
+#: Largest number that trainers add to a standard deviation before they divide by it.
 MOST_OFFSET = 1.2e-3
-"""Largest number that trainers add to a standard deviation before they divide by it."""
 _LEAST = 4
 
 AGAIN = "group mean and std, then std of the batch"
@@ -209,6 +209,7 @@ def _blocks(b: _Batch) -> _Batch:
     return b.turned(group=np.arange(len(b.group)) // np.bincount(b.group - b.group.min()).max())
 
 
+#: Faults by which a rule fits all the same.
 TURNS: dict[str, Callable[[_Batch], _Batch]] = {
     "the advantages have the wrong sign": lambda b: b.turned(sign=-1.0),
     "the rewards of every rollout's predecessor were used": lambda b: b.turned(
@@ -218,7 +219,6 @@ TURNS: dict[str, Callable[[_Batch], _Batch]] = {
     "groups were formed from every n-th rollout, not from rollouts of a prompt": _interleaved,
     "groups were formed from neighbouring rollouts, not from rollouts of a prompt": _blocks,
 }
-"""Faults by which a rule fits all the same."""
 
 
 def check_groups(seen: Evidence, found: Findings) -> None:

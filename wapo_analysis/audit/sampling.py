@@ -11,14 +11,14 @@ from wapo_analysis.audit.declared import look
 from wapo_analysis.audit.evidence import NO_SAMPLES, OWN_SOURCES, Evidence, Findings, by_unit
 from wapo_analysis.table import Array
 
+#: Chance below which an event is not put down to chance.
 CERTAIN = 1e-7
-"""Chance below which an event is not put down to chance."""
+#: The same for the better and the worse half of the rollouts each.
 _HALF = 1e-3
-"""The same for the better and the worse half of the rollouts each."""
+#: Difference of mean probability that is worth a word.
 _LEAST_SHIFT = 0.015
-"""Difference of mean probability that is worth a word."""
+#: Mean |ln ratio| in nats beyond which a first pass is off; engines and bf16 give less.
 _OFF = 0.05
-"""Mean |ln ratio| in nats beyond which a first pass is off; engines and bf16 give less."""
 _NOISE = 2e-3
 
 

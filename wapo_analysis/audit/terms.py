@@ -14,8 +14,8 @@ from wapo_analysis.audit.evidence import Evidence, Findings, by_unit, first_of
 from wapo_analysis.audit.sampling import declared_number
 from wapo_analysis.table import Array
 
+#: Tokens or rollouts that a statement needs.
 _LEAST = 5
-"""Tokens or rollouts that a statement needs."""
 
 
 def check_extra_terms(

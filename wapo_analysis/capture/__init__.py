@@ -125,8 +125,8 @@ def own_rank() -> int | None:
 
 PASSIVE, REPLACE, AUTO = "passive", "replace", "auto"
 MODES = (PASSIVE, REPLACE, AUTO)
+#: Share of the free memory that the logits of a micro-batch may take under ``auto``.
 LARGEST_SHARE = 0.10
-"""Share of the free memory that the logits of a micro-batch may take under ``auto``."""
 
 
 @dataclass(frozen=True)

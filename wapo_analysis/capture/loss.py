@@ -30,8 +30,8 @@ from wapo_analysis.store import Manifest
 
 log = logging.getLogger(__name__)
 
+#: Calls of a loss after which an optimizer must have stepped, for what they showed is in memory.
 MOST_CALLS = 1 << 16
-"""Calls of a loss after which an optimizer must have stepped, for what they showed is in memory."""
 
 _NOWHERE = "nowhere"
 

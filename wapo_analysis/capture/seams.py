@@ -14,9 +14,9 @@ from torch import Tensor
 from wapo_analysis.errors import UserError, unknown_name
 
 Call = Mapping[str, Any]
+#: An argument's name, followed by attributes, keys or indices (``inputs.trainer_logprobs``), or a
+#: function of all arguments by name.
 Where = str | Callable[[Call], Any] | None
-"""An argument's name, followed by attributes, keys or indices (``inputs.trainer_logprobs``), or a
-function of all arguments by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,7 @@ def _world_size(call: Call) -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+#: How each trainer calls its policy loss.
 SEAMS: Mapping[str, Names] = {
     "verl": Names(
         logp="log_prob", logp_old="old_log_prob", advantages="advantages", mask="response_mask",
@@ -234,7 +235,6 @@ SEAMS: Mapping[str, Names] = {
         mask=lambda call: call["new_logprobs"].detach() != 1.0,  # its mark of no response
     ),
 }  # fmt: skip
-"""How each trainer calls its policy loss."""
 
 
 def shaped(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from wapo_analysis.record import guarded
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import Manifest
 
+#: Watched losses are registered as ``wapo_vanilla``, ``wapo_gspo``, ...
 PREFIX = "wapo_"
-"""Watched losses are registered as ``wapo_vanilla``, ``wapo_gspo``, ..."""
 _ROW = "wapo_row"
 
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]

@@ -211,11 +211,11 @@ def _version(shown: bool) -> None:
         raise typer.Exit
 
 
+#: In the order of the help; each is the function of its name in the module of its name.
 COMMANDS = (
     "demo", "train", "fork", "eval", "compare", "diagnose", "figures", "report", "board", "mcp",
     "schema", "whatif", "watch", "verify", "import", "bench", "check", "audit", "compact", "tasks",
 )  # fmt: skip
-"""In the order of the help; each is the function of its name in the module of its name."""
 
 
 def root(

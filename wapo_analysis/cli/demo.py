@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from wapo_analysis.train.lifecycle import Job
 
 OBJECTIVES = ("grpo", "wapo")
+#: Class that the run which explodes trains on alone: likely tokens, punished.
 EXPLODES = "neg_peak"
-"""Class that the run which explodes trains on alone: likely tokens, punished."""
+#: Lines about the progress where it goes to no terminal.
 _LINES = 12
-"""Lines about the progress where it goes to no terminal."""
 
 
 def demo(

@@ -191,5 +191,5 @@ def _draw_elsewhere(
 
 
 _opened: "dict[Path, Run]" = {}
+#: Figures that take longer than starting a process to draw them in.
 _WORTH_A_PROCESS = 10
-"""Figures that take longer than starting a process to draw them in."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 MAX_THREADS = 1024
+#: A run that is not on a terminal prints about so many lines, a long one one of so many steps.
 LINES, STEPS_A_LINE = 20, 10
-"""A run that is not on a terminal prints about so many lines, a long one one of so many steps."""
 Row = dict[str, float]
 
 

@@ -21,12 +21,12 @@ from wapo_analysis.table import Array
 
 WINDOW = 5
 PERSIST = 3
+#: Chance of a false parting over the whole run, per quantity.
 ALPHA = 0.01
-"""Chance of a false parting over the whole run, per quantity."""
+#: Share of the prompts of a step both runs must have for a pairing by prompt.
 MATCHED = 0.5
-"""Share of the prompts of a step both runs must have for a pairing by prompt."""
+#: Steps over which the class shares behind a parting are summed, at least.
 MIN_MEAN = 5
-"""Steps over which the class shares behind a parting are summed, at least."""
 
 
 @dataclass(frozen=True)

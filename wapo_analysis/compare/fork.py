@@ -20,8 +20,8 @@ from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, plai
 from wapo_analysis.settings import shown_value
 from wapo_analysis.store import Run
 
+#: Prompts with the largest differences that are shown, each way.
 SHOWN = 3
-"""Prompts with the largest differences that are shown, each way."""
 
 
 @dataclass(frozen=True)

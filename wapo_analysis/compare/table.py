@@ -20,8 +20,8 @@ from wapo_analysis.settings import Setting, heads_up, settings_of
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
+#: Part of the steps that counts as first and as last.
 EDGE = 0.1
-"""Part of the steps that counts as first and as last."""
 CONFIDENCE = 0.95
 MAX_DECIMALS = 4
 

@@ -52,6 +52,7 @@ MOST_SEVERE_FIRST: tuple[Verdict, ...] = (
     "reward_without_answer",
     "stalled",
 )
+#: Finding to those that say the same once more, as its cause or its effect, and are left out.
 SAID_BY = {
     "stalled": {
         "advantages_vanish", "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy",
@@ -66,7 +67,6 @@ SAID_BY = {
     "entropy_explosion": {"plateau", "entropy_arrival", "early_warning"},
     "truncation_drift": {"length_drift"},
 }  # fmt: skip
-"""Finding to those that say the same once more, as its cause or its effect, and are left out."""
 AGAINST = (
     "All classes predict a {} of the entropy (first-order), yet it {}: momentum, shared parameters "
     "or the size of the steps outweigh it (probes tell which: probe_every)."

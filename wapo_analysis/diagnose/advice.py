@@ -20,8 +20,8 @@ from wapo_analysis.settings import shown_value
 _NAMED = re.compile(r"\{(\w+)\}")
 _BESIDE_TRAINING: Final = {"checkpoint_every"}
 NO_CHANGE: Final = "Nothing to change."
+#: Factor on the learning rate where the steps are too large.
 TENFOLD = 0.1
-"""Factor on the learning rate where the steps are too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,7 @@ def leave_out(*classes: str) -> Advice:
     )
 
 
+#: What a class does when it drives the entropy, and what to try.
 CLASS_ADVICE: Final[Mapping[str, Advice]] = {
     "pos_peak": Advice(
         "pos_peak makes likely tokens likelier still.",
@@ -194,7 +195,6 @@ CLASS_ADVICE: Final[Mapping[str, Advice]] = {
         ),
     ),
 }
-"""What a class does when it drives the entropy, and what to try."""
 
 
 def fork_command(

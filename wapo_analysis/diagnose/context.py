@@ -40,14 +40,14 @@ from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
+#: Step columns of the held-out score: as imported, and as our own trainer writes it.
 HELD_OUT = ("eval_reward", "eval/reward")
-"""Step columns of the held-out score: as imported, and as our own trainer writes it."""
+#: Parts of names of reward functions that grade the form of an answer, not what it says.
 FORM = ("format", "xml", "tag", "json", "style", "think", "lang", "length", "brief", "strict",
         "soft", "syntax", "penalty")  # fmt: skip
-"""Parts of names of reward functions that grade the form of an answer, not what it says."""
 
+#: Folders of checkpoints: ours, those of trainers built on Transformers, verl's.
 _CHECKPOINT = re.compile(r"(?:step-|checkpoint-|global_step_)(\d+)")
-"""Folders of checkpoints: ours, those of trainers built on Transformers, verl's."""
 
 
 @dataclass(frozen=True)
@@ -304,8 +304,8 @@ def grades_form(name: str) -> bool:
     return any(part in name.lower() for part in FORM)
 
 
+#: Steps over which drivers are ranked, at least.
 MIN_WINDOW = 5
-"""Steps over which drivers are ranked, at least."""
 
 
 def entropy_drivers(

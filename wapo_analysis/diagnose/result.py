@@ -43,8 +43,8 @@ VERDICT_WORDS: Mapping[str, str] = {
     "diverged": "diverged",
     "insufficient_data": "insufficient data",
 }
+#: Significant digits of numbers in JSON.
 DIGITS = 6
-"""Significant digits of numbers in JSON."""
 LACK_WORDS: Mapping[str, str] = {
     "tokens": "token rows",
     "classes": "class totals",
@@ -59,10 +59,10 @@ LACK_WORDS: Mapping[str, str] = {
     "engine_kl": "a second engine",
     "lr": "learning rate",
 }
+#: Kinds of missing data that are named in text.
 MOST_MISSING = 5
-"""Kinds of missing data that are named in text."""
+#: Share below which no rollout is worth naming.
 _SPREAD = 0.03
-"""Share below which no rollout is worth naming."""
 
 
 @dataclass(frozen=True, slots=True)

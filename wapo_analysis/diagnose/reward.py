@@ -7,42 +7,42 @@ import numpy as np
 
 from wapo_analysis.series import Departure, Series, departure, silent_since
 
+#: Score in [0, 1] at which a task is all but solved.
 SOLVED = 0.8
-"""Score in [0, 1] at which a task is all but solved."""
+#: Standard deviations below it that a score which was there stays solved, and at most so far.
 SOLVED_SIGMAS, SOLVED_SLACK = 2.0, 0.1
-"""Standard deviations below it that a score which was there stays solved, and at most so far."""
+#: Steps up to the peak on which the noise of the reward can be measured.
 CALM_STEPS = 8
-"""Steps up to the peak on which the noise of the reward can be measured."""
+#: Standard deviations of the rise over the last third that make a reward still gain.
 GAINING = 2.5
-"""Standard deviations of the rise over the last third that make a reward still gain."""
+#: Standard deviations of the rise over the whole run that are more than chance.
 RISING = 1.5
-"""Standard deviations of the rise over the whole run that are more than chance."""
+#: Share of the whole gain that the last third must add for it to be still gaining.
 LEAST_GAIN = 0.1
-"""Share of the whole gain that the last third must add for it to be still gaining."""
+#: Noise of a smoothed value, as a share of its range, from which on its extremes are not told.
 NOISY = 0.1
-"""Noise of a smoothed value, as a share of its range, from which on its extremes are not told."""
+#: Change of a score in [0, 1] that must be no noise for a gain to be seen.
 UNSEEN = 0.3
-"""Change of a score in [0, 1] that must be no noise for a gain to be seen."""
+#: Way from the baseline to certain success that is much gained.
 ENOUGH = 1 / 3
-"""Way from the baseline to certain success that is much gained."""
+#: Standard deviations of the difference of two block means that make a fall after a climb.
 FALLEN = 4.0
-"""Standard deviations of the difference of two block means that make a fall after a climb."""
+#: Share of the gain, or of the baseline, whose loss is a collapse.
 LOST = 0.5
-"""Share of the gain, or of the baseline, whose loss is a collapse."""
+#: Share of the peak that such a loss must be, at least.
 LEAST_LOSS = 0.2
-"""Share of the peak that such a loss must be, at least."""
+#: Records that show a fast loss.
 FEW = 2
-"""Records that show a fast loss."""
 SIGMAS = 6.0
+#: Standard deviations of their mean that leave no doubt: two batches of hard prompts look alike.
 FAST_SIGMAS = 8.0
-"""Standard deviations of their mean that leave no doubt: two batches of hard prompts look alike."""
+#: The same where something else says that the updates are too large.
 FALLING_SIGMAS = 3.0
-"""The same where something else says that the updates are too large."""
+#: Standard deviations of a drop that is no loss yet.
 DROP_SIGMAS = 8.0
-"""Standard deviations of a drop that is no loss yet."""
 
+#: A drop that is no loss yet is this much deeper than any that was won back.
 SWING = 1.25
-"""A drop that is no loss yet is this much deeper than any that was won back."""
 
 
 @dataclass(frozen=True)

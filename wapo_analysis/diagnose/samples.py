@@ -15,24 +15,24 @@ from wapo_analysis.settings import fresh_steps
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
 
+#: Steps whose token rows or completions are read, so that the cost does not grow with the run.
 SAMPLED_STEPS = 40
-"""Steps whose token rows or completions are read, so that the cost does not grow with the run."""
 GAP_COLUMNS = ("k3", "ess", "max_dp", "tokens")
 MAX_LOG_RATIO = 60.0
+#: Characters of a completion that are looked at.
 READ_CHARACTERS = 2000
-"""Characters of a completion that are looked at."""
+#: Completions of a step whose characters are looked at.
 READ_COMPLETIONS = 64
-"""Completions of a step whose characters are looked at."""
+#: Characters at the end of a completion in which the reference answer is looked for.
 ANSWER_CHARACTERS = 100
-"""Characters at the end of a completion in which the reference answer is looked for."""
+#: Characters below which a completion is too short to be called noise.
 SHORTEST = 16
-"""Characters below which a completion is too short to be called noise."""
+#: Share of one character, spaces left out, at which a completion is that character repeated.
 ONE_CHARACTER = 0.6
-"""Share of one character, spaces left out, at which a completion is that character repeated."""
+#: Scripts in one completion that no reader writes together.
 SCRIPTS = 3
-"""Scripts in one completion that no reader writes together."""
+#: Letters of a script that count it in: a single one may be a symbol.
 SCRIPT_LETTERS = 2
-"""Letters of a script that count it in: a single one may be a symbol."""
 
 
 def evenly(steps: Array, count: int = SAMPLED_STEPS) -> list[int]:
@@ -243,10 +243,10 @@ def length_pay(rows: pd.DataFrame) -> Series:
     return Series(pay.index.to_numpy(np.int64), pay.to_numpy(np.float64))
 
 
+#: Most steps whose token rows are read.
 READ_STEPS = 3
-"""Most steps whose token rows are read."""
+#: Steps beyond the window at which token rows still speak for it.
 NEAR = 10
-"""Steps beyond the window at which token rows still speak for it."""
 SHOWN = 3
 
 

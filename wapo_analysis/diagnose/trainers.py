@@ -33,6 +33,7 @@ class Setting:
 _VERL = "actor_rollout_ref.actor"
 _SKYRL = "trainer.algorithm"
 
+#: Setting to what each trainer calls it.
 SETTINGS: Final[Mapping[str, Setting]] = {
     "lr": Setting("the learning rate", {
         BUILT_IN: "lr", "trl": "learning_rate", "ms-swift": "learning_rate",
@@ -170,7 +171,6 @@ SETTINGS: Final[Mapping[str, Setting]] = {
         BUILT_IN: "precision = float32", "trl": "fp16 = bf16 = False",
     }),
 }  # fmt: skip
-"""Setting to what each trainer calls it."""
 
 
 def trainer_of(manifest: Mapping[str, Any]) -> str | None:

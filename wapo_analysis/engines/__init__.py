@@ -16,11 +16,12 @@ from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.config import TrainConfig
 
+#: Folder of a run that holds TRL's checkpoints.
 STATE = "trl"
-"""Folder of a run that holds TRL's checkpoints."""
 _OBJECTIVE, _RECORDING, _DATA = "use_objective", "attach", "train_dataset"
 _MODEL, _RUN, _EVALUATION, _NONE = "model", "the run folder", "the first process", ""
 
+#: Each setting of ours: where it goes on this engine; empty where there is no counterpart.
 COUNTERPARTS: Final[Mapping[str, str]] = {
     "objective": _OBJECTIVE, "clip_eps": _OBJECTIVE, "mask_ratio_low": _OBJECTIVE,
     "mask_ratio_high": _OBJECTIVE, "use_importance_sampling": _OBJECTIVE,
@@ -48,7 +49,6 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING,
     "on_warning": _RECORDING, "on_critical": _RECORDING,
 }  # fmt: skip
-"""Each setting of ours: where it goes on this engine; empty where there is no counterpart."""
 _TOLD: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OPTIM = {"adamw": "adamw_torch", "sgd": "sgd"}
 _LOGS = {"none": [], "tensorboard": ["tensorboard"], "wandb": ["wandb"]}

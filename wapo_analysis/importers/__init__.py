@@ -45,12 +45,12 @@ __all__ = [
 
 
 KEPT_SECONDS = 30 * 86400.0
+#: Names of our entries: ``$WAPO_CACHE`` may be a folder that holds other things too.
 _ENTRY = re.compile("[0-9a-f]{16}")
-"""Names of our entries: ``$WAPO_CACHE`` may be a folder that holds other things too."""
+#: A log that has not grown for so long when one begins to watch it has ended.
 IDLE_SECONDS = 1800.0
-"""A log that has not grown for so long when one begins to watch it has ended."""
+#: A growing log is read again after this many times the seconds that reading it takes.
 RATE = 5
-"""A growing log is read again after this many times the seconds that reading it takes."""
 
 
 def cache_folder() -> Path:

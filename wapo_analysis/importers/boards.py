@@ -23,12 +23,12 @@ from wapo_analysis.importers.shapes import text_lines
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.store.files import read_json
 
+#: Header of a scalar downloaded from TensorBoard.
 DOWNLOAD = ["Wall time", "Step", "Value"]
-"""Header of a scalar downloaded from TensorBoard."""
 _PANEL = re.compile(r"(?P<run>.+?) - (?P<metric>.+?)(?P<end>__MIN|__MAX)?")
 _LONG_ENOUGH = 8
+#: Name, step and number.
 Scalar = tuple[str, int, float]
-"""Name, step and number."""
 _OTHERS = ("Step", "_step", "Relative Time (Process)", "Relative Time (Wall)", "Wall Time")
 
 

@@ -24,10 +24,10 @@ from wapo_analysis.importers.sink import Sink
 from wapo_analysis.store.files import open_regular
 
 MAX_DICT_LINES = 400
+#: Lines in which a log without dicts must show itself.
 MAX_TELLING = 20_000
-"""Lines in which a log without dicts must show itself."""
+#: So many numbers of one name, without a step, may be anything that was printed.
 FEW = 30
-"""So many numbers of one name, without a step, may be anything that was printed."""
 _MARKS = re.compile(rb"""[{:\['"=|]|tep |ter |Error$|Exception$""")
 _RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -33,6 +33,7 @@ LOOKED_FOR = (
     "TensorBoard event files, .wandb files, MLflow metrics, printed dicts, and lines "
     "step:N - name:value, step=N name=value or Step N | name: value"
 )
+#: What files are that cannot hold a log for us, by suffix; said when one is named.
 UNREAD = {
     ".pkl": "a pickle can run code", ".pickle": "a pickle can run code",
     ".pt": "a pickle can run code", ".xlsx": "a workbook", ".xls": "a workbook",
@@ -42,7 +43,6 @@ UNREAD = {
     ".tar": "an archive", ".tgz": "an archive", ".zst": "compressed by zstandard",
     ".png": "a picture", ".pdf": "a document",
 }  # fmt: skip
-"""What files are that cannot hold a log for us, by suffix; said when one is named."""
 _SEARCHED = 16 << 20
 # By kind of file: the format it belongs to.
 _FORMAT_OF: Mapping[str, Format] = {

@@ -16,14 +16,14 @@ from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
 
+#: Column of ours to their key, and their keys that are left.
 Plan = tuple[dict[str, str], list[str]]
-"""Column of ours to their key, and their keys that are left."""
 
 # Not columns, yet what other tools store: turned into logp, logp_old and collision_rest; rows
 # outside the loss mask are left out.
 PSEUDO_TOKENS = ("prob", "prob_old", "collision", "loss_mask")
+#: Step columns without any of which a log says nothing about a training run.
 VITAL = ("reward", "entropy", "length", "grad_norm", "loss")
-"""Step columns without any of which a log says nothing about a training run."""
 
 _TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
 _MAX_PLANS = 256
@@ -353,8 +353,8 @@ def rows_of(table: str) -> tuple[Alias, ...]:
     return tuple(row for row in ALIASES if row.table == table)
 
 
+#: Names that fine-tuning on given answers logs (trl/trainer/sft_trainer.py, ms-swift).
 SUPERVISED = {"mean_token_accuracy", "token_acc", "token_accuracy"}
-"""Names that fine-tuning on given answers logs (trl/trainer/sft_trainer.py, ms-swift)."""
 
 
 def is_supervised(keys: Iterable[str]) -> bool:

@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Final
 
 UNVERIFIED: Final = "unverified"
+#: Step columns of one reward function; NAME is the function's.
 PER_FUNCTION: Final = ("rewards/NAME/mean", "rewards/NAME/std")
-"""Step columns of one reward function; NAME is the function's."""
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,8 @@ LACKS = {
 }
 SAMPLE_LIMIT = 10_000
 MAX_ARRAYS = 1 << 30
+#: Bins of p in the paper's files.
 BINS = 5
-"""Bins of p in the paper's files."""
 _NUMBER = re.compile(r"step_(\d+)\.(?:npz|npy|json)$")
 _TEXT_KEYS = ("step", "prompt", "completion", "reward")
 

@@ -25,8 +25,8 @@ MAX_PAGE_BYTES = 1 << 30
 _HEAD, _FIRST = 1 << 16, 512
 _WRAPPED = (b"{", b"s", b'"', b"\xef")
 _TABLES = (".csv", ".tsv")
+#: What is read as the text that it shows.
 PAGES = (".ipynb", ".html", ".htm")
-"""What is read as the text that it shows."""
 
 
 def head_of(file: Path, size: int = _HEAD) -> bytes:
@@ -112,10 +112,10 @@ def widened(file: Path, encoding: str, out: BinaryIO) -> bool:
 
 
 _SEPARATOR = re.compile(rb'(?:\xef\xbb\xbf)?"?sep=.?"?\r?\n')
+#: Names under which containers and log collectors keep a line that was printed.
 _WRAPS = ("log", "message", "line", "textPayload")
-"""Names under which containers and log collectors keep a line that was printed."""
+#: Lines of which none may hold numbers by known names of its own.
 _TELLING = 50
-"""Lines of which none may hold numbers by known names of its own."""
 
 
 def wrapped_by(head: bytes, table: bool = False) -> str | None:

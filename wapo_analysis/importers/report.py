@@ -14,8 +14,8 @@ from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
 
 _SHOWN_KEYS = 12
+#: Share of the lines that, when it is lost, makes an import an alarm.
 MOST = 0.5
-"""Share of the lines that, when it is lost, makes an import an alarm."""
 
 
 def shown(path: Path | str) -> str:

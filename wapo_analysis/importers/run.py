@@ -235,8 +235,8 @@ def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
     )
 
 
+#: Names that every preference objective of TRL logs (trl/trainer/dpo_trainer.py).
 PREFERENCE = {"rewards/chosen", "rewards/rejected"}
-"""Names that every preference objective of TRL logs (trl/trainer/dpo_trainer.py)."""
 
 
 def _raise_alarms(report: ImportReport) -> None:

@@ -14,15 +14,15 @@ from wapo_analysis.importers.readers import csv_header, json_value, table_kind
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.store.files import open_regular
 
+#: Names under which a record holds its numbers, beside its step, a time or a text.
 WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
-"""Names under which a record holds its numbers, beside its step, a time or a text."""
 METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
+#: Columns that name a number and that hold it, one a row.
 VALUE_KEYS = ("value", "metricValue", "metric_value")
-"""Columns that name a number and that hold it, one a row."""
 SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
 HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
+#: Lists of numbers, one for each part of the completions.
 BY_POSITION = ("kl_positional",)
-"""Lists of numbers, one for each part of the completions."""
 MOST_PARTS = 64
 Rows = list[dict[str, Any]]
 _DEEP = 4

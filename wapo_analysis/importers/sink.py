@@ -84,10 +84,10 @@ class StepTotals:
 CHUNK_ROWS = 200_000
 CHUNK_TEXT = 32 << 20
 MAX_STEPLESS = 200_000
+#: Names that count where no record has a step, in the order they are tried.
 COUNTERS = ("epoch", "episode", "iter", "update", "round", "batch", "generation")
-"""Names that count where no record has a step, in the order they are tried."""
+#: W&B's number of a log call.
 ROW_COUNTER = "_step"
-"""W&B's number of a log call."""
 
 
 @dataclass

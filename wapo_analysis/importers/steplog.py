@@ -32,15 +32,15 @@ from wapo_analysis.importers.report import ImportReport, say_penalty, shown, spa
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 
+#: Names kept beside the column they feed, as runs watched by us have them.
 KEPT_TOO = ("sampling/sampling_logp_difference/mean",)
-"""Names kept beside the column they feed, as runs watched by us have them."""
+#: slime's number of an update; beside it ``rollout/step`` counts batches.
 UPDATE_STEP = "train/step"
-"""slime's number of an update; beside it ``rollout/step`` counts batches."""
 RANK_KEYS = ("rank", "process_index", "local_rank", "dp_rank", "worker_id")
 _MANY_FILES = 500
 _RANK_FILE = re.compile(r"(?:rank|worker|proc|process|gpu|dp)[_-]?\d+", re.IGNORECASE)
+#: What grows beside the steps and counts none.
 _NO_COUNTER = re.compile(r"token|sample|second|flop|flos|byte", re.IGNORECASE)
-"""What grows beside the steps and counts none."""
 _STEPLIKE = re.compile(r"step|iter|update|round|batch|episode|epoch|when|time", re.IGNORECASE)
 _BOOKKEEPING = re.compile(
     r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time|percentage"

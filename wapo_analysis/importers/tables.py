@@ -36,11 +36,11 @@ from wapo_analysis.importers.shapes import (
 )
 from wapo_analysis.importers.sink import Sink
 
+#: Columns that name the run of a row; of text, as numbers count records as well.
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "Name",
             "experimentKey")  # fmt: skip
-"""Columns that name the run of a row; of text, as numbers count records as well."""
+#: Why rlprobe keeps a completion that is no fair sample of a step.
 CHOSEN = ("top_k", "bottom_k")
-"""Why rlprobe keeps a completion that is no fair sample of a step."""
 _SUMMED = 3
 _BATCH = 8192
 _HELD = 512

@@ -28,11 +28,11 @@ from wapo_analysis.objectives.table import (
     rules,
 )
 
+#: Over what the token losses are averaged first: each rollout, each group, or all tokens.
 LEVELS = ("seq", "group", "global")
-"""Over what the token losses are averaged first: each rollout, each group, or all tokens."""
 
+#: What include_bins and exclude_bins accept.
 BIN_NAMES = (*CLASSES, "pos", "neg", "peak", "valley")
-"""What include_bins and exclude_bins accept."""
 
 
 def _known_classes(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -40,8 +40,8 @@ def _known_classes(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(expand_bins(known)) if known else ()
 
 
+#: Beyond exp(MAX_LOG_RATIO) no ratio is ever clipped.
 _MOST_CLIP = 1e9
-"""Beyond exp(MAX_LOG_RATIO) no ratio is ever clipped."""
 _LOW = Limit(lambda value: 0 <= value <= 1, "0 to 1 (0 <= low <= 1 <= high)")
 _HIGH = Limit(
     lambda value: 1 <= value <= _MOST_CLIP, f"1 to {_MOST_CLIP:g} (0 <= low <= 1 <= high)"
@@ -94,8 +94,8 @@ class ObjectiveConfig(ObjectiveSettings):
         train on, and on the fixed-length WAPO mean without ``max_seq_len``.
     """
 
+    #: Objective, one of `OBJECTIVES`.
     name: str
-    """Objective, one of `OBJECTIVES`."""
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
@@ -227,14 +227,14 @@ class ObjectiveConfig(ObjectiveSettings):
 
 FloatArray = NDArray[np.float64]
 
+#: Added to the standard deviation of a group before dividing by it (GRPO's published code).
 STD_OFFSET = 1e-8
-"""Added to the standard deviation of a group before dividing by it (GRPO's published code)."""
 
+#: A deviation from the group mean below this many rounding units of the largest reward is 0.
 RESIDUAL_ULPS = 8
-"""A deviation from the group mean below this many rounding units of the largest reward is 0."""
 
+#: Beyond this the squared deviation could overflow.
 LARGEST_REWARD = 1e100
-"""Beyond this the squared deviation could overflow."""
 
 
 def _sum_left_to_right(values: list[float]) -> float:
@@ -272,12 +272,12 @@ def _raw(rewards: list[float], deviations: list[float]) -> list[float]:
     return rewards
 
 
+#: Name -> function of one group's (rewards, deviations from their mean).
 ADVANTAGE_KINDS: dict[str, Callable[[list[float], list[float]], list[float]]] = {
     "standardized": _standardized,
     "centered": _centered,
     "raw": _raw,
 }
-"""Name -> function of one group's (rewards, deviations from their mean)."""
 
 
 def _checked(rewards: ArrayLike, group: ArrayLike) -> tuple[FloatArray, NDArray[Any]]:

@@ -11,8 +11,8 @@ from wapo_taxonomy import CLASSES
 
 from wapo_analysis.objectives.config import ObjectiveConfig
 
+#: Class code of a token with zero advantage: it belongs to no class.
 _NONE_CODE = len(CLASSES)
-"""Class code of a token with zero advantage: it belongs to no class."""
 
 
 @dataclass(frozen=True, slots=True)

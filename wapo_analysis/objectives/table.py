@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Largest |log-ratio| in nats; exp(20) = 4.9e8 lies far above every clip range in use.
 MAX_LOG_RATIO = 20.0
-"""Largest |log-ratio| in nats; exp(20) = 4.9e8 lies far above every clip range in use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,30 +129,31 @@ def likelihood(
 class Objective:
     """One objective of the registry."""
 
+    #: Loss of every position.
     token_loss: TokenLossFunction
-    """Loss of every position."""
+    #: Kind of `group_advantages`.
     advantage: str
-    """Kind of `group_advantages`."""
+    #: Level of the mean when the user sets none.
     level: str
-    """Level of the mean when the user sets none."""
+    #: ``two_sided`` or ``upper`` (by clip_eps), ``ratio`` (mask_ratio_low, _high) or ``none``.
     clip: str
-    """``two_sided`` or ``upper`` (by clip_eps), ``ratio`` (mask_ratio_low, _high) or ``none``."""
+    #: clip_eps when the user sets none; None where clip_eps has no meaning.
     default_clip_eps: float | None = None
-    """clip_eps when the user sets none; None where clip_eps has no meaning."""
+    #: Only rollouts with positive advantage are trained on.
     positive_only: bool = False
-    """Only rollouts with positive advantage are trained on."""
+    #: Weight rule that replaces the level's own when the user sets no level.
     unset_rule: str | None = None
-    """Weight rule that replaces the level's own when the user sets no level."""
+    #: Weight rule at group level.
     group_rule: str = "group"
-    """Weight rule at group level."""
+    #: Token loss for use_importance_sampling=False; None where that setting changes nothing.
     without_ratio: TokenLossFunction | None = None
-    """Token loss for use_importance_sampling=False; None where that setting changes nothing."""
+    #: The token loss takes 1 in the place of the advantage.
     unit_advantage: bool = False
-    """The token loss takes 1 in the place of the advantage."""
+    #: One line for help texts.
     doc: str
-    """One line for help texts."""
 
 
+#: Every objective by the name users type.
 OBJECTIVES: dict[str, Objective] = {
     "grpo": Objective(
         token_loss=token_surrogate,
@@ -230,7 +231,6 @@ OBJECTIVES: dict[str, Objective] = {
         doc="positive centred advantages only, ratio clipped above, constant group length",
     ),
 }
-"""Every objective by the name users type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,20 +242,20 @@ class Rules:
     tests/unit/objectives/test_hazards.py holds both sides of every known defect.
     """
 
+    #: r - mean of rounding size is exactly 0; else sums run left to right and residues stay.
     exact_deviations: bool = True
-    """r - mean of rounding size is exactly 0; else sums run left to right and residues stay."""
+    #: A zero advantage belongs to no class; else it is positive in bins.
     zero_has_no_class: bool = True
-    """A zero advantage belongs to no class; else it is positive in bins."""
+    #: Largest |log-ratio| (nats) that is exponentiated.
     max_log_ratio: float = MAX_LOG_RATIO
-    """Largest |log-ratio| (nats) that is exponentiated."""
+    #: Nothing outside the kept tokens reaches value or gradient; else masks multiply, NaN too.
     masks_select: bool = True
-    """Nothing outside the kept tokens reaches value or gradient; else masks multiply, NaN too."""
+    #: Kept tokens are counted over the mini-batch; else per micro-batch, with phantom tokens.
     kept_per_minibatch: bool = True
-    """Kept tokens are counted over the mini-batch; else per micro-batch, with phantom tokens."""
+    #: The mean is over the units of all ranks, float64; else held at one unit a rank, float32.
     fair_units: bool = True
-    """The mean is over the units of all ranks, float64; else held at one unit a rank, float32."""
+    #: Unknown bins and levels, and settings that keep no token, are refused; else ignored.
     strict_names: bool = True
-    """Unknown bins and levels, and settings that keep no token, are refused; else ignored."""
 
 
 SAFE = Rules()

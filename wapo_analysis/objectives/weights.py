@@ -87,6 +87,7 @@ def _longest(b: _Batch) -> tuple[FloatArray, float]:
     return np.ones_like(b.tokens), float(b.tokens.size * b.tokens.max(initial=0))
 
 
+#: Rule -> (weight of each rollout, number of units). See `batch_weights` for the formulas.
 WEIGHT_RULES: dict[str, Callable[[_Batch], tuple[FloatArray, float]]] = {
     "seq": _per_sequence,
     "group": _per_group,
@@ -94,7 +95,6 @@ WEIGHT_RULES: dict[str, Callable[[_Batch], tuple[FloatArray, float]]] = {
     "global": _per_token,
     "longest": _longest,
 }
-"""Rule -> (weight of each rollout, number of units). See `batch_weights` for the formulas."""
 
 
 def _multiplier(config: ObjectiveConfig, units: float, num_minibatches: int, world: int) -> float:

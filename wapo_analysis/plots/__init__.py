@@ -224,6 +224,7 @@ Prepare = Callable[[Sequence[Run]], pd.DataFrame]
 Says = Callable[[pd.DataFrame], str]
 P = TypeVar("P", bound="Plot")
 
+#: Groups of figures in reading order, with their headings.
 GROUPS: Mapping[str, str] = {
     "training": "Training",
     "entropy": "Entropy",
@@ -232,7 +233,6 @@ GROUPS: Mapping[str, str] = {
     "policy": "Probabilities and the gradient",
     "theory": "Theory, for comparison",
 }
-"""Groups of figures in reading order, with their headings."""
 
 
 class Plot(Protocol):
@@ -284,8 +284,8 @@ class FigureSpec:
         return self.says(frame) if self.says is not None else ""
 
 
+#: Every figure by name; group by group once the package is imported.
 FIGURES: dict[str, FigureSpec] = {}
-"""Every figure by name; group by group once the package is imported."""
 
 
 def figure(

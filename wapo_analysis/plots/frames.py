@@ -19,12 +19,12 @@ from wapo_analysis.store import Run
 RUN_KEYS = ("label", "seed", "run")
 MAX_TOKEN_STEPS = 12
 MAX_TOKEN_ROWS = 200_000
+#: What figures read of the token table.
 TOKEN_COLUMNS = (
     "step", "rollout", "position", "token_id", "advantage", "sign", "cls", "kept", "clipped",
     "prob", "logp", "logp_old", "entropy", "coef", "grad_norm", "pred_dprob", "dprob",
     "pred_dentropy", "dentropy",
 )  # fmt: skip
-"""What figures read of the token table."""
 _KEPT_READINGS = 6
 
 

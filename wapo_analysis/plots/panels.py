@@ -26,12 +26,12 @@ from wapo_analysis.plots.style import (
     new_figure,
 )
 
+#: Array of matplotlib axes.
 AxesArray: TypeAlias = np.ndarray[Any, Any]
-"""Array of matplotlib axes."""
 
 MAX_COLUMNS = 4
+#: Name of the step axis, before the number of updates is known.
 STEP_LABEL = "rollout step"
-"""Name of the step axis, before the number of updates is known."""
 _OWN_SCALE_FROM = 8.0
 _PLAIN_BELOW = 300.0
 _NOTHING = 1e-6

@@ -33,8 +33,8 @@ _COLORS = {MOMENTUM: "#8A8A8A", WEIGHT_DECAY: "#B9B9B9", INTERACTION: "#5E5E5E",
 _PARTS = ["label", "seed", "run", "part", "dentropy", "probes", "first", "last"]
 
 
+#: Where probability can go; together they hold all of it, so their changes add up to 0.
 GOERS = ("sampled", "top other", "rest of top K", "tail")
-"""Where probability can go; together they hold all of it, so their changes add up to 0."""
 _ROW = ["step", "minibatch", "rank", "rollout", "position"]
 _FLOW = ["label", "seed", "run", "cls", "goer", "predicted", "measured", "tokens"]
 

@@ -31,8 +31,8 @@ from wapo_analysis.plots.style import (
 )
 from wapo_analysis.store import Need, Run
 
+#: Quantile of the token entropy from which arXiv 2506.01939 calls a token a forking one.
 FORKING = 0.8
-"""Quantile of the token entropy from which arXiv 2506.01939 calls a token a forking one."""
 _STEPS = 40
 _TOP = 6
 _POSITIONS = 20

@@ -23,10 +23,11 @@ from wapo_analysis.schema import (
 from wapo_analysis.table import Array
 
 KEYS = ["step", "minibatch", "tokens_of"]
+#: Nats; the rounding of float32 in a mean over some hundred tokens is about a tenth of this.
 RESOLUTION = 1e-6
-"""Nats; the rounding of float32 in a mean over some hundred tokens is about a tenth of this."""
 BEND = 0.5
 FACTOR = 3.0
+#: Verdict -> what it means, one clause; the order of the rules of `judge`.
 MEANINGS = {
     "below resolution": "the change is too small to distinguish from rounding",
     "step too large": "half the update does not do half the change: the step is too large for a "
@@ -36,7 +37,6 @@ MEANINGS = {
     "than their own do",
     "local law holds": "the tokens' own updates explain the change in sign and size",
 }
-"""Verdict -> what it means, one clause; the order of the rules of `judge`."""
 
 
 def judge(predicted: Array, gradient: Array, carried: Array, measured: Array, half: Array) -> Array:

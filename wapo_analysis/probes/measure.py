@@ -34,8 +34,8 @@ from wapo_analysis.record.recorder import TokenPass
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
 from wapo_analysis.table import Array, Records
 
+#: ``score(grad)`` -> log-probability and entropy (nats) of N tokens under the present weights.
 Score = Callable[[bool], tuple[Tensor, Tensor]]
-"""``score(grad)`` -> log-probability and entropy (nats) of N tokens under the present weights."""
 
 
 @dataclass(frozen=True)

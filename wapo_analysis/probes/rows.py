@@ -24,8 +24,8 @@ from wapo_analysis.schema import (
 from wapo_analysis.table import Array, Records
 
 CLASS_CODES = range(len(tax.CLASSES))
+#: Parts whose steps add up to the whole step; their effects leave the interaction over.
 ADDENDS = (*CLASS_CODES, MOMENTUM, WEIGHT_DECAY)
-"""Parts whose steps add up to the whole step; their effects leave the interaction over."""
 TOKEN_SETS = (*CLASS_CODES, ALL_TOKENS, OTHER_TOKENS)
 
 

@@ -17,8 +17,8 @@ from wapo_analysis.record.tokens import TokenPass, beside_logp
 from wapo_analysis.stats import TokenStats, token_stats
 
 _INT32 = 2**31
+#: Mean distance in nats beyond which log-probabilities do not belong to the logits.
 MATCH = 0.1
-"""Mean distance in nats beyond which log-probabilities do not belong to the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from wapo_analysis.store.files import folder_when_whole, remove_folder
 
 log = logging.getLogger(__name__)
 
+#: What a finding leads to: a word, or a function that gets it as plain values.
 Action = str | Callable[[dict[str, Any]], None] | None
-"""What a finding leads to: a word, or a function that gets it as plain values."""
 _WORDS = {"on_warning": ("checkpoint",), "on_critical": ("checkpoint", "stop")}
 
 
@@ -52,12 +52,12 @@ def check_actions(on_warning: Action, on_critical: Action, processes: int = 1) -
             raise UserError("on_warning and on_critical work with one process; leave them None")
 
 
+#: Steps between the checkpoints of a guard, at least.
 EVERY = 3
-"""Steps between the checkpoints of a guard, at least."""
+#: How many of the newest, and of those that a finding protects, are kept.
 RECENT, PROTECTED = 4, 2
-"""How many of the newest, and of those that a finding protects, are kept."""
+#: The next checkpoint waits this many times as long as writing the last one took.
 PAUSE = 10.0
-"""The next checkpoint waits this many times as long as writing the last one took."""
 
 Save = Callable[[Path], object]
 

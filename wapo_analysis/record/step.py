@@ -28,10 +28,10 @@ from wapo_analysis.record.topk import TopTokens, chosen_rows
 from wapo_analysis.schema import ROLLOUTS, TOKENS, TOPK
 from wapo_analysis.table import Array, Records
 
+#: Step columns of `outside_counts`.
 OUTSIDE = ("grad_outside", "grad_before", "grad_after")
-"""Step columns of `outside_counts`."""
+#: Rows that are derived and summed up at a time: their columns stay in the cache.
 _BLOCK = 1 << 14
-"""Rows that are derived and summed up at a time: their columns stay in the cache."""
 
 log = logging.getLogger(__name__)
 

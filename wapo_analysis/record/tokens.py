@@ -213,10 +213,10 @@ class DevicePass(HostPass):
         return given
 
 
+#: Tokens summed up at a time on a device: what is derived of them takes 120 MB.
 _BLOCK = 1 << 19
-"""Tokens summed up at a time on a device: what is derived of them takes 120 MB."""
+#: Places a cell has while it is summed up: threads that add to one place wait for each other.
 _SPREAD = 64
-"""Places a cell has while it is summed up: threads that add to one place wait for each other."""
 
 
 class DeviceTotals:

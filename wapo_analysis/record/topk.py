@@ -19,17 +19,17 @@ from wapo_analysis.table import Array
 if TYPE_CHECKING:
     from wapo_analysis.record.tokens import TokenPass
 
+#: Tokens kept of a row by default.
 TOPK = 8
-"""Tokens kept of a row by default."""
+#: Rollouts of a step that are looked at.
 TOPK_ROLLOUTS = 4
-"""Rollouts of a step that are looked at."""
 _MOST = 127
+#: Rows read at once: 128 x V in float32.
 _ROWS = 128
-"""Rows read at once: 128 x V in float32."""
 
 Place = tuple[Tensor, ...]
+#: Logits (m, V) at m places of a pass.
 ReadRows = Callable[[Place], Tensor]
-"""Logits (m, V) at m places of a pass."""
 
 
 @dataclass

@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 Job = Callable[[], None]
 Texts = Callable[[list[int]], list[str]]
 
+#: Token rows that may wait for the disk; a row takes up to 100 bytes.
 QUEUE_ROWS = 1 << 21
-"""Token rows that may wait for the disk; a row takes up to 100 bytes."""
+#: Rows that may wait to be summed up, in units of the rows that may wait for the disk.
 _UNSUMMED = 4
-"""Rows that may wait to be summed up, in units of the rows that may wait for the disk."""
 _LEAST_SHARE = 1 / 64
 
 

@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 
 HERE = Path(__file__).parent / "page"
+#: The page's own code, in the order the modules build on each other.
 MODULES = ("unpack", "words", "dom", "model", "charts", "step", "tokens", "story", "runs", "main")
-"""The page's own code, in the order the modules build on each other."""
+#: Token rows that a page carries by default: about a megabyte.
 ROWS = 60_000
-"""Token rows that a page carries by default: about a megabyte."""
 _GENERATOR = b'content="wapo-analysis'
+#: Steps whose rollouts are carried where a run has no token rows.
 MORE_STEPS = 40
-"""Steps whose rollouts are carried where a run has no token rows."""
 
 
 def build_report(runs: Sequence[Run], out: Path | None = None, rows: int = ROWS) -> str:

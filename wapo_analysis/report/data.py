@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 FACTS = ("source", "status", "task", "model", "temperature", "seed", "device", "started")
+#: Most columns beside the schema's that a page carries of a run.
 SHOWN_FOREIGN = 40
-"""Most columns beside the schema's that a page carries of a run."""
 
 
 def run_data(run: Run, found: Diagnosis | None = None) -> Json:

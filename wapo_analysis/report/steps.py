@@ -26,8 +26,8 @@ KEEP_BITS = 10
 _TOP = ("rollout", "position", "token_id", "prob", "prob_after")
 KEYS = ["group", "rollout", "position"]
 FLOATS = ("logp", "entropy", "grad_norm", "pred_dentropy", "dprob", "dentropy", "coef")
+#: Most characters of a prompt or completion; a page says where it cut.
 MAX_TEXT = 4000
-"""Most characters of a prompt or completion; a page says where it cut."""
 NO_CLASS = len(tax.CLASSES)
 
 

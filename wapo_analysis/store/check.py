@@ -21,10 +21,10 @@ from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parquet import named, verify
 from wapo_analysis.store.parts import Key, list_parts, read_steps, read_vocab, settled
 
+#: Steps that one sentence names.
 _NAMED = 8
-"""Steps that one sentence names."""
+#: Sources whose steps follow each other.
 _COUNTS_ON = ("built-in", "trl", "verl")
-"""Sources whose steps follow each other."""
 
 Row = Mapping[str, Any]
 

@@ -28,10 +28,10 @@ MANIFEST = "manifest.json"
 STEP_LOG = "steps.jsonl"
 VOCAB = "vocab.parquet"
 PART_TABLES = ("tokens", "classes", "rollouts", "probes", "topk")
+#: Most bytes of a manifest that are read.
 JSON_BYTES = 1 << 26
-"""Most bytes of a manifest that are read."""
+#: Levels of nesting that are read.
 JSON_DEPTH = 64
-"""Levels of nesting that are read."""
 
 
 @contextmanager
@@ -185,15 +185,15 @@ def parse_json(text: str) -> Any:
 
 
 CHECKSUM = "crc32"
+#: Most bytes of a step log that are read.
 LOG_BYTES = 1 << 32
-"""Most bytes of a step log that are read."""
+#: Most bytes of one line.
 LINE_BYTES = 1 << 22
-"""Most bytes of one line."""
 _BEFORE, _AFTER = b', "crc32": "', b'"}'
 _DIGITS = 8
 _ENDING = len(_BEFORE) + _DIGITS + len(_AFTER)
+#: Steps have numbers below it.
 MOST_STEPS = 2**31
-"""Steps have numbers below it."""
 _INT64 = 2**63
 
 

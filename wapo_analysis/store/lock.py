@@ -27,14 +27,14 @@ from wapo_analysis.store.files import MANIFEST, STEP_LOG, open_regular, parse_js
 log = logging.getLogger(__name__)
 
 LOCK = "writer.json"
+#: What a run is whose process ended without ending it.
 DEAD = "probably dead"
-"""What a run is whose process ended without ending it."""
+#: Seconds between two heartbeats.
 BEAT_SECONDS = 10.0
-"""Seconds between two heartbeats."""
+#: Seconds without a heartbeat after which the writer of another machine counts as gone.
 SILENT_SECONDS = 120.0
-"""Seconds without a heartbeat after which the writer of another machine counts as gone."""
+#: Size of the file; it is rewritten in place, so it never changes.
 _BYTES = 512
-"""Size of the file; it is rewritten in place, so it never changes."""
 _TAIL_BYTES = 1 << 16
 
 State = Literal["alive", "gone", "silent"]

@@ -33,8 +33,8 @@ from wapo_analysis.store.files import (
 
 log = logging.getLogger(__name__)
 
+#: Entry, in memory alone, of a run that was made of a source where that lies: its path.
 OPENED_FROM = "opened_from"
-"""Entry, in memory alone, of a run that was made of a source where that lies: its path."""
 _OLD_NAMES = {"trainable": "trainable_parameters"}
 _INT64 = 2**63
 T = TypeVar("T", int, float, str)

@@ -36,8 +36,8 @@ from wapo_analysis.store.parts import (
 )
 
 _ALIVE_SECONDS = 60.0
+#: A row group holds whole steps: one, or as many as it takes to have this many rows.
 GROUP_ROWS = 1 << 14
-"""A row group holds whole steps: one, or as many as it takes to have this many rows."""
 
 
 def merge_parts(folder: Path, rank: int, at_least: int) -> bool:

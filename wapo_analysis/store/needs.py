@@ -22,8 +22,8 @@ _NONE = {
     "rollouts": "no completions",
     "topk": "no most probable tokens (recorded with topk)",
 }
+#: Tables of which only the ends are read: a column is there or not.
 _LARGE = ("tokens", "rollouts", "topk")
-"""Tables of which only the ends are read: a column is there or not."""
 _LOOK = 1000
 _RESCORED = ("dprob", "dentropy", "logp_after", "entropy_after")
 

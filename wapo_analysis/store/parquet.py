@@ -25,26 +25,26 @@ from wapo_analysis.store.files import encodable, open_regular
 from wapo_analysis.table import Array, Records
 
 MANTISSA_BITS = 15
+#: Mantissa bits of a float32.
 FULL_BITS = 23
-"""Mantissa bits of a float32."""
 # Counters climb by one or repeat; differences of neighbours take almost nothing.
 _COUNTERS = frozenset(("group", "rollout", "position"))
 
 _ARROW = {"str": pa.string(), "bool": pa.bool_()}
 
+#: Most bytes of a Parquet file that is read.
 PART_BYTES = 1 << 40
-"""Most bytes of a Parquet file that is read."""
+#: Smaller files are read in one go; of larger ones, columns and row groups.
 WHOLE_BYTES = 1 << 24
-"""Smaller files are read in one go; of larger ones, columns and row groups."""
+#: A file may take this many bytes in memory, or this many times its size if that is more.
 LEAST_ROOM, ROOM = 1 << 30, 256
-"""A file may take this many bytes in memory, or this many times its size if that is more."""
 _SEAL, _BLANK = b"wapo_crc32", b"00000000-00000000"
 _SEALED = re.compile(_SEAL + rb".{2}([0-9a-f]{8})-([0-9a-f]{8})", re.DOTALL)
+#: Bytes after the footer: its length and the magic number.
 _END = 8
-"""Bytes after the footer: its length and the magic number."""
 _BLOCK = 1 << 20
+#: Columns that version 0.1 wrote under another name.
 _RENAMED = {"probes": {"cls": "part"}}
-"""Columns that version 0.1 wrote under another name."""
 # Codes that count classes, bins or parts; another one has no meaning to anything that reads them.
 _CODES = {
     "classes": {"sign": (-1, 1), "regime": (-1, 1), "prob_bin": (-1, len(PROB_EDGES) - 2)},

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 STEPS_KEY = b"wapo_steps"
 _LISTINGS = 20
+#: Rows of a step that are read at a time.
 _BLOCK = 1 << 16
-"""Rows of a step that are read at a time."""
 _NAME = re.compile(
     r"(?:part-(?P<first>[0-9]{8,10})|merged-(?P<begin>[0-9]{8,10})-(?P<last>[0-9]{8,10}))"
     r"-(?P<rank>[0-9]{1,5})\.parquet"
@@ -44,8 +44,8 @@ _VOCABULARY = Table(
 )
 
 T = TypeVar("T")
+#: Step and rank.
 Key = tuple[int, int]
-"""Step and rank."""
 
 
 class Rows(NamedTuple):

@@ -24,8 +24,8 @@ from wapo_analysis.store.summary import Engine, class_summary
 from wapo_analysis.table import Array, Records
 
 _LOG = logging.getLogger(__name__)
+#: Recorded steps that an error message names.
 _NAMED_STEPS = 5
-"""Recorded steps that an error message names."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -27,15 +27,15 @@ from wapo_analysis.table import Array
 
 Engine = Literal["auto", "pyarrow", "duckdb"]
 _ENGINES = ("auto", "pyarrow", "duckdb")
+#: Class codes -1..4, shifted to 0..5.
 _CODES = 6
-"""Class codes -1..4, shifted to 0..5."""
 # Rows at a time: a dozen float64 columns of it stay in the second-level cache, and each is below
 # the size (128 KiB) from which glibc maps memory anew.
 _BLOCK = 1 << 13
 _DUCKDB_CPUS = 4
 
+#: A file, and the steps to take from it (None: all).
 Source = tuple[Path, frozenset[int] | None]
-"""A file, and the steps to take from it (None: all)."""
 
 
 def class_summary(

@@ -38,12 +38,12 @@ from wapo_analysis.table import Records
 
 log = logging.getLogger(__name__)
 
+#: What is older than this outlasts a loss of power.
 SYNC_SECONDS = 10.0
-"""What is older than this outlasts a loss of power."""
+#: Steps between two merges of a run that is being written.
 MERGE_STEPS = 32
-"""Steps between two merges of a run that is being written."""
+#: Steps from which on a run that ends merges what is left: to open a file takes longest.
 LAST_STEPS = 8
-"""Steps from which on a run that ends merges what is left: to open a file takes longest."""
 
 
 class PartWriter:

@@ -33,12 +33,12 @@ _SHARE = Limit(lambda value: 0 <= value < 1, "in [0, 1)")
 _TOML_WORDS = ("true", "false", "inf", "nan", "none")
 _STEPS = _TOKENS = between(1, 10_000_000)
 _EVERY = between(0, 10_000_000)
+#: Most rollouts of a step; no published run comes near.
 MAX_ROLLOUTS = 131_072
-"""Most rollouts of a step; no published run comes near."""
 BATCHED = "continuous-batching"
 _ROWS = between(1, MAX_ROLLOUTS)
+#: Most completions of one evaluation.
 MAX_EVALUATED = 1_000_000
-"""Most completions of one evaluation."""
 
 
 # fmt: off

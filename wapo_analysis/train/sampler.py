@@ -18,8 +18,8 @@ from wapo_analysis.train.policy import Policy
 if TYPE_CHECKING:
     from wapo_analysis.train.rollout import Noise
 
+#: Tokens between two looks; on a CPU looking is free, and decoding on is not.
 BLOCK = {"cpu": 1, "cuda": 16}
-"""Tokens between two looks; on a CPU looking is free, and decoding on is not."""
 _LEAVE = 8  # rows leave once one in so many has ended: moving the others' cache costs a step or two
 _STOP_MARGIN = 8  # tokens of context before a stop text, so that it is decoded as in the whole
 

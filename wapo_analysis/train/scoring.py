@@ -29,8 +29,8 @@ from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.rollout import Rollouts, completion_hidden, completion_logits
 
+#: Largest vocabulary whose logits a GPU makes by default.
 LARGE_VOCABULARY = 32_768
-"""Largest vocabulary whose logits a GPU makes by default."""
 _SHARE = 0.6  # of the free memory that a micro-batch may take by estimate
 
 

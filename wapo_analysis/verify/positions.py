@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+#: Vocabulary sizes the positions are spread over.
 SIZES = (2, 5, 50, 1000)
-"""Vocabulary sizes the positions are spread over."""
 
 _WIDTH = 1e-3
 
@@ -230,8 +230,8 @@ def derivative(function: Callable[[float], Floats]) -> Floats:
     return (8 * near - far) / (12 * _WIDTH)
 
 
+#: A sampled token counts as nearly certain when 1 - p is below this.
 NEAR_CERTAIN = 1e-2
-"""A sampled token counts as nearly certain when 1 - p is below this."""
 
 
 def stable_norm(own: dict[str, Floats]) -> Floats:

@@ -28,8 +28,8 @@ from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.view import one_line, render
 
 log = logging.getLogger(__name__)
+#: Seconds after which a post is given up, however slowly its answer trickles in.
 TIMEOUT = 5.0
-"""Seconds after which a post is given up, however slowly its answer trickles in."""
 
 
 class _NoRedirect(HTTPRedirectHandler):

@@ -129,6 +129,7 @@ CLASS_STYLES = {
 }
 SEVERITY_STYLES = {"critical": "bold red", "warning": "yellow", "info": "dim"}
 KEYS = "?  what the terms mean     q  leave (the run goes on)"
+#: What ``?`` shows.
 TERMS = (
     ("reward, entropy", "mean over the tokens or rollouts of a step; entropy in nats"),
     ("smoothed", "rolling median over a twentieth of the run, as diagnose judges it"),
@@ -139,10 +140,9 @@ TERMS = (
     ("gradient", "share of the sum of |dL/dz| over the logits z"),
     ("predicted dH", "first-order change of entropy, nats per unit learning rate"),
 )
-"""What ``?`` shows."""
 _LABELS = 22
+#: Fewest and most rows of a chart.
 _CHART_ROWS = (2, 10)
-"""Fewest and most rows of a chart."""
 _USUAL_ROWS = 7
 _MAX_FINDINGS = 4
 

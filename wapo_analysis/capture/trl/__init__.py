@@ -21,12 +21,12 @@ from wapo_analysis.store.files import MANIFEST
 
 _MARK = "_wapo_attachment"
 
+#: What each ``detail`` of `attach` sets.
 DETAILS: dict[str, dict[str, int]] = {
     "totals": {"token_every": 0, "rescore_every": 0, "exact_every": 10},
     "sampled": {"token_every": 10, "rescore_every": 10, "exact_every": 10},
     "full": {"token_every": 1, "rescore_every": 1, "exact_every": 1},
 }
-"""What each ``detail`` of `attach` sets."""
 
 
 class Attachment(Closing):

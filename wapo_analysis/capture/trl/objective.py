@@ -32,13 +32,13 @@ from wapo_analysis.objectives.weights import BatchWeights, batch_weights
 
 UNITS_KEY, WEIGHT_KEY = "wapo_multiplier", "wapo_weight"
 _MARK = "_wapo_objective"
+#: Nats by which log-probabilities through our reading of the head may differ from the trainer's.
 _LARGEST_GAP = 0.3
-"""Nats by which log-probabilities through our reading of the head may differ from the trainer's."""
+#: What else the model's forward needs, under the names that TRL's batch and scoring share.
 _MULTIMODAL = (
     "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes",
     "num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
 )  # fmt: skip
-"""What else the model's forward needs, under the names that TRL's batch and scoring share."""
 
 
 def use_objective(trainer: Any, config: ObjectiveConfig) -> Patches:

@@ -71,8 +71,8 @@ def _seam() -> ModuleType | None:
 class TrlHead:
     """TRL's own head, left alone: what a trainer in passive mode has."""
 
+    #: Our head is in use.
     working = False
-    """Our head is in use."""
 
     @contextmanager
     def scoring(self) -> Iterator[None]:

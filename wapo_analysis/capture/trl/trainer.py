@@ -22,8 +22,8 @@ from wapo_analysis.settings import steps_per_batch
 from wapo_analysis.store import Manifest
 
 SCORER = "_get_per_token_logps_and_entropies"
+#: Key under which old per-token log-probabilities travel where the trainer keeps only their sum.
 OLD_LOGPS = "wapo_old_logps"
-"""Key under which old per-token log-probabilities travel where the trainer keeps only their sum."""
 _NEEDED = ("_compute_loss", "_generate_and_score_completions", "training_step", "add_callback")
 _KNOWN = ("GRPOTrainer", "RLOOTrainer", "GMPOTrainer")
 _CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -38,10 +38,10 @@ _CONFIG = (
     "max_steps", "num_train_epochs", "warmup_steps", "lr_scheduler_type", "optim", "bf16", "fp16",
     "output_dir",
 )  # fmt: skip
+#: Entries of the trainer's own log that are columns of ours.
 _LOGGED_AS = {"kl": "kl_ref", "frac_reward_zero_std": "groups_flat"}
-"""Entries of the trainer's own log that are columns of ours."""
+#: Beginnings of entries that are kept under the trainer's own name.
 _LOGGED_TOO = ("sampling/", "rewards/", "eval/")
-"""Beginnings of entries that are kept under the trainer's own name."""
 
 
 def kind_of(trainer: Any) -> str:

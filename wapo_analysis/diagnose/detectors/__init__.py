@@ -17,12 +17,12 @@ from wapo_analysis.series import Series, episodes
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
+#: Steps with a number below which nothing but broken numbers is judged.
 MIN_STEPS = 8
-"""Steps with a number below which nothing but broken numbers is judged."""
 
 FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+#: Whether a check's own fault ends the diagnosis; tests set it, users get the other checks.
 FAULTS_RAISE = False
-"""Whether a check's own fault ends the diagnosis; tests set it, users get the other checks."""
 
 log = logging.getLogger(__name__)
 Find = Callable[[Context], list[Finding]]

@@ -19,22 +19,22 @@ from wapo_analysis.store import Need
 
 DRIFT = 0.15
 HALF = 0.5
+#: Ratio to the baseline, either way, at which the length has drifted.
 LENGTH_RATIO = 1.5
-"""Ratio to the baseline, either way, at which the length has drifted."""
+#: Correlation of reward and length within groups, either way, that counts as paying for length.
 PAY = 0.15
-"""Correlation of reward and length within groups, either way, that counts as paying for length."""
+#: The same correlation where hardly anything but the length decides.
 PAY_DECIDES = 0.5
-"""The same correlation where hardly anything but the length decides."""
+#: Standard deviations of its mean over the steps that it must be from zero then.
 PAY_SIGMAS = 3.0
-"""Standard deviations of its mean over the steps that it must be from zero then."""
+#: Steps over which the correlation is taken, at least; of a long run it is the later half.
 MIN_PAY_STEPS = 8
-"""Steps over which the correlation is taken, at least; of a long run it is the later half."""
+#: Move of the length, relative to the baseline, that shows the pay is taken.
 PAID_MOVE = 0.06
-"""Move of the length, relative to the baseline, that shows the pay is taken."""
+#: Part of the logged diversity that is left, and the fall in itself, that count.
 DISTINCT_LEFT, DISTINCT_FALL = 0.5, 0.15
-"""Part of the logged diversity that is left, and the fall in itself, that count."""
+#: Rise of the share of answers that other prompts got too.
 SAME = 0.25
-"""Rise of the share of answers that other prompts got too."""
 DAPO = "arXiv:2503.14476 (DAPO)"
 LENGTH_BIAS = "arXiv:2503.20783 (length bias of GRPO); arXiv:2503.14476 (DAPO)"
 TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"

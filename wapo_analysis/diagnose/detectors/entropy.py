@@ -16,29 +16,29 @@ from wapo_analysis.series import Departure, Series, departure
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
+#: Ratio to the baseline at which a rise warns, and at which it is an explosion.
 RISE = (1.5, 2.0)
-"""Ratio to the baseline at which a rise warns, and at which it is an explosion."""
+#: Ratio at which a fall warns, and at which it is a collapse if the reward does not pay for it.
 FALL = (0.5, 0.2)
-"""Ratio at which a fall warns, and at which it is a collapse if the reward does not pay for it."""
+#: Ratio of a collapse where no reward was recorded: learning alone seldom goes that far.
 FALL_UNPAID = 0.05
-"""Ratio of a collapse where no reward was recorded: learning alone seldom goes that far."""
+#: Ratio of a collapse where the reward was lost: no learning asks for the doubt.
 FALL_LOST = 0.5
-"""Ratio of a collapse where the reward was lost: no learning asks for the doubt."""
+#: Part of the run by which the entropy may follow the reward and still be the cause of its loss.
 LATE = 0.1
-"""Part of the run by which the entropy may follow the reward and still be the cause of its loss."""
+#: Share of the baseline within which a run has not left it: half the way to a warning.
 HOME = 0.25
-"""Share of the baseline within which a run has not left it: half the way to a warning."""
+#: Smallest rise in nats; below it a ratio to a tiny entropy compares noise.
 MIN_RISE = 0.05
-"""Smallest rise in nats; below it a ratio to a tiny entropy compares noise."""
+#: Records back at which a fall that was paid for still counts as paid.
 LATELY = 2
-"""Records back at which a fall that was paid for still counts as paid."""
+#: Entropy in nats that is nothing to worry about while the reward gains, wherever it began.
 SOUND = 0.3
-"""Entropy in nats that is nothing to worry about while the reward gains, wherever it began."""
 SIGMAS = 6.0
+#: Ratio below which nothing is left to explore with, whatever was gained.
 FALL_DEEP = 0.05
-"""Ratio below which nothing is left to explore with, whatever was gained."""
+#: Ratio to its value when the reward stopped gaining, below which a fall went on unpaid.
 FELL_ON = 0.5
-"""Ratio to its value when the reward stopped gaining, below which a fall went on unpaid."""
 
 EXPLOSION_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, multi-step behaviour"
 COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WAPO)"
@@ -208,16 +208,16 @@ def _times(value: float, level: float) -> str:
     return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
 
 
+#: Share of the predicted dH that one class must have to dominate.
 DOMINANT = 0.8
-"""Share of the predicted dH that one class must have to dominate."""
+#: Share of the gradient mass at which a class has taken over.
 TAKEOVER = 0.7
-"""Share of the gradient mass at which a class has taken over."""
+#: Share of the gradient mass at which one sign of the advantage outweighs the other.
 ONE_SIGN = 0.8
-"""Share of the gradient mass at which one sign of the advantage outweighs the other."""
+#: Rise of a share above its own baseline without which it is how the run is built.
 SHARE_RISE = 0.2
-"""Rise of a share above its own baseline without which it is how the run is built."""
+#: A sign with no more than this at the baseline is left out by the objective.
 BUILT_IN = 0.02
-"""A sign with no more than this at the baseline is left out by the objective."""
 TAXONOMY = "arXiv:2606.16154 (WAPO); taxonomy/README.md"
 SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 

@@ -16,27 +16,27 @@ from wapo_analysis.series import Series, episodes, theil_sen
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
+#: Steps of entropy that an early warning needs.
 EARLY_STEPS = 5
-"""Steps of entropy that an early warning needs."""
+#: Name of the finding that comes before the entropy leaves its band.
 EARLY = "early_warning"
-"""Name of the finding that comes before the entropy leaves its band."""
+#: Steps over which the early warning takes the trend.
 TREND_WINDOW = 6
-"""Steps over which the early warning takes the trend."""
+#: Mean sign of the pairwise differences in the window (Kendall's tau) that makes a trend.
 AGREE = 0.7
-"""Mean sign of the pairwise differences in the window (Kendall's tau) that makes a trend."""
+#: The same where the class flows point the other way.
 AGREE_ALONE = 0.85
-"""The same where the class flows point the other way."""
+#: Steps ahead at which the trend must leave the band.
 AHEAD = 8
-"""Steps ahead at which the trend must leave the band."""
+#: Factor by which the entropy must already have moved from its baseline, or its last turn.
 MIN_MOVE = 1.1
-"""Factor by which the entropy must already have moved from its baseline, or its last turn."""
 PERSIST = 2
 
+#: Most steps the trend of the projection is fitted to.
 ARRIVAL_STEPS = 200
-"""Most steps the trend of the projection is fitted to."""
 MIN_ARRIVAL_STEPS = 10
+#: Standard deviations of a 99% interval.
 CONFIDENCE = 2.576
-"""Standard deviations of a 99% interval."""
 
 EARLY_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, first-order dH"
 ARRIVAL_REFERENCE = "arXiv:2505.22617 (entropy mechanism); Theil-Sen slope"

@@ -13,25 +13,25 @@ from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 MIN_EVALUATIONS = 5
+#: Sampled steps with reference answers that are needed.
 MIN_ANSWERS = 8
-"""Sampled steps with reference answers that are needed."""
+#: Share of completions that must hold the answer at best, else it is written in another form.
 SEEN = 0.1
-"""Share of completions that must hold the answer at best, else it is written in another form."""
+#: Part of that share whose loss counts.
 ANSWER_FALL = 0.25
-"""Part of that share whose loss counts."""
+#: Share of rewarded completions without the answer that counts.
 UNEARNED = 0.3
-"""Share of rewarded completions without the answer that counts."""
+#: Part of the answers lost, and share of rewarded completions without one, that leave no doubt.
 GONE, MOSTLY = 0.5, 0.6
-"""Part of the answers lost, and share of rewarded completions without one, that leave no doubt."""
 FALL_SIGMAS = 4.0
+#: Part of its best that the held-out score must lose.
 FALL_SHARE = 0.15
-"""Part of its best that the held-out score must lose."""
+#: Fall of a score that is worth a word; near zero the rest is a handful of answers.
 LEAST_FALL = 0.03
-"""Fall of a score that is worth a word; near zero the rest is a handful of answers."""
+#: Rise of the training reward in [0, 1], or of its scale, that a held-out score should show.
 TRAINED = 0.15
-"""Rise of the training reward in [0, 1], or of its scale, that a held-out score should show."""
+#: Part of the rise in training below which the held-out score stands.
 STOOD_SHARE = 0.2
-"""Part of the rise in training below which the held-out score stands."""
 HACKING = "arXiv:2209.13085 (reward hacking); arXiv:2210.10760 (overoptimization)"
 
 

@@ -18,30 +18,30 @@ from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
 WATCHED = ("loss", "grad_norm", "reward", "entropy")
+#: Broken steps up to the end that make a run diverged.
 MIN_DIVERGED = 3
-"""Broken steps up to the end that make a run diverged."""
 SPIKE_RATIO = 3.0
 SPIKE_SIGMAS = 8.0
 SEVERE_SPIKE = 10.0
 SPIKE_WINDOW = 11
 NAN_REFERENCE = "verl issue 721 and trl issue 6702 (one bad step, invisible in the log)"
+#: Gradient norm relative to the baseline that counts as vanished.
 VANISHED = 0.02
-"""Gradient norm relative to the baseline that counts as vanished."""
+#: Gradient norm relative to the baseline that counts as grown out of bounds.
 GROWN = 10.0
-"""Gradient norm relative to the baseline that counts as grown out of bounds."""
 SCHEDULE_RECORDS = 20
+#: Ratio of one record's learning rate to the last, and to the highest before, of a jump.
 LR_JUMP, LR_ABOVE = 3.0, 1.5
-"""Ratio of one record's learning rate to the last, and to the highest before, of a jump."""
+#: Seconds a step relative to the baseline that are worth a word.
 SLOWER = 2.0
-"""Seconds a step relative to the baseline that are worth a word."""
+#: Part of the highest learning rate that is nothing, and the part of the run it must cover.
 LR_NOTHING, LR_OVER = 1e-3, 0.2
-"""Part of the highest learning rate that is nothing, and the part of the run it must cover."""
+#: Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three.
 LR_HIGH = 1e-3
-"""Learning rate that no published RLVR run uses, with or without LoRA, by a factor of three."""
+#: Learning rate that moves nothing in a thousand steps.
 LR_LOW = 1e-8
-"""Learning rate that moves nothing in a thousand steps."""
+#: Records that a learning rate of nothing must cover.
 LR_RECORDS = 30
-"""Records that a learning rate of nothing must cover."""
 RATES = "arXiv:2402.03300 (GRPO: 1e-6); docs/training.md"
 SPIKE_REFERENCE = "verl issue 1066 (gradient and entropy spike together)"
 

@@ -13,17 +13,17 @@ from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, fell_before
 from wapo_analysis.series import Departure, Series
 from wapo_analysis.store import Need
 
+#: Share of a climb that a fall must undo to be worth a word.
 FALLEN_SHARE = 0.25
-"""Share of a climb that a fall must undo to be worth a word."""
+#: Records of reward below which standing still says nothing.
 PLATEAU_RECORDS = 40
-"""Records of reward below which standing still says nothing."""
+#: Part of the run that the reward must have stood.
 PLATEAU_SHARE = 0.5
-"""Part of the run that the reward must have stood."""
+#: Warnings that leave no doubt that a fall of the reward is one.
 CONFIRM = LARGE_STEPS | {
     "early_warning", "entropy_excursion", "entropy_explosion", "entropy_fall", "entropy_rise",
     "gradient_spikes", "lr_far_off",
 }  # fmt: skip
-"""Warnings that leave no doubt that a fall of the reward is one."""
 REWARD_REFERENCE = "arXiv:2606.16154 (WAPO)"
 
 
@@ -154,18 +154,18 @@ def find_plateau(context: Context) -> list[Finding]:
     ]
 
 
+#: Part of the reward at which functions of form, or one function, have taken it over.
 MOST = 0.6
-"""Part of the reward at which functions of form, or one function, have taken it over."""
+#: Mean in [0, 1] below which a function is rarely earned.
 RARELY = 0.3
-"""Mean in [0, 1] below which a function is rarely earned."""
+#: Part of the reward that the content has gained, from which on it is learned all the same.
 CONTENT_GAIN = 0.25
-"""Part of the reward that the content has gained, from which on it is learned all the same."""
+#: Standard deviation left over, relative to that of the reward, at which weights are unknown.
 POOR_FIT = 0.5
-"""Standard deviation left over, relative to that of the reward, at which weights are unknown."""
+#: Parts of the run from which a rise of the form alone is looked for; early it is ordinary.
 ALONE_SINCE = (0.5, 0.25)
-"""Parts of the run from which a rise of the form alone is looked for; early it is ordinary."""
+#: Rise of the form, of its scale and its noise; rise and level at which content stands unsolved.
 FORM_GAIN, GAIN_SIGMAS, STOOD, UNSOLVED = 0.2, 4.0, 0.03, 0.8
-"""Rise of the form, of its scale and its noise; rise and level at which content stands unsolved."""
 SILENT_RECORDS = 20
 COMPOSITION = "arXiv:2501.12948 (DeepSeek-R1, accuracy and format rewards)"
 FUNCTIONS = Need("steps", "rewards/*/mean")

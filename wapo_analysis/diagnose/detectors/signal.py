@@ -18,34 +18,34 @@ from wapo_analysis.series import Series, silent_since
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
+#: Share of groups without any reward difference at which a batch is half wasted.
 FLAT_GROUPS = 0.5
-"""Share of groups without any reward difference at which a batch is half wasted."""
+#: The same, with its rise, at which problems have split into learned and out of reach.
 MOSTLY_FLAT, BECAME_FLAT = 0.66, 0.4
-"""The same, with its rise, at which problems have split into learned and out of reach."""
+#: Difference between the halves of a run that is none, where neighbouring steps differ by more.
 STEADY = 0.1
-"""Difference between the halves of a run that is none, where neighbouring steps differ by more."""
+#: Share of such groups that leaves no gradient.
 NO_SIGNAL = 0.9
-"""Share of such groups that leaves no gradient."""
+#: Gradient norm relative to its usual size that counts as none.
 NO_GRADIENT = 1e-3
-"""Gradient norm relative to its usual size that counts as none."""
+#: Mean reward in [0, 1] at which flat groups are flat at the bottom, or at the top.
 HARD, EASY = 0.25, 0.75
-"""Mean reward in [0, 1] at which flat groups are flat at the bottom, or at the top."""
+#: Times as many groups all wrong as all right, or the reverse, that make it hard or easy.
 SIDE = 2.0
-"""Times as many groups all wrong as all right, or the reverse, that make it hard or easy."""
+#: Records whose mean says something of a share that is all or nothing at each of them.
 ONE_GROUP_RECORDS = 25
-"""Records whose mean says something of a share that is all or nothing at each of them."""
+#: Records of a solved batch that went to waste, a third of the run at least, to be warned of.
 LONG_FLAT = 50
-"""Records of a solved batch that went to waste, a third of the run at least, to be warned of."""
+#: Spread of the advantages relative to the baseline that leaves next to no gradient.
 ADVANTAGES_GONE = 0.1
-"""Spread of the advantages relative to the baseline that leaves next to no gradient."""
+#: Share of completions cut at the limit that explains why none earns a reward.
 ALL_CUT = 0.9
-"""Share of completions cut at the limit that explains why none earns a reward."""
+#: Loss of the critic relative to its lowest that counts as running away.
 CRITIC_GROWN = 3.0
-"""Loss of the critic relative to its lowest that counts as running away."""
+#: The same relative to its baseline: critics begin badly and learn.
 CRITIC_ABOVE = 1.5
-"""The same relative to its baseline: critics begin badly and learn."""
+#: Variance of the returns that the critic explained once, and at which it explains none.
 EXPLAINED, EXPLAINS_NOTHING = 0.2, 0.0
-"""Variance of the returns that the critic explained once, and at which it explains none."""
 CRITIC_REFERENCE = "arXiv:1707.06347 (PPO, value loss and clip); arXiv:2504.05118 (VAPO)"
 DAPO = "arXiv:2503.14476 (DAPO, dynamic sampling)"
 

@@ -9,35 +9,35 @@ from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 
+#: Share of tokens without gradient because of the clip.
 CLIPPED = 0.2
-"""Share of tokens without gradient because of the clip."""
+#: KL to the reference in nats per token at which a policy has left it.
 FAR = 1.0
-"""KL to the reference in nats per token at which a policy has left it."""
+#: The same at which a reward that gains is no comfort.
 FAR_ANYWAY = 2.0
-"""The same at which a reward that gains is no comfort."""
+#: The same where the reward did not gain while it went from half of this to here.
 FAR_UNPAID = 0.5
-"""The same where the reward did not gain while it went from half of this to here."""
+#: Step columns with the share of tokens that either clip stops: TRL's, verl's and others'.
 BOTH_CLIPS = ("clip_ratio/region_mean", "actor/pg_clipfrac", "clip_any")
-"""Step columns with the share of tokens that either clip stops: TRL's, verl's and others'."""
+#: Ratio to the baseline without which the distance is how the run was started.
 KL_GROWTH = 5.0
-"""Ratio to the baseline without which the distance is how the run was started."""
+#: KL in nats a token of one part of the completions, and its ratio to the others, that count.
 PART_FAR, PART_RATIO = 0.2, 4.0
-"""KL in nats a token of one part of the completions, and its ratio to the others, that count."""
+#: Findings that say that the updates are too large for a first-order law to hold.
 LARGE_STEPS = {
     "off_policy_drift", "clip_saturation_low", "clip_saturation_high", "clip_saturation",
     "gradient_grows",
 }  # fmt: skip
-"""Findings that say that the updates are too large for a first-order law to hold."""
 CLIP_SIDES = "arXiv:2509.26114 (clip-low raises, clip-high lowers the entropy)"
 REFERENCE = "arXiv:2402.03300 (GRPO, KL penalty); arXiv:2503.14476 (DAPO, training without it)"
 
 
+#: Finding to what stops the tokens, the step columns that tell, and what else would help.
 _CLIPS = {
     "clip_saturation_low": ("The lower clip", ("clip_low",), "Widen {clip_low}."),
     "clip_saturation_high": ("The upper clip", ("clip_high",), "Widen {clip_high}."),
     "clip_saturation": ("The clip", BOTH_CLIPS, "Widen {clip_low} or {clip_high}."),
 }
-"""Finding to what stops the tokens, the step columns that tell, and what else would help."""
 
 
 @detector(
@@ -138,26 +138,26 @@ def find_kl_position(context: Context) -> list[Finding]:
     ]
 
 
+#: k3 estimate of KL(behaviour || policy) in nats at the first pass that is more than rounding.
 FIRST_PASS_K3 = 0.01
-"""k3 estimate of KL(behaviour || policy) in nats at the first pass that is more than rounding."""
+#: Effective sample size over the number of tokens below which the ratio is uneven.
 FIRST_PASS_ESS = 0.9
-"""Effective sample size over the number of tokens below which the ratio is uneven."""
 GROWTH = 10.0
+#: k3 over all passes in nats below which drift is ordinary: where PPO stops early, if it does.
 DRIFT_K3 = 0.01
-"""k3 over all passes in nats below which drift is ordinary: where PPO stops early, if it does."""
+#: Weight updates between sampling and training that are no longer how pipelines overlap.
 LAG = 4.0
-"""Weight updates between sampling and training that are no longer how pipelines overlap."""
 LAG_GROWTH = 2.0
 MISMATCH = "arXiv:2510.26788 and trl issue 4159 (train-inference mismatch)"
 STALENESS = "arXiv:2505.24298 (AReaL, staleness of asynchronous RL)"
 
 
+#: Step column to the value that is more than rounding between engines, and what it is.
 ENGINE = {
     "engine_kl": (0.01, "their KL is in nats per token"),
     "engine_logp_diff": (0.05, "mean difference in nats"),
     "engine_prob_diff": (0.03, "mean difference of probabilities"),
 }
-"""Step column to the value that is more than rounding between engines, and what it is."""
 
 
 @detector(

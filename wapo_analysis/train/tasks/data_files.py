@@ -232,8 +232,8 @@ def split(
     return train, [problem for _, problem in sorted(chosen, key=lambda pair: pair[0])]
 
 
+#: Share of unusable rows above which a file is refused.
 MAX_BAD_SHARE: Final = 0.05
-"""Share of unusable rows above which a file is refused."""
 _SHOWN: Final = 5
 _RECORDED: Final = 100
 

@@ -35,8 +35,8 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 from wapo_analysis.train.tasks.judge import Judge, require
 
+#: Longest answer that is judged, in characters; a longer one is wrong.
 MAX_BOX: Final = 1000
-"""Longest answer that is judged, in characters; a longer one is wrong."""
 _BOX: Final = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _MARK: Final = "####"
 _NUMBER: Final = re.compile(r"[-+]?(\d[\d,]*(\.\d*)?|\.\d+)(/\d+)?")

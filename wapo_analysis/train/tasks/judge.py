@@ -27,12 +27,12 @@ from wapo_analysis.errors import UserError
 
 log = logging.getLogger(__name__)
 
+#: Processor time that one completion may take to grade.
 SECONDS: Final = 5
-"""Processor time that one completion may take to grade."""
+#: Processor time that loading a scorer may take.
 START_SECONDS: Final = 120
-"""Processor time that loading a scorer may take."""
+#: Clock time that is waited, in multiples of the processor time; for a machine that is busy.
 _WAITING: Final = 12
-"""Clock time that is waited, in multiples of the processor time; for a machine that is busy."""
 
 
 def require(package: str, extra: str, needed_by: str) -> None:
@@ -200,10 +200,10 @@ def _end(process: "subprocess.Popen[str]", owner: int) -> None:
                 pipe.close()
 
 
+#: Most memory of the grading process.
 MEMORY_BYTES: Final = 4 << 30
-"""Most memory of the grading process."""
+#: Settings of a reasoning-gym data set where the package would draw a seed or stop at 500.
 DEFAULTS: Final = {"seed": 0, "size": 10_000}
-"""Settings of a reasoning-gym data set where the package would draw a seed or stop at 500."""
 
 _gym: dict[str, Any] = {}
 
