@@ -148,7 +148,6 @@ class TrainConfig(ObjectiveSettings, _Objective):
     weight_decay: float = setting(0.0, "Weight decay of the optimizer.", between(0, 100))
     beta1: float = setting(0.9, "AdamW beta1.", _SHARE)
     beta2: float = setting(0.999, "AdamW beta2.", _SHARE)
-    adam_eps: float = setting(1e-8, "AdamW epsilon.", between(1e-12, 1), cli=True)
     max_grad_norm: float = setting(
         1.0, "Gradient norm clip; 0 switches it off.", between(0, 1e9))
 
@@ -295,7 +294,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
         common: Any = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
             return SGD(parameters, **common)
-        return AdamW(parameters, betas=(self.beta1, self.beta2), eps=self.adam_eps, fused=True, **common)
+        return AdamW(parameters, betas=(self.beta1, self.beta2), fused=True, **common)
 
     def checkpoint_due(self, step: int) -> bool:
         """Whether a step ends with a checkpoint: every n-th and the last one."""
