@@ -303,7 +303,6 @@ def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
     )
     return {
         "entropy": entropy,
-        "surprise": -logp,
         "entropy_pos": xp.where(advantage > 0, entropy, np.nan),
         "entropy_neg": xp.where(advantage < 0, entropy, np.nan),
         "kl_old": _k3(logp - logp_old, xp),

@@ -202,7 +202,6 @@ STEPS = Table(
         _measured("grad_norm", "1", "gradient norm before clipping, mean of updates", "float64"),
         _measured("lr", "1", "learning rate of the last update", "float64"),
         _measured("entropy", "nats", "mean entropy of the sampled positions", "float64"),
-        _measured("surprise", "nats", "mean -logp of the sampled tokens", "float64"),
         _measured("entropy_pos", "nats", "the same over tokens with A > 0", "float64"),
         _measured("entropy_neg", "nats", "the same over tokens with A < 0", "float64"),
         _measured("length", "tokens", "mean completion length", "float64"),
