@@ -163,14 +163,6 @@ OBJECTIVES: dict[str, Objective] = {
         default_clip_eps=0.2,
         doc="standardised advantage, ratio clipped to 1 +- clip_eps, mean per rollout",
     ),
-    "half_grpo": Objective(
-        token_loss=token_surrogate,
-        advantage="centered",
-        level="seq",
-        clip="two_sided",
-        default_clip_eps=0.1,
-        doc="centred advantage, ratio clipped to 1 +- 0.1",
-    ),
     "dr_grpo": Objective(
         token_loss=token_surrogate,
         advantage="centered",
