@@ -362,19 +362,3 @@ def find_slow_steps(context: Context) -> list[Finding]:
         reference="docs/performance.md",
         share=False,
     )
-
-
-@detector("sampling_dominates", Need("steps", "seconds_rollout"))
-def find_sampling(context: Context) -> list[Finding]:
-    """Sampling takes nearly all of a step, from the first step to the last."""
-    series = context.series("seconds_rollout")
-    return level_finding(
-        series,
-        lasting(series, series.smooth > 0),
-        name="sampling_dominates",
-        severity="info",
-        what=f"Sampling takes {series.end:.3f} seconds a step (seconds_rollout)",
-        advice=Advice("Sample with a faster engine."),
-        reference="docs/performance.md",
-        share=False,
-    )
