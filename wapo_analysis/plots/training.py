@@ -292,28 +292,3 @@ def plot_reward_and_entropy(frame: pd.DataFrame, figure: Figure | None = None) -
         ax.set_xlabel("mean entropy (nats)")
     axes[0].set_ylabel("mean reward of the batch")
     return axes
-
-
-def prepare_pace(runs: Sequence[Run]) -> pd.DataFrame:
-    """Seconds per run and step."""
-    return keep_labels(step_frame(runs, ("seconds",)), runs)
-
-
-def _says_pace(frame: pd.DataFrame) -> str:
-    return after("Seconds a step", changes(frame, "seconds", ".2g"))
-
-
-@figure(
-    Need("steps", "seconds"),
-    title="Does the training slow down?",
-    caption="Look for a rise.",
-    group="training",
-    over_steps=True,
-)
-def plot_pace(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Seconds a step. Returns axes of shape (1,)."""
-    figure = figure or new_figure(4.0)
-    axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
-    label_lines(axes[0], frame, "seconds")
-    step_axis(axes, frame["step"])
-    return axes
