@@ -112,7 +112,6 @@ ALIASES: Final[tuple[Alias, ...]] = (
         seconds="perf/time_per_step | timing_s/step", seconds_rollout="timing_s/gen",
         value_explained="critic/vf_explained_var",
     ),
-    *_rows("steps", "mytrainer", "src/metrics.py", reward="score/average", entropy="policy/H"),
     *_rows("steps", "verl", "verl/workers/critic/dp_critic.py", value_loss="critic/vf_loss"),
     *_rows(
         "steps", "verl", "verl/trainer/ppo/metric_utils.py (where no score is logged)",
