@@ -195,7 +195,6 @@ SEAMS: Mapping[str, Names] = {
         logp="log_prob", logp_old="old_log_prob", advantages="advantages", mask="response_mask",
         weights="rollout_is_weights", loss_scale="config.global_batch_info.dp_size",
     ),
-    "mytrainer": Names(logp="lp", logp_old="lp_old", advantages="adv", mask="mask"),
     "skyrl": Names(
         logp="log_probs", logp_old="old_log_probs", sampler="rollout_logprobs",
         advantages="advantages", mask="loss_mask", loss_scale=_world_size,
