@@ -109,7 +109,6 @@ TOKENS = Table(
             "that is not the behaviour policy",
         ),
         _measured("entropy", "nats", "entropy of the policy at this position"),
-        _measured("log_z", "nats", "logarithm of the softmax denominator"),
         _measured("collision_rest", "1", "sum of p_v^2 over all tokens but the sampled one"),
         _measured(
             "collision_logp_rest", "nats", "sum of p_v^2 ln p_v over all tokens but the sampled one"

@@ -52,7 +52,6 @@ class TokenPass:
     clipped: Tensor | None = None
     kept: Tensor | None = None
     top1: Tensor | None = None
-    log_z: Tensor | None = None
     coef: Tensor | None = None
     logp_after: Tensor | None = None
     entropy_after: Tensor | None = None

@@ -97,8 +97,7 @@ def narrowed(columns: Columns, dtype: torch.dtype) -> tuple[Tensor, ...]:
     logp = columns.logp.to(dtype)
     here = logp != 0
     rest, rest_logp = columns.collision_rest * here, columns.collision_logp_rest * here
-    entropy, log_z = columns.entropy.to(dtype), columns.log_z.to(dtype)
-    return logp, entropy, rest, rest_logp, columns.top1, log_z
+    return logp, columns.entropy.to(dtype), rest, rest_logp, columns.top1
 
 
 class TokenStats(NamedTuple):
@@ -134,7 +133,6 @@ class TokenStats(NamedTuple):
     collision_rest: Tensor
     collision_logp_rest: Tensor
     top1: Tensor
-    log_z: Tensor
     top_logp: Tensor | None = None
     top_ids: Tensor | None = None
 
