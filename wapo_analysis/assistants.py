@@ -40,15 +40,12 @@ _TOKEN_COLUMNS = (
 class Library:
     """The runs below some folders.
 
+    Raises UserError if one of them is not there.
+
     Parameters
     ----------
     folders : sequence of Path
         Looked through at every call.
-
-    Raises
-    ------
-    UserError
-        If one of them is not there.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -73,10 +70,7 @@ class Library:
     def open(self, name: str) -> Run:
         """Open a run by its name, or a log by its path below a folder.
 
-        Raises
-        ------
-        UserError
-            If there is none, or a link in it leads out of the folders.
+        Raises UserError if there is none, or a link in it leads out of the folders.
         """
         paths = self.paths()
         if name in paths:
@@ -105,10 +99,7 @@ class Library:
     def check_links(self, path: Path) -> None:
         """Refuse what holds a link that leads out of the folders.
 
-        Raises
-        ------
-        UserError
-            Naming the link.
+        Raises UserError naming the link.
         """
         for place, folders, files in os.walk(path):
             for inner in (Path(place, name) for name in (*folders, *files)):
@@ -197,10 +188,7 @@ TOOLS: tuple[Callable[..., Any], ...] = (list_runs, diagnose, step, tokens, comp
 def make_server(folders: Sequence[Path]) -> MCPServer:
     """The server over some folders.
 
-    Raises
-    ------
-    UserError
-        If a folder is not there, or the protocol's library is missing.
+    Raises UserError if a folder is not there, or the protocol's library is missing.
     """
     library = Library(folders)
     try:

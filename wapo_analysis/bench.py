@@ -138,6 +138,9 @@ def watching_costs(
 ) -> Costs:
     """Measure what watching adds to a training step.
 
+    Raises UserError on a setting out of range or a model that cannot be loaded; RuntimeError if
+    recording failed.
+
     Parameters
     ----------
     model : str, optional
@@ -154,13 +157,6 @@ def watching_costs(
 
     threads : int, optional
         CPU threads; None leaves torch's own choice.
-
-    Raises
-    ------
-    UserError
-        On a setting out of range or a model that cannot be loaded.
-    RuntimeError
-        If recording failed.
     """
     if rollouts < 2 or rollouts % 2:
         raise UserError(f"rollouts must be an even number of at least 2, got {rollouts}")

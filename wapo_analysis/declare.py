@@ -123,10 +123,8 @@ class Declared:
     def check(self, value: Any) -> None:
         """Check a value of the right type.
 
-        Raises
-        ------
-        UserError
-            If it is beyond the limit, naming the setting, the value and what is allowed.
+        Raises UserError if it is beyond the limit, naming the setting, the value and what is
+        allowed.
         """
         texts = value if isinstance(value, tuple) else (value,)
         if any("\0" in text for text in texts if isinstance(text, str)):
@@ -141,12 +139,8 @@ class Declared:
     def typed(self, value: Any) -> Any:
         """A plain value as the setting's type: whole numbers pass as floats, lists as tuples.
 
-        The word none stands for None, which TOML has not, where text has no place.
-
-        Raises
-        ------
-        UserError
-            If its type is another.
+        The word none stands for None, which TOML has not, where text has no place. Raises UserError
+        if its type is another.
         """
         wanted = self.kind.split(" | ")
         if isinstance(value, list | tuple):
@@ -220,10 +214,7 @@ def _type_name(declared: Any) -> str:
 def check_settings(config: Any) -> None:
     """Check every setting of an instance against its limit.
 
-    Raises
-    ------
-    UserError
-        On the first that is beyond it.
+    Raises UserError on the first that is beyond it.
     """
     for name, declared in declared_settings(type(config)).items():
         declared.check(getattr(config, name))
@@ -232,10 +223,7 @@ def check_settings(config: Any) -> None:
 def typed_values(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Plain values as the types of the settings they name.
 
-    Raises
-    ------
-    UserError
-        On an unknown name or a value of the wrong type.
+    Raises UserError on an unknown name or a value of the wrong type.
     """
     known = declared_settings(cls)
     for name in values:

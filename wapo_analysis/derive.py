@@ -38,18 +38,15 @@ def probability_bin(prob: Any) -> Any:
 def derived_columns(columns: Mapping[str, Any], temperature: float) -> dict[str, Any]:
     """Compute every derived column of the token table.
 
+    Returns derived columns in the order the schema declares them. ``pred_*`` are per unit learning
+    rate: the logit step is ``coef / T**2`` (taxonomy/README.md, section on temperature).
+
     Parameters
     ----------
     columns : mapping of str to ndarray or Tensor, shape (rows,)
         Measured columns of the token table; missing statistics are NaN.
     temperature : float
         Softmax temperature the statistics were taken at.
-
-    Returns
-    -------
-    dict of str to array of the columns' own library
-        Derived columns in the order the schema declares them. ``pred_*`` are per unit learning
-        rate: the logit step is ``coef / T**2`` (taxonomy/README.md, section on temperature).
     """
     xp = namespace(columns["logp"])
     names = ("logp", "entropy", "collision_rest", "coef", "logp_after", "entropy_after")
@@ -138,17 +135,14 @@ def sequence_ratio(columns: Mapping[str, Array]) -> Array:
 def class_totals(tokens: Records) -> Records:
     """Exact totals per step x rank x sign x regime x probability bin.
 
+    Returns rows of the ``classes`` table, cells without tokens left out. NaN statistics are left
+    out of the sums they enter, so one missing value does not erase a total; a sum of nothing but
+    NaN is NaN.
+
     Parameters
     ----------
     tokens : Records
         Token records with derived columns (:func:`derive`); every row is a loss-mask token.
-
-    Returns
-    -------
-    Records
-        Rows of the ``classes`` table, cells without tokens left out. NaN statistics are left out
-        of the sums they enter, so one missing value does not erase a total; a sum of nothing but
-        NaN is NaN.
     """
     return _added(tokens, cell_terms(tokens.columns))
 
@@ -263,6 +257,9 @@ def with_class(frame: pd.DataFrame) -> pd.DataFrame:
 def token_sums(columns: Mapping[str, Any], given: Collection[str] | None = None) -> dict[str, Any]:
     """Sums over tokens for `step_columns`; they add up over any split of the tokens.
 
+    Returns of every term its sum and, under its name with `` n``, the tokens it is known of: what
+    is missing or not finite is left out of both.
+
     Parameters
     ----------
     columns : mapping of str to ndarray or Tensor, shape (rows,)
@@ -270,12 +267,6 @@ def token_sums(columns: Mapping[str, Any], given: Collection[str] | None = None)
         ``ratio`` is the importance ratio the clip looks at, by default the token's own.
     given : collection of str, optional
         Statistics the source has; others count as missing. By default all that are there.
-
-    Returns
-    -------
-    dict of str to scalar of the columns' own library
-        Of every term its sum and, under its name with `` n``, the tokens it is known of: what is
-        missing or not finite is left out of both.
     """
     xp = namespace(columns["advantage"])
     names = set(columns) if given is None else {"advantage", "ratio", *given} & set(columns)

@@ -204,19 +204,15 @@ def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
 def silent_since(quiet: Array) -> int | None:
     """Index from which a series is quiet to its end, one record in eight excepted.
 
-    A record may be quiet by chance, as where the one prompt of a step is solved by every rollout
-    or by none. So the stretch must be too long for chance, judged by how often records were quiet
-    before it. It begins where the sum of (quiet - 0.82) up to the end is largest.
+    A record may be quiet by chance, as where the one prompt of a step is solved by every rollout or
+    by none. So the stretch must be too long for chance, judged by how often records were quiet
+    before it. It begins where the sum of (quiet - 0.82) up to the end is largest. Returns None if
+    the series is alive, or was always as quiet as it is now.
 
     Parameters
     ----------
     quiet : ndarray of bool, shape (n,)
         Whether a record shows nothing: no gradient, no reward.
-
-    Returns
-    -------
-    int or None
-        None if the series is alive, or was always as quiet as it is now.
 
     Examples
     --------
@@ -239,7 +235,8 @@ def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float,
     """Median of the pairwise slopes, and an interval around it.
 
     The interval is Sen's (1968): the slopes whose ranks lie within ``sigmas`` standard deviations
-    of Kendall's S, for a series without ties. Cost is quadratic in the number of values.
+    of Kendall's S, for a series without ties. Cost is quadratic in the number of values. Returns
+    slope per step, lower end, upper end.
 
     Parameters
     ----------
@@ -247,11 +244,6 @@ def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float,
         The series; steps ascend.
     sigmas : float
         Half width of the interval; 2.576 is 99%.
-
-    Returns
-    -------
-    (float, float, float)
-        Slope per step, lower end, upper end.
     """
     first, second = np.triu_indices(len(values), 1)
     slopes = np.sort((values[second] - values[first]) / (steps[second] - steps[first]))
@@ -289,6 +281,7 @@ def departure(loose: Array, strict: Array, home: Array, persist: int) -> Departu
 
     Two thresholds keep the answer stable: a departure begins at the loose one, is severe once the
     strict one is passed for ``persist`` steps, and lasts until it falls back inside the loose one.
+    Returns None if nothing lasted to the end and nothing was severe.
 
     Parameters
     ----------
@@ -298,11 +291,6 @@ def departure(loose: Array, strict: Array, home: Array, persist: int) -> Departu
         Close enough to where the series came from to count as not departed.
     persist : int
         Steps in a row that make a condition count.
-
-    Returns
-    -------
-    Departure or None
-        None if nothing lasted to the end and nothing was severe.
     """
     severe = episodes(strict, persist)
     for start, stop in reversed(episodes(loose, persist)):

@@ -65,16 +65,13 @@ class Setting:
 def settings_of(runs: Sequence[Run]) -> tuple[Setting, ...]:
     """Group runs into settings, in the order of their first run.
 
+    Every run is in exactly one.
+
     Parameters
     ----------
     runs : sequence of Run
         Opened runs. Of imported ones little but the label is known; what a source does not say
         contradicts nothing.
-
-    Returns
-    -------
-    tuple of Setting
-        Every run is in exactly one.
     """
     groups: list[_Group] = []
     for place, run in enumerate(runs):
@@ -158,11 +155,6 @@ def heads_up(runs: Sequence[Run], settings: Sequence[Setting]) -> tuple[str, ...
     runs : sequence of Run
     settings : sequence of Setting
         Of these runs, see `settings_of`.
-
-    Returns
-    -------
-    tuple of str
-        Sentences.
     """
     return (*_split(settings), *_repeated(settings), *_unlike(runs, settings))
 
@@ -245,12 +237,8 @@ def steps_per_batch(settings: Mapping[str, Any]) -> int:
     """Optimizer steps from one that begins with a generated batch to the next, by TRL's settings.
 
     TRL takes an optimizer step every ``gradient_accumulation_steps`` passes, trains
-    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes.
-
-    Raises
-    ------
-    ValueError
-        If one of the three is no whole number above 0, as nothing that TRL itself wrote is.
+    ``num_iterations`` times on a batch, and splits it into ``steps_per_generation`` passes. Raises
+    ValueError if one of the three is no whole number above 0, as nothing that TRL itself wrote is.
 
     Examples
     --------

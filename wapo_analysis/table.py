@@ -32,10 +32,7 @@ class Records:
     def build(cls, table: Table, columns: Mapping[str, Any]) -> "Records":
         """Coerce to the declared dtypes, fill absent optional columns, check names and lengths.
 
-        Raises
-        ------
-        UserError
-            On an unknown column, a missing required one, or unequal lengths.
+        Raises UserError on an unknown column, a missing required one, or unequal lengths.
         """
         unknown = [name for name in columns if name not in table]
         if unknown:

@@ -33,6 +33,9 @@ def assert_objective(
 ) -> "Audit":
     """Assert that the gradient of a loss is that of an objective, and name the difference.
 
+    Returns all that was found. Raises AssertionError with every difference, its size and usual
+    cause; UserError if the shapes do not fit or the objective is not known.
+
     Parameters
     ----------
     loss : callable
@@ -50,18 +53,6 @@ def assert_objective(
         Prompt of each rollout; by default all have one.
     rewards : Tensor or sequence of B numbers, optional
         With them it is checked how the advantages were made.
-
-    Returns
-    -------
-    Audit
-        All that was found.
-
-    Raises
-    ------
-    AssertionError
-        With every difference, its size and usual cause.
-    UserError
-        If the shapes do not fit or the objective is not known.
 
     Examples
     --------

@@ -204,21 +204,14 @@ _AGAIN = "train it again with these classes left out of the loss"
 def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     """Estimate the entropy path of a run without some classes; see the head of this module.
 
+    Raises UserError on an unknown name, or if the run has too few probes or no entropy.
+
     Parameters
     ----------
     run : Run
         A run of the built-in trainer with probes.
     exclude : sequence of str
         Classes, regimes or signs, as ``exclude_bins`` takes them.
-
-    Returns
-    -------
-    WhatIf
-
-    Raises
-    ------
-    UserError
-        On an unknown name, or if the run has too few probes or no entropy.
     """
     try:
         names = tax.expand_bins(tuple(exclude))
@@ -323,10 +316,7 @@ def _usable_probes(run: Run) -> pd.DataFrame:
 def _effects(probes: pd.DataFrame, settings: _Settings, kept: Array) -> pd.DataFrame:
     """Per probe: what one update more would do without the classes, and what it did.
 
-    Returns
-    -------
-    DataFrame
-        ``step``; ``extra``, life times (rho kept - all); ``update``, the measured whole; nats.
+    Returns ``step``; ``extra``, life times (rho kept - all); ``update``, the measured whole; nats.
     """
     by_part = probes.pivot(
         index=["step", "minibatch"], columns="part", values="counterfactual_dentropy"

@@ -116,10 +116,7 @@ def audit(run: Run, steps: int = STEPS) -> Audit:
 def first_audit(run: Run, steps: int = 3) -> Audit | None:
     """Audit of the first steps, for what shows it beside other things.
 
-    Returns
-    -------
-    Audit or None
-        None if the run has no token rows with a gradient, or a file of it is broken.
+    Returns None if the run has no token rows with a gradient, or a file of it is broken.
     """
     try:
         known = run.token_steps() and run.lacks(Need("tokens", "coef")) is None

@@ -160,6 +160,8 @@ def choose_mode(
 ) -> CaptureMode:
     """Decide the mode of a trainer that makes logits.
 
+    Raises UserError if the mode does not exist, or "replace" was asked for and cannot be had.
+
     Parameters
     ----------
     asked : {"passive", "replace", "auto"}
@@ -170,11 +172,6 @@ def choose_mode(
         Memory free now; None is unknown, then "auto" stays passive.
     obstacle : str or None
         Why this model cannot do without logits.
-
-    Raises
-    ------
-    UserError
-        If the mode does not exist, or "replace" was asked for and cannot be had.
     """
     if asked not in MODES:
         raise UserError(f"capture_mode must be one of {', '.join(MODES)}, got {asked!r}")

@@ -124,16 +124,12 @@ def whole(head: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
 def logit_transform(config: Any) -> tuple[float, float | None]:
     """Scale and soft cap between head and softmax, from a model's configuration.
 
+    Returns ``scale`` (the first of the names it goes by; Granite divides by ``logits_scaling``,
+    HyperCLOVA X multiplies with it) and ``softcap``.
+
     Parameters
     ----------
     config : transformers.PretrainedConfig
-
-    Returns
-    -------
-    scale : float
-        The first of the names it goes by; Granite divides by ``logits_scaling``, HyperCLOVA X
-        multiplies with it.
-    softcap : float or None
     """
     text = config.get_text_config()
     scale = next(
@@ -172,17 +168,12 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
     """Say why a model's log-probabilities cannot be made from hidden states and head.
 
     A few tokens are scored both ways: some architecture may do more on the way than this module
-    knows of.
+    knows of. Returns None if nothing is in the way.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
     device : torch.device
-
-    Returns
-    -------
-    str or None
-        None if nothing is in the way.
     """
     inner = inner_model(model)
     head = inner.get_output_embeddings()

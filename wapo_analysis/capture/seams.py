@@ -69,10 +69,7 @@ class Names:
     def of(cls, names: "str | Mapping[str, Any] | Names") -> "Names":
         """Names of a row of `SEAMS`, of a mapping (with ``like`` a changed row), or themselves.
 
-        Raises
-        ------
-        UserError
-            If there is no such row or quantity.
+        Raises UserError if there is no such row or quantity.
         """
         if isinstance(names, Names):
             return names
@@ -94,10 +91,7 @@ class Names:
     def find(self, call: Call) -> dict[str, Any]:
         """Every quantity that a call of the loss holds.
 
-        Raises
-        ------
-        UserError
-            If log-probabilities or advantages are not where they should be.
+        Raises UserError if log-probabilities or advantages are not where they should be.
         """
         places = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scorer"}
         found = {name: look_up(where, call) for name, where in places.items()}

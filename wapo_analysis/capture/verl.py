@@ -195,6 +195,9 @@ class VerlWatch:
 def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings: Any) -> VerlWatch:
     """Register a watched form of every policy loss of verl, for this process.
 
+    Choose the loss with ``actor.policy_loss.loss_mode=wapo_vanilla`` (or another name).
+    Raises UserError if verl is absent, has no such registry, or is watched already.
+
     Parameters
     ----------
     path : str
@@ -203,16 +206,6 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
         Entries of the manifest.
     **settings
         ``token_every``, ``token_fraction`` of :class:`~wapo_analysis.record.recorder.Recorder`.
-
-    Returns
-    -------
-    VerlWatch
-        Choose the loss with ``actor.policy_loss.loss_mode=wapo_vanilla`` (or another name).
-
-    Raises
-    ------
-    UserError
-        If verl is absent, has no such registry, or is watched already.
 
     Notes
     -----

@@ -93,10 +93,7 @@ def log_settings(
 ) -> "ImportSettings | None":
     """What logs among the paths do not say about themselves; None if nothing was said here either.
 
-    Raises
-    ------
-    UserError
-        If something was said and none of the paths is a log.
+    Raises UserError if something was said and none of the paths is a log.
     """
     if not map and chosen is None:
         return None
@@ -163,13 +160,7 @@ def open_foreign(path: Path, log: "ImportSettings | None" = None) -> "Run":
 
 
 def check_new(out: Path) -> None:
-    """Refuse an output folder that already holds files.
-
-    Raises
-    ------
-    UserError
-        If it does.
-    """
+    """Refuse an output folder that already holds files. Raises UserError if it does."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
 

@@ -71,13 +71,7 @@ def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
 
 
 def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> None:
-    """Train, compare, draw and report.
-
-    Raises
-    ------
-    UserError
-        If a run failed; the others are kept.
-    """
+    """Train, compare, draw and report. Raises UserError if a run failed; the others are kept."""
     from wapo_analysis.train.config import TrainConfig
     from wapo_analysis.train.lifecycle import train_all
     from wapo_analysis.train.models import pick_device

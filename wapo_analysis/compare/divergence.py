@@ -160,6 +160,8 @@ def divergence(
 ) -> Divergence:
     """Find where the second run of every pair parts from the first.
 
+    Quantities that one of the runs does not have are left out.
+
     Parameters
     ----------
     names : (str, str)
@@ -168,11 +170,6 @@ def divergence(
         At least one; first and second setting.
     by_seed : bool
         The runs of a pair share their seed.
-
-    Returns
-    -------
-    Divergence
-        Quantities that one of the runs does not have are left out.
     """
     rewards = [_prompt_gap(*pair) for pair in pairs]
     matched = all(gap is not None for gap in rewards)
@@ -194,17 +191,14 @@ def divergence(
 def part(quantity: str, gap: Gap) -> Parting:
     """Test the windows of a difference and take the first that is significant.
 
+    z is the sum of the differences over the root of the summed squared errors of the
+    window; the bound is the two-sided normal quantile at ``ALPHA`` over the number of windows.
+
     Parameters
     ----------
     quantity : str
     gap : Gap
         At least ``WINDOW`` steps.
-
-    Returns
-    -------
-    Parting
-        z is the sum of the differences over the root of the summed squared errors of the window;
-        the bound is the two-sided normal quantile at ``ALPHA`` over the number of windows.
     """
     difference = gap.second - gap.first
     total = _window_sums(difference)
@@ -286,11 +280,8 @@ def _flow_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:
 def flow_shares(run: Run) -> pd.DataFrame:
     """Signed predicted dH of each class over the sum of the sizes of all, per step.
 
-    Returns
-    -------
-    DataFrame
-        Index step, a column per class of the taxonomy; steps without any are left out. Shares,
-        so that objectives of different scale compare.
+    Returns index step, a column per class of the taxonomy; steps without any are left out. Shares,
+    so that objectives of different scale compare.
     """
     totals = run.classes
     known = totals[totals["cls"].isin(tax.CLASSES)].astype({"cls": str})

@@ -202,17 +202,14 @@ class ForkComparison(Result):
 def compare_fork(fork: Run, original: Run | None = None) -> ForkComparison:
     """Compare a fork to the run it was forked from.
 
+    Raises UserError if it is no fork, or its original is not there any more.
+
     Parameters
     ----------
     fork : Run
         A run that `wapo fork` wrote.
     original : Run, optional
         None opens the folder that the fork's manifest names.
-
-    Raises
-    ------
-    UserError
-        If it is no fork, or its original is not there any more.
     """
     forked = fork.manifest.get("forked")
     if not forked:

@@ -232,10 +232,7 @@ class Comparison(Result):
     def difference(self, metric: Metric) -> Interval:
         """Second setting minus the first, seed by seed over the seeds both have.
 
-        Raises
-        ------
-        UserError
-            If there are fewer than two settings.
+        Raises UserError if there are fewer than two settings.
         """
         if len(self.labels) < 2:
             raise UserError("a difference needs runs of two labels; give a second setting")

@@ -202,6 +202,8 @@ def fork_command(
 ) -> str | None:
     """Command that goes on from a checkpoint of a built-in run with one thing changed.
 
+    Returns None if the change needs a number the run does not record.
+
     Parameters
     ----------
     run : str
@@ -212,11 +214,6 @@ def fork_command(
         As in `Advice`.
     config : mapping
         Settings the run was trained with.
-
-    Returns
-    -------
-    str or None
-        None if the change needs a number the run does not record.
     """
     words = [f"wapo fork {shlex.quote(run)} --at {at}"]
     for name, value in change.items():

@@ -313,6 +313,10 @@ def entropy_drivers(
 ) -> tuple[Driver, ...]:
     """Rank the classes by their predicted dH over a window of steps.
 
+    Largest share in the direction first. Empty if the run has no class totals with
+    statistics. ``predicted_dentropy`` is the exact first-order sum over all tokens
+    (taxonomy/README.md).
+
     Parameters
     ----------
     context : Context
@@ -322,12 +326,6 @@ def entropy_drivers(
         side; None leaves that side open.
     direction : int
         1 if the entropy rose, -1 if it fell, 0 to take the sign of the total.
-
-    Returns
-    -------
-    tuple of Driver
-        Largest share in the direction first. Empty if the run has no class totals with statistics.
-        ``predicted_dentropy`` is the exact first-order sum over all tokens (taxonomy/README.md).
     """
     flows = _window(context.flows, first, last)
     if flows.empty:

@@ -292,10 +292,7 @@ class Diagnosis(Result):
     def reaches(self, severity: str) -> bool:
         """Whether a finding is at or above a severity.
 
-        Raises
-        ------
-        UserError
-            On a name that is no severity.
+        Raises UserError on a name that is no severity.
         """
         if severity not in SEVERITIES:
             raise unknown_name("severity", severity, SEVERITIES)

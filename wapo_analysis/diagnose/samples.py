@@ -54,13 +54,9 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
 
     With r = exp(logp - logp_old): ``k3`` is the mean of r - ln r - 1, an unbiased estimate of
     KL(behaviour || policy) in nats; ``ess`` is (sum r)^2 / (n sum r^2), the effective sample size
-    over the n tokens, in (0, 1]; ``max_dp`` is the largest |exp(logp) - exp(logp_old)|.
-
-    Returns
-    -------
-    DataFrame
-        Index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains
-        on fresh rollouts and has token rows with both log-probabilities.
+    over the n tokens, in (0, 1]; ``max_dp`` is the largest |exp(logp) - exp(logp_old)|. Returns
+    index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains on
+    fresh rollouts and has token rows with both log-probabilities.
     """
     fresh = fresh_steps(run.manifest, run.token_steps())
     columns = ["step", "minibatch", "logp", "logp_old"]
@@ -96,15 +92,12 @@ def completion_rows(run: Run) -> pd.DataFrame:
 def shared_answers(rows: pd.DataFrame) -> Series:
     """Share of the completions of a step that a rollout of another prompt has word for word.
 
+    Over the steps with completions of two prompts or more; empty if there are none.
+
     Parameters
     ----------
     rows : DataFrame
         Rows of the rollouts table.
-
-    Returns
-    -------
-    Series
-        Over the steps with completions of two prompts or more; empty if there are none.
     """
     known = rows[rows["completion"].notna()]
     if known.empty:
@@ -121,15 +114,12 @@ def shared_answers(rows: pd.DataFrame) -> Series:
 def noise_share(rows: pd.DataFrame) -> Series:
     """Share of the completions of a step that are noise; see :func:`is_noise`.
 
+    In [0, 1], over the steps with completions; of each at most ``READ_COMPLETIONS``.
+
     Parameters
     ----------
     rows : DataFrame
         Rows of the rollouts table.
-
-    Returns
-    -------
-    Series
-        In [0, 1], over the steps with completions; of each at most ``READ_COMPLETIONS``.
     """
     known = rows.loc[rows["completion"].notna(), ["step", "completion"]]
     some = known[known.groupby("step").cumcount() < READ_COMPLETIONS]
@@ -177,18 +167,14 @@ def answer_shares(rows: pd.DataFrame) -> tuple[Series, Series]:
     """How often completions end with the reference answer, and how often rewarded ones do not.
 
     A completion holds the answer if its last ``ANSWER_CHARACTERS`` have it as a word of its own.
-    Rewarded means the highest reward of the rows.
+    Rewarded means the highest reward of the rows. Returns the share of a step's completions that
+    hold it; share of the rewarded ones that do not, over the steps with a rewarded one. Empty
+    without answers.
 
     Parameters
     ----------
     rows : DataFrame
         Rows of the rollouts table.
-
-    Returns
-    -------
-    (Series, Series)
-        Share of the completions of a step that hold it; share of the rewarded ones that do not,
-        over the steps with a rewarded one. Empty without answers.
     """
     columns = ["step", "completion", "answer", "reward"]
     known = rows.dropna(subset=columns)[columns]
@@ -213,18 +199,13 @@ def length_pay(rows: pd.DataFrame) -> Series:
     """Correlation of reward and completion length within the groups of a step.
 
     Pearson's, of what is left of both after the mean of the group is taken off, so that hard
-    prompts that need long answers do not count.
+    prompts that need long answers do not count. In [-1, 1], over the steps in which both
+    vary within a group; empty without rewards or lengths.
 
     Parameters
     ----------
     rows : DataFrame
         Rows of the rollouts table.
-
-    Returns
-    -------
-    Series
-        In [-1, 1], over the steps in which both vary within a group; empty without rewards or
-        lengths.
     """
     known = rows[rows["reward"].notna() & rows["length"].notna()]
     groups = known.groupby(["step", "group"])
@@ -256,7 +237,9 @@ def find_culprits(
     """Split the predicted dH of a class over its tokens and rollouts.
 
     A token counts with its exact first-order dH (taxonomy/README.md) where that points in the
-    direction, summed over the gradient passes that saw it.
+    direction, summed over the gradient passes that saw it. Returns None without token rows near the
+    window, or with none that point there. Tokens and rollouts whose number the source could not
+    give (-1) are not named.
 
     Parameters
     ----------
@@ -271,12 +254,6 @@ def find_culprits(
         one at most ``NEAR`` steps away.
     direction : int
         1 for what raises the entropy, -1 for what lowers it.
-
-    Returns
-    -------
-    Culprits or None
-        None without token rows near the window, or with none that point there. Tokens and
-        rollouts whose number the source could not give (-1) are not named.
     """
     steps = _steps(run.token_steps(), first, last)
     if not steps:

@@ -71,10 +71,7 @@ def launched() -> tuple[int, int]:
 def check_gpus(config: TrainConfig, processes: int) -> None:
     """Refuse more processes than this machine has GPUs.
 
-    Raises
-    ------
-    UserError
-        If there are more, and the run is one on GPUs.
+    Raises UserError if there are more, and the run is one on GPUs.
     """
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), torch.cuda.device_count()
     if processes > 1 and _uses_cuda(config) and here > gpus:
@@ -97,6 +94,9 @@ def check_counterparts(config: TrainConfig) -> None:
 def trl_settings(config: TrainConfig, out: Path, processes: int) -> dict[str, Any]:
     """Settings of TRL's GRPOConfig for a recipe.
 
+    Raises UserError if a mini-batch cannot be split evenly, or a setting of TRL's is unknown or
+    ours to set.
+
     Parameters
     ----------
     config : TrainConfig
@@ -104,11 +104,6 @@ def trl_settings(config: TrainConfig, out: Path, processes: int) -> dict[str, An
         Run folder.
     processes : int
         Processes that share each mini-batch.
-
-    Raises
-    ------
-    UserError
-        If a mini-batch cannot be split evenly, or a setting of TRL's is unknown or ours to set.
     """
     update = config.prompts_per_step * config.rollouts_per_prompt // config.minibatches
     if update % processes:

@@ -89,11 +89,8 @@ class Recipe:
     def trainer(self, settings: Mapping[str, Any]) -> Any:
         """The GRPOTrainer of the recipe.
 
-        Raises
-        ------
-        UserError
-            If TRL is older than what this engine has been made for or cannot use the task's tools,
-            or the model cannot be evaluated.
+        Raises UserError if TRL is older than what this engine has been made for or cannot use the
+        task's tools, or the model cannot be evaluated.
         """
         from transformers.trainer_callback import PrinterCallback
         from trl import GRPOConfig

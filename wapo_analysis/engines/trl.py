@@ -55,6 +55,12 @@ def train_with_trl(
 ) -> Policy:
     """Train a policy with TRL's GRPOTrainer and record the run; each process makes this call.
 
+    Returns the trained policy. Raises UserError on a setting without counterpart, a batch that
+    cannot be split, or nothing to resume; NonFiniteLogits if the policy can no longer be sampled
+    from; the run is closed as ``diverged``; ProcessFailed if another process has ended or does not
+    answer; KeyboardInterrupt on Ctrl-C or SIGTERM, after the batch has ended and a checkpoint has
+    been written.
+
     Parameters
     ----------
     config : TrainConfig
@@ -70,22 +76,6 @@ def train_with_trl(
         CPU threads of this process.
     progress : callable, optional
         Called with ``step``, ``reward`` and ``entropy`` after every update.
-
-    Returns
-    -------
-    Policy
-        The trained policy.
-
-    Raises
-    ------
-    UserError
-        On a setting without counterpart, a batch that cannot be split, or nothing to resume.
-    NonFiniteLogits
-        If the policy can no longer be sampled from; the run is closed as ``diverged``.
-    ProcessFailed
-        If another process has ended or does not answer.
-    KeyboardInterrupt
-        On Ctrl-C or SIGTERM, after the batch has ended and a checkpoint has been written.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -190,10 +190,8 @@ class SourceTail:
     def poll(self) -> bool:
         """Read the source again if it has changed; returns whether it was read.
 
-        Raises
-        ------
-        UserError
-            If it cannot be read at the first time; later the last state stays, and that is noted.
+        Raises UserError if it cannot be read at the first time; later the last state stays, and
+        that is noted.
         """
         now, last = stamp(self.path)
         if now == self._stamp or monotonic() < self._next:

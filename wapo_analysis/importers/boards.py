@@ -38,10 +38,7 @@ _OTHERS = ("Step", "_step", "Relative Time (Process)", "Relative Time (Wall)", "
 def pick(runs: Sequence[str], chosen: str | None, where: Path) -> str:
     """The one run of a source, or the one that was chosen.
 
-    Raises
-    ------
-    UserError
-        If there are several and none was chosen, or the chosen one is not there.
+    Raises UserError if there are several and none was chosen, or the chosen one is not there.
     """
     names = ", ".join(printable(shown(run)) for run in runs[:8]) + (
         ", ..." if len(runs) > 8 else ""
@@ -68,10 +65,8 @@ def read_tensorboard(
 ) -> None:
     """Read the scalars of event files; those of one folder are one run.
 
-    Raises
-    ------
-    UserError
-        If the library is not installed, there are several runs, or nothing can be read.
+    Raises UserError if the library is not installed, there are several runs, or nothing can be
+    read.
     """
     try:
         from tensorboard.backend.event_processing import event_file_loader
@@ -167,10 +162,7 @@ def _listening(name: str) -> Iterator[list[str]]:
 def read_download(file: Path, sink: Sink, report: ImportReport) -> None:
     """Read one scalar downloaded from TensorBoard: the metric is in the name of the file alone.
 
-    Raises
-    ------
-    UserError
-        If neither the name nor ``--map`` tells the metric.
+    Raises UserError if neither the name nor ``--map`` tells the metric.
     """
     column = next((ours for ours, theirs in sink.names.mapping.items() if theirs == "Value"), None)
     metric = "Value" if column else metric_of(file.stem)
@@ -226,10 +218,7 @@ def read_mlflow(
 ) -> None:
     """Read a run of MLflow's file store: ``metrics/NAME``, a line ``time value step`` a number.
 
-    Raises
-    ------
-    UserError
-        If there are several runs and none was chosen.
+    Raises UserError if there are several runs and none was chosen.
     """
     runs: dict[str, list[tuple[str, Path]]] = {}
     for file in files:
@@ -266,10 +255,7 @@ def is_panel(names: Sequence[str]) -> bool:
 def read_panel(file: Path, sink: Sink, report: ImportReport, chosen: str | None = None) -> None:
     """Read a chart downloaded from W&B: columns ``run - metric``, with ``__MIN`` and ``__MAX``.
 
-    Raises
-    ------
-    UserError
-        If it holds several runs and none was chosen.
+    Raises UserError if it holds several runs and none was chosen.
     """
     names, _ = csv_header(file)
     parts = {name: found for name in names if (found := _PANEL.fullmatch(name))}
@@ -297,10 +283,7 @@ def read_wandb(
 ) -> None:
     """Read a run folder of W&B: its ``.wandb`` file, else what is under ``files/``.
 
-    Raises
-    ------
-    UserError
-        If there are several runs and none was chosen.
+    Raises UserError if there are several runs and none was chosen.
     """
     runs: dict[str, list[Path]] = {}
     for file in files:

@@ -106,6 +106,9 @@ def detect(
 ) -> Found:  # fmt: skip
     """Format of a file or folder.
 
+    Raises UserError if there is nothing to import, the source is a run already, the format is
+    unknown or not there, or files of two formats are mixed (the message names one of each).
+
     Parameters
     ----------
     source : Path
@@ -116,12 +119,6 @@ def detect(
         Folder for what has to be unpacked; without it compressed files are left out.
     names : NameTable, optional
         Names of the user's, by which a table is known as a log.
-
-    Raises
-    ------
-    UserError
-        If there is nothing to import, the source is a run already, the format is unknown or not
-        there, or files of two formats are mixed (the message names one of each).
     """
     if wanted != "auto" and wanted not in FORMATS:
         raise unknown_name("format", wanted, ("auto", *FORMATS))

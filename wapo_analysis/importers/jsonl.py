@@ -78,17 +78,14 @@ REPAIRED = "texts with half a surrogate pair, now U+FFFD"
 def parse_json(data: bytes | str, changed: list[str] | None = None) -> Any:
     """A JSON value of bounded depth; lone surrogates in its texts become U+FFFD.
 
+    Raises ValueError if it is no JSON, is not UTF-8, or is nested deeper than ``MAX_DEPTH``.
+
     Parameters
     ----------
     data : bytes or str
         UTF-8 text.
     changed : list of str, optional
         Gets what was changed or overwritten on the way: `DOUBLED`, `REPAIRED`.
-
-    Raises
-    ------
-    ValueError
-        If it is no JSON, is not UTF-8, or is nested deeper than ``MAX_DEPTH``.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     told = [] if changed is None else changed
@@ -214,10 +211,8 @@ class JsonLines:
     def lines(self) -> Iterator[Line]:
         """Whole lines from ``offset`` to the size the file has now; empty ones are left out.
 
-        Raises
-        ------
-        UserError
-            If the file cannot be read, or became shorter than what was read of it already.
+        Raises UserError if the file cannot be read, or became shorter than what was read of it
+        already.
         """
         try:
             with open_regular(self.path) as stream:
@@ -266,15 +261,9 @@ class JsonLines:
     def tail(self) -> tuple[dict[str, Any] | None, bool]:
         """What follows the last line feed: its object if it is whole, and whether it is a half.
 
-        An object ends with its closing brace, so a cut one never parses. ``offset`` moves only
-        past a whole one.
-
-        Returns
-        -------
-        values : dict or None
-            The object of a last line that only lacks its line feed.
-        half : bool
-            There is an unfinished line.
+        An object ends with its closing brace, so a cut one never parses. ``offset`` moves only past
+        a whole one. Returns ``values`` (the object of a last line that only lacks its line feed)
+        and ``half`` (there is an unfinished line).
         """
         with open_regular(self.path) as stream:
             stream.seek(self.offset)

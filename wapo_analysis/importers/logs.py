@@ -39,15 +39,12 @@ def read_trainer_logs(
 ) -> list[str]:
     """Read the log of a trainer built on Transformers; returns the names of its reward functions.
 
+    Raises UserError if the files belong to several runs, or the only state is broken.
+
     Parameters
     ----------
     files : mapping of str to sequence of Path
         Files by kind: "state", "swift-log", "trainer-log".
-
-    Raises
-    ------
-    UserError
-        If the files belong to several runs, or the only state is broken.
     """
     _one_run([file for kind in files for file in files[kind]])
     logs: list[tuple[Path, Records]] = [
@@ -94,10 +91,7 @@ def _reach(records: Records) -> int:
 def newest_state(states: Iterable[Path], report: ImportReport) -> list[tuple[Path, Records]]:
     """Log of the trainer state with the most steps, with its file; none if there is no state.
 
-    Raises
-    ------
-    UserError
-        If the only state is broken.
+    Raises UserError if the only state is broken.
     """
     best: list[tuple[Path, Records]] = []
     most = -1
@@ -196,13 +190,7 @@ class TrainerCompletions:
     _codes: Codes = field(default_factory=Codes)
 
     def read(self, file: Path) -> None:
-        """Read one file, Parquet or JSON lines.
-
-        Raises
-        ------
-        UserError
-            If a Parquet file is broken.
-        """
+        """Read one file, Parquet or JSON lines. Raises UserError if a Parquet file is broken."""
         rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file, self.report)
         for number, row in rows:
             with self.report.record(file, number):

@@ -57,10 +57,8 @@ def allowed_columns() -> tuple[str, ...]:
 def parse_mapping(items: Iterable[str]) -> dict[str, str]:
     """``ours=theirs`` texts as a dictionary.
 
-    Raises
-    ------
-    UserError
-        If a text is no such pair, or gives a column of ours that does not exist or twice.
+    Raises UserError if a text is no such pair, or gives a column of ours that does not exist or
+    twice.
     """
     mapping: dict[str, str] = {}
     for item in items:
@@ -75,13 +73,7 @@ def parse_mapping(items: Iterable[str]) -> dict[str, str]:
 
 
 def check_mapping(mapping: Mapping[str, str]) -> None:
-    """Refuse columns that do not exist.
-
-    Raises
-    ------
-    UserError
-        On a name of ours that no table has.
-    """
+    """Refuse columns that do not exist. Raises UserError on a name of ours that no table has."""
     for ours in mapping:
         if ours not in allowed_columns():
             raise unknown_name("column", ours, allowed_columns())

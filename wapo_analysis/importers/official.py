@@ -65,13 +65,7 @@ class OfficialTree:
 
     @classmethod
     def of(cls, files: tuple[Path, ...]) -> "OfficialTree":
-        """Tree of the files that tell a run.
-
-        Raises
-        ------
-        UserError
-            If they belong to several runs.
-        """
+        """Tree of the files that tell a run. Raises UserError if they belong to several runs."""
         runs = {_data_folder(file).parent for file in files if file.name != "trainer_state.json"}
         if len(runs) > 1:
             names = ", ".join(sorted(str(run) for run in runs))
@@ -131,10 +125,7 @@ def _in_order(files: Iterable[Path]) -> list[Path]:
 def read_official(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
     """Read the output of one official run.
 
-    Raises
-    ------
-    UserError
-        If the source holds several runs, or a file that cannot be read.
+    Raises UserError if the source holds several runs, or a file that cannot be read.
     """
     tree = OfficialTree.of(files)
     report.trainer = "WAPO"

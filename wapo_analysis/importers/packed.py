@@ -230,10 +230,7 @@ def page_text(html: str) -> str:
 def notebook_text(data: bytes) -> str:
     """What the cells of a notebook printed, and its tables as text.
 
-    Raises
-    ------
-    ValueError
-        If it is no notebook.
+    Raises ValueError if it is no notebook.
     """
     value = parse_json(data)
     cells = value.get("cells") if isinstance(value, dict) else None

@@ -88,10 +88,7 @@ def is_csv(text: str) -> bool:
 def json_value(file: Path, report: ImportReport) -> Any:
     """What a JSON file holds.
 
-    Raises
-    ------
-    UserError
-        If it is no JSON, or larger than ``MAX_JSON_BYTES``.
+    Raises UserError if it is no JSON, or larger than ``MAX_JSON_BYTES``.
     """
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
@@ -206,12 +203,8 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
 
     Rows with a wrong number of fields are counted. A last line without line feed is left out if its
     last number is shorter than those before it: it may be half a number. Spaces around names are
-    left out; a name that occurs twice is told, and the second column is called ``name.2``.
-
-    Raises
-    ------
-    UserError
-        If it is no table.
+    left out; a name that occurs twice is told, and the second column is called ``name.2``. Raises
+    UserError if it is no table.
     """
 
     def skip(row: Any) -> str:
@@ -367,10 +360,7 @@ def unique_names(names: list[str], file: Path, report: ImportReport) -> list[str
 def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataFrame]]:
     """Blocks of a Parquet file, each with the row number it begins at.
 
-    Raises
-    ------
-    UserError
-        If it is broken.
+    Raises UserError if it is broken.
     """
     try:
         # Opened here: the name of a file may be no UTF-8, which Arrow wants.

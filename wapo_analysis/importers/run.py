@@ -163,10 +163,7 @@ def _write(
 def _check(report: ImportReport, sink: Sink) -> None:
     """Refuse an import that holds nothing; say first what its reader must know.
 
-    Raises
-    ------
-    UserError
-        If there is no row at all, or a name of the user's mapping does not occur.
+    Raises UserError if there is no row at all, or a name of the user's mapping does not occur.
     """
     if not (report.steps or report.token_rows or report.rollouts):
         raise UserError(_nothing(report, sink))

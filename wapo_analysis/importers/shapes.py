@@ -36,7 +36,8 @@ def json_rows(value: Any, told: Callable[[str], None] = lambda _: None) -> Rows 
     """Records of a JSON value.
 
     A list of objects, one object, lists by name, numbers by step, what pandas writes in any
-    orientation but "values", ``{metric: {steps, values}}``, or one of these below a name.
+    orientation but "values", ``{metric: {steps, values}}``, or one of these below a name. Returns
+    None if it is nothing of the kind.
 
     Parameters
     ----------
@@ -44,11 +45,6 @@ def json_rows(value: Any, told: Callable[[str], None] = lambda _: None) -> Rows 
         What the file holds.
     told : callable
         Is given what was chosen or left out, in a sentence.
-
-    Returns
-    -------
-    list of dict or None
-        None if it is nothing of the kind.
     """
     rows = _rows(value, told)
     if rows is not None or not isinstance(value, dict) or not value:

@@ -172,10 +172,8 @@ class StepLog:
     def finish(self, names: NameTable) -> dict[int, dict[str, Any]]:
         """Rows of the ``steps`` table by step.
 
-        Raises
-        ------
-        UserError
-            If two files hold different numbers for the same steps from their first step on.
+        Raises UserError if two files hold different numbers for the same steps from their first
+        step on.
         """
         self._tell_no_numbers(names)
         columns = self._settled()

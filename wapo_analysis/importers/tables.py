@@ -51,11 +51,8 @@ def read_tables(
 ) -> None:
     """Read plain tables into a run, of several runs the chosen one.
 
-    Raises
-    ------
-    UserError
-        If a file is broken as a whole, or no row has a step and columns of ours, or a column names
-        several runs and none was chosen.
+    Raises UserError if a file is broken as a whole, or no row has a step and columns of ours, or a
+    column names several runs and none was chosen.
     """
     for file in files:
         feed = TableFeed(sink, report, file, chosen)
@@ -135,10 +132,8 @@ class TableFeed:
     def close(self) -> None:
         """Hand over what is held.
 
-        Raises
-        ------
-        UserError
-            If there are rows of several runs and none was chosen, or the chosen one is not there.
+        Raises UserError if there are rows of several runs and none was chosen, or the chosen one is
+        not there.
         """
         if len(self._runs) > 1 and max(self._runs.values()) <= _SUMMED and self.sink.stepless:
             raise UserError(
@@ -340,20 +335,13 @@ def _are_codes(values: pd.Series) -> bool:
 def expanded(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Columns of the tokens of one completion: lists as they are, single values repeated.
 
+    Returns rows of the loss mask; ``position`` counts them from 0 unless it is given. Raises
+    ValueError if the lists differ in length.
+
     Parameters
     ----------
     values : mapping
         Columns of the ``tokens`` table (and ``loss_mask``) to lists of one length, or to values.
-
-    Returns
-    -------
-    dict of str to list
-        Rows of the loss mask; ``position`` counts them from 0 unless it is given.
-
-    Raises
-    ------
-    ValueError
-        If the lists differ in length.
     """
     lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:

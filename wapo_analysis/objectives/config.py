@@ -87,11 +87,8 @@ class ObjectiveSettings:
 class ObjectiveConfig(ObjectiveSettings):
     """Settings of one objective; checked when made.
 
-    Raises
-    ------
-    UserError
-        On any value that is not allowed, naming what is; also on settings that leave no token to
-        train on, and on the fixed-length WAPO mean without ``max_seq_len``.
+    Raises UserError on any value that is not allowed, naming what is; also on settings that leave
+    no token to train on, and on the fixed-length WAPO mean without ``max_seq_len``.
     """
 
     #: Objective, one of `OBJECTIVES`.
@@ -308,6 +305,9 @@ def group_advantages(
         centered       r - mean                      Dr. GRPO, Dr. DAPO, WAPO
         raw            r                             RAFT, RAFT++
 
+    Returns advantages, in reward units (``standardized``: dimensionless), shape (N,). Raises
+    UserError if the kind is unknown, the shapes differ, or a reward is not finite or beyond 1e100.
+
     Parameters
     ----------
     kind : {"standardized", "centered", "raw"}
@@ -321,16 +321,6 @@ def group_advantages(
         equal fractional rewards may keep a residue of about 1e-17 whose sign decides whether
         positive-only objectives train on it. By default such a residue is exactly 0, and so is
         the deviation of a reward that equals its group's mean up to rounding.
-
-    Returns
-    -------
-    ndarray of float64, shape (N,)
-        Advantages, in reward units (``standardized``: dimensionless).
-
-    Raises
-    ------
-    UserError
-        If the kind is unknown, the shapes differ, or a reward is not finite or beyond 1e100.
 
     Notes
     -----

@@ -61,6 +61,9 @@ def _class_codes(config: ObjectiveConfig, sign_B1: Tensor, peak: Tensor) -> Tens
 def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: Tensor) -> Tensor:
     """Tokens that enter the loss: completion tokens past the advantage gate and the bins.
 
+    Returns bools, shape (B, T). Tokens with zero advantage are in no class: include_bins drops
+    them, exclude_bins leaves them. Under the published rules they count as positive.
+
     Parameters
     ----------
     config : ObjectiveConfig
@@ -71,12 +74,6 @@ def keep_tokens(config: ObjectiveConfig, advantage: Tensor, mask: Tensor, peak: 
         Completion tokens.
     peak : Tensor of bool, shape (B, T)
         Regime of the sampled token, ``wapo_taxonomy.is_peak``; p = 1 is a peak.
-
-    Returns
-    -------
-    Tensor of bool, shape (B, T)
-        Tokens with zero advantage are in no class: include_bins drops them, exclude_bins leaves
-        them. Under the published rules they count as positive.
 
     Notes
     -----
@@ -155,6 +152,8 @@ def policy_loss(
 ) -> LossOutput:
     """Weighted sum of the kept token losses, ``sum(token_loss * keep * weight)``.
 
+    Returns unscaled loss and per-token detail.
+
     Parameters
     ----------
     config : ObjectiveConfig
@@ -172,11 +171,6 @@ def policy_loss(
         Tokens in the loss (`keep_tokens`).
     weight : Tensor, shape (B,)
         Weight of each rollout (`BatchWeights.sequence_weight`).
-
-    Returns
-    -------
-    LossOutput
-        Unscaled loss and per-token detail.
 
     Notes
     -----

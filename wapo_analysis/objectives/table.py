@@ -73,9 +73,10 @@ def token_surrogate(
 ) -> TokenLoss:
     """Clipped surrogate on the token ratio x = p / p_old: GRPO, DAPO, RAFT++, WAPO and relatives.
 
-    ``-min(x A, clip(x, low, high) A)``; low = 0 clips above only. Sources: Shao et al. 2024
-    (arXiv 2402.03300), eq. 3, without its KL term; Yu et al. 2025 (arXiv 2503.14476) for a bound of
-    its own on each side; the WAPO paper (arXiv 2606.16154) for the upper bound alone.
+    ``-min(x A, clip(x, low, high) A)``; low = 0 clips above only. Sources: Shao et al. 2024 (arXiv
+    2402.03300), eq. 3, without its KL term; Yu et al. 2025 (arXiv 2503.14476) for a bound of its
+    own on each side; the WAPO paper (arXiv 2606.16154) for the upper bound alone. Returns loss,
+    ratio and clip flag of every position.
 
     Parameters
     ----------
@@ -87,11 +88,6 @@ def token_surrogate(
         Completion tokens; unused here, the ratio is per token.
     bounds : Bounds
         Clip range.
-
-    Returns
-    -------
-    TokenLoss
-        Loss, ratio and clip flag of every position.
     """
     return _surrogate(logp - logp_old, advantage, bounds)
 

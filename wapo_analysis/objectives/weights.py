@@ -136,7 +136,8 @@ def batch_weights(
         longest        1                                           N * max_i n_i
 
     multiplier = num_minibatches * world_size / max(Z, 1), so one mini-batch's loss estimates the
-    batch mean and a mean of gradients over ranks is the mean over the whole batch.
+    batch mean and a mean of gradients over ranks is the mean over the whole batch. Returns float64
+    weights on the CPU. Raises UserError if shapes differ, a count is negative or a size is below 1.
 
     Parameters
     ----------
@@ -152,16 +153,6 @@ def batch_weights(
         Rollouts sampled per prompt.
     num_minibatches, world_size : int
         Optimizer steps per batch; ranks that share it.
-
-    Returns
-    -------
-    BatchWeights
-        float64 weights on the CPU.
-
-    Raises
-    ------
-    UserError
-        If shapes differ, a count is negative or a size is below 1.
 
     Notes
     -----
@@ -236,6 +227,7 @@ def kept_token_weights(
 
     multiplier = 1 / units: the loss is the mean over rollouts (or groups) of each one's mean over
     kept tokens, or the mean over all kept tokens. With several ranks each averages its own rows.
+    Returns weights on ``keep``'s device.
 
     Parameters
     ----------
@@ -247,11 +239,6 @@ def kept_token_weights(
         Group of each rollout.
     batch : BatchWeights
         Weights of the whole batch.
-
-    Returns
-    -------
-    BatchWeights
-        Weights on ``keep``'s device.
 
     Notes
     -----
@@ -281,6 +268,8 @@ def minibatch_weights(
 ) -> BatchWeights:
     """Weights of one mini-batch under either normalisation.
 
+    Returns `kept_token_weights` with ``normalize_by_kept_tokens``, else the rows of ``batch``.
+
     Parameters
     ----------
     config : ObjectiveConfig
@@ -293,11 +282,6 @@ def minibatch_weights(
         Their kept tokens.
     group : Tensor of int, shape (B,)
         Their groups.
-
-    Returns
-    -------
-    BatchWeights
-        `kept_token_weights` with ``normalize_by_kept_tokens``, else the rows of ``batch``.
     """
     if config.normalize_by_kept_tokens:
         return kept_token_weights(config, keep, group, batch)

@@ -61,17 +61,14 @@ _GROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 def prepare_marks(runs: Sequence[Run]) -> pd.DataFrame:
     """Baseline and onset of every run, and how many optimizer updates one of its steps has.
 
+    Returns ``label, seed, run``, ``first`` and ``baseline`` (first and last step of the baseline of
+    the entropy, NaN without entropy), ``onset`` (of the verdict, NaN if healthy), ``updates``
+    (median).
+
     Parameters
     ----------
     runs : sequence of Run
         Opened runs.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run``, ``first`` and ``baseline`` (first and last step of the baseline of
-        the entropy, NaN without entropy), ``onset`` (of the verdict, NaN if healthy), ``updates``
-        (median).
     """
     from wapo_analysis.diagnose import diagnose
 
@@ -314,13 +311,7 @@ def figure(
 
 
 def get_figure(name: str) -> FigureSpec:
-    """Specification of a figure.
-
-    Raises
-    ------
-    UserError
-        If there is no figure of that name.
-    """
+    """Specification of a figure. Raises UserError if there is no figure of that name."""
     if name not in FIGURES:
         raise unknown_name("figure", name, FIGURES)
     return FIGURES[name]
@@ -347,6 +338,8 @@ def unavailable(spec: FigureSpec, runs: Sequence[Run]) -> str | None:
 def render(name: str, runs: Sequence[Run] = (), marks: pd.DataFrame | None = None) -> Figure:
     """Make a figure; pyplot does not know it and no global setting changes.
 
+    Raises UserError if the name is unknown or no run can feed the figure.
+
     Parameters
     ----------
     name : str
@@ -356,15 +349,6 @@ def render(name: str, runs: Sequence[Run] = (), marks: pd.DataFrame | None = Non
     marks : DataFrame, optional
         Baselines and onsets of the runs, of :func:`prepare_marks`, where they are
         known; else every run is diagnosed.
-
-    Returns
-    -------
-    Figure
-
-    Raises
-    ------
-    UserError
-        If the name is unknown or no run can feed the figure.
     """
     spec = get_figure(name)
     reason = unavailable(spec, runs)

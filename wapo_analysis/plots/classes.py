@@ -49,11 +49,8 @@ from wapo_analysis.store import Need, Run
 def prepare_class_share(runs: Sequence[Run]) -> pd.DataFrame:
     """Share of the tokens in each class per run and step.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, cls, share``: shares of one run and step add up to one; cls is
-        the class code of wapo_taxonomy, 4 for zero advantage and -1 for a missing statistic.
+    Returns ``label, seed, run, step, cls, share``: shares of one run and step add up to one; cls is
+    the class code of wapo_taxonomy, 4 for zero advantage and -1 for a missing statistic.
     """
     frame = class_frame(runs, ("tokens",))
     shares = _with_share(with_empty_classes(frame, "tokens"), "tokens").drop(columns="tokens")
@@ -100,12 +97,9 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
 def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     """Exact gradient mass of each class per run and step, and its share.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, cls, grad_mass, share, tokens, all_tokens``; grad_mass is the sum
-        of the L2 norms of dL/dz over the class's tokens, NaN where the source gives no collision
-        statistic; all_tokens counts those of the step, whatever their class.
+    Returns ``label, seed, run, step, cls, grad_mass, share, tokens, all_tokens``; grad_mass is the
+    sum of the L2 norms of dL/dz over the class's tokens, NaN where the source gives no collision
+    statistic; all_tokens counts those of the step, whatever their class.
     """
     frame = with_empty_classes(class_frame(runs, ("grad_mass", "tokens")), "grad_mass")
     every = frame.groupby(["run", "step"])["tokens"].transform("sum")
@@ -185,12 +179,9 @@ def bin_names(edges: Sequence[float]) -> list[str]:
 def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
     """Gradient mass per bin of p and sign over all steps, exact and by the official proxy.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, sign, prob_bin, exact, proxy``: shares of the run's whole exact mass in
-        the paper's five bins of p. The proxy is the sum of |coef| (1 - p) instead of |dL/dz|; it
-        may add up to less than one.
+    Returns ``label, seed, run, sign, prob_bin, exact, proxy``: shares of the run's whole exact mass
+    in the paper's five bins of p. The proxy is the sum of |coef| (1 - p) instead of |dL/dz|; it may
+    add up to less than one.
     """
     frame = _paper_bins(runs, ("grad_mass", "grad_mass_proxy"))
     total = frame.groupby("run")["grad_mass"].transform("sum")
@@ -259,12 +250,9 @@ def _mirrored(ax: Axes, places: pd.Series, sizes: pd.Series, sign: int) -> None:
 def prepare_token_strength(runs: Sequence[Run]) -> pd.DataFrame:
     """Mean coefficient of a token per bin of p and sign over all steps.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, sign, prob_bin, strength``: mean of coef = -dL/dlogp over the tokens of
-        the bin. The official token strength is w * ratio * A; coef is that with clipping, gates
-        and the outer normaliser included, so clipped tokens count as 0.
+    Returns ``label, seed, run, sign, prob_bin, strength``: mean of coef = -dL/dlogp over the tokens
+    of the bin. The official token strength is w * ratio * A; coef is that with clipping, gates and
+    the outer normaliser included, so clipped tokens count as 0.
     """
     frame = _paper_bins(runs, ("coef_sum", "tokens"))
     frame["strength"] = frame["coef_sum"] / frame["tokens"].where(frame["tokens"] > 0)

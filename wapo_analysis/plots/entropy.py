@@ -53,11 +53,8 @@ _LOG_FROM = 8.0
 def prepare_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     """Mean entropy per run and step, with the level of the baseline.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, entropy, start`` (nats); start is the baseline, the one its
-        diagnosis judges by.
+    Returns ``label, seed, run, step, entropy, start`` (nats); start is the baseline, the one its
+    diagnosis judges by.
     """
     frame = step_frame(runs, ("entropy",))
     known = frame.dropna(subset="entropy").groupby("run")
@@ -182,15 +179,10 @@ def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
     The first-order prediction is per unit learning rate of the logits. What that rate was is fitted
     at every step with re-scored tokens, as probes do it: the factor that brings the predicted
     change of p of the cells of the class table to the measured one, by least squares through the
-    origin. In between it is interpolated.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, cls, predicted, measured, scale``: parts of the mean change of the
-        entropy over the tokens of the step, which add up over the classes (nats per token).
-        ``scale`` is that factor; where no step of a run was re-scored it is NaN and ``predicted``
-        stays in nats per token and unit learning rate.
+    origin. In between it is interpolated. Returns ``label, seed, run, step, cls, predicted,
+    measured, scale``: parts of the mean change of the entropy over the tokens of the step, which
+    add up over the classes (nats per token). ``scale`` is that factor; where no step of a run was
+    re-scored it is NaN and ``predicted`` stays in nats per token and unit learning rate.
     """
     sums = ("tokens", "pred_dentropy_sum", "dentropy_sum", "rescored")
     frame = with_empty_classes(class_frame(runs, sums), "pred_dentropy_sum")

@@ -47,17 +47,14 @@ def finite(values: pd.Series) -> pd.Series:
 def step_frame(runs: Sequence[Run], columns: Iterable[str]) -> pd.DataFrame:
     """Columns of the step table of every run, one row per run and step.
 
+    Returns ``label, seed, run, step`` and the columns as float64.
+
     Parameters
     ----------
     runs : sequence of Run
         Opened runs.
     columns : iterable of str
         Columns of the ``steps`` table; absent ones are NaN.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step`` and the columns as float64.
     """
     names = list(columns)
     parts = []
@@ -72,6 +69,8 @@ def class_frame(
 ) -> pd.DataFrame:
     """Exact totals of the class table of every run, summed within the given keys.
 
+    Returns ``label, seed, run``, the keys (``cls`` as a code), and the sums as float64.
+
     Parameters
     ----------
     runs : sequence of Run
@@ -80,11 +79,6 @@ def class_frame(
         Columns of the ``classes`` table to sum; a sum of nothing but NaN is NaN.
     by : sequence of str
         Keys to keep, among ``step, cls, sign, regime, prob_bin``.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run``, the keys (``cls`` as a code), and the sums as float64.
     """
     names, keys = list(columns), list(by)
     parts = []
@@ -99,6 +93,8 @@ def class_frame(
 def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Add a row with 0 for every class a step has no token of: there, nothing is the true value.
 
+    Returns every class code for every run and step.
+
     Parameters
     ----------
     frame : DataFrame
@@ -106,11 +102,6 @@ def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     column : str
         Sum to fill. Where it is NaN for tokens of unknown class, the added rows are NaN as well,
         since those tokens may belong to any class.
-
-    Returns
-    -------
-    DataFrame
-        Every class code for every run and step.
     """
     if frame.empty:
         return frame
@@ -153,6 +144,8 @@ def token_frame(
 ) -> pd.DataFrame:
     """Token rows of a few evenly spaced steps of every run, so that long runs fit in memory.
 
+    Returns ``label, seed, run, step`` and the columns; ``cls`` as a code.
+
     Parameters
     ----------
     runs : sequence of Run
@@ -163,11 +156,6 @@ def token_frame(
         Take only steps whose tokens were scored again after the update.
     max_steps : int
         Most steps to read of one run; of these at most ``MAX_TOKEN_ROWS`` evenly spaced rows.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step`` and the columns; ``cls`` as a code.
     """
     names = [name for name in columns if name != "step"]
     parts = []
@@ -198,17 +186,14 @@ def _token_rows(run: Run, steps: tuple[int, ...]) -> pd.DataFrame:
 def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Mean over the runs of a label of every number in the frame, NaN left out.
 
+    Returns ``label``, the keys and the means, labels in their first order.
+
     Parameters
     ----------
     frame : DataFrame
         Tidy frame with ``RUN_KEYS``.
     keys : sequence of str
         Keys to keep beside ``label``.
-
-    Returns
-    -------
-    DataFrame
-        ``label``, the keys and the means, labels in their first order.
     """
     rest = frame.drop(columns=["seed", "run"])
     return rest.groupby(["label", *keys], sort=False, as_index=False).mean()

@@ -49,6 +49,8 @@ def label_figure(
 ) -> tuple[list[str], Figure, AxesArray]:
     """One column of panels per label, titled with it; labels beyond the last column wrap.
 
+    Returns labels, the figure, and its axes, an array of shape (rows, labels).
+
     Parameters
     ----------
     frame : DataFrame
@@ -65,11 +67,6 @@ def label_figure(
         Panels of one quantity share their y axis.
     columns : int
         Most columns side by side.
-
-    Returns
-    -------
-    tuple
-        Labels, the figure, and its axes, an array of shape (rows, labels).
     """
     labels = labels_of(frame)
     blocks = -(-max(len(labels), 1) // columns)

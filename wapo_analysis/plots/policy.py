@@ -49,17 +49,14 @@ _UP_CLIPPED_STEPS = 40
 def clip_range(objective: Mapping[str, Any]) -> tuple[float, float]:
     """Range of the importance ratio of a token outside which the objective can clip.
 
+    Returns (low, high); NaN where there is no such bound (gspo clips the ratio of whole sequences,
+    wapo has no lower bound) or the manifest does not give it.
+
     Parameters
     ----------
     objective : mapping
         ``objective`` entry of a manifest: ``name``, and ``bounds`` (low, high) as the built-in
         trainer writes them, or ``clip_eps`` as other sources give it.
-
-    Returns
-    -------
-    tuple of float
-        (low, high); NaN where there is no such bound (gspo clips the ratio of whole sequences, wapo
-        has no lower bound) or the manifest does not give it.
     """
     if objective.get("name") in _NOT_BY_TOKEN or objective.get("use_importance_sampling") is False:
         return float("nan"), float("nan")
@@ -87,11 +84,8 @@ def _with_bounds(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:
 def prepare_train_vs_behaviour(runs: Sequence[Run]) -> pd.DataFrame:
     """Both probabilities of every token read, with the sign and the clip range.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, sign, train, behaviour`` (probabilities) ``, low, high`` (clip
-        range of the ratio, NaN where there is none).
+    Returns ``label, seed, run, step, sign, train, behaviour`` (probabilities) ``, low, high`` (clip
+    range of the ratio, NaN where there is none).
     """
     rows = token_frame(runs, ("sign", "prob", "logp_old"))
     behaviour = np.exp(rows["logp_old"].astype("float64"))
@@ -185,13 +179,10 @@ def _outside(part: pd.DataFrame, low: float, high: float) -> str:
 def prepare_ratio_histogram(runs: Sequence[Run]) -> pd.DataFrame:
     """Importance ratio of the tokens read, in bins of its logarithm, per sign of the advantage.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, sign, bin`` (place between the edges), ``share`` of the run's tokens,
-        ``low, high`` (clip range), ``below, above``: shares of the run's tokens of that sign that
-        the clip can stop (A < 0 below ``low``, A > 0 above ``high``). Ratios beyond the outer
-        edges are in the outer bins.
+    Returns ``label, seed, run, sign, bin`` (place between the edges), ``share`` of the run's
+    tokens, ``low, high`` (clip range), ``below, above``: shares of the run's tokens of that sign
+    that the clip can stop (A < 0 below ``low``, A > 0 above ``high``). Ratios beyond the outer
+    edges are in the outer bins.
     """
     rows = token_frame(runs, ("sign", "logp", "logp_old"))
     gap = (rows["logp"] - rows["logp_old"]).astype("float64")
@@ -267,12 +258,9 @@ def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> A
 def prepare_up_clipped(runs: Sequence[Run]) -> pd.DataFrame:
     """Mean p of the tokens above the upper bound of the clip, per run and step with token rows.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, up_clipped, everyone`` (probabilities) ``, share``: mean p of the
-        tokens with A > 0 and a ratio above the upper bound, of all tokens with A > 0, and the
-        share of the latter that the former are. No row where there is no such bound.
+    Returns ``label, seed, run, step, up_clipped, everyone`` (probabilities) ``, share``: mean p of
+    the tokens with A > 0 and a ratio above the upper bound, of all tokens with A > 0, and the share
+    of the latter that the former are. No row where there is no such bound.
     """
     columns = ("sign", "prob", "logp", "logp_old")
     rows = _with_bounds(token_frame(runs, columns, max_steps=_UP_CLIPPED_STEPS), runs)

@@ -47,13 +47,9 @@ def prepare_mass_flow(runs: Sequence[Run]) -> pd.DataFrame:
         dp_y = k p_y (1 - 2 p_y + S),   dp_v = k p_v (S - p_y - p_v),   k = eta c / T^2
 
     with the coefficient c of the token and S = sum of p^2. The step eta of the logits is not known;
-    one number for all classes and parts is fitted to the measured changes (least squares).
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, cls, goer, predicted, measured, tokens``: means over the ``tokens``
-        positions of a class that were scored again, in probability.
+    one number for all classes and parts is fitted to the measured changes (least squares). Returns
+    ``label, seed, run, cls, goer, predicted, measured, tokens``: means over the ``tokens``
+    positions of a class that were scored again, in probability.
     """
     parts = []
     for place, run in enumerate(runs):
@@ -193,14 +189,11 @@ def _goer_bars(ax: Axes, rows: pd.DataFrame, cls: str) -> None:
 def prepare_calibration(runs: Sequence[Run]) -> pd.DataFrame:
     """Prediction, counterfactual and measurement of every probed update, per class.
 
-    Returns
-    -------
-    DataFrame
-        One row per run, probed update and class with tokens: ``predicted``, ``counterfactual``
-        (the class's share of the step applied alone) and ``measured`` (whole update), mean change
-        of the entropy of the class's own tokens in nats; ``verdict``; and per label and class the
-        shares ``counterfactual_sign_agreement, measured_sign_agreement`` of the updates in which
-        the prediction had the right sign.
+    Returns one row per run, probed update and class with tokens: ``predicted``, ``counterfactual``
+    (the class's share of the step applied alone) and ``measured`` (whole update), mean change of
+    the entropy of the class's own tokens in nats; ``verdict``; and per label and class the shares
+    ``counterfactual_sign_agreement, measured_sign_agreement`` of the updates in which the
+    prediction had the right sign.
     """
     parts = []
     for place, run in enumerate(runs):
@@ -313,12 +306,9 @@ def _axes_around_zero(ax: Axes, biggest: float) -> None:
 def prepare_waterfall(runs: Sequence[Run]) -> pd.DataFrame:
     """Sums over the probed updates, per part of the update.
 
-    Returns
-    -------
-    DataFrame
-        One row per run and part (class codes, momentum, weight decay, interaction, update):
-        ``dentropy`` in nats, the number of ``probes``, ``first`` and ``last`` probed step. The
-        parts add up to the update.
+    Returns one row per run and part (class codes, momentum, weight decay, interaction, update):
+    ``dentropy`` in nats, the number of ``probes``, ``first`` and ``last`` probed step. The parts
+    add up to the update.
     """
     parts = []
     for place, run in enumerate(runs):

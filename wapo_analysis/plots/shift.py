@@ -43,12 +43,9 @@ _ADVANTAGE_NAMES = ("A <= -1", "-1 < A < 0", "0 < A <= 1", "A > 1")
 def prepare_prob_shift(runs: Sequence[Run]) -> pd.DataFrame:
     """Predicted and measured change of p per label and class.
 
-    Returns
-    -------
-    DataFrame
-        One row per label and class: ``tokens``, the mean ``measured`` change, the mean
-        ``predicted`` change (times ``factor``), ``rank_correlation``
-        (Spearman) and ``sign_agreement`` (share of the moved tokens that moved the predicted way).
+    Returns one row per label and class: ``tokens``, the mean ``measured`` change, the mean
+    ``predicted`` change (times ``factor``), ``rank_correlation`` (Spearman) and ``sign_agreement``
+    (share of the moved tokens that moved the predicted way).
     """
     return _prepare(runs, "prob")
 
@@ -173,12 +170,9 @@ def _pair(ax: Axes, row: pd.Series) -> None:
 def prepare_decile_shift(runs: Sequence[Run]) -> pd.DataFrame:
     """Measured change of p in tenths of p, per interval of the advantage.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, advantage`` (place of the interval) ``, decile`` (0..9) ``, tokens`` and
-        the quartiles ``low, median, high`` of the measured change of p; cells of fewer than eight
-        tokens are left out.
+    Returns ``label, seed, run, advantage`` (place of the interval) ``, decile`` (0..9) ``, tokens``
+    and the quartiles ``low, median, high`` of the measured change of p; cells of fewer than eight
+    tokens are left out.
     """
     rows = token_frame(runs, ("advantage", "prob", "dprob"), rescored=True)
     values = rows[["advantage", "prob", "dprob"]].astype("float64")

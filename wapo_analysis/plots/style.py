@@ -110,18 +110,14 @@ class LineStyle:
 def label_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
     """Colour and dash of every label, detected from the label's own words.
 
-    A label that names a class ("GRPO neg_peak only") takes the colour of the class, one that
-    begins with an objective takes the objective's. Labels that would look alike get another dash.
+    A label that names a class ("GRPO neg_peak only") takes the colour of the class, one that begins
+    with an objective takes the objective's. Labels that would look alike get another dash. Returns
+    in the order of first appearance.
 
     Parameters
     ----------
     labels : sequence of str
         Legend texts; repeated ones count once.
-
-    Returns
-    -------
-    dict of str to LineStyle
-        In the order of first appearance. Raises nothing.
     """
     styles: dict[str, LineStyle] = {}
     for label in dict.fromkeys(labels):
@@ -243,17 +239,14 @@ def sign_map(sign: int) -> Colormap:
 def encode_figure(figure: Figure, format: str) -> bytes:
     """File content of a figure; the same figure gives the same bytes.
 
+    Raises UserError if the format is another one.
+
     Parameters
     ----------
     figure : Figure
         Any matplotlib figure.
     format : {"png", "svg", "pdf"}
         SVG keeps its text as text.
-
-    Raises
-    ------
-    UserError
-        If the format is another one.
     """
     if format not in FORMATS:
         raise unknown_name("figure format", format, FORMATS)
@@ -284,6 +277,8 @@ def _laid_out(figure: Figure, dpi: float) -> Iterator[None]:
 def save_figure(figure: Figure, path: Path, format: str | None = None) -> Path:
     """Write a figure to a file, making its folder.
 
+    Returns the path. Raises UserError if the format is unknown.
+
     Parameters
     ----------
     figure : Figure
@@ -292,16 +287,6 @@ def save_figure(figure: Figure, path: Path, format: str | None = None) -> Path:
         Target file.
     format : {"png", "svg", "pdf"}, optional
         By default the suffix of the path.
-
-    Returns
-    -------
-    Path
-        The path.
-
-    Raises
-    ------
-    UserError
-        If the format is unknown.
     """
     content = encode_figure(figure, path.suffix.lstrip(".") if format is None else format)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,11 +32,8 @@ _RATE = 0.15
 def prepare_theory_vocabulary(runs: Sequence[Run] = ()) -> pd.DataFrame:
     """Policy of seven tokens before and after one update of each class.
 
-    Returns
-    -------
-    DataFrame
-        ``cls, token, sampled, prob, dprob, dentropy``: one row per class and token; dprob is the
-        first-order change at a step of a quarter, dentropy (nats) that of the whole policy.
+    Returns ``cls, token, sampled, prob, dprob, dentropy``: one row per class and token; dprob is
+    the first-order change at a step of a quarter, dentropy (nats) that of the whole policy.
     """
     probs = np.array(EXAMPLE)
     parts = []
@@ -110,14 +107,11 @@ def _sampled_text(ax: Axes, token: pd.Series, color: str) -> None:
 def prepare_theory_classes(runs: Sequence[Run] = ()) -> pd.DataFrame:
     """One policy under many updates, for each of the four classes.
 
-    Returns
-    -------
-    DataFrame
-        ``cls, update, entropy, prob, force, inside``, the state after each update. entropy (nats)
-        is that of a policy that only ever gets the expected update of the class, whichever tokens
-        are in it by then. prob and force (length of the next move of the logits per unit step) are
-        those of one fixed token that starts in the class and is updated again and again; inside
-        tells whether it still is in the class.
+    Returns ``cls, update, entropy, prob, force, inside``, the state after each update. entropy
+    (nats) is that of a policy that only ever gets the expected update of the class, whichever
+    tokens are in it by then. prob and force (length of the next move of the logits per unit step)
+    are those of one fixed token that starts in the class and is updated again and again; inside
+    tells whether it still is in the class.
     """
     start = np.log(np.array(EXAMPLE))
     parts = []
@@ -191,14 +185,9 @@ _LOGIT_TICKS = (0.01, 0.1, 0.5, 0.9)
 def _rest(prob: Array, collision: Array) -> tuple[Array, Array, Array]:
     """Sums over the other tokens of a policy with given p and S: one rival, a uniform tail.
 
-    The other V - 1 tokens are a rival of probability r and V - 2 equal ones; r solves
-    r^2 + (1 - p - r)^2 / (V - 2) = S - p^2, which covers every S that p allows.
-
-    Returns
-    -------
-    tuple of ndarray
-        Sum of p_v^2, sum of p_v^2 ln p_v (nats), and the entropy H (nats); NaN where no policy has
-        these p and S.
+    The other V - 1 tokens are a rival of probability r and V - 2 equal ones; r solves r^2 + (1 - p
+    - r)^2 / (V - 2) = S - p^2, which covers every S that p allows. Returns sum of p_v^2, sum of
+    p_v^2 ln p_v (nats), and the entropy H (nats); NaN where no policy has these p and S.
     """
     tail, complement, wanted = VOCABULARY - 2, 1 - prob, collision - prob**2
     inside = (tail + 1) * wanted - complement**2
@@ -215,12 +204,9 @@ def _rest(prob: Array, collision: Array) -> tuple[Array, Array, Array]:
 def prepare_theory_map(runs: Sequence[Run] = ()) -> pd.DataFrame:
     """Entropy change of one update over p of the token and S of the policy.
 
-    Returns
-    -------
-    DataFrame
-        ``prob, collision, dentropy``: a grid, even in log odds; dentropy is first-order, in nats
-        per unit step with A > 0 (negate it for A < 0), NaN where no policy of a hundred tokens has
-        this p and S.
+    Returns ``prob, collision, dentropy``: a grid, even in log odds; dentropy is first-order, in
+    nats per unit step with A > 0 (negate it for A < 0), NaN where no policy of a hundred tokens has
+    this p and S.
     """
     odds = np.linspace(-4.9, 2.9, _GRID)
     axis = 1 / (1 + np.exp(-odds))

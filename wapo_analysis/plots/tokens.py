@@ -43,12 +43,8 @@ def prepare_rule_breaks(runs: Sequence[Run]) -> pd.DataFrame:
     """How often, and for how much of the entropy change, the rule's sign is wrong.
 
     Only tokens with a non-zero predicted dH count. Steps are at most forty evenly spaced ones.
-
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, tokens, weight``: share of the tokens, and share of the summed
-        absolute first-order dH, whose sign is not the one of the token's class.
+    Returns ``label, seed, run, step, tokens, weight``: share of the tokens, and share of the summed
+    absolute first-order dH, whose sign is not the one of the token's class.
     """
     rows = token_frame(runs, ("cls", "pred_dentropy"), max_steps=_STEPS)
     moved = rows[np.isfinite(rows["pred_dentropy"].astype(float)) & (rows["pred_dentropy"] != 0)]
@@ -105,11 +101,8 @@ def plot_rule_breaks(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
 def prepare_covariance(runs: Sequence[Run]) -> pd.DataFrame:
     """Covariance of log-probability and advantage over the tokens of a step.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, covariance`` (nats): mean of (A - mean A)(logp - mean logp);
-        ``top``, the part of the summed absolute products that the largest 2% of the tokens hold.
+    Returns ``label, seed, run, step, covariance`` (nats): mean of (A - mean A)(logp - mean logp);
+    ``top``, the part of the summed absolute products that the largest 2% of the tokens hold.
     """
     rows = token_frame(runs, ("advantage", "logp"), max_steps=_STEPS)
     values = rows[["advantage", "logp"]].astype("float64")
@@ -164,13 +157,10 @@ def plot_covariance(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
 def prepare_entropy_percentiles(runs: Sequence[Run]) -> pd.DataFrame:
     """Distribution of the token entropy, and what the most uncertain fifth of the tokens holds.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, edge`` (lower edge of a bin, nats) ``, share`` of the tokens in it, and
-        per run ``threshold`` (80th percentile of the entropy, nats) and the shares ``held_entropy``
-        and ``held_gradient`` of the tokens above it in the summed entropy and gradient norm (NaN
-        where the norm is unknown).
+    Returns ``label, seed, run, edge`` (lower edge of a bin, nats) ``, share`` of the tokens in it,
+    and per run ``threshold`` (80th percentile of the entropy, nats) and the shares ``held_entropy``
+    and ``held_gradient`` of the tokens above it in the summed entropy and gradient norm (NaN where
+    the norm is unknown).
     """
     rows = token_frame(runs, ("entropy", "grad_norm"))
     values = rows[["entropy", "grad_norm"]].astype("float64")
@@ -242,12 +232,9 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
 def prepare_top_tokens(runs: Sequence[Run]) -> pd.DataFrame:
     """Tokens of the vocabulary that own most of the gradient of each class.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, cls, text`` (quoted, escaped) ``, share`` of the summed gradient norm
-        of the class over the token rows read, ``mass`` (that sum) of the token; the six largest of
-        each label and class.
+    Returns ``label, seed, run, cls, text`` (quoted, escaped) ``, share`` of the summed gradient
+    norm of the class over the token rows read, ``mass`` (that sum) of the token; the six largest of
+    each label and class.
     """
     rows = token_frame(runs, ("token_id", "cls", "grad_norm"))
     sizes = rows["grad_norm"].astype("float64")
@@ -316,12 +303,9 @@ def _token_bars(ax: Axes, part: pd.DataFrame, color: str) -> None:
 def prepare_position_profile(runs: Sequence[Run]) -> pd.DataFrame:
     """Gradient by the place of the token in its completion, per class.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, cls, place`` (lower edge of twenty equal parts of the longest
-        completion, in tokens) ``, width`` of such a part, ``share`` of the run's summed gradient
-        norm, ``tokens`` the share of its tokens at that place.
+    Returns ``label, seed, run, cls, place`` (lower edge of twenty equal parts of the longest
+    completion, in tokens) ``, width`` of such a part, ``share`` of the run's summed gradient norm,
+    ``tokens`` the share of its tokens at that place.
     """
     rows = token_frame(runs, ("position", "cls", "grad_norm"))
     sizes = rows["grad_norm"].astype("float64")

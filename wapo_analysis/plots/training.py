@@ -42,11 +42,8 @@ HELD_OUT = "eval/pass@1"
 def prepare_reward(runs: Sequence[Run]) -> pd.DataFrame:
     """Reward and pass rate per run and step, and the pass rate on held-out prompts.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, reward, pass_rate, eval/pass@1``; an evaluation before training
-        stands at step 0.
+    Returns ``label, seed, run, step, reward, pass_rate, eval/pass@1``; an evaluation before
+    training stands at step 0.
     """
     frame = step_frame(runs, ("reward", "pass_rate", HELD_OUT))
     before = [
@@ -136,11 +133,9 @@ def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> Axe
 def prepare_lengths(runs: Sequence[Run]) -> pd.DataFrame:
     """Health of the samples per run and step.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, length`` (tokens) ``, truncated, repetition, clip_low, clip_high,
-        zero_signal`` (shares); zero_signal is the share of groups that are all wrong or all right.
+    Returns ``label, seed, run, step, length`` (tokens) ``, truncated, repetition, clip_low,
+    clip_high, zero_signal`` (shares); zero_signal is the share of groups that are all wrong or all
+    right.
     """
     flat = ("groups_all_wrong", "groups_all_right")
     frame = step_frame(runs, ("length", "truncated", "repetition", "clip_low", "clip_high", *flat))
@@ -233,12 +228,9 @@ def plot_kl_per_token(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
 def prepare_reward_and_entropy(runs: Sequence[Run]) -> pd.DataFrame:
     """Reward and entropy of every step, and the law R = b - a exp(H) fitted to each run's label.
 
-    Returns
-    -------
-    DataFrame
-        ``label, seed, run, step, reward, entropy`` (nats) and per label ``a, b`` of the least
-        squares fit and ``r2``, the share of the variance of the reward that it explains; NaN where
-        the entropy does not vary.
+    Returns ``label, seed, run, step, reward, entropy`` (nats) and per label ``a, b`` of the least
+    squares fit and ``r2``, the share of the variance of the reward that it explains; NaN where the
+    entropy does not vary.
     """
     frame = step_frame(runs, ("reward", "entropy")).dropna(subset=["reward", "entropy"])
     parts = [rows.assign(**fit_law(rows)) for _, rows in frame.groupby("label", sort=False)]

@@ -54,6 +54,8 @@ def judge(predicted: Array, gradient: Array, carried: Array, measured: Array, ha
        move these through shared parameters
     5. ``local law holds``     P and G agree in sign and within FACTOR
 
+    Returns verdicts, keys of ``MEANINGS``, shape (n,).
+
     Parameters
     ----------
     predicted : array_like, shape (n,)
@@ -64,11 +66,6 @@ def judge(predicted: Array, gradient: Array, carried: Array, measured: Array, ha
         K, change by momentum plus that by weight decay.
     measured, half : array_like, shape (n,)
         M and M/2, change by the whole and by half of the update.
-
-    Returns
-    -------
-    ndarray of str, shape (n,)
-        Verdicts, keys of ``MEANINGS``.
 
     Examples
     --------
@@ -109,20 +106,17 @@ def set_name(code: int) -> str:
 def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     """Predicted, counterfactual and measured change of the entropy, per probe and set of tokens.
 
+    Returns one row per probed update and set of tokens (class codes 0..3, 4 all tokens, 5 tokens of
+    the step before): ``tokens``; ``predicted`` by the taxonomy at the fitted scale (0 for tokens
+    without a part in the update); ``counterfactual``, the set's own class applied alone (where it
+    is no class: all classes at once); ``gradient``, all classes at once; ``carried``, momentum plus
+    weight decay; ``measured``, the whole update; ``half``, half of it; all mean nats; ``verdict``,
+    see `judge`.
+
     Parameters
     ----------
     probes : DataFrame
         Rows of the probes table.
-
-    Returns
-    -------
-    DataFrame
-        One row per probed update and set of tokens (class codes 0..3, 4 all tokens, 5 tokens of the
-        step before): ``tokens``; ``predicted`` by the taxonomy at the fitted scale (0 for tokens
-        without a part in the update); ``counterfactual``, the set's own class applied alone (where
-        it is no class: all classes at once); ``gradient``, all classes at once;
-        ``carried``, momentum plus weight decay; ``measured``, the whole update; ``half``, half of
-        it; all mean nats; ``verdict``, see `judge`.
     """
     whole = probes[probes["part"] == UPDATE].set_index(KEYS).sort_index()
     alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
@@ -157,17 +151,14 @@ def complete(probes: pd.DataFrame, parts: Sequence[int]) -> pd.DataFrame:
 def closure(probes: pd.DataFrame) -> pd.DataFrame:
     """Entropy change of the probed updates, by part; the parts add up to what was measured.
 
+    Returns index part (the classes, momentum, weight decay, interaction, update) and columns
+    ``predicted`` (NaN where the taxonomy is silent) and ``dentropy``: sums over the probed updates
+    of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes.
+
     Parameters
     ----------
     probes : DataFrame
         Rows of the probes table, of the updates to be explained.
-
-    Returns
-    -------
-    DataFrame
-        Index part (the classes, momentum, weight decay, interaction, update) and columns
-        ``predicted`` (NaN where the taxonomy is silent) and ``dentropy``: sums over the probed
-        updates of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes.
     """
     rows = probes[probes["tokens_of"] == ALL_TOKENS]
     sums = rows.groupby("part")[["predicted_dentropy", "counterfactual_dentropy"]]
@@ -195,16 +186,13 @@ def closure_error(probes: pd.DataFrame) -> float:
 def agreement(predicted: Array, measured: Array) -> dict[str, float]:
     """How well one series of changes foretells another.
 
+    Returns ``rank_correlation`` (Spearman, NaN for fewer than three pairs), ``sign_agreement``
+    (share of the pairs with one sign, NaN without pairs), ``pairs``.
+
     Parameters
     ----------
     predicted, measured : ndarray, shape (n,)
         Pairs; those with a zero or NaN are left out.
-
-    Returns
-    -------
-    dict
-        ``rank_correlation`` (Spearman, NaN for fewer than three pairs), ``sign_agreement`` (share
-        of the pairs with one sign, NaN without pairs), ``pairs``.
     """
     pairs = pd.DataFrame({"p": predicted, "m": measured}).astype(np.float64)
     pairs = pairs[(pairs * 0 == 0).all(axis=1) & (pairs != 0).all(axis=1)]
@@ -221,18 +209,15 @@ def agreement(predicted: Array, measured: Array) -> dict[str, float]:
 def trust(probes: pd.DataFrame) -> pd.DataFrame:
     """How often the predicted dH of a class had the measured sign, over the probed updates.
 
+    Returns a row per class with a prediction: ``cls``; ``updates``, how many; ``alone`` of
+    ``alone_of`` had the sign of the class's own step applied alone; ``whole``, that of the whole
+    update. Always of the class's own tokens. What is between is shared parameters, momentum and the
+    interaction of classes.
+
     Parameters
     ----------
     probes : DataFrame
         Rows of the probes table.
-
-    Returns
-    -------
-    DataFrame
-        A row per class with a prediction: ``cls``; ``updates``, how many; ``alone`` of ``alone_of``
-        had the sign of the class's own step applied alone; ``whole``, that of the whole update.
-        Always of the class's own tokens. What is between is shared parameters, momentum and the
-        interaction of classes.
     """
     if probes.empty:
         return pd.DataFrame(columns=["cls", "updates", "alone", "alone_of", "whole"])

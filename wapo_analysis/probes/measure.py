@@ -95,17 +95,14 @@ def clip_factor(grad_norm: float, limit: float | None) -> float:
 def take_apart(update: Update, scored: Sequence[Scorable]) -> Records | None:
     """Split an update and measure what each part does alone.
 
+    Returns rows of the probes table; None if no token of the update had a gradient.
+
     Parameters
     ----------
     update : Update
         The update.
     scored : sequence of Scorable
         Tokens to score, of the update and others.
-
-    Returns
-    -------
-    Records or None
-        Rows of the probes table; None if no token of the update had a gradient.
     """
     if all(part.tokens is None or part.tokens.coef is None for part in update.passes):
         return None

@@ -124,10 +124,11 @@ class PartSize:
 def fit_scale(unit_dlogp: Array, dlogp: Array) -> float:
     """Learning rate of the logits that explains a step best, by least squares through the origin.
 
-    The local law says that token i moves by ``dlogp_i = eta x_i`` with
-    ``x_i = c_i ((1-p_i)^2 + C_o,i) / T^2`` (taxonomy/README.md, section 3). In a network eta is not
-    known beforehand: it is the mean of the tokens' own squared gradients. One number is fitted to
-    all tokens of the probe, so signs and relative sizes stay the prediction's own.
+    The local law says that token i moves by ``dlogp_i = eta x_i`` with ``x_i = c_i ((1-p_i)^2 +
+    C_o,i) / T^2`` (taxonomy/README.md, section 3). In a network eta is not known beforehand: it is
+    the mean of the tokens' own squared gradients. One number is fitted to all tokens of the probe,
+    so signs and relative sizes stay the prediction's own. Returns eta; NaN if nothing was predicted
+    to move.
 
     Parameters
     ----------
@@ -135,11 +136,6 @@ def fit_scale(unit_dlogp: Array, dlogp: Array) -> float:
         x, first-order change of logp per unit learning rate.
     dlogp : ndarray, shape (N,)
         Measured change of logp, nats.
-
-    Returns
-    -------
-    float
-        eta; NaN if nothing was predicted to move.
     """
     size = float(unit_dlogp @ unit_dlogp)
     return float(unit_dlogp @ dlogp) / size if size > 0 else float("nan")
@@ -156,6 +152,9 @@ def probe_rows(
 ) -> Records:
     """Rows of the probes table for one probed update.
 
+    Returns one row per part and non-empty set of tokens. The interaction is the measured change
+    less the effects of the addends, so that the parts add up to the measured change.
+
     Parameters
     ----------
     step, minibatch : int
@@ -171,12 +170,6 @@ def probe_rows(
         Size of each part in the weights.
     closure_error : float
         Part of the step of the weights that the parts do not account for.
-
-    Returns
-    -------
-    Records
-        One row per part and non-empty set of tokens. The interaction is the measured change less
-        the effects of the addends, so that the parts add up to the measured change.
     """
     scale = fit_scale(tokens.dlogp, changes[GRADIENT].dlogp)
     rows = []

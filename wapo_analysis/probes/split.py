@@ -44,10 +44,7 @@ class Before:
     def of(cls, parameters: Sequence[Tensor], optimizer: Optimizer) -> "Before":
         """Copy weights and first moments.
 
-        Raises
-        ------
-        UserError
-            If the optimizer's step cannot be split.
+        Raises UserError if the optimizer's step cannot be split.
         """
         check_splits(optimizer)
         moments = (optimizer.state[p].get("exp_avg") for p in parameters)
@@ -63,10 +60,7 @@ class Before:
 def check_splits(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose step is no sum of known parts.
 
-    Raises
-    ------
-    UserError
-        If it is neither AdamW (without amsgrad or maximize) nor SGD without momentum.
+    Raises UserError if it is neither AdamW (without amsgrad or maximize) nor SGD without momentum.
     """
     odd = [
         name
@@ -95,7 +89,8 @@ def class_gradients(
 
     Equals, class by class, ``grad(-(coef * (cls == c) * logp).sum(), parameters)``: the loss
     depends on the parameters through logp alone and ``coef`` is -dL/dlogp, so the class gradients
-    add up to the training gradient.
+    add up to the training gradient. Returns one gradient per class and parameter; zeros for a class
+    without gradient.
 
     Parameters
     ----------
@@ -108,11 +103,6 @@ def class_gradients(
     parameters : sequence of Tensor
     classes : int
         Number of classes; codes 0..classes-1.
-
-    Returns
-    -------
-    list of list of Tensor
-        One gradient per class and parameter; zeros for a class without gradient.
     """
     weights = [torch.where(cls == code, -coef, 0.0).to(logp.dtype) for code in range(classes)]
     present = torch.stack([weight.any() for weight in weights]).tolist()
@@ -141,6 +131,9 @@ def split_step(
 ) -> dict[int, Tensors]:
     """Parts of the step the optimizer has just taken, see the head of this module.
 
+    Returns class codes, ``MOMENTUM`` and ``WEIGHT_DECAY``; parameters the optimizer left alone have
+    zero parts.
+
     Parameters
     ----------
     parameters : sequence of Tensor
@@ -153,12 +146,6 @@ def split_step(
         Class gradients before clipping.
     clip : float
         Factor by which the gradient norm was clipped.
-
-    Returns
-    -------
-    dict of int to list of Tensor
-        Class codes, ``MOMENTUM`` and ``WEIGHT_DECAY``; parameters the optimizer left alone have
-        zero parts.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     taken = _steps_taken(parameters, optimizer)

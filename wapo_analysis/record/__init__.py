@@ -93,12 +93,8 @@ class Steps:
     def next(self, step: int) -> int:
         """Number of a step that was called ``step``: that, or counted on if it was there already.
 
-        Rows of a step that comes twice would take the place of those that it had.
-
-        Raises
-        ------
-        UserError
-            On a number that no run folder can hold.
+        Rows of a step that comes twice would take the place of those that it had. Raises UserError
+        on a number that no run folder can hold.
         """
         if not 0 <= step < MOST_STEPS:
             raise UserError(f"a step must be 0 to {MOST_STEPS - 1}, got {step}")
@@ -116,10 +112,7 @@ class Steps:
 def check_schedule(rank: int, token_fraction: float, *every: int) -> None:
     """Refuse a rank below 0, a share out of (0, 1] and steps between two that are below 0.
 
-    Raises
-    ------
-    UserError
-        Naming what is allowed.
+    Raises UserError naming what is allowed.
     """
     if not isinstance(rank, Integral) or rank < 0:
         raise UserError(f"rank must be 0 or a whole number above it, got {rank!r}")

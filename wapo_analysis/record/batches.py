@@ -88,13 +88,11 @@ class BatchPass:
 def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
     """Positions outside the mask with a gradient: all, before a rollout's tokens, after them.
 
+    Returns Tensor of int64, shape (3,), or (1,) of packed tensors, whose places are not told apart.
+
     Parameters
     ----------
     gradient, mask : Tensor, shape (B, T) or, packed, (M,)
-
-    Returns
-    -------
-    Tensor of int64, shape (3,), or (1,) of packed tensors, whose places are not told apart
     """
     hit = (gradient != 0) & gradient.isfinite() & ~mask
     if mask.dim() == 1:
@@ -127,10 +125,8 @@ class Layout:
     def of(cls, logp: Tensor, cu_seqlens: Tensor | None, rollouts: Tensor | None) -> "Layout":
         """Layout of padded (B, T) tensors, or of packed (M,) ones by bounds or by numbers.
 
-        Raises
-        ------
-        UserError
-            If packed tensors come without either, or bounds are not those of M positions.
+        Raises UserError if packed tensors come without either, or bounds are not those of M
+        positions.
         """
         size = len(logp)
         if logp.dim() == 2:
@@ -162,10 +158,7 @@ class Layout:
     def per_rollout(self, name: str, values: Tensor) -> Tensor:
         """Values per rollout, shape (B,), of such values or, if packed, of one per position.
 
-        Raises
-        ------
-        UserError
-            If they have neither shape, or differ within a rollout.
+        Raises UserError if they have neither shape, or differ within a rollout.
         """
         values = values.detach().to(self.rollout.device)
         if values.shape == (self.count,):
@@ -233,12 +226,8 @@ def batch_pass(
 ) -> BatchPass:
     """Gather the N masked tokens of one gradient pass; see ``Recorder.watch``.
 
-    Rollouts without numbers get those from ``first_rollout`` on.
-
-    Raises
-    ------
-    UserError
-        On shapes that do not fit, or logits that do not give these log-probabilities.
+    Rollouts without numbers get those from ``first_rollout`` on. Raises UserError on shapes that do
+    not fit, or logits that do not give these log-probabilities.
     """
     if not isinstance(logp, Tensor):
         raise UserError(f"logp must be a tensor on the autograd graph, got {type(logp).__name__}")
@@ -353,11 +342,8 @@ def _stats(
 ) -> TokenStats | None:
     """Statistics of the N tokens under the mask; None without logits.
 
-    Raises
-    ------
-    UserError
-        If the logits do not give these log-probabilities: shifted by one, or at another
-        temperature. Rounding in half precision passes.
+    Raises UserError if the logits do not give these log-probabilities: shifted by one, or at
+    another temperature. Rounding in half precision passes.
     """
     if logits is None:
         return None

@@ -39,10 +39,7 @@ class Beside(Protocol):
 def check_actions(on_warning: Action, on_critical: Action, processes: int = 1) -> None:
     """Refuse what is no action, and any where several processes train.
 
-    Raises
-    ------
-    UserError
-        Naming what is allowed.
+    Raises UserError naming what is allowed.
     """
     for name, action in (("on_warning", on_warning), ("on_critical", on_critical)):
         if action is not None and not callable(action) and action not in _WORDS[name]:

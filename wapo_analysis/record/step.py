@@ -344,12 +344,8 @@ def step_rollouts(
     """Rollouts of a step from its batches and what the caller knows; see `Recorder.finish_step`.
 
     What is given for all rollouts of `OpenStep.trained` is kept of those with rows; the step's
-    reward is that of all.
-
-    Raises
-    ------
-    UserError
-        If rewards or texts are not as many as the rollouts that were watched.
+    reward is that of all. Raises UserError if rewards or texts are not as many as the rollouts that
+    were watched.
     """
     table = rollout_table(batches)
     sums = rollout_sums({"length": table["length"]} if table else {})

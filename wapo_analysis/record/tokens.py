@@ -306,9 +306,7 @@ def _rollout_ratio(columns: Mapping[str, Tensor]) -> Tensor:
 def _cell_sums(cell: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
     """Sum of every term in every cell without NaN, and the tokens it is known of.
 
-    Returns
-    -------
-    Tensor of float64, shape (2, terms, CELLS)
+    Returns Tensor of float64, shape (2, terms, CELLS).
     """
     place = torch.arange(len(cell), device=cell.device) % _SPREAD * CELLS + cell
     sums = torch.zeros(

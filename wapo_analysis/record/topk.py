@@ -108,7 +108,8 @@ class TopReader:
     """Chooses whose most probable tokens are read, and keeps them until the step ends.
 
     Of each step whose token rows are written four rollouts are looked at, in the first pass that
-    has them: those whose rows are written even if the share of written rollouts is small.
+    has them: those whose rows are written even if the share of written rollouts is small. Raises
+    UserError if ``size`` is not in 0..127.
 
     Parameters
     ----------
@@ -119,11 +120,6 @@ class TopReader:
     share : float
         Share of the rollouts whose rows are written.
     temperature : float
-
-    Raises
-    ------
-    UserError
-        If ``size`` is not in 0..127.
     """
 
     def __init__(self, size: int, every: int, share: float, temperature: float) -> None:

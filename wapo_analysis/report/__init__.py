@@ -46,6 +46,9 @@ MORE_STEPS = 40
 def build_report(runs: Sequence[Run], out: Path | None = None, rows: int = ROWS) -> str:
     """Build the page and, if asked, write it.
 
+    Returns the page. The same runs give the same page. Raises UserError if there are no runs, a run
+    is broken, or the file cannot be written or is no page.
+
     Parameters
     ----------
     runs : sequence of Run
@@ -55,16 +58,6 @@ def build_report(runs: Sequence[Run], out: Path | None = None, rows: int = ROWS)
     rows : int
         Token rows the page may carry, over all runs. Steps that the findings name come first; the
         page says how many recorded steps it holds.
-
-    Returns
-    -------
-    str
-        The page. The same runs give the same page.
-
-    Raises
-    ------
-    UserError
-        If there are no runs, a run is broken, or the file cannot be written or is no page.
     """
     if not runs:
         raise UserError("a report needs at least one run")

@@ -106,17 +106,14 @@ def _mark(path: Path) -> str:
 def application(folders: Sequence[Path], token: str | None = None) -> Starlette:
     """The board as an ASGI application.
 
+    Raises UserError if the extra [board] is not installed.
+
     Parameters
     ----------
     folders : sequence of Path
         Where runs are looked for.
     token : str, optional
         Asked for in every address (``?token=...``); None lets everybody in who can reach it.
-
-    Raises
-    ------
-    UserError
-        If the extra [board] is not installed.
     """
     try:
         from starlette.applications import Starlette
@@ -187,10 +184,7 @@ def serve(
 ) -> None:
     """Serve the board until it is interrupted; ``begins`` is called before.
 
-    Raises
-    ------
-    UserError
-        If a folder is missing, the extra is not installed, or the port is taken.
+    Raises UserError if a folder is missing, the extra is not installed, or the port is taken.
     """
     missing = next((folder for folder in folders if not folder.is_dir()), None)
     if missing is not None:

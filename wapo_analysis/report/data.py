@@ -42,17 +42,14 @@ SHOWN_FOREIGN = 40
 def run_data(run: Run, found: Diagnosis | None = None) -> Json:
     """Everything of a run that does not belong to a single step.
 
+    Returns plain values for JSON: strings, finite numbers, None, lists, dictionaries.
+
     Parameters
     ----------
     run : Run
         An open run, finished or still being written.
     found : Diagnosis, optional
         Its diagnosis, if the caller has it.
-
-    Returns
-    -------
-    dict
-        Plain values for JSON: strings, finite numbers, None, lists, dictionaries.
     """
     found = found or diagnose(run)
     context = Context(run)

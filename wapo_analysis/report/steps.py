@@ -34,18 +34,15 @@ NO_CLASS = len(tax.CLASSES)
 def step_data(run: Run, step: int) -> Json:
     """Everything a page shows of one step.
 
+    Returns ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows), ``top``,
+    the most probable tokens of the rollouts that have them, and the texts of the ids that occur.
+
     Parameters
     ----------
     run : Run
         The run.
     step : int
         A recorded step.
-
-    Returns
-    -------
-    dict
-        ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows), ``top``, the
-        most probable tokens of the rollouts that have them, and the texts of the ids that occur.
     """
     known = run.table("rollouts", [step]).drop_duplicates(["rank", "rollout"])
     tokens = merged_passes(run.tokens([step])) if step in run.token_steps() else None

@@ -42,6 +42,8 @@ def reduce_rows(
 ) -> Reduced:
     """Reduce N rows block by block.
 
+    In float32; float64 if the rows are.
+
     Parameters
     ----------
     rows : Rows, N of them
@@ -51,11 +53,6 @@ def reduce_rows(
         Number of largest columns to return.
     chunk_rows : int, optional
         Rows of a block.
-
-    Returns
-    -------
-    Reduced
-        In float32; float64 if the rows are.
     """
     size = block_rows(rows, chunk_rows)
     x, e = rows.logits.new_empty((2, size, rows.logits.shape[-1]), dtype=rows.dtype)

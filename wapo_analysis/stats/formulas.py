@@ -51,16 +51,13 @@ def wide(block: Tensor) -> Tensor:
 def finish(reduced: Reduced, temperature: float) -> Columns:
     """Statistics from reduced rows.
 
+    In nats. A row whose largest logit is not finite, or with a NaN in its sums, is NaN
+    throughout. ``log_z`` is the log of the normaliser relative to the largest logit.
+
     Parameters
     ----------
     reduced : Reduced, N rows
     temperature : float
-
-    Returns
-    -------
-    Columns
-        In nats. A row whose largest logit is not finite, or with a NaN in its sums, is NaN
-        throughout. ``log_z`` is the log of the normaliser relative to the largest logit.
     """
     chosen, highest, origin, sum_e, sum_ex, sum_e2, sum_e2x = reduced.numbers.double().unbind(1)
     # Not finite times 0 is NaN, and what is NaN here is NaN in every statistic.

@@ -22,21 +22,14 @@ Reducer = Callable[..., Reduced]
 def reducer(backend: str, logits: Tensor) -> Reducer:
     """Program for these logits.
 
+    Returns ``(rows, targets, temperature, topk, chunk_rows) -> Reduced``. Raises UserError if the
+    backend was asked for by name and cannot run here.
+
     Parameters
     ----------
     backend : str
         One of `BACKENDS`.
     logits : Tensor
-
-    Returns
-    -------
-    callable
-        ``(rows, targets, temperature, topk, chunk_rows) -> Reduced``.
-
-    Raises
-    ------
-    UserError
-        If the backend was asked for by name and cannot run here.
     """
     if backend == "compile":
         return reduce_compiled

@@ -76,10 +76,7 @@ def check_head(
 def gathered(tensor: Tensor) -> Tensor:
     """Return a weight as it is, or gathered if it is FSDP2's shard of one.
 
-    Raises
-    ------
-    UserError
-        If a shard asks for a gradient: the gathered weight would pass none on.
+    Raises UserError if a shard asks for a gradient: the gathered weight would pass none on.
     """
     gather = getattr(tensor, "full_tensor", None)
     if gather is None:
@@ -98,10 +95,8 @@ def chosen_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Targets of the rows wanted, shape (N,), and their numbers; None if all are.
 
-    Raises
-    ------
-    UserError
-        If a target is no column; on a GPU the device itself ends the program, nobody waits.
+    Raises UserError if a target is no column; on a GPU the device itself ends the program, nobody
+    waits.
     """
     flat = targets.reshape(-1).long()
     if kept is None and mask is not None:
@@ -284,6 +279,9 @@ def block_maxima(rows: Tensor) -> Tensor:
 def upper_end(pick: Pick, maxima: Tensor, target: Tensor, vocabulary: int) -> Ends:
     """Find the mode of every row and the largest column but the mode and the target.
 
+    In the dtype of the maxima. ``mode`` is the target wherever no column is larger;
+    ``origin`` is -inf where nothing is left.
+
     Parameters
     ----------
     pick : callable
@@ -292,12 +290,6 @@ def upper_end(pick: Pick, maxima: Tensor, target: Tensor, vocabulary: int) -> En
     target : Tensor of int64, shape (N, 1)
     vocabulary : int
         V.
-
-    Returns
-    -------
-    Ends
-        In the dtype of the maxima. ``mode`` is the target wherever no column is larger; ``origin``
-        is -inf where nothing is left.
     """
     chosen = pick(target).to(maxima.dtype)
     block = target.div(BLOCK, rounding_mode="floor")

@@ -49,10 +49,6 @@ def reduce_triton(
         Number of largest columns to return; these are found by torch operations, block by block.
     chunk_rows : int, optional
         Rows of a block of that search.
-
-    Returns
-    -------
-    Reduced
     """
     logits, count = rows.logits, len(rows)
     found = torch.empty((count, 7), dtype=torch.float32, device=logits.device)

@@ -104,19 +104,15 @@ def sync_folder(folder: Path) -> None:
 def open_regular(path: Path, limit: int = 1 << 62) -> io.BufferedReader:
     """Open a regular file for reading; never a pipe, a socket or a device, which could block.
 
+    Raises FileNotFoundError if it is not there (any more); UserError if it is no regular file, is
+    larger, or cannot be opened; the message names it.
+
     Parameters
     ----------
     path : Path
         A link to a regular file will do.
     limit : int
         Most bytes it may have.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there (any more).
-    UserError
-        If it is no regular file, is larger, or cannot be opened; the message names it.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -144,12 +140,8 @@ def open_regular(path: Path, limit: int = 1 << 62) -> io.BufferedReader:
 def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     """Content of a JSON file.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there (any more).
-    UserError
-        If it cannot be read, is no JSON, or is too large or too deeply nested.
+    Raises FileNotFoundError if it is not there (any more); UserError if it cannot be read, is no
+    JSON, or is too large or too deeply nested.
     """
     try:
         with open_regular(path, limit) as stream:
@@ -200,10 +192,7 @@ _INT64 = 2**63
 def step_line(row: Mapping[str, Any]) -> bytes:
     """Line of a step; numbers that are not finite become null.
 
-    Raises
-    ------
-    UserError
-        On a value that is no number, nor the text of a column of the trainer's own.
+    Raises UserError on a value that is no number, nor the text of a column of the trainer's own.
     """
     text = json.dumps({name: _json_number(name, value) for name, value in row.items()})
     return f'{text[:-1]}, "{CHECKSUM}": "{crc32(text.encode()):08x}"}}\n'.encode()
@@ -227,10 +216,7 @@ class LineReader:
     def row(self, line: bytes) -> dict[str, Any]:
         """Return the row of a line.
 
-        Raises
-        ------
-        ValueError
-            With the reason, if it is no step record or does not match its checksum.
+        Raises ValueError with the reason, if it is no step record or does not match its checksum.
         """
         body = line.rstrip(b"\r\n")
         ending = body[-_ENDING:]
@@ -278,12 +264,7 @@ def _value(name: str, value: Any) -> float | int | str | None:
 def log_lines(log: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | ValueError]]:
     """Number of each line of a step log that is not blank, the line, its row or why it has none.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no log.
-    UserError
-        If it cannot be opened.
+    Raises FileNotFoundError if there is no log; UserError if it cannot be opened.
     """
     reader = LineReader()
     with open_regular(log, LOG_BYTES) as stream:
@@ -299,12 +280,8 @@ def log_lines(log: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | ValueErr
 def step_lines(log: Path) -> Iterator[dict[str, Any]]:
     """Rows of the whole lines of a step log, in order; an unfinished last line is left out.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no log.
-    UserError
-        On a line that is no step record or is damaged; the message names it.
+    Raises FileNotFoundError if there is no log; UserError on a line that is no step record or is
+    damaged; the message names it.
     """
     for number, line, row in log_lines(log):
         if not isinstance(row, ValueError):

@@ -117,10 +117,7 @@ def written_by_another(path: Path) -> bool:
 def check_free(path: Path) -> None:
     """Refuse a run that another process is writing.
 
-    Raises
-    ------
-    UserError
-        If one is, naming process, host and the last step.
+    Raises UserError if one is, naming process, host and the last step.
     """
     owner = Owner.of(path)
     if owner is not None and owner.state(_silence(path)) == "alive":
@@ -133,19 +130,14 @@ def check_free(path: Path) -> None:
 class RunLock:
     """Ownership of a run folder, from its making to `release`.
 
+    Raises UserError if another process writes the run; OSError if the folder cannot be written.
+
     Parameters
     ----------
     path : Path
         Run folder; must exist.
     take_over : bool
         Take it from whoever holds it.
-
-    Raises
-    ------
-    UserError
-        If another process writes the run.
-    OSError
-        If the folder cannot be written.
     """
 
     def __init__(self, path: Path, take_over: bool = False) -> None:

@@ -203,17 +203,14 @@ class Manifest(Mapping[str, Any]):
     def of(cls, entries: Mapping[str, Any], problems: list[str] | None = None) -> "Manifest":
         """Manifest of plain entries.
 
+        Raises UserError on an entry of another shape, unless ``problems`` is given.
+
         Parameters
         ----------
         entries : mapping
             By their names in the file; older names are understood.
         problems : list of str, optional
             Takes one sentence for each entry of another shape, which is then left out.
-
-        Raises
-        ------
-        UserError
-            On an entry of another shape, unless ``problems`` is given.
         """
         known = {shape.metadata["key"] or shape.name: shape for shape in _declared()}
         given: dict[str, Any] = {}
@@ -255,10 +252,8 @@ class Manifest(Mapping[str, Any]):
     def setting(self, name: str, default: T, least: Any = None, below: Any = None) -> T:
         """Setting of the trainer, of the kind of its default; the default where it has none.
 
-        Raises
-        ------
-        UserError
-            If the run gives another kind of value, or one that is not in [least, below).
+        Raises UserError if the run gives another kind of value, or one that is not in [least,
+        below).
         """
         value = self.config.get(name)
         if value is None:
@@ -331,11 +326,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path, tell: bool = True) -> Manifest:
     """Manifest of a run folder; entries of another shape are left out and, with ``tell``, logged.
 
-    Raises
-    ------
-    UserError
-        If the folder is missing, is no run, is broken, is of another schema version, or gives a
-        temperature that is none.
+    Raises UserError if the folder is missing, is no run, is broken, is of another schema version,
+    or gives a temperature that is none.
     """
     file = path / MANIFEST
     if not path.exists():

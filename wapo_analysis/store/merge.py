@@ -43,6 +43,9 @@ GROUP_ROWS = 1 << 14
 def merge_parts(folder: Path, rank: int, at_least: int) -> bool:
     """Merge the loose parts of one rank of a table, if there are enough.
 
+    Returns whether a merged file was written. Raises UserError on a broken part; nothing is deleted
+    then.
+
     Parameters
     ----------
     folder : Path
@@ -51,16 +54,6 @@ def merge_parts(folder: Path, rank: int, at_least: int) -> bool:
         Process whose parts are merged.
     at_least : int
         Fewer parts are left as they are.
-
-    Returns
-    -------
-    bool
-        Whether a merged file was written.
-
-    Raises
-    ------
-    UserError
-        On a broken part; nothing is deleted then.
     """
     files = [part for part in list_parts(folder) if part.rank == rank]
     held = {step for part in files if part.merged for step in part.steps()}
@@ -78,6 +71,8 @@ def merge_parts(folder: Path, rank: int, at_least: int) -> bool:
 def replace_files(folder: Path, sources: Sequence[PartFile], last: int | None = None) -> bool:
     """Write the rows of some files of one rank as one merged file, then delete those files.
 
+    Returns whether a file was written; not if there are no rows.
+
     Parameters
     ----------
     folder : Path
@@ -86,11 +81,6 @@ def replace_files(folder: Path, sources: Sequence[PartFile], last: int | None = 
         Files of one rank; of two that hold a step the first gives it.
     last : int, optional
         Leave out the steps after this one.
-
-    Returns
-    -------
-    bool
-        Whether a file was written; not if there are no rows.
     """
     place: dict[int, PartFile] = {}
     rows: dict[int, int] = {}
@@ -215,18 +205,15 @@ class Compacted:
 def compact(run: Path, take_over: bool = False) -> Compacted:
     """Merge all parts of a run: one file for each table and rank.
 
+    Raises UserError if it is no run, is being written, holds a broken part, or the disk is full; no
+    row is lost then.
+
     Parameters
     ----------
     run : Path
         Run folder, finished or crashed.
     take_over : bool
         Also a run that another process seems to write; that one stops recording if it lives.
-
-    Raises
-    ------
-    UserError
-        If it is no run, is being written, holds a broken part, or the disk is full; no row is lost
-        then.
     """
     ended = read_manifest(run).status != "running"
     if not (ended or take_over or (run / LOCK).exists()) and _fresh(run):

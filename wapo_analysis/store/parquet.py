@@ -175,15 +175,8 @@ def _sealed(footer: bytes, body: int) -> bytes:
 def check_seal(stream: BinaryIO, whole: bool = False) -> bool:
     """Check the file metadata of a Parquet file, and if asked all bytes before them.
 
-    Returns
-    -------
-    bool
-        Whether there are checksums; files of version 0.1 or of other tools have none and pass.
-
-    Raises
-    ------
-    ValueError
-        If a checksum does not match.
+    Returns whether there are checksums; files of version 0.1 or of other tools have none and pass.
+    Raises ValueError if a checksum does not match.
     """
     start, footer = _footer(stream)
     found = _SEALED.search(footer)
@@ -247,12 +240,8 @@ def verify(path: Path) -> bool:
 def open_part(path: Path) -> pq.ParquetFile:
     """Open a Parquet file; its pages are verified as they are read.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it is not there (any more).
-    UserError
-        If it is broken, is no regular file or would not fit into memory; the message names it.
+    Raises FileNotFoundError if it is not there (any more); UserError if it is broken, is no regular
+    file or would not fit into memory; the message names it.
     """
     with named(path), open_regular(path, PART_BYTES) as stream:
         size = os.fstat(stream.fileno()).st_size
@@ -316,18 +305,15 @@ def _text_bytes(column: pa.ChunkedArray) -> int:
 def fitted(table: pa.Table, declared: Table, columns: Sequence[str] | None = None) -> pa.Table:
     """Columns of a table in the types the schema declares; others stay as they are.
 
+    Raises ValueError if a required column is missing, a column has another kind of values or codes
+    without meaning, or a row has no step.
+
     Parameters
     ----------
     table : pyarrow.Table
     declared : Table
     columns : sequence of str, optional
         Columns that were asked for; others need not be there.
-
-    Raises
-    ------
-    ValueError
-        If a required column is missing, a column has another kind of values or codes without
-        meaning, or a row has no step.
     """
     table = table.rename_columns(current_names(table.schema.names, declared))
     names = table.schema.names

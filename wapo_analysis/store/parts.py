@@ -82,12 +82,8 @@ class PartFile:
     def groups(self) -> list[dict[int, int]]:
         """Steps of each row group, with their rows; of a part only the step is known (-1 rows).
 
-        Raises
-        ------
-        FileNotFoundError
-            If it has been merged into another file meanwhile.
-        UserError
-            If it is broken.
+        Raises FileNotFoundError if it has been merged into another file meanwhile; UserError if it
+        is broken.
         """
         if not self.merged:
             return [{self.first: -1}]
@@ -112,10 +108,7 @@ def merged_name(first: int, last: int, rank: int) -> str:
 def list_parts(folder: Path) -> list[PartFile]:
     """Files of a table, merged ones first, then by step and rank; a missing folder is empty.
 
-    Raises
-    ------
-    UserError
-        If the folder cannot be listed.
+    Raises UserError if the folder cannot be listed.
     """
     try:
         names = os.listdir(folder)
@@ -164,13 +157,7 @@ def _steps_of(group: Any) -> dict[int, int]:
 
 
 def listed_keys(folder: Path) -> set[Key]:
-    """Step and rank of everything a table holds.
-
-    Raises
-    ------
-    UserError
-        On a broken merged file.
-    """
+    """Step and rank of everything a table holds. Raises UserError on a broken merged file."""
     return settled(
         lambda: {(step, part.rank) for part in list_parts(folder) for step in part.steps()}
     )
@@ -179,10 +166,7 @@ def listed_keys(folder: Path) -> set[Key]:
 def settled(look: Callable[[], T]) -> T:
     """Do what lists and opens files; again when one vanishes in between, merged into another.
 
-    Raises
-    ------
-    UserError
-        If one is listed again and again but is not there: a link to nothing.
+    Raises UserError if one is listed again and again but is not there: a link to nothing.
     """
     for _ in range(_LISTINGS):
         try:
@@ -201,6 +185,8 @@ def read_rows(
 ) -> dict[Key, Rows]:
     """Read the rows of a table by step and rank, each once.
 
+    In the order of the keys. Raises UserError on a broken file, unless ``broken`` is given.
+
     Parameters
     ----------
     folder : Path
@@ -213,16 +199,6 @@ def read_rows(
         Keys that need not be read.
     broken : dict, optional
         Names of files not to open. Broken files are added instead of raised.
-
-    Returns
-    -------
-    dict of (step, rank) to Rows
-        In the order of the keys.
-
-    Raises
-    ------
-    UserError
-        On a broken file, unless ``broken`` is given.
     """
     found: dict[Key, Rows] = {}
     known = set(have)
@@ -268,12 +244,8 @@ def read_steps(
 ) -> dict[int, Rows]:
     """Rows of one file by step; row groups without any of the steps are not read.
 
-    Raises
-    ------
-    FileNotFoundError
-        If it has been merged into another file meanwhile.
-    UserError
-        If it is broken, or holds other columns or steps than it should.
+    Raises FileNotFoundError if it has been merged into another file meanwhile; UserError if it is
+    broken, or holds other columns or steps than it should.
     """
     groups = part.groups()
     needed = [n for n, group in enumerate(groups) if any(step in steps for step in group)]
@@ -304,6 +276,8 @@ def scan_step(
 ) -> dict[str, Array]:
     """What is kept of the rows of one step, read a block at a time.
 
+    Raises UserError on a broken file.
+
     Parameters
     ----------
     folder : Path
@@ -313,11 +287,6 @@ def scan_step(
         Columns that are read; one of numbers that a file lacks is NaN, null is NaN.
     keep : callable
         From the columns of a block, shape (rows,) each, to those that are kept of it.
-
-    Raises
-    ------
-    UserError
-        On a broken file.
     """
 
     def whole(values: list[Array]) -> Array:
@@ -371,10 +340,7 @@ def _kept(
 def read_vocab(path: Path) -> dict[int, str]:
     """Token id to text of the ids a run has seen; empty if none were written.
 
-    Raises
-    ------
-    UserError
-        If the file is broken.
+    Raises UserError if the file is broken.
     """
     file = path / VOCAB
     try:

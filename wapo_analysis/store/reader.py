@@ -295,10 +295,7 @@ def run_folders(folder: Path) -> list[Path]:
 def find_runs(path: str | Path) -> list[Path]:
     """Run folders at or below a path: the path itself if it is a run, else its run subfolders.
 
-    Raises
-    ------
-    UserError
-        If there is none.
+    Raises UserError if there is none.
     """
     folder = Path(path)
     if is_run(folder):

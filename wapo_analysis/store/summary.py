@@ -46,8 +46,12 @@ def class_summary(
 ) -> pd.DataFrame:
     """Tokens, entropy, predicted entropy change and gradient mass by step and class.
 
-    The same as, and several times faster than,
-    ``Run.tokens().groupby(["step", "cls"])`` with sums and means of its derived columns.
+    The same as, and several times faster than, ``Run.tokens().groupby(["step", "cls"])`` with sums
+    and means of its derived columns. Returns the keys in order, ``tokens``, ``entropy`` (mean,
+    nats), ``pred_dentropy_sum`` (first-order dH of a unit step, nats) and ``grad_mass`` (sum of
+    |dL/dz|). A statistic that is missing is left out of its sum; where it is missing on every token
+    the sum is NaN. Raises UserError on an unknown engine or key, DuckDB asked for and absent, no
+    files, or a broken file.
 
     Parameters
     ----------
@@ -60,18 +64,6 @@ def class_summary(
         to spread over; on one, pyarrow with numpy takes three quarters of its time.
     by : sequence of str
         ``step``, ``cls`` or both.
-
-    Returns
-    -------
-    DataFrame
-        The keys in order, ``tokens``, ``entropy`` (mean, nats), ``pred_dentropy_sum`` (first-order
-        dH of a unit step, nats) and ``grad_mass`` (sum of |dL/dz|). A statistic that is missing is
-        left out of its sum; where it is missing on every token the sum is NaN.
-
-    Raises
-    ------
-    UserError
-        On an unknown engine or key, DuckDB asked for and absent, no files, or a broken file.
     """
     if engine not in _ENGINES:
         raise unknown_name("engine", engine, _ENGINES)

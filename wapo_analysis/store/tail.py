@@ -70,10 +70,7 @@ class Tail:
     def poll(self) -> bool:
         """Read what is new; returns whether anything was.
 
-        Raises
-        ------
-        UserError
-            If the folder is no run or its schema version is another one.
+        Raises UserError if the folder is no run or its schema version is another one.
         """
         changed = self._read_manifest()
         if self._read_log():

@@ -49,6 +49,8 @@ LAST_STEPS = 8
 class PartWriter:
     """Writes the parts of a process that is not the first, and nothing else.
 
+    Raises UserError if the folder cannot be written.
+
     Parameters
     ----------
     path : Path
@@ -57,11 +59,6 @@ class PartWriter:
         Ignored: manifest, step log and vocabulary are the first process's to write.
     store_bits : int
         Mantissa bits that float32 columns keep, 7..23; 23 keeps all.
-
-    Raises
-    ------
-    UserError
-        If the folder cannot be written.
     """
 
     def __init__(
@@ -167,6 +164,10 @@ class PartWriter:
 class RunWriter(PartWriter):
     """Writes one run folder, which is this process's until `close`.
 
+    Raises UserError if another process writes the run, the folder already holds a run and
+    ``resume_after`` is None, or it cannot be written. Later, `RunLost` once another process has
+    taken it over.
+
     Parameters
     ----------
     path : Path
@@ -179,12 +180,6 @@ class RunWriter(PartWriter):
         Mantissa bits that float32 columns keep, 7..23; 23 keeps all.
     take_over : bool
         Take the run from a process that still writes it; that one notices and stops recording.
-
-    Raises
-    ------
-    UserError
-        If another process writes the run, the folder already holds a run and ``resume_after`` is
-        None, or it cannot be written. Later, `RunLost` once another process has taken it over.
     """
 
     def __init__(
@@ -296,12 +291,8 @@ def _refuse_run(path: Path) -> None:
 def copy_steps(source: Path, target: Path, last: int) -> None:
     """Copy the steps of a run up to ``last`` into a new folder; the manifest is not copied.
 
-    Parts are linked where the file system can: they are never written again in place.
-
-    Raises
-    ------
-    UserError
-        If the folder cannot be written.
+    Parts are linked where the file system can: they are never written again in place. Raises
+    UserError if the folder cannot be written.
     """
     try:
         for name in PART_TABLES:

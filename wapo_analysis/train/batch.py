@@ -66,15 +66,9 @@ class Batch:
 def draw_batch(policy: Policy, task: Task, config: TrainConfig, step: int) -> Batch:
     """Draw the prompts of a step, sample and grade their completions.
 
-    The prompts depend on (seed, step) alone: two objectives with one seed see the same prompts,
-    and a resumed run sees those it would have seen.
-
-    Raises
-    ------
-    NonFiniteLogits
-        If the policy cannot be sampled from.
-    UserError
-        If a prompt does not fit the model.
+    The prompts depend on (seed, step) alone: two objectives with one seed see the same prompts, and
+    a resumed run sees those it would have seen. Raises NonFiniteLogits if the policy cannot be
+    sampled from; UserError if a prompt does not fit the model.
     """
     prompts, repeats = config.prompts_per_step, config.rollouts_per_prompt
     longest = config.max_new_tokens or task.max_new_tokens
@@ -101,11 +95,8 @@ def encode_problems(
 ) -> list[Prompt]:
     """Encode the prompts of problems so that prompt and completion fit the model.
 
-    Raises
-    ------
-    UserError
-        If one does not fit and ``max_prompt_tokens`` does not allow to cut it, or the task needs
-        tools, which only engine trl calls.
+    Raises UserError if one does not fit and ``max_prompt_tokens`` does not allow to cut it, or the
+    task needs tools, which only engine trl calls.
     """
     if tools_of(task):
         raise UserError(f"task {task.name} needs tools, which only --engine trl calls")

@@ -46,13 +46,9 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, whole or not at all, and drop all but the last ``keep``.
 
-    Those that a guard keeps (``ring``) are not counted and not dropped.
-
-    Returns
-    -------
-    Path
-        The checkpoint folder; transformers loads it like any model folder. Of a policy with LoRA it
-        holds the adapters alone, for peft.
+    Those that a guard keeps (``ring``) are not counted and not dropped. Returns the checkpoint
+    folder; transformers loads it like any model folder. Of a policy with LoRA it holds the adapters
+    alone, for peft.
 
     Raises
     ------
@@ -126,10 +122,7 @@ def step_of(checkpoint: Path) -> int:
 def last_checkpoint(run: Path) -> tuple[Path, int]:
     """Newest checkpoint and its step.
 
-    Raises
-    ------
-    UserError
-        If the run has none, or the newest is broken.
+    Raises UserError if the run has none, or the newest is broken.
     """
     found = checkpoints(run)
     if not found:
@@ -142,10 +135,8 @@ def last_checkpoint(run: Path) -> tuple[Path, int]:
 def checkpoint_at(run: Path, step: int) -> Path:
     """Checkpoint of one step.
 
-    Raises
-    ------
-    UserError
-        If the run has none of that step (the message lists those it has), or it is broken.
+    Raises UserError if the run has none of that step (the message lists those it has), or it is
+    broken.
     """
     steps = {step_of(folder): folder for folder in checkpoints(run)}
     if step not in steps:
@@ -253,10 +244,8 @@ def only_data(on: bool = True) -> Iterator[None]:
 def check_model(source: str) -> bool:
     """Whether only safetensors may be loaded now; if so, that a folder asks for nothing else.
 
-    Raises
-    ------
-    UserError
-        If the model's own settings name code to be loaded, or its adapters are pickled.
+    Raises UserError if the model's own settings name code to be loaded, or its adapters are
+    pickled.
     """
     if not _ONLY_DATA.get():
         return False
@@ -288,10 +277,7 @@ def _code(entries: Any) -> Iterator[str]:
 def recorded_settings(run: Path) -> TrainConfig:
     """Settings a run of ``wapo train`` was made with, on whichever engine.
 
-    Raises
-    ------
-    UserError
-        If the folder is no run, or its settings are not those of ``wapo train``.
+    Raises UserError if the folder is no run, or its settings are not those of ``wapo train``.
     """
     manifest = read_manifest(run)
     return TrainConfig.from_dict(manifest.extra.get("recipe", manifest.config))
@@ -299,6 +285,9 @@ def recorded_settings(run: Path) -> TrainConfig:
 
 def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> TrainConfig:
     """Settings of a run with changes on top.
+
+    Raises UserError if the folder is no run, a setting is wrong, or the manifest names code to be
+    run without ``trust``, or code inside the run folder.
 
     Parameters
     ----------
@@ -308,12 +297,6 @@ def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> T
         Settings the user gives; a task among them is the user's word.
     trust : bool
         The user has read what the manifest names.
-
-    Raises
-    ------
-    UserError
-        If the folder is no run, a setting is wrong, or the manifest names code to be run without
-        ``trust``, or code inside the run folder.
     """
     from wapo_analysis.train.tasks import names_code
 

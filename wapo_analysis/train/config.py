@@ -57,12 +57,8 @@ class TrainConfig(ObjectiveSettings, _Objective):
     """Everything that decides a run; written whole to its manifest.
 
     Each setting is declared once, by `declare.setting`: its limits, its option of ``wapo train``,
-    whether a continued run or a fork may change it, and its line of docs/training.md.
-
-    Raises
-    ------
-    UserError
-        On values out of range, naming the field, the value and what is allowed.
+    whether a continued run or a fork may change it, and its line of docs/training.md. Raises
+    UserError on values out of range, naming the field, the value and what is allowed.
     """
 
     task: str = setting(
@@ -250,10 +246,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
     def load_task(self) -> "Task":
         """The task with its data; read once as long as the files stay as they are.
 
-        Raises
-        ------
-        UserError
-            If the data cannot be used.
+        Raises UserError if the data cannot be used.
         """
         from wapo_analysis.train.tasks import get_task
 
@@ -326,10 +319,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
     def from_dict(cls, values: Mapping[str, Any], base: Self | None = None) -> Self:
         """Build from plain values, on top of ``base`` if given.
 
-        Raises
-        ------
-        UserError
-            On an unknown name or a value of the wrong type.
+        Raises UserError on an unknown name or a value of the wrong type.
 
         Notes
         -----
@@ -342,10 +332,7 @@ class TrainConfig(ObjectiveSettings, _Objective):
     def from_toml(cls, file: Path) -> Self:
         """Read a flat TOML file of settings.
 
-        Raises
-        ------
-        UserError
-            If the file is missing, is no TOML, or holds an unknown setting.
+        Raises UserError if the file is missing, is no TOML, or holds an unknown setting.
         """
         from wapo_analysis.store.files import open_regular
 

@@ -152,12 +152,8 @@ class Evaluation(Result):
 def evaluate(policy: Policy, task: Task, config: TrainConfig) -> Evaluation:
     """Sample and grade ``eval_samples`` completions of each of ``eval_prompts`` held-out prompts.
 
-    Raises
-    ------
-    NonFiniteLogits
-        If the policy cannot be sampled from.
-    UserError
-        If the task has no held-out problems, or a prompt does not fit the model.
+    Raises NonFiniteLogits if the policy cannot be sampled from; UserError if the task has no
+    held-out problems, or a prompt does not fit the model.
     """
     started = perf_counter()
     problems = task.held_out_problems(config.eval_prompts)
@@ -199,6 +195,9 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a checkpoint of a run.
 
+    Raises UserError if the folder is no run, the checkpoint is not there, or a setting is not
+    allowed; NonFiniteLogits if the policy cannot be sampled from.
+
     Parameters
     ----------
     run : Path
@@ -211,17 +210,6 @@ def evaluate_run(
         Run code that the manifest names, and load its model from more than safetensors.
     **changes
         Settings to replace, those that are None left out.
-
-    Returns
-    -------
-    Evaluation
-
-    Raises
-    ------
-    UserError
-        If the folder is no run, the checkpoint is not there, or a setting is not allowed.
-    NonFiniteLogits
-        If the policy cannot be sampled from.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     config = settings_of(run, given, trust_run)

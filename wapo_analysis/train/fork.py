@@ -89,6 +89,9 @@ class Plan:
 def plan_fork(run: Path, step: int, changes: Mapping[str, Any], steps: int | None = None) -> Plan:
     """Decide where a fork starts and what it trains.
 
+    Raises UserError if the run cannot be forked there, naming its checkpoints, or a setting cannot
+    change.
+
     Parameters
     ----------
     run : Path
@@ -99,11 +102,6 @@ def plan_fork(run: Path, step: int, changes: Mapping[str, Any], steps: int | Non
         Settings to change, plain values; may be empty.
     steps : int, optional
         Steps to train after ``step``; None trains to the last step of the run.
-
-    Raises
-    ------
-    UserError
-        If the run cannot be forked there, naming its checkpoints, or a setting cannot change.
     """
     original = open_run(run)
     if "recipe" in original.manifest.extra:
@@ -185,7 +183,9 @@ def fork_run(
     """Make a fork and compare it to its original.
 
     The new folder holds the original's steps up to the fork and is a run like any other: it can be
-    diagnosed, and continued with ``wapo train --resume``.
+    diagnosed, and continued with ``wapo train --resume``. Raises UserError if the folder is not
+    empty or the original's checkpoint cannot be used; NonFiniteLogits if the fork's policy can no
+    longer be sampled from; its run is closed as ``diverged``.
 
     Parameters
     ----------
@@ -196,13 +196,6 @@ def fork_run(
         Called with the step's row after every step, repeated ones among them.
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
-
-    Raises
-    ------
-    UserError
-        If the folder is not empty or the original's checkpoint cannot be used.
-    NonFiniteLogits
-        If the fork's policy can no longer be sampled from; its run is closed as ``diverged``.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; choose another --out or delete it")

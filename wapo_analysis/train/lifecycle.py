@@ -90,10 +90,7 @@ def closed_as_it_ended(
 ) -> Iterator[Ended]:
     """A block that trains; after it each of ``closes`` is told the status of the run.
 
-    Raises
-    ------
-    UserError
-        If the GPU has no memory for a step, naming what to change.
+    Raises UserError if the GPU has no memory for a step, naming what to change.
     """
     ended = Ended()
     try:
@@ -182,10 +179,7 @@ def new_manifest(config: TrainConfig, policy: Policy, capture: CaptureMode) -> M
 def resumed_manifest(before: Manifest, config: TrainConfig, capture: CaptureMode) -> Manifest:
     """Manifest of a continued run; a changed step count is the only change it may carry.
 
-    Raises
-    ------
-    UserError
-        If the task's data are not those the run began with.
+    Raises UserError if the task's data are not those the run began with.
     """
     data, now = before.data, config.load_task().data_record()
     for name in ("sha256", "reward_sha256", "train", "held_out"):
@@ -208,10 +202,7 @@ def resumed_manifest(before: Manifest, config: TrainConfig, capture: CaptureMode
 def check_resumed(run: Path, config: TrainConfig) -> None:
     """Check that a run is continued with the settings that made it what it is.
 
-    Raises
-    ------
-    UserError
-        If one of them has changed, naming it and both values.
+    Raises UserError if one of them has changed, naming it and both values.
     """
     before = recorded_settings(run)
     for name, declared in declared_settings(TrainConfig).items():
@@ -233,10 +224,8 @@ def open_recorder(
 ) -> Recorder:
     """Recorder of a new run or of one that is continued after a step; without folder, of none.
 
-    Raises
-    ------
-    UserError
-        If the folder cannot be used, or the task's data are not those the run began with.
+    Raises UserError if the folder cannot be used, or the task's data are not those the run began
+    with.
     """
     if run is None:
         return Recorder(None)
@@ -293,6 +282,9 @@ def train_all(
 ) -> list[str | None]:
     """Train every job; one that fails does not stop the others.
 
+    Returns what went wrong with each job, None if nothing did. Raises UserError if two jobs share a
+    folder.
+
     Parameters
     ----------
     jobs : sequence of Job
@@ -301,16 +293,6 @@ def train_all(
         Processes; None takes one per core, at most one per job.
     progress : callable, optional
         Called a few times a second with the finished steps of each job.
-
-    Returns
-    -------
-    list of str or None
-        What went wrong with each job, None if nothing did.
-
-    Raises
-    ------
-    UserError
-        If two jobs share a folder.
     """
     if len({job.out for job in jobs}) < len(jobs):
         raise UserError("two of the runs have the same folder")

@@ -76,13 +76,7 @@ class Loggers:
 
 
 def check_loggers(kind: str) -> None:
-    """Check that the packages of the loggers are installed.
-
-    Raises
-    ------
-    UserError
-        If one is not.
-    """
+    """Check that the packages of the loggers are installed. Raises UserError if one is not."""
     for package in _wanted(kind):
         if find_spec(package) is None:
             raise UserError(

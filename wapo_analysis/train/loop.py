@@ -70,6 +70,12 @@ def train(
 ) -> Policy:
     """Train a policy and, if ``out`` is given, record the run there.
 
+    Returns the trained policy. Raises UserError on a bad setting, an unusable folder, nothing to
+    resume, or a GPU without memory for a step; the run is then closed as ``out_of_memory``;
+    NonFiniteLogits if the policy can no longer be sampled from; the run is closed as ``diverged``;
+    KeyboardInterrupt on Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been
+    written.
+
     Parameters
     ----------
     config : TrainConfig
@@ -87,21 +93,6 @@ def train(
         Called with the step's row after every step.
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
-
-    Returns
-    -------
-    Policy
-        The trained policy.
-
-    Raises
-    ------
-    UserError
-        On a bad setting, an unusable folder, nothing to resume, or a GPU without memory for a
-        step; the run is then closed as ``out_of_memory``.
-    NonFiniteLogits
-        If the policy can no longer be sampled from; the run is closed as ``diverged``.
-    KeyboardInterrupt
-        On Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -128,6 +119,9 @@ def begin(
 ) -> "tuple[Trainer, int]":
     """Trainer in the state it starts from, and the step it has reached.
 
+    Raises UserError if the model or the checkpoint cannot be used, or a setting decides other
+    weights.
+
     Parameters
     ----------
     config : TrainConfig
@@ -135,11 +129,6 @@ def begin(
         Run that is continued; None starts a new one.
     checkpoint : int, optional
         Step of its checkpoint; None takes the newest.
-
-    Raises
-    ------
-    UserError
-        If the model or the checkpoint cannot be used, or a setting decides other weights.
     """
     weights, done, earlier = None, 0, None
     if resumed is not None:
@@ -184,10 +173,8 @@ def _steps(
 ) -> Iterator[dict[str, float]]:
     """Train the steps after ``done``, with checkpoints; yields their rows.
 
-    Raises
-    ------
-    KeyboardInterrupt
-        When the run was asked to stop, once the step is whole and in a checkpoint.
+    Raises KeyboardInterrupt when the run was asked to stop, once the step is whole and in a
+    checkpoint.
     """
     config = trainer.config
     with stop_between_steps() as stop:
@@ -269,10 +256,7 @@ class Trainer:
     def step(self, step: int, recorder: Recorder) -> dict[str, float]:
         """Do one step: draw a batch, update on it, record it.
 
-        Returns
-        -------
-        dict
-            The step's row of the ``steps`` table.
+        Returns the step's row of the ``steps`` table.
         """
         started = perf_counter()
         for parameters in self.optimizer.param_groups:

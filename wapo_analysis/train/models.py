@@ -70,10 +70,7 @@ def repeatable(on: bool) -> Iterator[None]:
 def pick_device(name: str) -> torch.device:
     """Device for ``auto``, ``cpu`` or ``cuda``.
 
-    Raises
-    ------
-    UserError
-        If CUDA is asked for and absent.
+    Raises UserError if CUDA is asked for and absent.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,10 +82,7 @@ def pick_device(name: str) -> torch.device:
 def configured_policy(config: TrainConfig, weights: Path | None = None) -> Policy:
     """Load the policy of a run: its start, or a checkpoint of it.
 
-    Raises
-    ------
-    UserError
-        If it cannot be loaded as the settings want it.
+    Raises UserError if it cannot be loaded as the settings want it.
     """
     device = pick_device(config.device)
     return load_policy(
@@ -114,6 +108,9 @@ def load_policy(
 ) -> Policy:
     """Load a policy.
 
+    Raises UserError if the model or its tokenizer cannot be loaded, or does not support what is
+    asked for.
+
     Parameters
     ----------
     name : str
@@ -130,11 +127,6 @@ def load_policy(
         Train these beside frozen weights instead of the weights.
     recompute : bool
         Gradient checkpointing.
-
-    Raises
-    ------
-    UserError
-        If the model or its tokenizer cannot be loaded, or does not support what is asked for.
     """
     if weights is not None and is_adapter_checkpoint(weights) != (adapter is not None):
         raise UserError(f"{weights} was written {'with' if adapter is None else 'without'} LoRA")
@@ -263,11 +255,8 @@ def _eos_ids(model: Any, tokenizer: Any, chat_ends: tuple[int, ...]) -> tuple[in
 def add_adapter(model: Any, adapter: Adapter) -> Any:
     """Freeze a model and put new adapters beside it; its function does not change yet.
 
-    Raises
-    ------
-    UserError
-        If peft is not installed, no layer has a wanted name, or the output head is among them:
-        the fused head reads its plain weight.
+    Raises UserError if peft is not installed, no layer has a wanted name, or the output head is
+    among them: the fused head reads its plain weight.
     """
     peft = _peft()
     config = peft.LoraConfig(

@@ -60,16 +60,13 @@ class Prompt:
 class PromptFormat:
     """Encodes prompts for one tokenizer.
 
+    Raises UserError if a chat template is asked for and the tokenizer has none, a system prompt is
+    given without a template, or the template cannot be used.
+
     Parameters
     ----------
     tokenizer : transformers.PreTrainedTokenizerBase
     style : PromptStyle
-
-    Raises
-    ------
-    UserError
-        If a chat template is asked for and the tokenizer has none, a system prompt is given
-        without a template, or the template cannot be used.
     """
 
     def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
@@ -87,10 +84,7 @@ class PromptFormat:
     def render(self, prompt: str) -> str:
         """Text the model is given for a problem's text.
 
-        Raises
-        ------
-        UserError
-            If the chat template refuses it (some know no system prompt).
+        Raises UserError if the chat template refuses it (some know no system prompt).
         """
         if not self.chat:
             return str(self._tokenizer.decode(self._begin)) + prompt if self._begin else prompt
@@ -99,17 +93,14 @@ class PromptFormat:
     def encode(self, prompt: str, limit: int | None = None) -> Prompt:
         """Encode a problem's text.
 
+        Raises UserError if not even an empty text fits.
+
         Parameters
         ----------
         prompt : str
         limit : int, optional
             Most tokens. A longer prompt loses tokens from the beginning of its own text, never of
             the template, and is marked as cut.
-
-        Raises
-        ------
-        UserError
-            If not even an empty text fits.
         """
         text = self.render(prompt)
         ids = self._ids(text)
@@ -267,12 +258,8 @@ def enable_recompute(model: Any) -> None:
 
     transformers does it in training mode alone, where dropout would be on. The policy that is
     trained is the one that sampled, so the layers' own dropout is set to 0, and they alone are
-    switched to training mode, around the forward pass (`recomputing`).
-
-    Raises
-    ------
-    UserError
-        If the architecture does not support it.
+    switched to training mode, around the forward pass (`recomputing`). Raises UserError if the
+    architecture does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(

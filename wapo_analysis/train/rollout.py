@@ -110,6 +110,8 @@ def sample(
 ) -> Rollouts:
     """Sample one completion per prompt from softmax(logits / temperature).
 
+    Raises NonFiniteLogits if the policy gives NaN or infinite logits.
+
     Parameters
     ----------
     policy : Policy
@@ -125,11 +127,6 @@ def sample(
         Measure the entropy at every sampled position.
     rows : Tensor of int64, shape (b,), optional
         Sample these only, with the noise they would have among all.
-
-    Raises
-    ------
-    NonFiniteLogits
-        If the policy gives NaN or infinite logits.
     """
     ids, mask = pad_left(prompts, policy.pad_id)
     wanted = torch.arange(len(prompts)) if rows is None else rows.cpu()
@@ -173,13 +170,9 @@ def sample_batched(
 ) -> Rollouts:
     """Sample as `sample` does, by transformers' continuous batching, which draws its own noise.
 
-    Raises
-    ------
-    UserError
-        If it cannot be used with the model, the device or this version of transformers, or there
-        are stop texts.
-    NonFiniteLogits
-        If the policy gives NaN or infinite logits.
+    Raises UserError if it cannot be used with the model, the device or this version of
+    transformers, or there are stop texts; NonFiniteLogits if the policy gives NaN or infinite
+    logits.
     """
     if policy.format.style.stop:
         raise UserError(f"stop cannot be used with sampler {BATCHED}; set sampler built-in")

@@ -222,12 +222,7 @@ class Sampler:
         """Sample; ``rows`` (n,) are the numbers in the batch.
 
         Prompts are left-padded, ids and mask (u, L); ``copies`` (n,) says which each row has, None
-        that each has its own.
-
-        Raises
-        ------
-        NonFiniteLogits
-            If the policy gives NaN or infinite logits.
+        that each has its own. Raises NonFiniteLogits if the policy gives NaN or infinite logits.
         """
         policy, device = self.policy, ids.device
         told = [_Row() for _ in range(len(rows))]

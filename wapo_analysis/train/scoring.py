@@ -42,6 +42,8 @@ def capture_mode(
 ) -> CaptureMode:
     """Decide whether a run makes logits.
 
+    Raises UserError if "replace" was asked for and the model does not allow it.
+
     Parameters
     ----------
     policy : Policy
@@ -50,11 +52,6 @@ def capture_mode(
         Longest completion.
     manifest : mapping, optional
         Of the run that is resumed.
-
-    Raises
-    ------
-    UserError
-        If "replace" was asked for and the model does not allow it.
     """
     asked = config.capture_mode or PASSIVE
     earlier = earlier_mode(asked, manifest or {})

@@ -50,6 +50,9 @@ def _post(url: str, body: bytes) -> None:
 class Notifier:
     """Posts new findings of a run as JSON.
 
+    Raises UserError on an address that cannot be posted to, a negative cool-down, or an unknown
+    severity.
+
     Parameters
     ----------
     url : str
@@ -62,11 +65,6 @@ class Notifier:
         Posts bytes to a URL.
     clock : callable
         Seconds that never go back.
-
-    Raises
-    ------
-    UserError
-        On an address that cannot be posted to, a negative cool-down, or an unknown severity.
     """
 
     url: str
@@ -89,11 +87,8 @@ class Notifier:
     def offer(self, diagnosis: Diagnosis) -> Finding | None:
         """Post the worst finding that was not posted yet, unless the cool-down lasts.
 
-        Returns
-        -------
-        Finding or None
-            What was posted. A post that failed is tried again after the cool-down; ``failure``
-            holds the reason until one succeeds.
+        Returns what was posted. A post that failed is tried again after the cool-down; ``failure``
+        holds the reason until one succeeds.
         """
         now = self.clock()
         if self._post is not None and self._post.is_alive():
@@ -172,13 +167,7 @@ def payload(diagnosis: Diagnosis, finding: Finding) -> bytes:
 
 
 def find_run(path: Path) -> Path:
-    """Folder of the one run at or below a path.
-
-    Raises
-    ------
-    UserError
-        If there is none, or several.
-    """
+    """Folder of the one run at or below a path. Raises UserError if there is none, or several."""
     found = find_runs(path)
     if len(found) > 1:
         names = ", ".join(str(run) for run in found[:6])
@@ -268,6 +257,9 @@ def watch(
 ) -> Diagnosis:
     """Watch a run until it ends; on a terminal as a live view, else one line per change.
 
+    Returns the last one. Raises UserError if there is no run (without ``wait``), or several, or the
+    interval is not positive.
+
     Parameters
     ----------
     path : Path
@@ -284,16 +276,6 @@ def watch(
         Gets every diagnosis.
     tail : Followed, optional
         Follow this in place of the run folder at ``path``.
-
-    Returns
-    -------
-    Diagnosis
-        The last one.
-
-    Raises
-    ------
-    UserError
-        If there is no run (without ``wait``), or several, or the interval is not positive.
     """
     if not interval > 0:
         raise UserError(f"interval must be positive, got {interval}")

@@ -97,6 +97,10 @@ def token_pass(
 ) -> tuple[TokenPass, Tensor]:
     """Rows of the token table for one pass, and which of them the clip rule stops, shape (N,).
 
+    ``coef``, ``clipped`` and ``kept`` come with the gradient. Old log-probabilities are
+    shifted by the rounding between the recorded logp and the trainer's, so that the ratio is
+    exactly the trainer's.
+
     Parameters
     ----------
     trainer : TrlTrainer
@@ -110,13 +114,6 @@ def token_pass(
         Rollout and group of each row.
     index : int
         Gradient pass within the step, from 0.
-
-    Returns
-    -------
-    TokenPass
-        ``coef``, ``clipped`` and ``kept`` come with the gradient. Old log-probabilities are shifted
-        by the rounding between the recorded logp and the trainer's, so that the ratio is exactly
-        the trainer's.
     """
     mask_BT = loss_mask(inputs)
     row, position = mask_BT.nonzero(as_tuple=True)
@@ -187,10 +184,7 @@ def evaluating(model: Any) -> Iterator[None]:
 def check_probing(trainer: TrlTrainer, probe_every: int, probe_rows: int) -> None:
     """Refuse probes where a step cannot be decomposed.
 
-    Raises
-    ------
-    UserError
-        With several processes, weights below float32, or numbers out of range.
+    Raises UserError with several processes, weights below float32, or numbers out of range.
     """
     if probe_every < 0 or probe_rows < 1:
         raise UserError("probe_every must be 0 (never) or positive, probe_rows at least 1")

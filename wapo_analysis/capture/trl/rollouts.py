@@ -252,6 +252,8 @@ def log_sums(
 ) -> dict[str, float]:
     """Sums over the tokens of a step: those of the step columns, and of every class.
 
+    The names are always the same. Missing statistics are left out of their sum and their count.
+
     Parameters
     ----------
     tokens : Records or None
@@ -260,11 +262,6 @@ def log_sums(
         Statistics that every pass has.
     sequence_level : bool
         The clip looks at the ratio of the whole rollout.
-
-    Returns
-    -------
-    dict of str to float
-        The same names always. Missing statistics are left out of their sum and their count.
     """
     columns = _NONE if tokens is None else tokens.columns
     sums = token_sums(_NONE) if tokens is None else pass_sums(tokens, given, sequence_level)
@@ -282,19 +279,17 @@ def log_sums(
 def log_entries(sums: Mapping[str, float], columns: Mapping[str, float]) -> dict[str, float]:
     """Numbers for the trainer's own log, under ``wapo/``; missing ones are left out.
 
+    Returns ``entropy_pos``, ``entropy_neg`` (nats); per class ``share`` (of all tokens),
+    ``grad_share`` (of the summed |dL/dz|) and ``entropy_flow`` (summed first-order dH of one unit
+    of learning rate, nats), the last only where every token of the step has it; ``grad_mass`` in
+    all.
+
     Parameters
     ----------
     sums : mapping of str to float
         Of `log_sums`.
     columns : mapping of str to float
         Step columns of the same step.
-
-    Returns
-    -------
-    dict of str to float
-        ``entropy_pos``, ``entropy_neg`` (nats); per class ``share`` (of all tokens), ``grad_share``
-        (of the summed |dL/dz|) and ``entropy_flow`` (summed first-order dH of one unit of learning
-        rate, nats), the last only where every token of the step has it; ``grad_mass`` in all.
     """
     entries = {name: columns[name] for name in ("entropy_pos", "entropy_neg") if name in columns}
     total = sum(sums[f"grad_mass/{name}"] for name in SHOWN)

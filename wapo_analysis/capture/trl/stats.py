@@ -130,17 +130,15 @@ class StatsReader:
     def close(self, logps_BT: Tensor, entropies_BT: Tensor | None) -> Columns:
         """Statistics of the pass since `open`.
 
+        Returns logp, entropy, collision_rest, collision_logp_rest and top1, shape (N,) each; None
+        is "not known".
+
         Parameters
         ----------
         logps_BT : Tensor, shape (B, T)
             Log-probabilities the trainer works with, nats.
         entropies_BT : Tensor, shape (B, T), optional
             Its entropies, nats.
-
-        Returns
-        -------
-        dict of str to Tensor of shape (N,) or None
-            logp, entropy, collision_rest, collision_logp_rest, top1; None is "not known".
         """
         call, self._call = self._call, None
         assert call is not None

@@ -47,10 +47,7 @@ _LOGGED_TOO = ("sampling/", "rewards/", "eval/")
 def kind_of(trainer: Any) -> str:
     """Which of TRL's trainers it is or derives from.
 
-    Raises
-    ------
-    UserError
-        Naming the object's type, what is in the way and what is allowed.
+    Raises UserError naming the object's type, what is in the way and what is allowed.
     """
     classes = type(trainer).__mro__
     missing = [name for name in _NEEDED if not callable(getattr(trainer, name, None))]
@@ -142,14 +139,12 @@ class ClipRule:
     def clipped(self, log_ratio_BT: Tensor, mask_BT: Tensor, advantage_BT: Tensor) -> Tensor:
         """Tokens whose gradient the clip takes away.
 
+        Returns bools, shape (B, T).
+
         Parameters
         ----------
         log_ratio_BT, mask_BT, advantage_BT : Tensor, shape (B, T)
             ln(pi / pi_old) in nats, loss mask, advantage.
-
-        Returns
-        -------
-        Tensor of bool, shape (B, T)
         """
         if self.level != "token":
             total = (log_ratio_BT * mask_BT).sum(dim=1, keepdim=True)
@@ -189,6 +184,8 @@ def clip_rule(trainer: Any, kind: str) -> ClipRule:
 class TrlTrainer:
     """A trainer as far as watching needs to know it.
 
+    Raises UserError if its loss is not known.
+
     Parameters
     ----------
     trainer : trl.GRPOTrainer, trl.RLOOTrainer or a subclass
@@ -207,11 +204,6 @@ class TrlTrainer:
     rank, processes : int
     done : int
         Steps of earlier calls of ``train()``, which count on.
-
-    Raises
-    ------
-    UserError
-        If its loss is not known.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -66,10 +66,6 @@ def rolling_trend(values: Array) -> Trend:
     Parameters
     ----------
     values : ndarray, shape (n,)
-
-    Returns
-    -------
-    Trend
     """
     slope, agree = np.full(len(values), np.nan), np.zeros(len(values))
     window = TREND_WINDOW

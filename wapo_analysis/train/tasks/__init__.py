@@ -139,10 +139,7 @@ _BY_NAME: Final = {kind.name: kind for kind in KINDS}
 def kind_of(name: str) -> TaskKind:
     """The kind of task that a name stands for.
 
-    Raises
-    ------
-    UserError
-        If there is none; the message lists those there are.
+    Raises UserError if there is none; the message lists those there are.
     """
     if name.startswith(PREFIX):
         return _BY_NAME[_GYM]
@@ -161,10 +158,8 @@ def names_code(name: str) -> bool:
 def check_task(name: str, data: str | None, eval_data: str | None, eval_fraction: float) -> None:
     """Check what can be checked of a task's settings without reading data.
 
-    Raises
-    ------
-    UserError
-        If the name is unknown, data are missing or not taken, or a package is not installed.
+    Raises UserError if the name is unknown, data are missing or not taken, or a package is not
+    installed.
     """
     kind = kind_of(name)
     gym = kind.name == _GYM
@@ -190,6 +185,10 @@ def get_task(
 ) -> Task:
     """Make a task by its name; one made before from unchanged files is returned again.
 
+    Embedded tasks have the settings the embedded base policy was pre-trained on. Raises
+    UserError on an unknown name, missing data, a package that is not installed, or data that cannot
+    be used.
+
     Parameters
     ----------
     name : str
@@ -203,17 +202,6 @@ def get_task(
         Share of ``data`` held out where there is no ``eval_data``.
     context_words : int
         hotpotqa: most words of paragraphs in a prompt.
-
-    Returns
-    -------
-    Task
-        Embedded tasks have the settings the embedded base policy was pre-trained on.
-
-    Raises
-    ------
-    UserError
-        On an unknown name, missing data, a package that is not installed, or data that cannot be
-        used.
     """
     if name in TASKS and (data, eval_data) == (None, None):
         return TASKS[name]

@@ -62,22 +62,15 @@ class Task(Named, Protocol):
     def problems(self, rng: np.random.Generator, n: int) -> list[Problem]:
         """Draw problems to train on; the same generator state gives the same problems.
 
+        Returns ``n`` problems, in the order drawn. Raises UserError if ``n`` is negative or there
+        is nothing to draw from.
+
         Parameters
         ----------
         rng : numpy.random.Generator
             Source of randomness; advanced by the call.
         n : int
             How many problems, 0 or more.
-
-        Returns
-        -------
-        list of Problem
-            ``n`` problems, in the order drawn.
-
-        Raises
-        ------
-        UserError
-            If ``n`` is negative or there is nothing to draw from.
         """
 
     def held_out_problems(self, n: int) -> list[Problem]:
@@ -100,6 +93,9 @@ class EmbeddedTask(Task, Protocol):
     def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
         """Write a completion that errs with probability ``error_rate`` at each decision.
 
+        Returns the completion, without end-of-sequence. Raises UserError if ``error_rate`` is not
+        in [0, 1].
+
         Parameters
         ----------
         problem : Problem
@@ -108,16 +104,6 @@ class EmbeddedTask(Task, Protocol):
             Source of randomness; advanced by the call.
         error_rate : float
             In [0, 1]; 0 gives the correct completion.
-
-        Returns
-        -------
-        str
-            The completion, without end-of-sequence.
-
-        Raises
-        ------
-        UserError
-            If ``error_rate`` is not in [0, 1].
         """
 
 
@@ -128,26 +114,14 @@ def tools_of(task: Any) -> list[Callable[..., str]]:
 
 
 def check_count(n: int) -> int:
-    """Return ``n``, a number of problems to draw.
-
-    Raises
-    ------
-    UserError
-        If ``n`` is negative.
-    """
+    """Return ``n``, a number of problems to draw. Raises UserError if ``n`` is negative."""
     if n < 0:
         raise UserError(f"the number of problems must be 0 or more, got {n}")
     return n
 
 
 def check_rate(rate: float) -> float:
-    """Return ``rate``, a probability of error.
-
-    Raises
-    ------
-    UserError
-        If ``rate`` is not in [0, 1].
-    """
+    """Return ``rate``, a probability of error. Raises UserError if ``rate`` is not in [0, 1]."""
     if not 0.0 <= rate <= 1.0:
         raise UserError(f"an error rate must be in [0, 1], got {rate}")
     return rate
@@ -171,10 +145,7 @@ class Format(Named, Protocol):
     def parse(self, values: Mapping[str, Any]) -> Problem:
         """Make a problem of a row.
 
-        Raises
-        ------
-        BadRow
-            If a field is missing, empty or of the wrong type.
+        Raises BadRow if a field is missing, empty or of the wrong type.
         """
 
     def reward(self, problem: Problem, completion: str) -> float:
@@ -190,10 +161,7 @@ class Format(Named, Protocol):
 def text_field(values: Mapping[str, Any], name: str) -> str:
     """Text of a field, outer white space removed.
 
-    Raises
-    ------
-    BadRow
-        If the field is missing, empty, no text, or holds half a surrogate pair.
+    Raises BadRow if the field is missing, empty, no text, or holds half a surrogate pair.
     """
     value = values.get(name)
     if value is None:
@@ -258,10 +226,7 @@ class FileTask:
     def held_out_problems(self, n: int) -> list[Problem]:
         """The first ``n`` held-out problems; all of them if there are fewer.
 
-        Raises
-        ------
-        UserError
-            If ``n`` is negative or nothing is held out.
+        Raises UserError if ``n`` is negative or nothing is held out.
         """
         if not self.held_out:
             raise UserError(
@@ -308,7 +273,8 @@ def load_file_task(
     out. Without it a question is held out if its SHA-256, read as a fraction of the largest, is
     below ``eval_fraction``: a question keeps its side when the file grows or is reordered. If that
     holds out nothing, the question with the smallest digest is; if it leaves nothing to train on,
-    the one with the largest is trained on.
+    the one with the largest is trained on. What was left out is logged in one line per
+    source. Raises UserError if the data cannot be read or too much of it is unusable.
 
     Parameters
     ----------
@@ -317,16 +283,6 @@ def load_file_task(
         What :func:`~wapo_analysis.train.tasks.data_files.read_rows` takes.
     eval_fraction : float
         In [0, 1); 0 holds nothing out. Without effect if ``eval_data`` is given.
-
-    Returns
-    -------
-    FileTask
-        What was left out is logged in one line per source.
-
-    Raises
-    ------
-    UserError
-        If the data cannot be read or too much of it is unusable.
     """
     problems, report = _problems(form, read_rows(data))
     if eval_data is None:

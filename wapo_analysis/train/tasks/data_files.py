@@ -68,22 +68,15 @@ class Source:
 def read_rows(name: str) -> Source:
     """Read every row of a file, a folder or a hub data set.
 
+    Broken rows are marked, not raised. Raises UserError if there is no such file, the
+    whole of it cannot be read, or it holds no row.
+
     Parameters
     ----------
     name : str
         A ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file, a folder of such files, or a hub
         name ``NAME[:CONFIG[:SPLIT]]``. The split is ``train`` unless given. The last two are read
         by the package ``datasets``.
-
-    Returns
-    -------
-    Source
-        Its broken rows are marked, not raised.
-
-    Raises
-    ------
-    UserError
-        If there is no such file, the whole of it cannot be read, or it holds no row.
     """
     path = Path(name)
     if path.suffix.lower() in SUFFIXES or path.is_file():
@@ -208,19 +201,14 @@ def split(
 ) -> "tuple[list[Problem], list[Problem]]":
     """Split problems by their questions.
 
+    Returns ``train`` (in the order given) and ``held_out`` (in the order of their digests).
+
     Parameters
     ----------
     problems : list of (str, Problem)
         Question and problem.
     fraction : float
         In [0, 1). If it is above 0 and there are two questions or more, neither side is empty.
-
-    Returns
-    -------
-    train : list of Problem
-        In the order given.
-    held_out : list of Problem
-        In the order of their digests.
     """
     values = sorted({digest(question) for question, _ in problems})
     count = sum(value < fraction * 2.0**64 for value in values)
@@ -282,15 +270,12 @@ class DataReport:
     def check(self, fields: str = "") -> None:
         """Refuse a source that is mostly not what it should be.
 
+        Raises DataRefused if no row can be used, or more than 5 % of the rows cannot.
+
         Parameters
         ----------
         fields : str
             Fields that the rows do have, for the message.
-
-        Raises
-        ------
-        DataRefused
-            If no row can be used, or more than 5 % of the rows cannot.
         """
         if self.used and len(self.skipped) <= MAX_BAD_SHARE * self.rows:
             return

@@ -45,15 +45,12 @@ _NUMBER: Final = re.compile(r"[-+]?(\d[\d,]*(\.\d*)?|\.\d+)(/\d+)?")
 def last_box(text: str) -> str | None:
     r"""Content of the last ``\boxed{...}``.
 
+    Returns None if there is no box, or the last one is not closed.
+
     Parameters
     ----------
     text : str
         Any text. ``\boxed 5`` without braces takes the next word.
-
-    Returns
-    -------
-    str or None
-        None if there is no box, or the last one is not closed.
 
     Examples
     --------
@@ -91,10 +88,7 @@ def clean(text: str) -> str:
 class MathJudge:
     """Compares answers as mathematics, in the grading process; answers seen again cost nothing.
 
-    Raises
-    ------
-    UserError
-        If math-verify is not installed, or not to be loaded.
+    Raises UserError if math-verify is not installed, or not to be loaded.
     """
 
     def __init__(self, name: str) -> None:
@@ -145,10 +139,7 @@ class Gsm8k(_Boxed):
     def parse(self, values: Mapping[str, Any]) -> Problem:
         """Make a problem of a row; the number loses its thousands separators.
 
-        Raises
-        ------
-        BadRow
-            If a field is missing or empty, or no number follows ``####``.
+        Raises BadRow if a field is missing or empty, or no number follows ``####``.
         """
         question, answer = text_field(values, "question"), text_field(values, "answer")
         if _MARK not in answer:
@@ -181,10 +172,7 @@ class MathProblems(_Boxed):
     def parse(self, values: Mapping[str, Any]) -> Problem:
         r"""Make a problem of a row; ``answer`` wins over the last box of ``solution``.
 
-        Raises
-        ------
-        BadRow
-            If a field is missing or empty, or the solution has no closed box.
+        Raises BadRow if a field is missing or empty, or the solution has no closed box.
         """
         problem = text_field(values, "problem")
         prompt = f"{problem}\n\nReason step by step and put the final answer in \\boxed{{}}."
@@ -218,15 +206,13 @@ _ALWAYS: Final = ("prompt", "completion", "problem")
 class OwnReward:
     """Format of the user's own: ``prompt`` and whatever fields the function names.
 
+    Raises UserError if the module or the function cannot be found or has parameters that cannot be
+    named.
+
     Parameters
     ----------
     spec : str
         ``module:function`` or ``path/file.py:function``.
-
-    Raises
-    ------
-    UserError
-        If the module or the function cannot be found or has parameters that cannot be named.
     """
 
     max_new_tokens: int = 400
@@ -249,10 +235,7 @@ class OwnReward:
     def parse(self, values: Mapping[str, Any]) -> Problem:
         """Make a problem of a row; every field is kept for the function.
 
-        Raises
-        ------
-        BadRow
-            If there is no prompt, or no field that a parameter without default asks for.
+        Raises BadRow if there is no prompt, or no field that a parameter without default asks for.
         """
         prompt = text_field(values, "prompt")
         for name in self.required:
@@ -267,10 +250,8 @@ class OwnReward:
     def reward(self, problem: Problem, completion: str) -> float:
         """Call the function.
 
-        Raises
-        ------
-        UserError
-            If it raises, or returns anything but a number in [0, 1]; names function and row.
+        Raises UserError if it raises, or returns anything but a number in [0, 1]; names function
+        and row.
         """
         given = {"answer": problem.answer, **problem.extra}
         given |= {"prompt": problem.prompt, "completion": completion, "problem": problem}
@@ -318,18 +299,9 @@ def _told(error: BaseException, file: Path | None) -> str:
 def load_function(spec: str) -> tuple[Callable[..., Any], Path | None]:
     """Find a function by ``module:function`` or ``path/file.py:function``.
 
-    Modules are looked up as Python does, then in the current folder.
-
-    Returns
-    -------
-    function : callable
-    file : Path or None
-        Where it is written.
-
-    Raises
-    ------
-    UserError
-        If it cannot be found or its module cannot be loaded.
+    Modules are looked up as Python does, then in the current folder. Returns ``function`` and
+    ``file`` (where it is written). Raises UserError if it cannot be found or its module cannot be
+    loaded.
     """
     place, _, name = spec.rpartition(":")
     if not place or not name:

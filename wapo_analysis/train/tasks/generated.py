@@ -49,7 +49,8 @@ class Generated(ABC):
 class ChainSum(Generated):
     """Add single digits from left to right and write down every running sum.
 
-    ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``.
+    ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``. Raises UserError if ``terms`` or
+    ``error_rate`` is out of range.
 
     Parameters
     ----------
@@ -57,11 +58,6 @@ class ChainSum(Generated):
         Number of digits to add, at least 2. The embedded base policy knows 6.
     error_rate : float
         Probability that a running sum of a pre-training demonstration is wrong.
-
-    Raises
-    ------
-    UserError
-        If ``terms`` or ``error_rate`` is out of range.
     """
 
     terms: int = 6
@@ -132,7 +128,8 @@ class TwoHop(Generated):
 
     A fact ``am`` says that ``a`` leads to ``m``. ``k3,am,bk,m7;a`` asks where ``a`` leads in two
     hops and is completed by ``m7``. The facts are shuffled and those of the other chains distract:
-    every wrong turn ends at a digit that looks like an answer.
+    every wrong turn ends at a digit that looks like an answer. Raises UserError if ``chains`` or
+    ``error_rate`` is out of range.
 
     Parameters
     ----------
@@ -140,11 +137,6 @@ class TwoHop(Generated):
         Chains of two facts in the prompt, 2 to 10. The embedded base policy knows 4.
     error_rate : float
         Probability that a hop of a pre-training demonstration is wrong.
-
-    Raises
-    ------
-    UserError
-        If ``chains`` or ``error_rate`` is out of range.
     """
 
     chains: int = 4
@@ -218,10 +210,7 @@ _OPEN, _CLOSE = "<answer>", "</answer>"
 def data_set_names() -> list[str]:
     """Names of the data sets of the installed reasoning-gym.
 
-    Raises
-    ------
-    UserError
-        If it is not installed.
+    Raises UserError if it is not installed.
     """
     require("reasoning_gym", "reasoning-gym", "task reasoning-gym")
     judge = Judge("reasoning-gym", {"do": "gym_names"})
@@ -231,15 +220,12 @@ def data_set_names() -> list[str]:
 def parse_settings(text: str | None) -> dict[str, Any]:
     """Settings of a data set from ``key=value,...`` or a JSON object.
 
+    Raises UserError if it is neither form.
+
     Parameters
     ----------
     text : str or None
         Values are read as JSON where they are JSON, else as text.
-
-    Raises
-    ------
-    UserError
-        If it is neither form.
 
     Examples
     --------
@@ -279,7 +265,8 @@ class ReasoningGym:
     """Problems of one data set; an entry is an index below the data set's size.
 
     An entry is held out if its question is, by the rule of the file tasks. Training draws its
-    indices with replacement and passes over the held-out ones.
+    indices with replacement and passes over the held-out ones. Raises UserError if the package is
+    not installed, or the name or a setting is unknown to it.
 
     Parameters
     ----------
@@ -289,11 +276,6 @@ class ReasoningGym:
         The data set's own; ``seed`` is 0 and ``size`` 10,000 unless given.
     eval_fraction : float
         Share of the questions held out.
-
-    Raises
-    ------
-    UserError
-        If the package is not installed, or the name or a setting is unknown to it.
     """
 
     max_new_tokens: int = 512
@@ -337,10 +319,7 @@ class ReasoningGym:
     def held_out_problems(self, n: int) -> list[Problem]:
         """The first ``n`` different held-out problems; all of them if there are fewer.
 
-        Raises
-        ------
-        UserError
-            If ``n`` is negative or nothing is held out.
+        Raises UserError if ``n`` is negative or nothing is held out.
         """
         found: dict[str, Problem] = {}
         entries: Iterable[int] = range(self.size) if check_count(n) else ()
@@ -357,10 +336,7 @@ class ReasoningGym:
     def reward(self, problem: Problem, completion: str) -> float:
         """Score of the last ``<answer>...</answer>`` by the data set's scorer; 0 without one.
 
-        Raises
-        ------
-        UserError
-            If the problem is not one of this task.
+        Raises UserError if the problem is not one of this task.
         """
         if "index" not in problem.extra:
             raise UserError(f"{self.name}: a problem without its entry's index cannot be graded")

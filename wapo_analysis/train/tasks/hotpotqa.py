@@ -64,17 +64,14 @@ def stated_answer(completion: str) -> str | None:
 class HotpotQA:
     """Questions of HotpotQA's distractor setting.
 
+    Raises UserError if ``context_words`` is less than 1.
+
     Parameters
     ----------
     name : {"hotpotqa", "hotpotqa-f1"}
         Reward: exact match, or F1.
     context_words : int
         Most words of paragraphs, titles included, in a prompt.
-
-    Raises
-    ------
-    UserError
-        If ``context_words`` is less than 1.
     """
 
     name: str = "hotpotqa"
@@ -96,11 +93,8 @@ class HotpotQA:
     def parse(self, values: Mapping[str, Any]) -> Problem:
         """Make a problem of a row, its paragraphs chosen by the rule of this module.
 
-        Raises
-        ------
-        BadRow
-            If a field is missing, empty or malformed, the answer normalizes to nothing, or the
-            paragraphs that the question rests on are missing or do not fit.
+        Raises BadRow if a field is missing, empty or malformed, the answer normalizes to nothing,
+        or the paragraphs that the question rests on are missing or do not fit.
         """
         question, answer = text_field(values, "question"), text_field(values, "answer")
         if not normalize(answer):

@@ -38,10 +38,7 @@ _WAITING: Final = 12
 def require(package: str, extra: str, needed_by: str) -> None:
     """Check that an optional package is installed, without loading it.
 
-    Raises
-    ------
-    UserError
-        If it is not; the message says how to get it.
+    Raises UserError if it is not; the message says how to get it.
     """
     if find_spec(package) is None:
         name = package.replace("_", "-")
@@ -80,10 +77,7 @@ class Judge:
     def start(self) -> dict[str, Any]:
         """Reply to the setup; starts the process if there is none.
 
-        Raises
-        ------
-        UserError
-            If the process cannot be started or its scorer not loaded.
+        Raises UserError if the process cannot be started or its scorer not loaded.
         """
         if self._owner != os.getpid():
             self._forget()
@@ -94,22 +88,15 @@ class Judge:
     def ask(self, seconds: int = SECONDS, **request: Any) -> dict[str, Any]:
         """Send one request and wait for its reply.
 
+        Returns the reply; its ``error`` tells of an exception or of a process that ended. Raises
+        UserError if the process cannot be started.
+
         Parameters
         ----------
         seconds : int
             Processor time the reply may take; the process is ended after it.
         **request
             ``do`` and what it needs, plain values only.
-
-        Returns
-        -------
-        dict
-            The reply; its ``error`` tells of an exception or of a process that ended.
-
-        Raises
-        ------
-        UserError
-            If the process cannot be started.
         """
         if self._owner != os.getpid():
             self._forget()
