@@ -40,12 +40,7 @@ _TOKEN_COLUMNS = (
 class Library:
     """The runs below some folders.
 
-    Raises UserError if one of them is not there.
-
-    Parameters
-    ----------
-    folders : sequence of Path
-        Looked through at every call.
+    Raises UserError if one of them is not there. ``folders``: looked through at every call.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:

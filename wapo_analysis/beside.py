@@ -35,7 +35,6 @@ class BesideTraining:
 
     Parameters
     ----------
-    path : Path
     note : callable
         Changes entries of the manifest: ``note(guard=[...])``.
     audit : bool

@@ -170,10 +170,8 @@ def setting(
 
     Parameters
     ----------
-    default : object
     doc : str
         What it means; default and limit are shown beside it.
-    limit : Limit, optional
     unset : str
         What None stands for, where None is allowed.
     resumable : bool

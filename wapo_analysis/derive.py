@@ -40,13 +40,8 @@ def derived_columns(columns: Mapping[str, Any], temperature: float) -> dict[str,
 
     Returns derived columns in the order the schema declares them. ``pred_*`` are per unit learning
     rate: the logit step is ``coef / T**2`` (taxonomy/README.md, section on temperature).
-
-    Parameters
-    ----------
-    columns : mapping of str to ndarray or Tensor, shape (rows,)
-        Measured columns of the token table; missing statistics are NaN.
-    temperature : float
-        Softmax temperature the statistics were taken at.
+    ``columns`` (rows,): measured columns of the token table; missing statistics are NaN;
+    ``temperature``: softmax temperature the statistics were taken at.
     """
     xp = namespace(columns["logp"])
     names = ("logp", "entropy", "collision_rest", "coef", "logp_after", "entropy_after")
@@ -137,12 +132,8 @@ def class_totals(tokens: Records) -> Records:
 
     Returns rows of the ``classes`` table, cells without tokens left out. NaN statistics are left
     out of the sums they enter, so one missing value does not erase a total; a sum of nothing but
-    NaN is NaN.
-
-    Parameters
-    ----------
-    tokens : Records
-        Token records with derived columns (:func:`derive`); every row is a loss-mask token.
+    NaN is NaN. ``tokens``: token records with derived columns (:func:`derive`); every row is a
+    loss-mask token.
     """
     return _added(tokens, cell_terms(tokens.columns))
 
@@ -340,10 +331,7 @@ def rollout_sums(columns: Mapping[str, Array]) -> dict[str, float]:
 def step_columns(sums: Mapping[str, float]) -> dict[str, float]:
     """Columns of the steps table from added-up sums; what nothing is known of is left out.
 
-    Parameters
-    ----------
-    sums : mapping of str to float
-        Of `token_sums`, of `rollout_sums`, or both in one.
+    ``sums``: of `token_sums`, of `rollout_sums`, or both in one.
     """
     columns: dict[str, float] = {}
     for name in (name for name in sums if f"{name} n" in sums):
@@ -360,13 +348,9 @@ def step_columns(sums: Mapping[str, float]) -> dict[str, float]:
 def reward_columns(reward: Array, group: Array | None) -> dict[str, float]:
     """Columns of the steps table that the rewards of all rollouts of a step decide.
 
-    Parameters
-    ----------
-    reward : ndarray, shape (rollouts,)
-        NaN is left out.
-    group : ndarray of int, shape (rollouts,), optional
-        Prompt of each rollout, negative where it is unknown. Shares of groups need to know one,
-        and a group of more than one rollout.
+    ``reward`` (rollouts,): NaN is left out. ``group`` (rollouts,), optional: prompt of each
+    rollout, negative where it is unknown. Shares of groups need to know one, and a group of more
+    than one rollout.
     """
     known = np.isfinite(reward)
     if not known.any():

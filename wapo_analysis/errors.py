@@ -53,14 +53,9 @@ def unknown_name(kind: str, name: object, allowed: Iterable[object]) -> UserErro
 def printable(text: str, keep: str = "") -> str:
     r"""Text of a run as it can be shown on a terminal, in SVG and in HTML.
 
-    Control and bidirectional characters, surrogates and invisible format characters are written
-    as backslash escapes, so that a label can neither steer a terminal nor end a drawing.
-
-    Parameters
-    ----------
-    text : str
-    keep : str
-        Characters that stay as they are, such as ``"\n\t"`` where lines are shown as lines.
+    Control and bidirectional characters, surrogates and invisible format characters are written as
+    backslash escapes, so that a label can neither steer a terminal nor end a drawing. ``keep``:
+    characters that stay as they are, such as ``"\n\t"`` where lines are shown as lines.
 
     Examples
     --------

@@ -85,12 +85,8 @@ class Result(ABC):
 def plain(value: Any, digits: int | None = None) -> Any:
     """Value for JSON: numpy scalars become Python's, what is not finite None.
 
-    Parameters
-    ----------
-    value : object
-        Numbers, texts, and dictionaries and lists of them.
-    digits : int, optional
-        Significant digits of floats; None keeps all.
+    ``value``: numbers, texts, and dictionaries and lists of them; ``digits``: significant digits of
+    floats; None keeps all.
 
     Examples
     --------

@@ -41,12 +41,8 @@ LARGEST = 1e100
 class Series:
     """The finite values of one step column, smoothed, with the level and noise of its baseline.
 
-    Parameters
-    ----------
-    steps : ndarray of int, shape (n,)
-        Step numbers, ascending.
-    values : ndarray of float, shape (n,)
-        Finite values, in the unit of the column.
+    ``steps`` (n,): step numbers, ascending; ``values`` (n,): finite values, in the unit of the
+    column.
     """
 
     steps: Array
@@ -183,12 +179,7 @@ def robust_sigma(values: Array) -> float:
 def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
     """Half-open index ranges in which a condition holds at least ``persist`` times in a row.
 
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (n,)
-        The condition per step.
-    persist : int
-        Shortest run of True that counts.
+    ``mask`` (n,): the condition per step; ``persist``: shortest run of True that counts.
 
     Examples
     --------
@@ -207,12 +198,8 @@ def silent_since(quiet: Array) -> int | None:
     A record may be quiet by chance, as where the one prompt of a step is solved by every rollout or
     by none. So the stretch must be too long for chance, judged by how often records were quiet
     before it. It begins where the sum of (quiet - 0.82) up to the end is largest. Returns None if
-    the series is alive, or was always as quiet as it is now.
-
-    Parameters
-    ----------
-    quiet : ndarray of bool, shape (n,)
-        Whether a record shows nothing: no gradient, no reward.
+    the series is alive, or was always as quiet as it is now. ``quiet`` (n,): whether a record shows
+    nothing: no gradient, no reward.
 
     Examples
     --------
@@ -236,14 +223,8 @@ def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float,
 
     The interval is Sen's (1968): the slopes whose ranks lie within ``sigmas`` standard deviations
     of Kendall's S, for a series without ties. Cost is quadratic in the number of values. Returns
-    slope per step, lower end, upper end.
-
-    Parameters
-    ----------
-    values, steps : ndarray, shape (n,)
-        The series; steps ascend.
-    sigmas : float
-        Half width of the interval; 2.576 is 99%.
+    slope per step, lower end, upper end. ``values``, ``steps`` (n,): the series; steps ascend;
+    ``sigmas``: half width of the interval; 2.576 is 99%.
     """
     first, second = np.triu_indices(len(values), 1)
     slopes = np.sort((values[second] - values[first]) / (steps[second] - steps[first]))

@@ -65,13 +65,8 @@ class Setting:
 def settings_of(runs: Sequence[Run]) -> tuple[Setting, ...]:
     """Group runs into settings, in the order of their first run.
 
-    Every run is in exactly one.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs. Of imported ones little but the label is known; what a source does not say
-        contradicts nothing.
+    Every run is in exactly one. ``runs``: opened runs. Of imported ones little but the label is
+    known; what a source does not say contradicts nothing.
     """
     groups: list[_Group] = []
     for place, run in enumerate(runs):
@@ -150,11 +145,7 @@ def _differs(name: str, groups: Sequence[_Group]) -> bool:
 def heads_up(runs: Sequence[Run], settings: Sequence[Setting]) -> tuple[str, ...]:
     """What has to be known before runs are compared: which are no seeds of one setting.
 
-    Parameters
-    ----------
-    runs : sequence of Run
-    settings : sequence of Setting
-        Of these runs, see `settings_of`.
+    ``settings``: of these runs, see `settings_of`.
     """
     return (*_split(settings), *_repeated(settings), *_unlike(runs, settings))
 

@@ -17,12 +17,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Records:
     """Rows of one declared table, column by column; never changed in place.
 
-    Parameters
-    ----------
-    table : Table
-        Declaration the columns follow.
-    columns : mapping of str to ndarray, each of shape (rows,)
-        Values; use :meth:`build` to coerce and validate.
+    ``table``: declaration the columns follow; ``columns`` (rows,): values; use :meth:`build` to
+    coerce and validate.
     """
 
     table: Table

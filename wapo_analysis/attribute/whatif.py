@@ -204,14 +204,9 @@ _AGAIN = "train it again with these classes left out of the loss"
 def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     """Estimate the entropy path of a run without some classes; see the head of this module.
 
-    Raises UserError on an unknown name, or if the run has too few probes or no entropy.
-
-    Parameters
-    ----------
-    run : Run
-        A run of the built-in trainer with probes.
-    exclude : sequence of str
-        Classes, regimes or signs, as ``exclude_bins`` takes them.
+    Raises UserError on an unknown name, or if the run has too few probes or no entropy. ``run``: a
+    run of the built-in trainer with probes; ``exclude``: classes, regimes or signs, as
+    ``exclude_bins`` takes them.
     """
     try:
         names = tax.expand_bins(tuple(exclude))

@@ -130,11 +130,7 @@ class Coefficient:
 def read_coefficient(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
     """Find the cores and means that fit the coefficients.
 
-    Parameters
-    ----------
-    seen : Evidence
-    settings : dict
-        Numbers of the losses: ``bounds``, ``cap`` (CISPO), ``sapo`` and ``vespo``.
+    ``settings``: numbers of the losses: ``bounds``, ``cap`` (CISPO), ``sapo`` and ``vespo``.
     """
     found = _read(seen, settings)
     if found.fits or not len(found.pushed) or found.why_not is None or not found.pushed.any():

@@ -46,12 +46,7 @@ class Patches:
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of one object, to be restored or deleted on `close`.
 
-        Parameters
-        ----------
-        owner : object
-            Instance whose ``__dict__`` may hold the attribute; its class is never touched.
-        name : str
-        value : object
+        ``owner``: instance whose ``__dict__`` may hold the attribute; its class is never touched.
         """
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
@@ -70,13 +65,8 @@ class Patches:
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Call ``around(original, *args, **kwargs)`` in place of a method of one object.
 
-        Parameters
-        ----------
-        owner : object
-        name : str
-            Name of the method; signature, and whether it is bound, stay as they are.
-        around : callable
-            Gets the original bound method first.
+        ``name``: name of the method; signature, and whether it is bound, stay as they are;
+        ``around``: gets the original bound method first.
         """
         original = getattr(owner, name)
         if isinstance(original, MethodType):
@@ -205,12 +195,7 @@ def earlier_mode(asked: str, manifest: Mapping[str, Any]) -> CaptureMode | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where nobody says.
-
-    Parameters
-    ----------
-    device : torch.device
-    """
+    """Bytes that can still be allocated on a device; None where nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

@@ -52,11 +52,7 @@ class LmHead:
     def of(cls, model: Any, tensors: tuple[Tensor, Tensor | None] | None = None) -> "LmHead":
         """Head of a model as it is now; wrappers may replace its tensors later.
 
-        Parameters
-        ----------
-        model : transformers.PreTrainedModel
-        tensors : pair of Tensor, optional
-            Weight and bias, where the model holds but parts of them; see `whole`.
+        ``tensors``: weight and bias, where the model holds but parts of them; see `whole`.
         """
         head = model.get_output_embeddings()
         weight, bias = tensors or (head.weight, getattr(head, "bias", None))
@@ -102,10 +98,7 @@ def rows_of(weight: Tensor) -> int:
 def whole(head: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Within: weight and bias of a head, gathered; every process must come here at the same time.
 
-    Parameters
-    ----------
-    head : torch.nn.Module
-        Output embeddings of a model.
+    ``head``: output embeddings of a model.
     """
     weight, bias = head.weight, getattr(head, "bias", None)
     if not is_shard(weight):
@@ -126,10 +119,6 @@ def logit_transform(config: Any) -> tuple[float, float | None]:
 
     Returns ``scale`` (the first of the names it goes by; Granite divides by ``logits_scaling``,
     HyperCLOVA X multiplies with it) and ``softcap``.
-
-    Parameters
-    ----------
-    config : transformers.PretrainedConfig
     """
     text = config.get_text_config()
     scale = next(
@@ -169,11 +158,6 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
 
     A few tokens are scored both ways: some architecture may do more on the way than this module
     knows of. Returns None if nothing is in the way.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-    device : torch.device
     """
     inner = inner_model(model)
     head = inner.get_output_embeddings()
@@ -230,20 +214,10 @@ class Reading:
 class HeadReader(Guarded):
     """Reads the logits of a model's forward passes with a graph.
 
-    Parameters
-    ----------
-    temperature : float
-        Softmax temperature of the loss.
-    model : torch.nn.Module, optional
-        The model that makes the logits; by default whichever returns some first. False waits for
-        none: only given logits are read.
-
-    Attributes
-    ----------
-    reason : str
-        Why the last pass had no statistics.
-    topk : int
-        Most probable tokens that are read, too.
+    ``temperature``: softmax temperature of the loss. ``model``: the model that makes the logits; by
+    default whichever returns some first. False waits for none: only given logits are read.
+    ``reason``: why the last pass had no statistics; ``topk``: most probable tokens that are read,
+    too.
     """
 
     topk = 0
@@ -312,10 +286,7 @@ class HeadReader(Guarded):
     def take(self, logp: Tensor, mask: Tensor) -> tuple[TokenStats, Tensor] | None:
         """Statistics and ids of the tokens under the mask, shape (N,); None with a ``reason``.
 
-        Parameters
-        ----------
-        logp, mask : Tensor, shape P
-            What the loss was given.
+        ``logp``, ``mask``: what the loss was given.
         """
         reading, place = self._reading, mask.bool().nonzero(as_tuple=True)
         if reading is None:

@@ -49,10 +49,6 @@ class LossWatch(Guarded):
         Number of the next step.
     texts : callable, optional
         Token ids to their texts.
-
-    Attributes
-    ----------
-    recorder : Recorder or None
     """
 
     def __init__(

@@ -38,12 +38,8 @@ PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 def watched(loss: PolicyLoss, watcher: "VerlWatcher") -> PolicyLoss:
     """Return a policy loss that shows its tensors to a watcher; its result is untouched.
 
-    Parameters
-    ----------
-    loss : callable
-        Registered policy loss: ``old_log_prob``, ``log_prob``, ``advantages``, ``response_mask``
-        of shape (B, T), ``rollout_is_weights`` (B, T) or None, ``config`` and others.
-    watcher : VerlWatcher
+    ``loss``: registered policy loss: ``old_log_prob``, ``log_prob``, ``advantages``,
+    ``response_mask`` of shape (B, T), ``rollout_is_weights`` (B, T) or None, ``config`` and others.
     """
     signature = inspect.signature(loss)
 
@@ -58,17 +54,9 @@ def watched(loss: PolicyLoss, watcher: "VerlWatcher") -> PolicyLoss:
 class VerlWatcher(LossWatch):
     """What one actor process knows of the step it is in.
 
-    Parameters
-    ----------
-    open_recorder : callable
-        Called at the first step with rank and temperature.
-
-    Attributes
-    ----------
-    recorder : Recorder or None
-        None before the first step, and on processes whose tokens another process records.
-    failure : str or None
-        Why watching stopped.
+    ``open_recorder``: called at the first step with rank and temperature. ``recorder``: None before
+    the first step, and on processes whose tokens another process records; ``failure``: why watching
+    stopped.
     """
 
     def __init__(self, open_recorder: Callable[[int, float], Recorder]) -> None:
@@ -83,12 +71,8 @@ class VerlWatcher(LossWatch):
     def begin_step(self, engine: Any, data: Any) -> None:
         """Take identity and rewards of the n rollouts of a step before its updates.
 
-        Parameters
-        ----------
-        engine : verl engine
-            Says which processes share their data.
-        data : TensorDict, batch size n
-            A column that numbers the rows is added; it survives shuffling and splitting.
+        ``engine``: says which processes share their data; ``data``: a column that numbers the rows
+        is added; it survives shuffling and splitting.
         """
         if not engine.is_mp_src_rank_with_outputs():
             return
@@ -174,11 +158,7 @@ def _fit(tokens: Tensor, shape: torch.Size) -> Tensor:
 class VerlWatch:
     """Watched losses in verl's registry; ``close()`` takes them out again.
 
-    Attributes
-    ----------
-    watcher : VerlWatcher
-    names : list of str
-        Names to give as ``actor.policy_loss.loss_mode``.
+    ``names``: names to give as ``actor.policy_loss.loss_mode``.
     """
 
     def __init__(self, watcher: VerlWatcher, names: list[str], patches: Patches) -> None:

@@ -251,8 +251,6 @@ def shown_progress(
 
     Parameters
     ----------
-    name : str
-        Of the run.
     steps : int
         Its last step.
     folder : Path, optional

@@ -191,14 +191,9 @@ def divergence(
 def part(quantity: str, gap: Gap) -> Parting:
     """Test the windows of a difference and take the first that is significant.
 
-    z is the sum of the differences over the root of the summed squared errors of the
-    window; the bound is the two-sided normal quantile at ``ALPHA`` over the number of windows.
-
-    Parameters
-    ----------
-    quantity : str
-    gap : Gap
-        At least ``WINDOW`` steps.
+    z is the sum of the differences over the root of the summed squared errors of the window; the
+    bound is the two-sided normal quantile at ``ALPHA`` over the number of windows. ``gap``: at
+    least ``WINDOW`` steps.
     """
     difference = gap.second - gap.first
     total = _window_sums(difference)

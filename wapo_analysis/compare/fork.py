@@ -26,12 +26,7 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class ForkComparison(Result):
-    """What a change made of a run.
-
-    Attributes
-    ----------
-    original, fork : Run
-    """
+    """What a change made of a run."""
 
     original: Run
     fork: Run
@@ -202,14 +197,8 @@ class ForkComparison(Result):
 def compare_fork(fork: Run, original: Run | None = None) -> ForkComparison:
     """Compare a fork to the run it was forked from.
 
-    Raises UserError if it is no fork, or its original is not there any more.
-
-    Parameters
-    ----------
-    fork : Run
-        A run that `wapo fork` wrote.
-    original : Run, optional
-        None opens the folder that the fork's manifest names.
+    Raises UserError if it is no fork, or its original is not there any more. ``fork``: a run that
+    `wapo fork` wrote; ``original``: None opens the folder that the fork's manifest names.
     """
     forked = fork.manifest.get("forked")
     if not forked:

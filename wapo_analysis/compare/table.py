@@ -154,13 +154,7 @@ METRICS: tuple[Metric, ...] = (
 
 @dataclass(frozen=True)
 class Comparison(Result):
-    """Several runs side by side.
-
-    Attributes
-    ----------
-    runs : tuple of Run
-        The runs, in the order given.
-    """
+    """Several runs side by side. ``runs``: the runs, in the order given."""
 
     runs: tuple[Run, ...]
 

@@ -80,11 +80,8 @@ class Situation:
     def told(self, advice: Advice, *, remark: bool = False) -> Advice:
         """Advice in the trainer's names, without what does not apply.
 
-        Parameters
-        ----------
-        advice : Advice
-        remark : bool
-            It belongs to a finding that is no warning: then nothing that changes the training.
+        ``remark``: it belongs to a finding that is no warning: then nothing that changes the
+        training.
         """
         fitting = [step for step in advice.steps if self.applies(step)]
         if remark:
@@ -110,12 +107,8 @@ class Situation:
 def trained_classes(objective: Mapping[str, Any], positive_only: bool) -> frozenset[str]:
     """Classes that an objective gives a gradient to, and their signs.
 
-    Parameters
-    ----------
-    objective : mapping
-        ``objective`` of a manifest; what it does not say leaves nothing out.
-    positive_only : bool
-        It trains on positive advantages alone by design.
+    ``objective``: ``objective`` of a manifest; what it does not say leaves nothing out;
+    ``positive_only``: it trains on positive advantages alone by design.
 
     Examples
     --------
@@ -206,8 +199,6 @@ def fork_command(
 
     Parameters
     ----------
-    run : str
-        Run folder.
     at : int
         Step after which the change is in force; 0 for the first.
     change : mapping

@@ -52,13 +52,7 @@ _CHECKPOINT = re.compile(r"(?:step-|checkpoint-|global_step_)(\d+)")
 
 @dataclass(frozen=True)
 class Context:
-    """A run as detectors see it; every part is computed once, when asked for.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    """
+    """A run as detectors see it; every part is computed once, when asked for."""
 
     run: Run
 
@@ -313,19 +307,11 @@ def entropy_drivers(
 ) -> tuple[Driver, ...]:
     """Rank the classes by their predicted dH over a window of steps.
 
-    Largest share in the direction first. Empty if the run has no class totals with
-    statistics. ``predicted_dentropy`` is the exact first-order sum over all tokens
-    (taxonomy/README.md).
-
-    Parameters
-    ----------
-    context : Context
-        The run.
-    first, last : int or None
-        First and last step of the window, widened to at least ``MIN_WINDOW`` steps on its early
-        side; None leaves that side open.
-    direction : int
-        1 if the entropy rose, -1 if it fell, 0 to take the sign of the total.
+    Largest share in the direction first. Empty if the run has no class totals with statistics.
+    ``predicted_dentropy`` is the exact first-order sum over all tokens (taxonomy/README.md).
+    ``first``, ``last``: first and last step of the window, widened to at least ``MIN_WINDOW`` steps
+    on its early side; None leaves that side open; ``direction``: 1 if the entropy rose, -1 if it
+    fell, 0 to take the sign of the total.
     """
     flows = _window(context.flows, first, last)
     if flows.empty:

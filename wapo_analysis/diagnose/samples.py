@@ -93,11 +93,6 @@ def shared_answers(rows: pd.DataFrame) -> Series:
     """Share of the completions of a step that a rollout of another prompt has word for word.
 
     Over the steps with completions of two prompts or more; empty if there are none.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Rows of the rollouts table.
     """
     known = rows[rows["completion"].notna()]
     if known.empty:
@@ -115,11 +110,6 @@ def noise_share(rows: pd.DataFrame) -> Series:
     """Share of the completions of a step that are noise; see :func:`is_noise`.
 
     In [0, 1], over the steps with completions; of each at most ``READ_COMPLETIONS``.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Rows of the rollouts table.
     """
     known = rows.loc[rows["completion"].notna(), ["step", "completion"]]
     some = known[known.groupby("step").cumcount() < READ_COMPLETIONS]
@@ -170,11 +160,6 @@ def answer_shares(rows: pd.DataFrame) -> tuple[Series, Series]:
     Rewarded means the highest reward of the rows. Returns the share of a step's completions that
     hold it; share of the rewarded ones that do not, over the steps with a rewarded one. Empty
     without answers.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Rows of the rollouts table.
     """
     columns = ["step", "completion", "answer", "reward"]
     known = rows.dropna(subset=columns)[columns]
@@ -201,11 +186,6 @@ def length_pay(rows: pd.DataFrame) -> Series:
     Pearson's, of what is left of both after the mean of the group is taken off, so that hard
     prompts that need long answers do not count. In [-1, 1], over the steps in which both
     vary within a group; empty without rewards or lengths.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Rows of the rollouts table.
     """
     known = rows[rows["reward"].notna() & rows["length"].notna()]
     groups = known.groupby(["step", "group"])
@@ -243,8 +223,6 @@ def find_culprits(
 
     Parameters
     ----------
-    run : Run
-        The run.
     finding : str
         Name of the finding the class is behind.
     cls : str

@@ -18,12 +18,8 @@ BUILT_IN: Final = "built-in"
 class Setting:
     """A setting of training.
 
-    Attributes
-    ----------
-    words : str
-        What to call it where the trainer's name for it is not known.
-    names : mapping of str to str
-        Trainer to its name.
+    ``words``: what to call it where the trainer's name for it is not known; ``names``: trainer to
+    its name.
     """
 
     words: str

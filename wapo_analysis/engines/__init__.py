@@ -95,15 +95,7 @@ def trl_settings(config: TrainConfig, out: Path, processes: int) -> dict[str, An
     """Settings of TRL's GRPOConfig for a recipe.
 
     Raises UserError if a mini-batch cannot be split evenly, or a setting of TRL's is unknown or
-    ours to set.
-
-    Parameters
-    ----------
-    config : TrainConfig
-    out : Path
-        Run folder.
-    processes : int
-        Processes that share each mini-batch.
+    ours to set. ``processes``: processes that share each mini-batch.
     """
     update = config.prompts_per_step * config.rollouts_per_prompt // config.minibatches
     if update % processes:

@@ -27,16 +27,7 @@ _ROW = "wapo_row"
 class Recipe:
     """Task, policy and sampling of a run, as TRL's trainer needs them.
 
-    Parameters
-    ----------
-    config : TrainConfig
-
-    Attributes
-    ----------
-    policy : Policy
-        Trained in place by the trainer.
-    longest : int
-        Most tokens of a completion.
+    ``policy``: trained in place by the trainer; ``longest``: most tokens of a completion.
     """
 
     def __init__(self, config: TrainConfig) -> None:

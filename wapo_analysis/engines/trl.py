@@ -63,7 +63,6 @@ def train_with_trl(
 
     Parameters
     ----------
-    config : TrainConfig
     out : Path
         Run folder, on a disk that all processes share; TRL's own checkpoints are in its ``trl``.
     resume : bool

@@ -166,17 +166,7 @@ _SAID = 6
 class SourceTail:
     """A source being followed as a run: each poll reads it again if it has grown.
 
-    Parameters
-    ----------
-    path : Path
-        File or folder.
-    settings : ImportSettings, optional
-        What the source does not say.
-
-    Attributes
-    ----------
-    notes : list of str
-        What an import says of the source.
+    ``settings``: what the source does not say. ``notes``: what an import says of the source.
     """
 
     def __init__(self, path: Path, settings: ImportSettings | None = None) -> None:

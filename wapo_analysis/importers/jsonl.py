@@ -79,13 +79,8 @@ def parse_json(data: bytes | str, changed: list[str] | None = None) -> Any:
     """A JSON value of bounded depth; lone surrogates in its texts become U+FFFD.
 
     Raises ValueError if it is no JSON, is not UTF-8, or is nested deeper than ``MAX_DEPTH``.
-
-    Parameters
-    ----------
-    data : bytes or str
-        UTF-8 text.
-    changed : list of str, optional
-        Gets what was changed or overwritten on the way: `DOUBLED`, `REPAIRED`.
+    ``data``: UTF-8 text; ``changed``: gets what was changed or overwritten on the way: `DOUBLED`,
+    `REPAIRED`.
     """
     text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
     told = [] if changed is None else changed

@@ -39,12 +39,8 @@ def read_trainer_logs(
 ) -> list[str]:
     """Read the log of a trainer built on Transformers; returns the names of its reward functions.
 
-    Raises UserError if the files belong to several runs, or the only state is broken.
-
-    Parameters
-    ----------
-    files : mapping of str to sequence of Path
-        Files by kind: "state", "swift-log", "trainer-log".
+    Raises UserError if the files belong to several runs, or the only state is broken. ``files``:
+    files by kind: "state", "swift-log", "trainer-log".
     """
     _one_run([file for kind in files for file in files[kind]])
     logs: list[tuple[Path, Records]] = [
@@ -178,10 +174,7 @@ def _collect(
 class TrainerCompletions:
     """Reads completions that have one column for each reward function.
 
-    Parameters
-    ----------
-    rewards : list of str
-        Names of the reward functions, as the log tells them; empty if there is no log.
+    ``rewards``: names of the reward functions, as the log tells them; empty if there is no log.
     """
 
     sink: Sink

@@ -109,15 +109,8 @@ class Feed:
 class NameTable:
     """Finds our columns among their keys.
 
-    Parameters
-    ----------
-    mapping : mapping of str to str
-        Ours to theirs, as the user gave it.
-
-    Attributes
-    ----------
-    seen : set of str
-        Their names of the mapping that occurred in the source.
+    ``mapping``: ours to theirs, as the user gave it. ``seen``: their names of the mapping that
+    occurred in the source.
     """
 
     mapping: Mapping[str, str]

@@ -52,12 +52,8 @@ _TEXT_KEYS = ("step", "prompt", "completion", "reward")
 class OfficialTree:
     """The parts of one official run.
 
-    Parameters
-    ----------
-    run : Path or None
-        ``plots/<run>``, the folder of ``data``; None if there is only a trainer state.
-    told : tuple of Path
-        Files the run was told by.
+    ``run``: ``plots/<run>``, the folder of ``data``; None if there is only a trainer state;
+    ``told``: files the run was told by.
     """
 
     run: Path | None

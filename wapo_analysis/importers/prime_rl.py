@@ -124,11 +124,8 @@ def _read_metrics(file: Path, sink: Sink, report: ImportReport) -> None:
 def read_traces(files: list[Path], sink: Sink, report: ImportReport) -> None:
     """Read episodes and annotations; tokens come from branches that the trainer annotated.
 
-    Parameters
-    ----------
-    files : list of Path
-        ``stream.jsonl`` and ``annotations/<producer>.jsonl``, or folders of numbered parts;
-        indexes among them are left out, they repeat the streams.
+    ``files``: ``stream.jsonl`` and ``annotations/<producer>.jsonl``, or folders of numbered parts;
+    indexes among them are left out, they repeat the streams.
     """
     streams = [file for file in files if ".index." not in file.name and "live" not in file.parts]
     notes = _Annotations()

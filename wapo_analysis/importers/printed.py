@@ -178,10 +178,7 @@ class Printed(NamedTuple):
 class PrintedLog:
     """Lines of a log as records, once the whole of it was seen.
 
-    Parameters
-    ----------
-    known : callable
-        Whether any of some names feeds a column.
+    ``known``: whether any of some names feeds a column.
     """
 
     known: Callable[[tuple[str, ...]], bool]

@@ -168,12 +168,8 @@ def _at_most_zero(values: Array, name: str, report: ImportReport) -> Array:
 def class_rows(tokens: Records, temperature: float) -> Records:
     """Class totals of token records; a total of a flag or rule the source cannot give is masked.
 
-    Parameters
-    ----------
-    tokens : Records
-        Rows of :func:`filled_records`; ``kept`` and ``clipped`` may be masked.
-    temperature : float
-        Softmax temperature of the statistics.
+    ``tokens``: rows of :func:`filled_records`; ``kept`` and ``clipped`` may be masked;
+    ``temperature``: softmax temperature of the statistics.
     """
     lacking = {name: bool(np.ma.getmaskarray(tokens[name]).any()) for name in ("kept", "clipped")}
     plain = tokens.with_columns(

@@ -37,14 +37,8 @@ def json_rows(value: Any, told: Callable[[str], None] = lambda _: None) -> Rows 
 
     A list of objects, one object, lists by name, numbers by step, what pandas writes in any
     orientation but "values", ``{metric: {steps, values}}``, or one of these below a name. Returns
-    None if it is nothing of the kind.
-
-    Parameters
-    ----------
-    value : Any
-        What the file holds.
-    told : callable
-        Is given what was chosen or left out, in a sentence.
+    None if it is nothing of the kind. ``value``: what the file holds; ``told``: is given what was
+    chosen or left out, in a sentence.
     """
     rows = _rows(value, told)
     if rows is not None or not isinstance(value, dict) or not value:

@@ -336,12 +336,8 @@ def expanded(values: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Columns of the tokens of one completion: lists as they are, single values repeated.
 
     Returns rows of the loss mask; ``position`` counts them from 0 unless it is given. Raises
-    ValueError if the lists differ in length.
-
-    Parameters
-    ----------
-    values : mapping
-        Columns of the ``tokens`` table (and ``loss_mask``) to lists of one length, or to values.
+    ValueError if the lists differ in length. ``values``: columns of the ``tokens`` table (and
+    ``loss_mask``) to lists of one length, or to values.
     """
     lengths = {name: len(value) for name, value in values.items() if isinstance(value, list)}
     if len(set(lengths.values())) > 1:

@@ -156,8 +156,6 @@ def policy_loss(
 
     Parameters
     ----------
-    config : ObjectiveConfig
-        Objective settings.
     logp : Tensor, shape (B, T)
         Log-probability (nats) of each sampled token under the trained policy; carries gradient.
         Half precision is computed in float32, float64 stays float64.

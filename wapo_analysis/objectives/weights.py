@@ -272,8 +272,6 @@ def minibatch_weights(
 
     Parameters
     ----------
-    config : ObjectiveConfig
-        Objective settings.
     batch : BatchWeights
         Weights of the whole batch (`batch_weights`).
     rows : Tensor of int64, shape (B,)

@@ -64,11 +64,6 @@ def prepare_marks(runs: Sequence[Run]) -> pd.DataFrame:
     Returns ``label, seed, run``, ``first`` and ``baseline`` (first and last step of the baseline of
     the entropy, NaN without entropy), ``onset`` (of the verdict, NaN if healthy), ``updates``
     (median).
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs.
     """
     from wapo_analysis.diagnose import diagnose
 

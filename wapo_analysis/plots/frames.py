@@ -47,14 +47,8 @@ def finite(values: pd.Series) -> pd.Series:
 def step_frame(runs: Sequence[Run], columns: Iterable[str]) -> pd.DataFrame:
     """Columns of the step table of every run, one row per run and step.
 
-    Returns ``label, seed, run, step`` and the columns as float64.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs.
-    columns : iterable of str
-        Columns of the ``steps`` table; absent ones are NaN.
+    Returns ``label, seed, run, step`` and the columns as float64. ``columns``: columns of the
+    ``steps`` table; absent ones are NaN.
     """
     names = list(columns)
     parts = []
@@ -70,15 +64,8 @@ def class_frame(
     """Exact totals of the class table of every run, summed within the given keys.
 
     Returns ``label, seed, run``, the keys (``cls`` as a code), and the sums as float64.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs.
-    columns : iterable of str
-        Columns of the ``classes`` table to sum; a sum of nothing but NaN is NaN.
-    by : sequence of str
-        Keys to keep, among ``step, cls, sign, regime, prob_bin``.
+    ``columns``: columns of the ``classes`` table to sum; a sum of nothing but NaN is NaN; ``by``:
+    keys to keep, among ``step, cls, sign, regime, prob_bin``.
     """
     names, keys = list(columns), list(by)
     parts = []
@@ -93,15 +80,9 @@ def class_frame(
 def with_empty_classes(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Add a row with 0 for every class a step has no token of: there, nothing is the true value.
 
-    Returns every class code for every run and step.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        Of :func:`class_frame`, with ``step`` and ``cls``.
-    column : str
-        Sum to fill. Where it is NaN for tokens of unknown class, the added rows are NaN as well,
-        since those tokens may belong to any class.
+    Returns every class code for every run and step. ``frame``: of :func:`class_frame`, with
+    ``step`` and ``cls``. ``column``: sum to fill. Where it is NaN for tokens of unknown class, the
+    added rows are NaN as well, since those tokens may belong to any class.
     """
     if frame.empty:
         return frame
@@ -148,8 +129,6 @@ def token_frame(
 
     Parameters
     ----------
-    runs : sequence of Run
-        Opened runs.
     columns : iterable of str
         Some of ``TOKEN_COLUMNS``.
     rescored : bool
@@ -186,14 +165,8 @@ def _token_rows(run: Run, steps: tuple[int, ...]) -> pd.DataFrame:
 def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Mean over the runs of a label of every number in the frame, NaN left out.
 
-    Returns ``label``, the keys and the means, labels in their first order.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        Tidy frame with ``RUN_KEYS``.
-    keys : sequence of str
-        Keys to keep beside ``label``.
+    Returns ``label``, the keys and the means, labels in their first order. ``frame``: tidy frame
+    with ``RUN_KEYS``; ``keys``: keys to keep beside ``label``.
     """
     rest = frame.drop(columns=["seed", "run"])
     return rest.groupby(["label", *keys], sort=False, as_index=False).mean()
@@ -220,14 +193,8 @@ def keyed(
 ) -> pd.DataFrame:
     """One frame of the parts of several runs, with ``label, seed, run`` in front.
 
-    Parameters
-    ----------
-    parts : sequence of DataFrame
-        Each with ``run``, the place of its run; empty ones are left out, so they spoil no dtype.
-    runs : sequence of Run
-        Opened runs.
-    columns : sequence of str
-        Columns of the result if every part is empty.
+    ``parts``: each with ``run``, the place of its run; empty ones are left out, so they spoil no
+    dtype; ``columns``: columns of the result if every part is empty.
     """
     full = [part for part in parts if len(part)]
     if not full:

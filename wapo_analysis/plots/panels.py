@@ -123,10 +123,7 @@ def filled_parts(
 def share_y_if_close(row: AxesArray) -> None:
     """One y range for all panels of a row, unless a panel would be flat in it; then each says so.
 
-    Parameters
-    ----------
-    row : ndarray of Axes
-        Panels of one quantity with linear axes of their own.
+    ``row``: panels of one quantity with linear axes of their own.
     """
     drawn = [ax for ax in row if ax.lines or ax.collections or ax.patches]
     limits = [np.abs(ax.get_ylim()).max() for ax in drawn]
@@ -203,12 +200,8 @@ def replicate_line(
 
     Parameters
     ----------
-    ax : Axes
-        Where to draw.
     frame : DataFrame
         Rows of one label with ``run``, ``step`` and the column.
-    column : str
-        What to draw.
     label : str, optional
         Legend text; the number of runs is added.
     positive : bool
@@ -296,12 +289,7 @@ def mark_missing(ax: Axes, frame: pd.DataFrame, column: str) -> None:
 def stack(ax: Axes, table: pd.DataFrame) -> None:
     """Stack the classes over the steps, positive values upwards, negative ones downwards.
 
-    Parameters
-    ----------
-    ax : Axes
-        Where to draw.
-    table : DataFrame
-        Index step, one column per class name; NaN leaves a gap.
+    ``table``: index step, one column per class name; NaN leaves a gap.
     """
     names = [name for name in CLASS_COLORS if name in table and table[name].notna().any()]
     steps = table.index.to_numpy(dtype=np.float64)

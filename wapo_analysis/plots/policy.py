@@ -50,13 +50,9 @@ def clip_range(objective: Mapping[str, Any]) -> tuple[float, float]:
     """Range of the importance ratio of a token outside which the objective can clip.
 
     Returns (low, high); NaN where there is no such bound (gspo clips the ratio of whole sequences,
-    wapo has no lower bound) or the manifest does not give it.
-
-    Parameters
-    ----------
-    objective : mapping
-        ``objective`` entry of a manifest: ``name``, and ``bounds`` (low, high) as the built-in
-        trainer writes them, or ``clip_eps`` as other sources give it.
+    wapo has no lower bound) or the manifest does not give it. ``objective``: ``objective`` entry of
+    a manifest: ``name``, and ``bounds`` (low, high) as the built-in trainer writes them, or
+    ``clip_eps`` as other sources give it.
     """
     if objective.get("name") in _NOT_BY_TOKEN or objective.get("use_importance_sampling") is False:
         return float("nan"), float("nan")

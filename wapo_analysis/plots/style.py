@@ -112,12 +112,7 @@ def label_styles(labels: Sequence[str]) -> dict[str, LineStyle]:
 
     A label that names a class ("GRPO neg_peak only") takes the colour of the class, one that begins
     with an objective takes the objective's. Labels that would look alike get another dash. Returns
-    in the order of first appearance.
-
-    Parameters
-    ----------
-    labels : sequence of str
-        Legend texts; repeated ones count once.
+    in the order of first appearance. ``labels``: legend texts; repeated ones count once.
     """
     styles: dict[str, LineStyle] = {}
     for label in dict.fromkeys(labels):
@@ -239,14 +234,7 @@ def sign_map(sign: int) -> Colormap:
 def encode_figure(figure: Figure, format: str) -> bytes:
     """File content of a figure; the same figure gives the same bytes.
 
-    Raises UserError if the format is another one.
-
-    Parameters
-    ----------
-    figure : Figure
-        Any matplotlib figure.
-    format : {"png", "svg", "pdf"}
-        SVG keeps its text as text.
+    Raises UserError if the format is another one. ``format``: SVG keeps its text as text.
     """
     if format not in FORMATS:
         raise unknown_name("figure format", format, FORMATS)
@@ -277,16 +265,8 @@ def _laid_out(figure: Figure, dpi: float) -> Iterator[None]:
 def save_figure(figure: Figure, path: Path, format: str | None = None) -> Path:
     """Write a figure to a file, making its folder.
 
-    Returns the path. Raises UserError if the format is unknown.
-
-    Parameters
-    ----------
-    figure : Figure
-        Any matplotlib figure.
-    path : Path
-        Target file.
-    format : {"png", "svg", "pdf"}, optional
-        By default the suffix of the path.
+    Returns the path. Raises UserError if the format is unknown. ``format``: by default the suffix
+    of the path.
     """
     content = encode_figure(figure, path.suffix.lstrip(".") if format is None else format)
     path.parent.mkdir(parents=True, exist_ok=True)

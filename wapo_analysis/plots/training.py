@@ -115,10 +115,7 @@ def _says_gradient_norm(frame: pd.DataFrame) -> str:
     over_steps=True,
 )
 def plot_gradient_norm(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
-    """Gradient norm before clipping over the steps, logarithmic.
-
-    Returns axes of shape (1,).
-    """
+    """Gradient norm before clipping over the steps, logarithmic. Returns axes of shape (1,)."""
     figure = figure or new_figure(4.0)
     axes: AxesArray = figure.subplots(1, 1, squeeze=False)[0]
     label_lines(axes[0], frame, "grad_norm", positive=True)

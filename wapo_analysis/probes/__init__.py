@@ -111,12 +111,7 @@ def three_numbers(probes: pd.DataFrame) -> pd.DataFrame:
     without a part in the update); ``counterfactual``, the set's own class applied alone (where it
     is no class: all classes at once); ``gradient``, all classes at once; ``carried``, momentum plus
     weight decay; ``measured``, the whole update; ``half``, half of it; all mean nats; ``verdict``,
-    see `judge`.
-
-    Parameters
-    ----------
-    probes : DataFrame
-        Rows of the probes table.
+    see `judge`. ``probes``: rows of the probes table.
     """
     whole = probes[probes["part"] == UPDATE].set_index(KEYS).sort_index()
     alone = probes.pivot_table(index=KEYS, columns="part", values="counterfactual_dentropy")
@@ -153,12 +148,8 @@ def closure(probes: pd.DataFrame) -> pd.DataFrame:
 
     Returns index part (the classes, momentum, weight decay, interaction, update) and columns
     ``predicted`` (NaN where the taxonomy is silent) and ``dentropy``: sums over the probed updates
-    of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes.
-
-    Parameters
-    ----------
-    probes : DataFrame
-        Rows of the probes table, of the updates to be explained.
+    of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes. ``probes``:
+    rows of the probes table, of the updates to be explained.
     """
     rows = probes[probes["tokens_of"] == ALL_TOKENS]
     sums = rows.groupby("part")[["predicted_dentropy", "counterfactual_dentropy"]]
@@ -187,12 +178,8 @@ def agreement(predicted: Array, measured: Array) -> dict[str, float]:
     """How well one series of changes foretells another.
 
     Returns ``rank_correlation`` (Spearman, NaN for fewer than three pairs), ``sign_agreement``
-    (share of the pairs with one sign, NaN without pairs), ``pairs``.
-
-    Parameters
-    ----------
-    predicted, measured : ndarray, shape (n,)
-        Pairs; those with a zero or NaN are left out.
+    (share of the pairs with one sign, NaN without pairs), ``pairs``. ``predicted``, ``measured``
+    (n,): pairs; those with a zero or NaN are left out.
     """
     pairs = pd.DataFrame({"p": predicted, "m": measured}).astype(np.float64)
     pairs = pairs[(pairs * 0 == 0).all(axis=1) & (pairs != 0).all(axis=1)]
@@ -212,12 +199,7 @@ def trust(probes: pd.DataFrame) -> pd.DataFrame:
     Returns a row per class with a prediction: ``cls``; ``updates``, how many; ``alone`` of
     ``alone_of`` had the sign of the class's own step applied alone; ``whole``, that of the whole
     update. Always of the class's own tokens. What is between is shared parameters, momentum and the
-    interaction of classes.
-
-    Parameters
-    ----------
-    probes : DataFrame
-        Rows of the probes table.
+    interaction of classes. ``probes``: rows of the probes table.
     """
     if probes.empty:
         return pd.DataFrame(columns=["cls", "updates", "alone", "alone_of", "whole"])

@@ -42,13 +42,8 @@ Score = Callable[[bool], tuple[Tensor, Tensor]]
 class Scorable:
     """Tokens that can be scored again.
 
-    Attributes
-    ----------
-    score : callable
-        See `Score`; logp carries gradient if asked to.
-    tokens : TokenPass or None
-        The same N tokens as the update saw them, with ``coef``; None for tokens that have no part
-        in the update.
+    ``score``: see `Score`; logp carries gradient if asked to; ``tokens``: the same N tokens as the
+    update saw them, with ``coef``; None for tokens that have no part in the update.
     """
 
     score: Score
@@ -95,14 +90,8 @@ def clip_factor(grad_norm: float, limit: float | None) -> float:
 def take_apart(update: Update, scored: Sequence[Scorable]) -> Records | None:
     """Split an update and measure what each part does alone.
 
-    Returns rows of the probes table; None if no token of the update had a gradient.
-
-    Parameters
-    ----------
-    update : Update
-        The update.
-    scored : sequence of Scorable
-        Tokens to score, of the update and others.
+    Returns rows of the probes table; None if no token of the update had a gradient. ``update``: the
+    update; ``scored``: tokens to score, of the update and others.
     """
     if all(part.tokens is None or part.tokens.coef is None for part in update.passes):
         return None

@@ -92,10 +92,8 @@ class ProbedTokens:
 class Change:
     """What a step did to the N tokens.
 
-    Attributes
-    ----------
-    dlogp, dentropy : ndarray, shape (N,)
-        Change of the log-probability of the sampled token and of the entropy, nats.
+    ``dlogp``, ``dentropy`` (N,): change of the log-probability of the sampled token and of the
+    entropy, nats.
     """
 
     dlogp: Array
@@ -128,14 +126,8 @@ def fit_scale(unit_dlogp: Array, dlogp: Array) -> float:
     C_o,i) / T^2`` (taxonomy/README.md, section 3). In a network eta is not known beforehand: it is
     the mean of the tokens' own squared gradients. One number is fitted to all tokens of the probe,
     so signs and relative sizes stay the prediction's own. Returns eta; NaN if nothing was predicted
-    to move.
-
-    Parameters
-    ----------
-    unit_dlogp : ndarray, shape (N,)
-        x, first-order change of logp per unit learning rate.
-    dlogp : ndarray, shape (N,)
-        Measured change of logp, nats.
+    to move. ``unit_dlogp`` (N,): x, first-order change of logp per unit learning rate; ``dlogp``
+    (N,): measured change of logp, nats.
     """
     size = float(unit_dlogp @ unit_dlogp)
     return float(unit_dlogp @ dlogp) / size if size > 0 else float("nan")

@@ -29,12 +29,8 @@ Tensors = list[Tensor]
 class Before:
     """Copies of what the optimizer step will change.
 
-    Attributes
-    ----------
-    weights : list of Tensor
-        The parameters.
-    momentum : list of Tensor
-        First moment m_(t-1) of AdamW; zeros where there is none yet.
+    ``weights``: the parameters; ``momentum``: first moment m_(t-1) of AdamW; zeros where there is
+    none yet.
     """
 
     weights: Tensors
@@ -100,7 +96,6 @@ def class_gradients(
         -dL/dlogp of each token.
     cls : Tensor of int, shape (N,)
         Class code of each token.
-    parameters : sequence of Tensor
     classes : int
         Number of classes; codes 0..classes-1.
     """

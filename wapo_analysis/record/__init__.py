@@ -24,12 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Guarded:
     """Watches a training: its first failure is told and ends the watching, never the training.
 
-    Attributes
-    ----------
-    failure : str or None
-        Why watching stopped.
-    seconds : float
-        Time that guarded work took of the training thread.
+    ``failure``: why watching stopped; ``seconds``: time that guarded work took of the training
+    thread.
     """
 
     failure: str | None = None
@@ -80,10 +76,7 @@ def on_schedule(step: int, every: int) -> bool:
 class Steps:
     """Numbers of finished steps, each larger than the one before.
 
-    Attributes
-    ----------
-    last : int
-        The last one; 0 before the first.
+    ``last``: the last one; 0 before the first.
     """
 
     def __init__(self, resume_after: int | None) -> None:
@@ -127,13 +120,7 @@ class Closing:
     """Ends with its with-block; ``close`` hears how the training in it ended."""
 
     def close(self, status: str = "finished") -> None:
-        """End; may be called twice.
-
-        Parameters
-        ----------
-        status : {"finished", "interrupted", "failed"}
-            How the training ended, for the manifest.
-        """
+        """End; may be called twice. ``status``: how the training ended, for the manifest."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

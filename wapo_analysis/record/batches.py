@@ -89,10 +89,7 @@ def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
     """Positions outside the mask with a gradient: all, before a rollout's tokens, after them.
 
     Returns Tensor of int64, shape (3,), or (1,) of packed tensors, whose places are not told apart.
-
-    Parameters
-    ----------
-    gradient, mask : Tensor, shape (B, T) or, packed, (M,)
+    ``gradient``, ``mask`` (B, T) or, packed, (M,).
     """
     hit = (gradient != 0) & gradient.isfinite() & ~mask
     if mask.dim() == 1:
@@ -179,10 +176,7 @@ class Layout:
     def within(self, row: Tensor) -> Tensor:
         """Position of each token among those of its rollout, from 0; shape (N,).
 
-        Parameters
-        ----------
-        row : Tensor of int64, shape (N,)
-            Rollout of each token, from 0.
+        ``row`` (N,): rollout of each token, from 0.
         """
         order = row.argsort(stable=True)
         counts = row.bincount(minlength=self.count)

@@ -64,14 +64,8 @@ class Ring:
 
     Kept are the `RECENT` newest ones, the one whose policy earned most, and for the `PROTECTED`
     latest findings that were acted on the newest one from before each. Nothing else in the folder
-    is touched. The training thread saves, the writer's thread protects.
-
-    Parameters
-    ----------
-    root : Path
-        Folder of the checkpoints.
-    earlier : mapping
-        What `entry` was when the run was left.
+    is touched. The training thread saves, the writer's thread protects. ``root``: folder of the
+    checkpoints; ``earlier``: what `entry` was when the run was left.
     """
 
     def __init__(self, root: Path, earlier: Mapping[str, Any]) -> None:
@@ -129,11 +123,7 @@ class Ring:
     def write(self, step: int, save: Save) -> bool:
         """Write a checkpoint and delete those that fall out; whether all went well, never raises.
 
-        Parameters
-        ----------
-        step : int
-        save : callable
-            Fills the folder it is given.
+        ``save``: fills the folder it is given.
         """
         started, target = perf_counter(), self._at(step)
         try:

@@ -80,7 +80,6 @@ class TokenPass:
         Parameters
         ----------
         mask : Tensor of bool, shape (B, T)
-        stats : TokenStats, flat over the mask
         group, rollout, advantage : Tensor, shape (B,)
         token_id, logp_old, clipped, kept : Tensor, shape (B, T)
         at : Tensor of int64, shape (N,), optional
@@ -118,10 +117,7 @@ def beside_logp(stats: TokenStats | Mapping[str, Tensor | None]) -> dict[str, An
 class HostPass:
     """Columns of a pass whose tensors are in host memory: views, nothing is copied.
 
-    Parameters
-    ----------
-    tokens : TokenPass
-        Later changes of its fields are not seen.
+    ``tokens``: later changes of its fields are not seen.
     """
 
     def __init__(self, tokens: TokenPass | TopTokens) -> None:
@@ -174,12 +170,8 @@ class DevicePass(HostPass):
     """Columns of a pass on an accelerator, packed and on their way to pinned memory.
 
     Floats as they are, integers and one word of flags are the rows of a single int32 tensor, so
-    that a pass costs one copy; nobody waits for it but the reader of the columns.
-
-    Parameters
-    ----------
-    tokens : TokenPass
-        Integers must fit int32.
+    that a pass costs one copy; nobody waits for it but the reader of the columns. ``tokens``:
+    integers must fit int32.
     """
 
     def __init__(self, tokens: TokenPass | TopTokens) -> None:
@@ -222,14 +214,9 @@ _SPREAD = 64
 class DeviceTotals:
     """Class totals and sums of a pass, made in float64 where its tokens are; only they travel.
 
-    Parameters
-    ----------
-    tokens : TokenPass
-    temperature : float
-    given : frozenset of str, optional
-        Statistics every pass of the step has, for sums for the step columns; None makes no sums.
-    sequence_level : bool
-        The clip looks at the ratio of the whole rollout, all of it in this pass.
+    ``given``: statistics every pass of the step has, for sums for the step columns; None makes no
+    sums; ``sequence_level``: the clip looks at the ratio of the whole rollout, all of it in this
+    pass.
     """
 
     def __init__(

@@ -119,7 +119,6 @@ class TopReader:
         Steps 1, 1 + every, ... have token rows.
     share : float
         Share of the rollouts whose rows are written.
-    temperature : float
     """
 
     def __init__(self, size: int, every: int, share: float, temperature: float) -> None:
@@ -144,13 +143,8 @@ class TopReader:
     ) -> TopTokens | None:
         """Rows of a pass that are to be read, now and after the update; None if there are none.
 
-        Parameters
-        ----------
-        step : int
-        place : tuple of Tensor of int64, shape (N,)
-            Where the tokens stand in the pass's tensors, as `Tensor.nonzero` gives it.
-        rollout, position : Tensor of int64, shape (N,)
-        minibatch : int
+        ``place`` (N,): where the tokens stand in the pass's tensors, as `Tensor.nonzero` gives it;
+        ``rollout``, ``position`` (N,).
         """
         if not self.wants(step):
             return None

@@ -41,7 +41,6 @@ class StepWriter:
 
     Parameters
     ----------
-    writer : PartWriter
     on_error : callable
         Called once, in the thread, with the error that ended the writing; a bound method, of whose
         object no reference is kept.
@@ -77,13 +76,9 @@ class StepWriter:
     def put(self, job: StepJob, texts: Texts | None = None) -> None:
         """Take a step.
 
-        Parameters
-        ----------
-        job : StepJob
-        texts : callable, optional
-            Token ids to their texts. A tokenizer is not safe to use from two threads, so names are
-            made by the caller: now for tokens on the host, with a later step or at the end for
-            those on their way from a device.
+        ``texts``: token ids to their texts. A tokenizer is not safe to use from two threads, so
+        names are made by the caller: now for tokens on the host, with a later step or at the end
+        for those on their way from a device.
 
         Raises
         ------
@@ -186,10 +181,7 @@ class StepWriter:
 class Vocabulary:
     """Which token ids have been named; a look takes a nanosecond per id.
 
-    Parameters
-    ----------
-    named : list of int
-        Ids that have a text already.
+    ``named``: ids that have a text already.
     """
 
     def __init__(self, named: list[int]) -> None:
@@ -220,14 +212,9 @@ class WriterThread:
 
     The thread starts with the first job and is a daemon: a killed process leaves whole files, and a
     process that ends without `close` is not held up by it. In a forked child there is no such
-    thread; jobs given there are dropped, they are the parent's to do.
-
-    Parameters
-    ----------
-    on_error : callable
-        Called once, in the thread, with the first exception of a job; what is left is dropped.
-    synchronous : bool
-        Run every job at once in the thread that gives it.
+    thread; jobs given there are dropped, they are the parent's to do. ``on_error``: called once, in
+    the thread, with the first exception of a job; what is left is dropped; ``synchronous``: Run
+    every job at once in the thread that gives it.
     """
 
     def __init__(self, on_error: Callable[[Exception], None], synchronous: bool = False) -> None:

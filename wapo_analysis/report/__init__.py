@@ -47,17 +47,9 @@ def build_report(runs: Sequence[Run], out: Path | None = None, rows: int = ROWS)
     """Build the page and, if asked, write it.
 
     Returns the page. The same runs give the same page. Raises UserError if there are no runs, a run
-    is broken, or the file cannot be written or is no page.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Opened runs.
-    out : Path, optional
-        HTML file; its folder is made. Written whole or not at all.
-    rows : int
-        Token rows the page may carry, over all runs. Steps that the findings name come first; the
-        page says how many recorded steps it holds.
+    is broken, or the file cannot be written or is no page. ``out``: HTML file; its folder is made.
+    Written whole or not at all. ``rows``: token rows the page may carry, over all runs. Steps that
+    the findings name come first; the page says how many recorded steps it holds.
     """
     if not runs:
         raise UserError("a report needs at least one run")

@@ -37,10 +37,7 @@ MOST_COMPARED = 40
 class Shelf:
     """The runs below some folders, kept open and read on as they grow.
 
-    Parameters
-    ----------
-    folders : sequence of Path
-        Run folders, or folders that hold runs; looked through again at each request.
+    ``folders``: Run folders, or folders that hold runs; looked through again at each request.
     """
 
     folders: Sequence[Path]
@@ -106,14 +103,8 @@ def _mark(path: Path) -> str:
 def application(folders: Sequence[Path], token: str | None = None) -> Starlette:
     """The board as an ASGI application.
 
-    Raises UserError if the extra [board] is not installed.
-
-    Parameters
-    ----------
-    folders : sequence of Path
-        Where runs are looked for.
-    token : str, optional
-        Asked for in every address (``?token=...``); None lets everybody in who can reach it.
+    Raises UserError if the extra [board] is not installed. ``folders``: where runs are looked for;
+    ``token``: asked for in every address (``?token=...``); None lets everybody in who can reach it.
     """
     try:
         from starlette.applications import Starlette

@@ -42,14 +42,8 @@ SHOWN_FOREIGN = 40
 def run_data(run: Run, found: Diagnosis | None = None) -> Json:
     """Everything of a run that does not belong to a single step.
 
-    Returns plain values for JSON: strings, finite numbers, None, lists, dictionaries.
-
-    Parameters
-    ----------
-    run : Run
-        An open run, finished or still being written.
-    found : Diagnosis, optional
-        Its diagnosis, if the caller has it.
+    Returns plain values for JSON: strings, finite numbers, None, lists, dictionaries. ``run``: an
+    open run, finished or still being written; ``found``: its diagnosis, if the caller has it.
     """
     found = found or diagnose(run)
     context = Context(run)

@@ -36,13 +36,7 @@ def step_data(run: Run, step: int) -> Json:
 
     Returns ``rollouts`` as columns, ``tokens`` as packed arrays (None without token rows), ``top``,
     the most probable tokens of the rollouts that have them, and the texts of the ids that occur.
-
-    Parameters
-    ----------
-    run : Run
-        The run.
-    step : int
-        A recorded step.
+    ``step``: a recorded step.
     """
     known = run.table("rollouts", [step]).drop_duplicates(["rank", "rollout"])
     tokens = merged_passes(run.tokens([step])) if step in run.token_steps() else None
@@ -209,14 +203,7 @@ def block(data: Json) -> bytes:
 def chosen_steps(run: Run, wanted: Sequence[int], rows: int) -> list[int]:
     """Steps whose tokens fit into a budget of rows: those pointed at first, the rest evenly spread.
 
-    Parameters
-    ----------
-    run : Run
-        The run.
-    wanted : sequence of int
-        Steps that the findings name, most important first.
-    rows : int
-        Most token rows.
+    ``wanted``: steps that the findings name, most important first; ``rows``: most token rows.
     """
     recorded = run.token_steps()
     if not recorded:

@@ -46,9 +46,7 @@ def reduce_rows(
 
     Parameters
     ----------
-    rows : Rows, N of them
     targets : Tensor of int64, shape (N,)
-    temperature : float
     topk : int
         Number of largest columns to return.
     chunk_rows : int, optional
@@ -69,14 +67,8 @@ def reduce_keeping(
 ) -> tuple[Reduced, Tensor, Tensor]:
     """`reduce_rows` that keeps its powers exp((logit - origin) / temperature + lift).
 
-    Parameters
-    ----------
-    rows : Rows, N of them
-    targets : Tensor of int64, shape (N,)
-    temperature : float
-    powers : Tensor, shape (N, V)
-        Where they go, rounded to its dtype; may be the memory of the rows. Of no meaning at target
-        and mode.
+    ``targets`` (N,). ``powers`` (N, V): where they go, rounded to its dtype; may be the memory of
+    the rows. Of no meaning at target and mode.
 
     Returns
     -------
@@ -136,8 +128,6 @@ def reduce_by(
 
     Parameters
     ----------
-    sums : callable
-    rows : Rows, N of them
     targets : Tensor of int64, shape (N,)
     topk, size : int
         Largest columns to return; rows of a block.

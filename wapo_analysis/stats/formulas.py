@@ -15,13 +15,9 @@ _NOTHING = -1e4
 class Reduced(NamedTuple):
     """What a pass over the logits leaves of N rows.
 
-    Attributes
-    ----------
-    numbers : Tensor, shape (N, 7)
-        Logit of the target, largest logit m, origin a (-inf if nothing is left of the row), and,
-        over the rest, the sums of e = 2^x, e x, e^2, e^2 x with x = (logit - a) log2(e) / T.
-    top_values, top_ids : Tensor, shape (N, k), optional
-        Largest logits and their ids.
+    ``numbers`` (N, 7): logit of the target, largest logit m, origin a (-inf if nothing is left of
+    the row), and, over the rest, the sums of e = 2^x, e x, e^2, e^2 x with x = (logit - a) log2(e)
+    / T; ``top_values``, ``top_ids`` (N, k), optional: largest logits and their ids.
     """
 
     numbers: Tensor
@@ -53,11 +49,6 @@ def finish(reduced: Reduced, temperature: float) -> Columns:
 
     In nats. A row whose largest logit is not finite, or with a NaN in its sums, is NaN
     throughout. ``log_z`` is the log of the normaliser relative to the largest logit.
-
-    Parameters
-    ----------
-    reduced : Reduced, N rows
-    temperature : float
     """
     chosen, highest, origin, sum_e, sum_ex, sum_e2, sum_e2x = reduced.numbers.double().unbind(1)
     # Not finite times 0 is NaN, and what is NaN here is NaN in every statistic.

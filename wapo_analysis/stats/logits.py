@@ -23,13 +23,7 @@ def reducer(backend: str, logits: Tensor) -> Reducer:
     """Program for these logits.
 
     Returns ``(rows, targets, temperature, topk, chunk_rows) -> Reduced``. Raises UserError if the
-    backend was asked for by name and cannot run here.
-
-    Parameters
-    ----------
-    backend : str
-        One of `BACKENDS`.
-    logits : Tensor
+    backend was asked for by name and cannot run here. ``backend``: one of `BACKENDS`.
     """
     if backend == "compile":
         return reduce_compiled

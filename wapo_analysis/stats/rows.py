@@ -24,7 +24,6 @@ def check(rows: Tensor, targets: Tensor, temperature: float, mask: Tensor | None
     rows : Tensor, shape (..., V) or (..., D)
         Logits or hidden states.
     targets : Tensor of int64, shape (...)
-    temperature : float
     mask : Tensor of bool, shape (...), optional
 
     Raises
@@ -114,17 +113,9 @@ def chosen_rows(
 class Rows:
     """The N rows of (..., V) logits that a mask keeps, in order, read block by block.
 
-    Parameters
-    ----------
-    logits : Tensor, shape (..., V)
-        Any strides; never copied as a whole.
-    kept : Tensor of int64, shape (N,), optional
-        Numbers of the rows, counted over the leading dimensions, ascending. All rows without it.
-
-    Attributes
-    ----------
-    dtype : torch.dtype
-        What the rows are computed in: float32, or float64 if they are.
+    ``logits`` (..., V): any strides; never copied as a whole. ``kept`` (N,), optional: numbers of
+    the rows, counted over the leading dimensions, ascending. All rows without it. ``dtype``: what
+    the rows are computed in: float32, or float64 if they are.
     """
 
     def __init__(self, logits: Tensor, kept: Tensor | None = None) -> None:
@@ -284,7 +275,6 @@ def upper_end(pick: Pick, maxima: Tensor, target: Tensor, vocabulary: int) -> En
 
     Parameters
     ----------
-    pick : callable
     maxima : Tensor, shape (N, ceil(V / 128))
         `block_maxima` of the rows; overwritten.
     target : Tensor of int64, shape (N, 1)
@@ -317,7 +307,6 @@ def top_columns(pick: Pick, maxima: Tensor, k: int, vocabulary: int) -> tuple[Te
 
     Parameters
     ----------
-    pick : callable
     maxima : Tensor, shape (N, ceil(V / 128))
         `block_maxima` of the rows, in float32 or float64.
     k : int

@@ -44,7 +44,6 @@ def reduce_triton(
     rows : Rows, N of them
         On a CUDA device, or anywhere in Triton's interpreter (``TRITON_INTERPRET=1``).
     targets : Tensor of int64, shape (N,)
-    temperature : float
     topk : int
         Number of largest columns to return; these are found by torch operations, block by block.
     chunk_rows : int, optional

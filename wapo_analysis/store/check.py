@@ -68,12 +68,8 @@ class Check(Result):
 def check(path: Path) -> Check:
     """Read everything of a run folder, and compare what must agree.
 
-    Raises UserError if it is no run folder at all.
-
-    Parameters
-    ----------
-    path : Path
-        Run folder; it is only read. One that is being written is checked up to its last step.
+    Raises UserError if it is no run folder at all. ``path``: Run folder; it is only read. One that
+    is being written is checked up to its last step.
     """
     found = Check(str(path))
     manifest = _manifest(path, found)

@@ -105,14 +105,8 @@ def open_regular(path: Path, limit: int = 1 << 62) -> io.BufferedReader:
     """Open a regular file for reading; never a pipe, a socket or a device, which could block.
 
     Raises FileNotFoundError if it is not there (any more); UserError if it is no regular file, is
-    larger, or cannot be opened; the message names it.
-
-    Parameters
-    ----------
-    path : Path
-        A link to a regular file will do.
-    limit : int
-        Most bytes it may have.
+    larger, or cannot be opened; the message names it. ``path``: a link to a regular file will do;
+    ``limit``: most bytes it may have.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):

@@ -131,13 +131,7 @@ class RunLock:
     """Ownership of a run folder, from its making to `release`.
 
     Raises UserError if another process writes the run; OSError if the folder cannot be written.
-
-    Parameters
-    ----------
-    path : Path
-        Run folder; must exist.
-    take_over : bool
-        Take it from whoever holds it.
+    ``path``: Run folder; must exist; ``take_over``: take it from whoever holds it.
     """
 
     def __init__(self, path: Path, take_over: bool = False) -> None:
@@ -196,10 +190,7 @@ class RunLock:
     def release(self, ended: bool = True) -> None:
         """Give the run back; may be called twice.
 
-        Parameters
-        ----------
-        ended : bool
-            False leaves the file, to show that nobody writes a run that has not ended.
+        ``ended``: false leaves the file, to show that nobody writes a run that has not ended.
         """
         if self._dropped.detach() is None:
             return

@@ -203,14 +203,9 @@ class Manifest(Mapping[str, Any]):
     def of(cls, entries: Mapping[str, Any], problems: list[str] | None = None) -> "Manifest":
         """Manifest of plain entries.
 
-        Raises UserError on an entry of another shape, unless ``problems`` is given.
-
-        Parameters
-        ----------
-        entries : mapping
-            By their names in the file; older names are understood.
-        problems : list of str, optional
-            Takes one sentence for each entry of another shape, which is then left out.
+        Raises UserError on an entry of another shape, unless ``problems`` is given. ``entries``: by
+        their names in the file; older names are understood; ``problems``: takes one sentence for
+        each entry of another shape, which is then left out.
         """
         known = {shape.metadata["key"] or shape.name: shape for shape in _declared()}
         given: dict[str, Any] = {}

@@ -206,14 +206,8 @@ def compact(run: Path, take_over: bool = False) -> Compacted:
     """Merge all parts of a run: one file for each table and rank.
 
     Raises UserError if it is no run, is being written, holds a broken part, or the disk is full; no
-    row is lost then.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder, finished or crashed.
-    take_over : bool
-        Also a run that another process seems to write; that one stops recording if it lives.
+    row is lost then. ``run``: Run folder, finished or crashed; ``take_over``: also a run that
+    another process seems to write; that one stops recording if it lives.
     """
     ended = read_manifest(run).status != "running"
     if not (ended or take_over or (run / LOCK).exists()) and _fresh(run):

@@ -56,13 +56,7 @@ def round_mantissa(values: Array, bits: int = MANTISSA_BITS) -> Array:
     """Round float32 values to the given number of mantissa bits (NaN and inf stay).
 
     Mantissas of measured statistics do not compress; 15 bits keep a relative error of 1.5e-5 and
-    take a quarter off the file.
-
-    Parameters
-    ----------
-    values : ndarray of float32
-    bits : int
-        Bits kept, 1..23; 23 keeps all.
+    take a quarter off the file. ``bits``: bits kept, 1..23; 23 keeps all.
     """
     drop = FULL_BITS - bits
     if drop == 0:
@@ -78,11 +72,7 @@ def round_mantissa(values: Array, bits: int = MANTISSA_BITS) -> Array:
 def arrow_table(records: Records, bits: int = MANTISSA_BITS) -> pa.Table:
     """Stored columns of records as an Arrow table; NaN and masked become null.
 
-    Parameters
-    ----------
-    records : Records
-    bits : int
-        Mantissa bits that float32 columns keep.
+    ``bits``: mantissa bits that float32 columns keep.
     """
     stored = records.table.stored
     arrays = [_arrow_array(records[column.name], column, bits) for column in stored]
@@ -306,14 +296,8 @@ def fitted(table: pa.Table, declared: Table, columns: Sequence[str] | None = Non
     """Columns of a table in the types the schema declares; others stay as they are.
 
     Raises ValueError if a required column is missing, a column has another kind of values or codes
-    without meaning, or a row has no step.
-
-    Parameters
-    ----------
-    table : pyarrow.Table
-    declared : Table
-    columns : sequence of str, optional
-        Columns that were asked for; others need not be there.
+    without meaning, or a row has no step. ``columns``: columns that were asked for; others need not
+    be there.
     """
     table = table.rename_columns(current_names(table.schema.names, declared))
     names = table.schema.names

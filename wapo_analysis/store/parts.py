@@ -282,7 +282,6 @@ def scan_step(
     ----------
     folder : Path
         Folder of the token table.
-    step : int
     columns : sequence of str
         Columns that are read; one of numbers that a file lacks is NaN, null is NaN.
     keep : callable

@@ -28,17 +28,8 @@ _FOLLOWED = ("classes", "probes")
 class Tail:
     """A run folder being followed.
 
-    Parameters
-    ----------
-    path : Path
-        Run folder.
-
-    Attributes
-    ----------
-    notes : list of str
-        Lines and parts that could not be read and were left out, one sentence each.
-    bytes_read : int
-        Bytes of the step log read so far; a log that only grows is read once.
+    ``notes``: lines and parts that could not be read and were left out, one sentence each;
+    ``bytes_read``: bytes of the step log read so far; a log that only grows is read once.
     """
 
     path: Path

@@ -191,13 +191,9 @@ class MiniBatch:
     def split(self, size: int | None, tokens: int | None = None) -> "list[MiniBatch]":
         """Micro-batches: rollouts in order, or by length.
 
-        Parameters
-        ----------
-        size : int, optional
-            Rollouts of each, in order, the last one shorter; None takes all as one.
-        tokens : int, optional
-            Most tokens of each, padding included. Rollouts of like length come together, and what
-            none of them needs is cut off.
+        ``size``: rollouts of each, in order, the last one shorter; None takes all as one.
+        ``tokens``: most tokens of each, padding included. Rollouts of like length come together,
+        and what none of them needs is cut off.
         """
         if tokens is None:
             places = np.arange(len(self.rows))
@@ -226,13 +222,7 @@ class MiniBatch:
         return recorder.tops.choose(step, (row, position), self.rows[row], position, self.index)
 
     def token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
-        """Rows of the token table for the N completion tokens.
-
-        Parameters
-        ----------
-        stats : TokenStats, flat over the mask
-        kept, clipped : Tensor of bool, shape (b, T)
-        """
+        """Rows of the token table for the N completion tokens. ``kept``, ``clipped`` (b, T)."""
         rollouts = self.rollouts
         return TokenPass.of_rollouts(
             rollouts.mask,
@@ -254,12 +244,8 @@ def by_length(
 ) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
     """Rollouts in parts of like length whose padded tokens stay within a number, longest first.
 
-    Parameters
-    ----------
-    lengths : ndarray of int64, shape (b, 2)
-        Tokens of prompt and completion.
-    tokens : int
-        Most tokens of a part; one that is longer is a part of its own.
+    ``lengths`` (b, 2): tokens of prompt and completion; ``tokens``: most tokens of a part; one that
+    is longer is a part of its own.
 
     Examples
     --------
@@ -311,12 +297,10 @@ def micro_batches(
 
     Parameters
     ----------
-    update : MiniBatch
     pieces : list of MiniBatch
         Its micro-batches.
     weights : BatchWeights
         Of the whole batch.
-    objective : ObjectiveConfig
     kept : callable
         Mini-batch to the tokens that would enter the loss, (b, T).
     """

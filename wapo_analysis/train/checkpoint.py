@@ -287,16 +287,8 @@ def settings_of(run: Path, changes: Mapping[str, Any], trust: bool = False) -> T
     """Settings of a run with changes on top.
 
     Raises UserError if the folder is no run, a setting is wrong, or the manifest names code to be
-    run without ``trust``, or code inside the run folder.
-
-    Parameters
-    ----------
-    run : Path
-        Run folder.
-    changes : mapping
-        Settings the user gives; a task among them is the user's word.
-    trust : bool
-        The user has read what the manifest names.
+    run without ``trust``, or code inside the run folder. ``changes``: settings the user gives; a
+    task among them is the user's word; ``trust``: the user has read what the manifest names.
     """
     from wapo_analysis.train.tasks import names_code
 

@@ -200,8 +200,6 @@ def evaluate_run(
 
     Parameters
     ----------
-    run : Path
-        Run folder.
     step : int, optional
         Step of the checkpoint, 0 for the policy before training; None takes the last one.
     threads : int, optional

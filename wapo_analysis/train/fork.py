@@ -189,7 +189,6 @@ def fork_run(
 
     Parameters
     ----------
-    plan : Plan
     out : Path
         Folder of the fork; new or empty.
     progress : callable, optional

@@ -44,11 +44,7 @@ def stop_between_steps(announce: bool = True) -> Iterator[StopRequest]:
     """Turn the first Ctrl-C or SIGTERM into a request; a second one interrupts at once.
 
     Only in the main thread, and only signals nobody else handles; elsewhere they stay as they are.
-
-    Parameters
-    ----------
-    announce : bool
-        Say so in the log.
+    ``announce``: say so in the log.
     """
     request = StopRequest()
 

@@ -39,10 +39,7 @@ class Sink(Protocol):
 class Loggers:
     """The loggers of a run; none is a valid number of them.
 
-    Parameters
-    ----------
-    sinks : mapping of str to Sink
-        By the name a warning uses.
+    ``sinks``: by the name a warning uses.
     """
 
     def __init__(self, sinks: Mapping[str, Sink]) -> None:
@@ -92,7 +89,6 @@ def open_loggers(
 
     Parameters
     ----------
-    kind : {"none", "tensorboard", "wandb", "both"}
     run : Path, optional
         Run folder; without one nothing is logged.
     config : TrainConfig
@@ -195,10 +191,7 @@ class StepTally:
     def columns(self, rollouts: Mapping[str, float]) -> dict[str, float]:
         """Columns of the steps table; what no token was seen for is left out.
 
-        Parameters
-        ----------
-        rollouts : mapping of str to float
-            Sums over the rollouts, of `wapo_analysis.derive.rollout_sums`.
+        ``rollouts``: sums over the rollouts, of `wapo_analysis.derive.rollout_sums`.
         """
         own = [torch.as_tensor(self._loss), *self._sums.values()]
         loss, *summed = torch.stack([value.double() for value in own]).tolist()

@@ -78,7 +78,6 @@ def train(
 
     Parameters
     ----------
-    config : TrainConfig
     out : str or Path, optional
         Run folder; None trains without a recorder and gives bitwise the same weights.
     resume : bool
@@ -120,15 +119,8 @@ def begin(
     """Trainer in the state it starts from, and the step it has reached.
 
     Raises UserError if the model or the checkpoint cannot be used, or a setting decides other
-    weights.
-
-    Parameters
-    ----------
-    config : TrainConfig
-    resumed : Path, optional
-        Run that is continued; None starts a new one.
-    checkpoint : int, optional
-        Step of its checkpoint; None takes the newest.
+    weights. ``resumed``: Run that is continued; None starts a new one; ``checkpoint``: step of its
+    checkpoint; None takes the newest.
     """
     weights, done, earlier = None, 0, None
     if resumed is not None:
@@ -193,13 +185,7 @@ def _steps(
 class Trainer:
     """Policy, optimizer and objective of one run.
 
-    Parameters
-    ----------
-    policy : Policy
-        Trained in place.
-    config : TrainConfig
-    manifest : mapping, optional
-        Of the run that is resumed.
+    ``policy``: trained in place; ``manifest``: of the run that is resumed.
 
     Attributes
     ----------

@@ -115,7 +115,6 @@ def load_policy(
     ----------
     name : str
         ``"base"``, a folder, a hub name, a ``.gguf`` file, or ``"smollm2"``.
-    device : torch.device
     mixed : bool
         Products in bfloat16; frozen weights beside adapters are bfloat16 too, all that is trained
         is float32.

@@ -62,11 +62,6 @@ class PromptFormat:
 
     Raises UserError if a chat template is asked for and the tokenizer has none, a system prompt is
     given without a template, or the template cannot be used.
-
-    Parameters
-    ----------
-    tokenizer : transformers.PreTrainedTokenizerBase
-    style : PromptStyle
     """
 
     def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
@@ -93,14 +88,9 @@ class PromptFormat:
     def encode(self, prompt: str, limit: int | None = None) -> Prompt:
         """Encode a problem's text.
 
-        Raises UserError if not even an empty text fits.
-
-        Parameters
-        ----------
-        prompt : str
-        limit : int, optional
-            Most tokens. A longer prompt loses tokens from the beginning of its own text, never of
-            the template, and is marked as cut.
+        Raises UserError if not even an empty text fits. ``limit``: most tokens. A longer prompt
+        loses tokens from the beginning of its own text, never of the template, and is marked as
+        cut.
         """
         text = self.render(prompt)
         ids = self._ids(text)

@@ -41,14 +41,8 @@ class NullProbe:
 class Prober:
     """Decides which updates are probed and how.
 
-    Parameters
-    ----------
-    parameters : list of Tensor
-        What the optimizer moves.
-    optimizer : AdamW or SGD
-    config : TrainConfig
-    statistics : callable
-        Rollouts to the statistics of their tokens, with or without a graph.
+    ``parameters``: what the optimizer moves; ``statistics``: rollouts to the statistics of their
+    tokens, with or without a graph.
 
     Attributes
     ----------
@@ -94,13 +88,7 @@ class Prober:
 class UpdateProbe(NullProbe):
     """The probe of one update; made before the optimizer steps, finished after.
 
-    Parameters
-    ----------
-    prober : Prober
-    recorder : Recorder
-        Gets the rows.
-    step, minibatch : int
-        Which update.
+    ``recorder``: gets the rows; ``step``, ``minibatch``: which update.
     """
 
     def __init__(self, prober: Prober, recorder: Recorder, step: int, minibatch: int) -> None:
@@ -111,12 +99,8 @@ class UpdateProbe(NullProbe):
     def finish(self, watched: Watched, grad_norm: float) -> None:
         """Decompose the update; a failure stops probing, never the training.
 
-        Parameters
-        ----------
-        watched : sequence of (TokenPass, Rollouts)
-            Micro-batches of the update, with the gradient that reached each token.
-        grad_norm : float
-            Norm of the gradient before clipping.
+        ``watched``: micro-batches of the update, with the gradient that reached each token;
+        ``grad_norm``: norm of the gradient before clipping.
         """
         started = perf_counter()
         prober = self._prober

@@ -114,10 +114,6 @@ def sample(
 
     Parameters
     ----------
-    policy : Policy
-    prompts : sequence of B token id sequences
-    max_new_tokens : int
-    temperature : float
     generator : torch.Generator
         The only source of randomness.
     at_once : int, optional
@@ -324,13 +320,8 @@ class Exponentials:
 class Uniforms:
     """One number per row and position, through the inverse of the cumulative distribution.
 
-    On a GPU: no noise of the size of the vocabulary, none for rows that are not in hand.
-
-    Parameters
-    ----------
-    generator : torch.Generator
-    total, positions : int
-        Rows of the batch, and the most tokens of a completion.
+    On a GPU: no noise of the size of the vocabulary, none for rows that are not in hand. ``total``,
+    ``positions``: rows of the batch, and the most tokens of a completion.
     """
 
     def __init__(self, generator: torch.Generator, total: int, positions: int) -> None:
@@ -348,13 +339,8 @@ def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
 
     Equals ``torch.searchsorted(probabilities.cumsum(1), uniform * sum, right=True)``, in float64
     and by sums of a fixed order: of blocks of tokens first, then inside the block.
-
-    Parameters
-    ----------
-    probabilities : Tensor, shape (n, V)
-        Not necessarily of sum 1. A token of probability 0 is never picked.
-    uniform : Tensor of float64, shape (n,)
-        In [0, 1).
+    ``probabilities`` (n, V): not necessarily of sum 1. A token of probability 0 is never picked.
+    ``uniform`` (n,): in [0, 1).
     """
     count, vocabulary = probabilities.shape
     width = max(1, round(vocabulary**0.5))

@@ -70,9 +70,10 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
 class _Context:
     """What the model has read: its cache, and which positions count.
 
+    ``token`` (n,), or None: sampled, but not yet read.
+
     Parameters
     ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
     ids, mask : Tensor, shape (u, L)
         Left-padded prompts, each once; the mask is 1 on real tokens.
     copies : Tensor of int64, shape (n,)
@@ -81,11 +82,6 @@ class _Context:
         Some prompt is padded.
     room : int
         Positions of prompt and longest completion.
-
-    Attributes
-    ----------
-    token : Tensor, shape (n,), or None
-        Sampled, but not yet read.
     """
 
     model: Any
@@ -195,12 +191,8 @@ class Sampler:
 
     Parameters
     ----------
-    policy : Policy
     model : transformers.PreTrainedModel or peft.PeftModel
         What samples: the policy's, or its copy in another precision.
-    max_new_tokens : int
-    temperature : float
-    noise : Noise
     entropy : bool
         Measure it at every position.
     block : int, optional

@@ -42,16 +42,8 @@ def capture_mode(
 ) -> CaptureMode:
     """Decide whether a run makes logits.
 
-    Raises UserError if "replace" was asked for and the model does not allow it.
-
-    Parameters
-    ----------
-    policy : Policy
-    config : TrainConfig
-    max_new_tokens : int
-        Longest completion.
-    manifest : mapping, optional
-        Of the run that is resumed.
+    Raises UserError if "replace" was asked for and the model does not allow it. ``max_new_tokens``:
+    longest completion; ``manifest``: of the run that is resumed.
     """
     asked = config.capture_mode or PASSIVE
     earlier = earlier_mode(asked, manifest or {})
@@ -88,15 +80,8 @@ def rescored(
 ) -> Batch:
     """Batch with log-probabilities as training makes them, where the sampler's are rounded.
 
-    So the ratio of a first pass over it is 1.
-
-    Parameters
-    ----------
-    batch : Batch
-    pieces : sequence of MiniBatch
-        The micro-batches of a pass over them.
-    statistics : callable
-        Rollouts to the statistics of their tokens.
+    So the ratio of a first pass over it is 1. ``pieces``: the micro-batches of a pass over them;
+    ``statistics``: rollouts to the statistics of their tokens.
     """
     logp = torch.zeros_like(batch.rollouts.logp_old)
     for piece in pieces:
@@ -125,12 +110,6 @@ def token_budget(policy: Policy, config: TrainConfig, mode: str) -> int | None:
 
     On a GPU whose settings give no ``microbatch_size``. An estimate on the safe side: what a layer
     of a Llama keeps for its backward pass, and the logits with their gradient.
-
-    Parameters
-    ----------
-    policy : Policy
-    config : TrainConfig
-    mode : {"passive", "replace"}
     """
     free = free_memory(policy.device)
     if policy.device.type == "cpu" or config.microbatch_size is not None or free is None:
@@ -155,15 +134,8 @@ def score(
 ) -> TokenStats:
     """Statistics of the N completion tokens, flat over the mask; logp is on the autograd graph.
 
-    Parameters
-    ----------
-    policy : Policy
-    rollouts : Rollouts
-    temperature : float
-    mode : {"passive", "replace"}
-        Whether (B, T, V) logits are made on the way.
-    look : callable, optional
-        Called with a function that gives the logits (m, V) at m places (row, position).
+    ``mode``: whether (B, T, V) logits are made on the way; ``look``: called with a function that
+    gives the logits (m, V) at m places (row, position).
     """
     ids, kept = rollouts.completion_ids, rollouts.kept
     if mode != REPLACE:

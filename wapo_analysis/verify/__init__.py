@@ -77,14 +77,8 @@ def run_identities(seed: int = 0, trials: int = 2000) -> list[Identity]:
     """Check every formula and law on random positions.
 
     Returns one per statement, in the order of the README. Raises UserError if ``trials`` is too
-    small for every law to meet a case.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the positions.
-    trials : int
-        Number of positions, spread over vocabularies of 2 to 1000 tokens.
+    small for every law to meet a case. ``seed``: seed of the positions; ``trials``: number of
+    positions, spread over vocabularies of 2 to 1000 tokens.
     """
     if trials < _MIN_TRIALS:
         raise UserError(f"trials must be at least {_MIN_TRIALS}, got {trials}")

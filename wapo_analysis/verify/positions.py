@@ -68,12 +68,7 @@ class Positions:
 def draw_batches(rng: np.random.Generator, trials: int) -> Iterator[Positions]:
     """Draw positions, spread evenly over the vocabulary sizes.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Source of randomness.
-    trials : int
-        Number of positions in all.
+    ``rng``: source of randomness; ``trials``: number of positions in all.
 
     Yields
     ------
@@ -87,14 +82,8 @@ def draw_batches(rng: np.random.Generator, trials: int) -> Iterator[Positions]:
 def draw(rng: np.random.Generator, rows: int, size: int) -> Positions:
     """Draw flat, ordinary, tied and near-certain rows; half of the tokens come from the policy.
 
-    With measured rates.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Source of randomness.
-    rows, size : int
-        Number of positions N and vocabulary size V.
+    With measured rates. ``rng``: source of randomness; ``rows``, ``size``: number of positions N
+    and vocabulary size V.
     """
     temperature = rng.choice([0.3, 0.7, 1.0, 1.7, 4.0], rows)
     scaled = rng.choice([0.0, 0.3, 1.0, 3.0], (rows, 1)) * rng.standard_normal((rows, size))
@@ -140,12 +129,8 @@ def _measure(
 def gradient_by_differences(batch: Positions) -> Floats:
     """Measure dL/dz of L = -c ln p_y by one central difference per raw logit.
 
-    Returns dL/dz divided by abs(c) / T, shape (N, V).
-
-    Parameters
-    ----------
-    batch : Positions
-        N positions; the cost is V times that of one softmax.
+    Returns dL/dz divided by abs(c) / T, shape (N, V). ``batch``: N positions; the cost is V times
+    that of one softmax.
     """
     hot, temperature = batch.hot, batch.temperature[:, None]
 
@@ -188,14 +173,8 @@ def statistics(
 ) -> tuple[dict[str, Floats], dict[str, Floats]]:
     """Compute the stored statistics of each sampled token without cancellation.
 
-    Returns ``own`` and ``more`` of :class:`Positions`.
-
-    Parameters
-    ----------
-    scaled : ndarray
-        Logits divided by the temperature, (N, V), V >= 2.
-    sampled : ndarray
-        Sampled token, (N,).
+    Returns ``own`` and ``more`` of :class:`Positions`. ``scaled``: logits divided by the
+    temperature, (N, V), V >= 2; ``sampled``: sampled token, (N,).
     """
     hot = mask(scaled, sampled)
     chosen = scaled[hot]
@@ -240,12 +219,8 @@ def stable_entropy(statistics: dict[str, Floats]) -> Floats:
 def textbook(own: dict[str, Floats], more: dict[str, Floats]) -> tuple[Floats, Floats]:
     """Forms with full sums, in the dtype given.
 
-    Returns 1 - 2p + S, and dH / k = -[p (ln p + H) - (Q + S H)] in nats.
-
-    Parameters
-    ----------
-    own, more : dict
-        Statistics of the sampled tokens, (N,) each.
+    Returns 1 - 2p + S, and dH / k = -[p (ln p + H) - (Q + S H)] in nats. ``own``, ``more``:
+    statistics of the sampled tokens, (N,) each.
     """
     p, logp, h = own["prob"], more["logp"], more["entropy"]
     s: Floats = wt.collision(p, own["collision_rest"])
@@ -261,12 +236,8 @@ def as_float32(statistics: dict[str, Floats]) -> dict[str, Floats]:
 def every_token(probs: Floats) -> tuple[Floats, Bools]:
     """Exact dH / k and regime with each token of each row as the sampled one.
 
-    Returns dH / k in nats and whether the token is a peak, both (N, V).
-
-    Parameters
-    ----------
-    probs : ndarray
-        Distributions, (N, V), float64.
+    Returns dH / k in nats and whether the token is a peak, both (N, V). ``probs``: distributions,
+    (N, V), float64.
     """
     logs = np.log(np.where(probs > 0, probs, 1.0))
     squares = probs**2

@@ -191,13 +191,7 @@ class Followed(Protocol):
 
 
 class Watcher:
-    """A run that is followed, its diagnosis, and where findings go.
-
-    Parameters
-    ----------
-    tail : Followed
-    notifier : Notifier, optional
-    """
+    """A run that is followed, its diagnosis, and where findings go."""
 
     def __init__(self, tail: Followed, notifier: Notifier | None = None) -> None:
         self.tail, self.notifier = tail, notifier

@@ -165,7 +165,6 @@ def render(
 
     Parameters
     ----------
-    run : Run
     diagnosis : Diagnosis
         Of the same run.
     width : int

@@ -32,12 +32,8 @@ DETAILS: dict[str, dict[str, int]] = {
 class Attachment(Closing):
     """A trainer being watched; ends with its with-block or with `close`.
 
-    Attributes
-    ----------
-    path : Path
-        Run folder.
-    recorder : Recorder
-        ``recorder.failure`` says why recording stopped, None while it works.
+    ``path``: Run folder; ``recorder``: ``recorder.failure`` says why recording stopped, None while
+    it works.
     """
 
     def __init__(self, recorder: Recorder, patches: Patches, path: Path) -> None:
@@ -47,10 +43,7 @@ class Attachment(Closing):
     def close(self, status: str = "finished") -> None:
         """Put every attribute of the trainer back and end the run; may be called twice.
 
-        Parameters
-        ----------
-        status : {"finished", "interrupted", "failed"}
-            How the training ended, for the manifest.
+        ``status``: how the training ended, for the manifest.
         """
         if self._patches.closed:
             return

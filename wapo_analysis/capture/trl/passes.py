@@ -103,7 +103,6 @@ def token_pass(
 
     Parameters
     ----------
-    trainer : TrlTrainer
     inputs : mapping
         What the trainer's loss was given.
     logps_BT : Tensor, shape (B, T)
@@ -204,13 +203,8 @@ def check_probing(trainer: TrlTrainer, probe_every: int, probe_rows: int) -> Non
 class TrlProber:
     """Decomposes updates of one trainer, on the recorder's schedule.
 
-    Parameters
-    ----------
-    trainer : TrlTrainer
-    recorder : Recorder
-        Gets the rows.
-    rows : int
-        Rollouts scored of the update, and as many of the step before; whole micro-batches.
+    ``recorder``: gets the rows; ``rows``: rollouts scored of the update, and as many of the step
+    before; whole micro-batches.
     """
 
     def __init__(self, trainer: TrlTrainer, recorder: Recorder, rows: int) -> None:
@@ -235,13 +229,8 @@ class TrlProber:
     def after_update(self, step: int, passes: Sequence[SeenPass], grad_norm: Any) -> None:
         """Decompose the update; a failure stops probing, never the training.
 
-        Parameters
-        ----------
-        step : int
-        passes : sequence of SeenPass
-            Gradient passes of the update.
-        grad_norm : Tensor, float or None
-            Norm before clipping; None if nothing was clipped.
+        ``passes``: gradient passes of the update; ``grad_norm``: norm before clipping; None if
+        nothing was clipped.
         """
         before, self._before = self._before, None
         earlier, self._earlier = self._earlier, self._some(passes)

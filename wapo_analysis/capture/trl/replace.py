@@ -32,11 +32,7 @@ _IGNORED = -100  # label of a position that is not scored
 def check_replaceable(trainer: Any, has_fused_head: bool) -> None:
     """Refuse replace mode where TRL's head cannot be stood in for.
 
-    Parameters
-    ----------
-    trainer : trl.GRPOTrainer
-    has_fused_head : bool
-        The trainer's model has TRL's own fused head.
+    ``has_fused_head``: the trainer's model has TRL's own fused head.
 
     Raises
     ------
@@ -90,10 +86,7 @@ class TrlHead:
 class OwnHead(TrlHead):
     """Our head in place of TRL's, until it fails once.
 
-    Parameters
-    ----------
-    on_failure : callable
-        Called once with the exception; training goes on with TRL's head.
+    ``on_failure``: called once with the exception; training goes on with TRL's head.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:

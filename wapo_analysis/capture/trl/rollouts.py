@@ -56,10 +56,6 @@ class RolloutReader:
     Rollouts are numbered from 0 within an optimizer step, over all processes; a step that
     accumulates over several generated batches counts on. The numbers in the batch itself count
     over the whole run.
-
-    Parameters
-    ----------
-    trainer : TrlTrainer
     """
 
     def __init__(self, trainer: TrlTrainer) -> None:
@@ -282,14 +278,7 @@ def log_entries(sums: Mapping[str, float], columns: Mapping[str, float]) -> dict
     Returns ``entropy_pos``, ``entropy_neg`` (nats); per class ``share`` (of all tokens),
     ``grad_share`` (of the summed |dL/dz|) and ``entropy_flow`` (summed first-order dH of one unit
     of learning rate, nats), the last only where every token of the step has it; ``grad_mass`` in
-    all.
-
-    Parameters
-    ----------
-    sums : mapping of str to float
-        Of `log_sums`.
-    columns : mapping of str to float
-        Step columns of the same step.
+    all. ``sums``: of `log_sums`; ``columns``: step columns of the same step.
     """
     entries = {name: columns[name] for name in ("entropy_pos", "entropy_neg") if name in columns}
     total = sum(sums[f"grad_mass/{name}"] for name in SHOWN)

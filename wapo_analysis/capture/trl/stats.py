@@ -60,9 +60,11 @@ class _Call:
 class StatsReader:
     """Reads token statistics out of a trainer's own forward passes.
 
+    ``scheduled``: the head is to be read in this scoring, by the schedule alone: the same on all
+    processes, whether or not one of them still records; ``source``: what gave the last statistics.
+
     Parameters
     ----------
-    trainer : TrlTrainer
     patches : Patches
         Takes the two changes made here: the forward of the causal model, a hook on its backbone.
     guard : callable
@@ -71,14 +73,6 @@ class StatsReader:
         Let the fused head tell whether a token was the most probable one; costs another pass.
     head : TrlHead
         Who makes the log-probabilities of a fused head; gets installed.
-
-    Attributes
-    ----------
-    scheduled : bool
-        The head is to be read in this scoring, by the schedule alone: the same on all processes,
-        whether or not one of them still records.
-    source : str
-        What gave the last statistics.
     """
 
     def __init__(
@@ -131,14 +125,8 @@ class StatsReader:
         """Statistics of the pass since `open`.
 
         Returns logp, entropy, collision_rest, collision_logp_rest and top1, shape (N,) each; None
-        is "not known".
-
-        Parameters
-        ----------
-        logps_BT : Tensor, shape (B, T)
-            Log-probabilities the trainer works with, nats.
-        entropies_BT : Tensor, shape (B, T), optional
-            Its entropies, nats.
+        is "not known". ``logps_BT`` (B, T): log-probabilities the trainer works with, nats;
+        ``entropies_BT`` (B, T), optional: its entropies, nats.
         """
         call, self._call = self._call, None
         assert call is not None

@@ -139,12 +139,8 @@ class ClipRule:
     def clipped(self, log_ratio_BT: Tensor, mask_BT: Tensor, advantage_BT: Tensor) -> Tensor:
         """Tokens whose gradient the clip takes away.
 
-        Returns bools, shape (B, T).
-
-        Parameters
-        ----------
-        log_ratio_BT, mask_BT, advantage_BT : Tensor, shape (B, T)
-            ln(pi / pi_old) in nats, loss mask, advantage.
+        Returns bools, shape (B, T). ``log_ratio_BT``, ``mask_BT``, ``advantage_BT`` (B, T): ln(pi /
+        pi_old) in nats, loss mask, advantage.
         """
         if self.level != "token":
             total = (log_ratio_BT * mask_BT).sum(dim=1, keepdim=True)
@@ -185,10 +181,6 @@ class TrlTrainer:
     """A trainer as far as watching needs to know it.
 
     Raises UserError if its loss is not known.
-
-    Parameters
-    ----------
-    trainer : trl.GRPOTrainer, trl.RLOOTrainer or a subclass
 
     Attributes
     ----------

@@ -37,8 +37,6 @@ class TrlWatcher:
 
     Parameters
     ----------
-    trainer : TrlTrainer
-    recorder : Recorder
     patches : Patches
         Takes every change that is made to the trainer.
     exact_every : int
@@ -49,8 +47,6 @@ class TrlWatcher:
         Rollouts that a probe scores.
     replace : bool
         Let our head make the log-probabilities of the loss.
-    resume_after : int or None
-        Step after which the run is continued.
     """
 
     def __init__(

@@ -104,12 +104,8 @@ MOST_RISE = 0.5
 def lasting(series: Series, mask: Array) -> int | None:
     """Index at which a condition that lasts to the end of the series began, None if none does.
 
-    Parameters
-    ----------
-    series : Series
-        The series; its ``persist`` says how many steps count as lasting.
-    mask : ndarray of bool, shape (n,)
-        The condition per step.
+    ``series``: the series; its ``persist`` says how many steps count as lasting; ``mask`` (n,): the
+    condition per step.
     """
     found = episodes(mask, series.persist)
     return found[-1][0] if found and found[-1][1] == len(series) else None

@@ -46,12 +46,8 @@ ARRIVAL_REFERENCE = "arXiv:2505.22617 (entropy mechanism); Theil-Sen slope"
 class Trend:
     """Trend of a series at every step, over the window that ends there.
 
-    Attributes
-    ----------
-    slope : ndarray, shape (n,)
-        Median of the pairwise slopes (Theil-Sen), per step; NaN in the first steps.
-    agree : ndarray, shape (n,)
-        Mean sign of the pairwise differences (Kendall's tau), in [-1, 1].
+    ``slope`` (n,): median of the pairwise slopes (Theil-Sen), per step; NaN in the first steps;
+    ``agree`` (n,): mean sign of the pairwise differences (Kendall's tau), in [-1, 1].
     """
 
     slope: Array
@@ -61,11 +57,7 @@ class Trend:
 def rolling_trend(values: Array) -> Trend:
     """Theil-Sen slope and Kendall's tau over the `TREND_WINDOW` values that end at each step.
 
-    Cost is linear in the steps: the pairs of a window are few.
-
-    Parameters
-    ----------
-    values : ndarray, shape (n,)
+    Cost is linear in the steps: the pairs of a window are few. ``values`` (n,).
     """
     slope, agree = np.full(len(values), np.nan), np.zeros(len(values))
     window = TREND_WINDOW

@@ -43,14 +43,8 @@ def find_reward_loss(context: Context) -> list[Finding]:
 def find_confirmed_loss(context: Context, found: Sequence[Finding]) -> list[Finding]:
     """A loss that the last records show and that might be noise, were it not for other warnings.
 
-    Returns the same; a collapse of the reward takes the place of what was said of it.
-
-    Parameters
-    ----------
-    context : Context
-        The run.
-    found : sequence of Finding
-        What all detectors found.
+    Returns the same; a collapse of the reward takes the place of what was said of it. ``found``:
+    what all detectors found.
     """
     reward = context.reward
     if reward is None or reward.falling is None or reward.lost:

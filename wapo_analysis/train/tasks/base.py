@@ -63,14 +63,8 @@ class Task(Named, Protocol):
         """Draw problems to train on; the same generator state gives the same problems.
 
         Returns ``n`` problems, in the order drawn. Raises UserError if ``n`` is negative or there
-        is nothing to draw from.
-
-        Parameters
-        ----------
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        n : int
-            How many problems, 0 or more.
+        is nothing to draw from. ``rng``: source of randomness; advanced by the call; ``n``: how
+        many problems, 0 or more.
         """
 
     def held_out_problems(self, n: int) -> list[Problem]:
@@ -273,16 +267,10 @@ def load_file_task(
     out. Without it a question is held out if its SHA-256, read as a fraction of the largest, is
     below ``eval_fraction``: a question keeps its side when the file grows or is reordered. If that
     holds out nothing, the question with the smallest digest is; if it leaves nothing to train on,
-    the one with the largest is trained on. What was left out is logged in one line per
-    source. Raises UserError if the data cannot be read or too much of it is unusable.
-
-    Parameters
-    ----------
-    form : Format
-    data, eval_data : str
-        What :func:`~wapo_analysis.train.tasks.data_files.read_rows` takes.
-    eval_fraction : float
-        In [0, 1); 0 holds nothing out. Without effect if ``eval_data`` is given.
+    the one with the largest is trained on. What was left out is logged in one line per source.
+    Raises UserError if the data cannot be read or too much of it is unusable. ``data``,
+    ``eval_data``: what :func:`~wapo_analysis.train.tasks.data_files.read_rows` takes.
+    ``eval_fraction``: in [0, 1); 0 holds nothing out. Without effect if ``eval_data`` is given.
     """
     problems, report = _problems(form, read_rows(data))
     if eval_data is None:

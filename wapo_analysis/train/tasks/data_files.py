@@ -68,15 +68,10 @@ class Source:
 def read_rows(name: str) -> Source:
     """Read every row of a file, a folder or a hub data set.
 
-    Broken rows are marked, not raised. Raises UserError if there is no such file, the
-    whole of it cannot be read, or it holds no row.
-
-    Parameters
-    ----------
-    name : str
-        A ``.jsonl``, ``.ndjson``, ``.json`` or ``.parquet`` file, a folder of such files, or a hub
-        name ``NAME[:CONFIG[:SPLIT]]``. The split is ``train`` unless given. The last two are read
-        by the package ``datasets``.
+    Broken rows are marked, not raised. Raises UserError if there is no such file, the whole of it
+    cannot be read, or it holds no row. ``name``: a ``.jsonl``, ``.ndjson``, ``.json`` or
+    ``.parquet`` file, a folder of such files, or a hub name ``NAME[:CONFIG[:SPLIT]]``. The split is
+    ``train`` unless given. The last two are read by the package ``datasets``.
     """
     path = Path(name)
     if path.suffix.lower() in SUFFIXES or path.is_file():
@@ -202,13 +197,8 @@ def split(
     """Split problems by their questions.
 
     Returns ``train`` (in the order given) and ``held_out`` (in the order of their digests).
-
-    Parameters
-    ----------
-    problems : list of (str, Problem)
-        Question and problem.
-    fraction : float
-        In [0, 1). If it is above 0 and there are two questions or more, neither side is empty.
+    ``problems``: question and problem. ``fraction``: in [0, 1). If it is above 0 and there are two
+    questions or more, neither side is empty.
     """
     values = sorted({digest(question) for question, _ in problems})
     count = sum(value < fraction * 2.0**64 for value in values)
@@ -227,13 +217,7 @@ _RECORDED: Final = 100
 
 
 class DataRefused(UserError):
-    """Too much of a source is unusable; ``report`` says what.
-
-    Parameters
-    ----------
-    message : str
-    report : DataReport
-    """
+    """Too much of a source is unusable; ``report`` says what."""
 
     def __init__(self, message: str, report: "DataReport") -> None:
         super().__init__(message)
@@ -270,12 +254,8 @@ class DataReport:
     def check(self, fields: str = "") -> None:
         """Refuse a source that is mostly not what it should be.
 
-        Raises DataRefused if no row can be used, or more than 5 % of the rows cannot.
-
-        Parameters
-        ----------
-        fields : str
-            Fields that the rows do have, for the message.
+        Raises DataRefused if no row can be used, or more than 5 % of the rows cannot. ``fields``:
+        fields that the rows do have, for the message.
         """
         if self.used and len(self.skipped) <= MAX_BAD_SHARE * self.rows:
             return

@@ -45,12 +45,8 @@ _NUMBER: Final = re.compile(r"[-+]?(\d[\d,]*(\.\d*)?|\.\d+)(/\d+)?")
 def last_box(text: str) -> str | None:
     r"""Content of the last ``\boxed{...}``.
 
-    Returns None if there is no box, or the last one is not closed.
-
-    Parameters
-    ----------
-    text : str
-        Any text. ``\boxed 5`` without braces takes the next word.
+    Returns None if there is no box, or the last one is not closed. ``text``: any text. ``\boxed 5``
+    without braces takes the next word.
 
     Examples
     --------
@@ -207,12 +203,7 @@ class OwnReward:
     """Format of the user's own: ``prompt`` and whatever fields the function names.
 
     Raises UserError if the module or the function cannot be found or has parameters that cannot be
-    named.
-
-    Parameters
-    ----------
-    spec : str
-        ``module:function`` or ``path/file.py:function``.
+    named. ``spec``: ``module:function`` or ``path/file.py:function``.
     """
 
     max_new_tokens: int = 400

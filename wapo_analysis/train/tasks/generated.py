@@ -50,14 +50,9 @@ class ChainSum(Generated):
     """Add single digits from left to right and write down every running sum.
 
     ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``. Raises UserError if ``terms`` or
-    ``error_rate`` is out of range.
-
-    Parameters
-    ----------
-    terms : int
-        Number of digits to add, at least 2. The embedded base policy knows 6.
-    error_rate : float
-        Probability that a running sum of a pre-training demonstration is wrong.
+    ``error_rate`` is out of range. ``terms``: number of digits to add, at least 2. The embedded
+    base policy knows 6. ``error_rate``: probability that a running sum of a pre-training
+    demonstration is wrong.
     """
 
     terms: int = 6
@@ -129,14 +124,9 @@ class TwoHop(Generated):
     A fact ``am`` says that ``a`` leads to ``m``. ``k3,am,bk,m7;a`` asks where ``a`` leads in two
     hops and is completed by ``m7``. The facts are shuffled and those of the other chains distract:
     every wrong turn ends at a digit that looks like an answer. Raises UserError if ``chains`` or
-    ``error_rate`` is out of range.
-
-    Parameters
-    ----------
-    chains : int
-        Chains of two facts in the prompt, 2 to 10. The embedded base policy knows 4.
-    error_rate : float
-        Probability that a hop of a pre-training demonstration is wrong.
+    ``error_rate`` is out of range. ``chains``: chains of two facts in the prompt, 2 to 10. The
+    embedded base policy knows 4. ``error_rate``: probability that a hop of a pre-training
+    demonstration is wrong.
     """
 
     chains: int = 4
@@ -220,12 +210,8 @@ def data_set_names() -> list[str]:
 def parse_settings(text: str | None) -> dict[str, Any]:
     """Settings of a data set from ``key=value,...`` or a JSON object.
 
-    Raises UserError if it is neither form.
-
-    Parameters
-    ----------
-    text : str or None
-        Values are read as JSON where they are JSON, else as text.
+    Raises UserError if it is neither form. ``text``: values are read as JSON where they are JSON,
+    else as text.
 
     Examples
     --------

@@ -64,14 +64,8 @@ def stated_answer(completion: str) -> str | None:
 class HotpotQA:
     """Questions of HotpotQA's distractor setting.
 
-    Raises UserError if ``context_words`` is less than 1.
-
-    Parameters
-    ----------
-    name : {"hotpotqa", "hotpotqa-f1"}
-        Reward: exact match, or F1.
-    context_words : int
-        Most words of paragraphs, titles included, in a prompt.
+    Raises UserError if ``context_words`` is less than 1. ``name``: reward: exact match, or F1;
+    ``context_words``: most words of paragraphs, titles included, in a prompt.
     """
 
     name: str = "hotpotqa"
@@ -150,10 +144,8 @@ class HotpotQA:
 class HotpotSearch(HotpotQA):
     """The same questions without paragraphs: two tools look for them in all of the data.
 
-    Attributes
-    ----------
-    paragraphs : dict of str to str
-        Text of each title, over all rows that were parsed; of two texts the first counts.
+    ``paragraphs``: text of each title, over all rows that were parsed; of two texts the first
+    counts.
     """
 
     name: str = "hotpotqa-search"

@@ -49,18 +49,9 @@ class Judge:
     """A grading process, started when first asked and again after it was ended.
 
     Safe to use from several threads, and after a fork: the child starts a process of its own.
-
-    Parameters
-    ----------
-    name : str
-        Whom it grades for; begins the error lines.
-    setup : dict
-        Request that begins every process, e.g. ``{"do": "math_ready"}``.
-
-    Attributes
-    ----------
-    failures : int
-        Completions that could not be graded, in time or at all, and so earned nothing.
+    ``name``: whom it grades for; begins the error lines. ``setup``: request that begins every
+    process, e.g. ``{"do": "math_ready"}``. ``failures``: completions that could not be graded, in
+    time or at all, and so earned nothing.
     """
 
     def __init__(self, name: str, setup: dict[str, Any]) -> None:
