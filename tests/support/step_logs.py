@@ -1,13 +1,17 @@
 """Run folders written from columns: a step log, class totals."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from wapo_analysis.diagnose import Diagnosis, Finding, diagnose
+from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, diagnose
+from wapo_analysis.diagnose.context import Context
 from wapo_analysis.schema import CLASSES
-from wapo_analysis.store import RunWriter, open_run
+from wapo_analysis.store import STEP_LOG, RunWriter, open_run
+from wapo_analysis.store.manifest import Manifest, write_manifest
 from wapo_analysis.table import Records
 
 Columns = Mapping[str, Sequence[float] | np.ndarray]
@@ -30,6 +34,34 @@ def write_steps(
 
 def judge(tmp_path: Path, **columns: Sequence[float] | np.ndarray) -> Diagnosis:
     return diagnose(open_run(write_steps(tmp_path / "run", columns)))
+
+
+def seen(
+    path: Path,
+    columns: Mapping[str, Sequence[float | None] | np.ndarray],
+    flows: Flows | None = None,
+    every: int = 1,
+    **described: Any,
+) -> Context:
+    """A run as a detector sees it: its step log written at once, NaN as null, None left out.
+
+    Steps are the multiples of ``every``; what else is given goes into the manifest.
+    """
+    path.mkdir(parents=True)
+    told = {"name": path.name, "source": "built-in", "objective": {"name": "grpo"}}
+    write_manifest(path, Manifest.of(told | {"status": "finished"} | described))
+    names, lines = list(columns), []
+    for step, row in enumerate(zip(*columns.values(), strict=True), start=1):
+        numbers = {
+            name: float(x) if np.isfinite(x) else None
+            for name, x in zip(names, row, strict=True)
+            if x is not None
+        }
+        lines.append(json.dumps({"step": every * step} | numbers) + "\n")
+    (path / STEP_LOG).write_text("".join(lines))
+    if flows:
+        write_flows(path, flows)
+    return Context(open_run(path))
 
 
 def ramp(start: float, end: float, steps: int, onset: int, length: int) -> np.ndarray:
@@ -75,3 +107,9 @@ def write_flows(
         records[step] = Records.build(CLASSES, columns)
     writer.write_steps(records)
     writer.close("finished")
+
+
+def found_by(check: str, context: Context) -> list[Finding]:
+    """Findings of one check, by its name: none where it lacks its data or the run is too short."""
+    (detector,) = [d for d in DETECTORS if d.name == check]
+    return [] if detector.missing(context) else detector.run(context)

@@ -16,8 +16,6 @@ from wapo_analysis.series import Series, episodes, theil_sen
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
 
-#: Steps of entropy that an early warning needs.
-EARLY_STEPS = 5
 #: Name of the finding that comes before the entropy leaves its band.
 EARLY = "early_warning"
 #: Steps over which the early warning takes the trend.
@@ -74,7 +72,7 @@ def rolling_trend(values: Array) -> Trend:
     "early_warning",
     Need("steps", "entropy"),
     Need("classes", "pred_dentropy_sum"),
-    min_steps=EARLY_STEPS,
+    min_steps=TREND_WINDOW,
 )
 def find_early_warning(context: Context) -> list[Finding]:
     """The entropy is about to leave its band: a steady trend, read together with the class flows.
@@ -88,7 +86,7 @@ def find_early_warning(context: Context) -> list[Finding]:
     if series.values.min() <= 0:
         return []
     for direction in (1, -1):
-        if direction < 0 and _paid(context):
+        if direction == -1 and _paid(context):
             continue
         begin = _announced(context, series, direction)
         if begin is not None:
@@ -112,11 +110,11 @@ def _announced(context: Context, series: Series, direction: int) -> int | None:
     logs = np.log(series.values)
     trend = rolling_trend(direction * logs)
     level = direction * np.log(series.level)
-    edge = np.log(RISE[0]) if direction > 0 else -np.log(FALL[0])
+    edge = np.log(RISE[0]) if direction == 1 else -np.log(FALL[0])
     with np.errstate(invalid="ignore"):
         arrives = direction * logs + AHEAD * trend.slope >= level + edge
         moved = direction * logs - level >= np.log(MIN_MOVE)
-    needed = np.where(_flow_agrees(context, series, direction), AGREE, AGREE_ALONE)
+    needed = np.where(direction * _net_flow(context, series) > 0, AGREE, AGREE_ALONE)
     inside = direction * np.log(series.smooth) < level + edge
     early = arrives & moved & (trend.agree >= needed)
     for start, stop in episodes(early | ~inside, PERSIST):
@@ -125,36 +123,37 @@ def _announced(context: Context, series: Series, direction: int) -> int | None:
     return None
 
 
-def _flow_agrees(context: Context, series: Series, direction: int) -> Array:
-    """Whether all classes together predict a move in a direction, by step; False if unknown."""
-    flows = context.flows
-    net = flows.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
-    known = net.reindex(series.steps).to_numpy()
-    return np.asarray(direction * np.nan_to_num(known) > 0)
+def _net_flow(context: Context, series: Series) -> Array:
+    """Predicted dH of all classes together over the window that ends at each step, NaN unknown."""
+    net = context.flows.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
+    return np.asarray(net.reindex(series.steps))
 
 
 def _early_finding(context: Context, series: Series, begin: int, direction: int) -> Finding:
     step = series.step(begin)
-    drivers = entropy_drivers(context, step - TREND_WINDOW + 1, step, direction)
-    agrees = bool(_flow_agrees(context, series, direction)[begin])
-    now, way = float(series.values[begin]), "rises" if direction > 0 else "falls"
-    flow = (
-        driver_words(drivers, direction)
-        if agrees
-        else "all classes together predict the opposite, so the steps are too large for first order"
-    )
+    net = float(_net_flow(context, series)[begin])
+    known, agrees, up = np.isfinite(net), direction * net > 0, direction == 1
+    drivers = entropy_drivers(context, step - TREND_WINDOW + 1, step, direction) if known else ()
+    now, flow = float(series.values[begin]), ""
+    if agrees:
+        flow = f"; {driver_words(drivers, direction)}"
+    elif direction * net < 0:
+        flow = (
+            "; all classes together predict the opposite, so the steps are too large for first "
+            "order"
+        )
     return Finding(
         name=EARLY,
         severity="warning",
         step=step,
-        message=f"Entropy {way} steadily at step {step} ({series.level:.3g} to {now:.3g} nats) and "
-        f"leaves its band within {AHEAD} steps at this rate; {flow}.",
+        message=f"Entropy {'rises' if up else 'falls'} steadily at step {step} ({series.level:.3g} "
+        f"to {now:.3g} nats) and leaves its band within {AHEAD} steps at this rate{flow}.",
         evidence={
-            "direction": "up" if direction > 0 else "down",
+            "direction": "up" if up else "down",
             "entropy_start": series.level,
             "entropy_then": now,
             "flow_agrees": int(agrees),
-            "predicted_net_dentropy": sum(d.predicted_dentropy for d in drivers),
+            "predicted_net_dentropy": net if known else None,
             **({"class": drivers[0].cls} if drivers else {}),
         },
         advice=driver_advice(drivers)
@@ -164,7 +163,7 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
     )
 
 
-@detector("entropy_projection", Need("steps", "entropy"))
+@detector("entropy_projection", Need("steps", "entropy"), min_steps=2 * MIN_ARRIVAL_STEPS)
 def find_arrival(context: Context) -> list[Finding]:
     """Projected step at which the entropy arrives at the ceiling or the floor of its band.
 
@@ -173,36 +172,37 @@ def find_arrival(context: Context) -> list[Finding]:
     within as many steps again.
     """
     series = context.series("entropy")
-    count = int(np.clip(len(series) // 4, MIN_ARRIVAL_STEPS, ARRIVAL_STEPS))
-    if len(series) < 2 * MIN_ARRIVAL_STEPS or series.values.min() <= 0:
+    now, level = float(series.smooth[-1]), series.level
+    if series.values.min() <= 0 or not FALL[0] * level < now < RISE[0] * level:
         return []
+    count = int(np.clip(len(series) // 4, MIN_ARRIVAL_STEPS, ARRIVAL_STEPS))
     logs, steps = np.log(series.values[-count:]), series.steps[-count:]
     slope, low, high = theil_sen(logs, steps, CONFIDENCE)
-    slow = low if slope > 0 else high
-    ceiling, floor = np.log(RISE[1] * series.level), np.log(FALL[1] * series.level)
-    now = float(np.log(series.smooth[-1]))
-    inside = np.log(FALL[0] * series.level) < now < np.log(RISE[0] * series.level)
-    if slope * slow <= 0 or not inside:
+    up = slope > 0
+    slow = low if up else high
+    if slope * slow <= 0:
         return []
-    target = ceiling if slope > 0 else floor
-    due = (target - now) / slope
-    if due > len(series) * float(np.median(np.diff(series.steps))):
+    target = (RISE[1] if up else FALL[1]) * level
+    way = float(np.log(target / now))
+    due = way / slope
+    spacing = float(np.median(np.diff(series.steps)))
+    if due > len(series) * spacing:
         return []
-    last, up = series.step(-1), slope > 0
+    last = series.step(-1)
     paid = context.reward is not None and (context.reward.improved or context.reward.solved)
     return [
         Finding(
             name="entropy_arrival",
-            severity="info" if paid or due > count else "warning",
+            severity="info" if paid or due > count * spacing else "warning",
             step=int(steps[0]),
             message=f"At its present rate ({np.expm1(slope):+.1%} a step) the entropy arrives at "
-            f"{np.exp(target):.3g} nats, the {'ceiling' if up else 'floor'} of its band, at step "
+            f"{target:.3g} nats, the {'ceiling' if up else 'floor'} of its band, at step "
             f"{last + due:.0f}.",
             evidence={
                 "arrival_step": int(round(last + due)),
-                "latest_step": int(round(last + (target - now) / slow)),
+                "latest_step": int(round(last + way / slow)),
                 "factor_per_step": float(np.exp(slope)),
-                "target": float(np.exp(target)),
+                "target": target,
             },
             advice=Advice("Fine while the reward rises.")
             if paid

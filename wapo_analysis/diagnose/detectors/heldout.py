@@ -149,7 +149,8 @@ def find_reward_without_answer(context: Context) -> list[Finding]:
     """
     held, missed = context.answers
     reward = context.reward
-    if reward is None or reward.lost or len(held) < MIN_ANSWERS or not len(missed):
+    assert reward is not None
+    if reward.lost or len(held) < MIN_ANSWERS:
         return []
     best = np.maximum.accumulate(held.smooth)
     fallen = best - held.smooth
@@ -157,7 +158,7 @@ def find_reward_without_answer(context: Context) -> list[Finding]:
     begin = lasting(held, (fallen >= enough) & (best >= SEEN))
     if begin is None or missed.end < UNEARNED:
         return []
-    step, top = held.step(begin), float(best[-1])
+    step, top = held.step(begin), float(held.smooth.max())
     if reward.gain_since(step) < -reward.margin:
         return []
     gone = lasting(held, (fallen >= np.maximum(GONE * best, enough)) & (best >= 2 * SEEN))
