@@ -122,7 +122,7 @@ def _steps(log: Path, manifest: Manifest, found: Check) -> dict[int, Row]:
         pass
     except UserError as error:
         found.damage.append(_brief(error, log.parent))
-    found.lines = rows.total()
+    found.lines += rows.total()
     if written is not None and found.lines != written:
         found.damage.append(f"{log.name}: {found.lines:,} of {written:,} lines can be read")
     twice = [step for step, count in rows.items() if count > 1]
@@ -164,7 +164,7 @@ def _read_files(folder: Path) -> dict[str, str | tuple[bool, list[Key]]]:
     read: dict[str, str | tuple[bool, list[Key]]] = {}
     for part in list_parts(folder):
         try:
-            sealed, steps = verify(part.path), read_steps(part, range(part.first, part.last + 1))
+            sealed, steps = verify(part.path), read_steps(part, set(part.steps()))
             read[part.path.name] = sealed, [(step, part.rank) for step in steps]
         except UserError as error:
             span = f"steps {part.first} to {part.last}" if part.merged else f"step {part.first}"
@@ -178,7 +178,7 @@ def _compare(
     """Compare steps and parts of a run that we recorded."""
     steps = sorted(rows)
     if steps:
-        gaps = sorted(set(range(steps[0], steps[-1] + 1)) - set(steps))
+        gaps = sorted(set(range(steps[0], steps[-1])) - set(steps))
         if gaps:
             certain = manifest.source in _COUNTS_ON
             (found.damage if certain else found.notes).append(
@@ -194,9 +194,9 @@ def _compare(
         missing = [step for step in there if (step, 0) not in held[name]]
         if missing:
             found.damage.append(f"{name}: no rows of {_listed(missing)}")
-    for rank in range(1, manifest.processes or 1):
+    for rank in sorted({rank for _, rank in held["classes"] if rank}):
         mine = {step for step, other in held["classes"] if other == rank}
-        missing = [s for s in expected["classes"] if s not in mine and s < max(mine, default=0)]
+        missing = [s for s in expected["classes"] if s in range(max(mine)) and s not in mine]
         if missing:
             found.damage.append(f"classes: no rows of process {rank} of {_listed(missing)}")
     later = {step for name in PART_TABLES for step, rank in held[name] if rank == 0} - set(rows)

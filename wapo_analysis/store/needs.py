@@ -24,7 +24,7 @@ _NONE = {
 }
 #: Tables of which only the ends are read: a column is there or not.
 _LARGE = ("tokens", "rollouts", "topk")
-_LOOK = 1000
+_FIRST_ROWS = 1000
 _RESCORED = ("dprob", "dentropy", "logp_after", "entropy_after")
 
 
@@ -113,9 +113,9 @@ def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame | None:
 def _holding(frame: pd.DataFrame, table: str) -> Iterator[str]:
     """Names of the columns with a value: a finite number, or a text in a column of texts."""
     # A look at the first rows, of all columns of numbers at once, is nearly always enough.
-    numbers = frame.iloc[:_LOOK].select_dtypes(["number", "bool"], exclude=["timedelta"])
+    numbers = frame.iloc[:_FIRST_ROWS].select_dtypes(["number", "bool"], exclude=["timedelta"])
     known = set(numbers.columns[np.isfinite(numbers.to_numpy(np.float64)).any(axis=0)])
-    seen = set(numbers.columns) if len(frame) <= _LOOK else known
+    seen = set(numbers.columns) if len(numbers) == len(frame) else known
     declared = TABLES[table]
     for name in map(str, frame.columns):
         if name in declared and declared[name].dtype == "str":
@@ -136,8 +136,5 @@ def holds(values: Array) -> bool:
 
 
 def _finite(values: pd.Series) -> bool:
-    try:
-        numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
-    except TypeError:  # lists
-        return bool(values.notna().any())
+    numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64)
     return bool(np.isfinite(numbers).any())

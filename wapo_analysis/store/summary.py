@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import wapo_taxonomy as tax
 
-from wapo_analysis.derive import UPDATE_STATISTICS, class_names, update_columns
+from wapo_analysis.derive import CLASS_ORDER, UPDATE_STATISTICS, class_names, update_columns
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.parquet import named, open_part, verify
@@ -27,8 +27,8 @@ from wapo_analysis.table import Array
 
 Engine = Literal["auto", "pyarrow", "duckdb"]
 _ENGINES = ("auto", "pyarrow", "duckdb")
-#: Class codes -1..4, shifted to 0..5.
-_CODES = 6
+#: Class codes from -1 on, shifted to begin at 0.
+_CODES = len(CLASS_ORDER)
 # Rows at a time: a dozen float64 columns of it stay in the second-level cache, and each is below
 # the size (128 KiB) from which glibc maps memory anew.
 _BLOCK = 1 << 13

@@ -35,20 +35,20 @@ class Tail:
     path: Path
     notes: list[str] = field(default_factory=list)
     bytes_read: int = 0
-    _inode: int = 0
-    _offset: int = 0
-    _lines: int = 0
+    _inode: int | None = None
+    _offset: int = field(init=False)
+    _lines: int = field(init=False)
     _manifest: Manifest = field(default_factory=Manifest)
-    _manifest_seen: tuple[int, int] = (0, 0)
+    _manifest_seen: tuple[int, int] | None = None
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _have: dict[str, set[Key]] = field(default_factory=dict)
     _broken: dict[str, dict[str, UserError]] = field(default_factory=dict)
     _frames: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._restart(0)
+        self._restart(None)
 
-    def _restart(self, inode: int) -> None:
+    def _restart(self, inode: int | None) -> None:
         """Forget the tables; a resumed run replaces its log, and drops steps and parts."""
         self._inode, self._offset, self._lines = inode, 0, 0
         self._reader = LineReader()
@@ -92,10 +92,10 @@ class Tail:
     def _read_manifest(self) -> bool:
         try:
             status = (self.path / MANIFEST).stat()
+            seen = status.st_mtime_ns, status.st_ino
         except OSError:
-            status = None
-        seen = (status.st_mtime_ns, status.st_ino) if status else (0, 0)
-        if seen == self._manifest_seen and status:
+            seen = None  # said by what reads it
+        if seen is not None and seen == self._manifest_seen:
             return False
         self._manifest = read_manifest(self.path)
         self._manifest_seen = seen
@@ -132,7 +132,9 @@ class Tail:
 
     def _read_parts(self, name: str) -> None:
         """Add the rows of a table that have not been read, up to the last step of the log."""
-        last = max((row["step"] for row in self._rows), default=0)
+        if not self._rows:
+            return
+        last = max(row["step"] for row in self._rows)
         broken = self._broken[name]
         before = set(broken)
         new = read_rows(

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.builders import write_fake_run
 from tests.support.step_logs import write_steps
-from wapo_analysis.schema import ROLLOUTS
+from tests.unit.store.test_store import token_records
+from wapo_analysis.schema import CLASSES, ROLLOUTS
 from wapo_analysis.store import Need, Run, RunWriter, open_run
 from wapo_analysis.table import Records
 
@@ -107,3 +110,30 @@ def test_a_column_that_is_first_logged_late_is_there(tmp_path: Path) -> None:
     run = open_run(write_steps(tmp_path / "run", log))
     assert run.lacks(Need("steps", "eval_reward")) is None
     assert run.lacks(Need("steps", "entropy")) == "run has no 'entropy' in its steps table"
+
+
+@pytest.mark.parametrize(("rescored", "lacks"), [(0, True), (1, False)])
+def test_one_token_that_was_rescored_is_looked_for_at_its_step(
+    rescored: int, lacks: bool, tmp_path: Path
+) -> None:
+    """Of seven steps one, neither the first, the middle nor the last, has a re-scored token."""
+    writer = RunWriter(tmp_path / "run", {"name": "run", "objective": {"name": "grpo"}})
+    for step in range(1, 8):
+        after = -0.5 if step == 2 else float("nan")
+        tokens = token_records(step, 1).with_columns({"logp_after": np.array([after])})
+        writer.write_part(tokens, step)
+        cell = {"sign": [1], "regime": [1], "prob_bin": [4], "tokens": [1]}
+        count = rescored if step == 2 else 0
+        cells = {"step": [step], "rank": [0], **cell, "rescored": [count]}
+        writer.write_part(Records.build(CLASSES, cells), step)
+        writer.append_step({"step": step})
+    writer.close("finished")
+    assert (open_run(tmp_path / "run").lacks(Need("tokens", "logp_after")) is not None) is lacks
+
+
+def test_a_column_of_lists_that_another_tool_wrote_holds_no_number(tmp_path: Path) -> None:
+    path = write_fake_run(tmp_path / "run", steps=1, prompts=1, rollouts=2, loose=True)
+    (part,) = (path / "rollouts").iterdir()
+    table = pq.read_table(part)
+    pq.write_table(table.append_column("scores", pa.array([None, [0.5]])), part)
+    assert open_run(path).lacks(Need("rollouts", "scores")) is not None

@@ -173,6 +173,75 @@ def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
     assert peaks[1] < 1.5 * peaks[0]
 
 
+def token_file(path: Path, **columns: list[float]) -> Path:
+    """A file of token rows of step 1 without all that is not given."""
+    rows = len(columns["logp"])
+    filled = {name: columns.get(name, [np.nan] * rows) for name in summary.UPDATE_STATISTICS}
+    table = {"step": np.ones(rows, np.int64), **{n: np.float64(v) for n, v in filled.items()}}
+    pq.write_table(pa.Table.from_pandas(pd.DataFrame(table), preserve_index=False), path)
+    return path
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_token_on_the_border_is_a_peak_and_one_without_entropy_counts(
+    tmp_path: Path, engine: str
+) -> None:
+    """p (1 - p) = S - p^2 where two tokens share the probability; just above it is a valley."""
+    if engine == "duckdb":
+        pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    file = token_file(
+        tmp_path / "rows.parquet", logp=[float(np.log(0.5))] * 3, advantage=[1.0, 1.0, -1.0],
+        collision_rest=[0.25, 0.25 * (1 + 3e-6), 0.25], coef=[-1.0] * 3,
+    )  # fmt: skip
+    found = class_summary(file, engine=engine)
+    assert list(found["cls"]) == ["pos_peak", "pos_valley", "neg_peak"]
+    assert found["tokens"].tolist() == [1, 1, 1]
+    assert found["entropy"].isna().all()
+    np.testing.assert_allclose(found["grad_mass"], np.sqrt(0.25 + 0.25), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("engine", "installed", "cpus", "chosen"),
+    [("auto", True, 4, True), ("auto", True, 3, False), ("auto", False, 4, False),
+     ("duckdb", True, 1, True), ("pyarrow", True, 8, False)],
+)  # fmt: skip
+def test_what_reads_is_chosen_by_the_cpus_unless_it_is_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, engine: str, installed: bool, cpus: int,
+    chosen: bool,
+) -> None:  # fmt: skip
+    used: list[int] = []
+    monkeypatch.setattr(summary, "_by_duckdb", lambda *_: used.append(1))  # None: arrow goes on
+    monkeypatch.setattr(summary, "find_spec", lambda name: name if installed else None)
+    monkeypatch.setattr(summary.os, "sched_getaffinity", lambda pid: range(0 if pid else cpus))
+    assert len(class_summary(run, engine=engine))
+    assert bool(used) is chosen
+    monkeypatch.delattr(summary.os, "sched_getaffinity")
+    for count in (None, cpus):
+        used.clear()
+        monkeypatch.setattr(summary.os, "cpu_count", lambda count=count: count)
+        class_summary(run, engine=engine)
+        assert bool(used) is (chosen and (count is not None or engine != "auto"))
+
+
+def test_files_that_are_merged_while_they_are_summed_up_are_listed_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("duckdb", reason="needs the extra [fast]")
+    folder = Path(shutil.copytree(run / "tokens", tmp_path / "tokens"))
+    expected, verified = class_summary(folder, engine="duckdb"), []
+    verify, last = summary.verify, max(folder.iterdir())
+
+    def checked(file: Path) -> bool:
+        verified.append(file.name)
+        verify(file)
+        return file == last and merge_parts(folder, 0, 2)
+
+    monkeypatch.setattr(summary, "verify", checked)
+    assert_same(class_summary(folder, engine="duckdb"), expected)
+    assert len(verified) == 7
+    assert verified[-1].startswith("merged")
+
+
 def test_bad_requests_get_one_clear_line(run: Path, tmp_path: Path, monkeypatch) -> None:
     for given, message in (
         ({"engine": "polars"}, "unknown engine 'polars'"),
