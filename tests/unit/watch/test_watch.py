@@ -141,6 +141,29 @@ def test_a_log_cut_short_in_place_is_read_anew(slow: Slow) -> None:
     assert tail.run().steps.step.tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_log_that_another_file_has_taken_the_place_of_is_read_anew(
+    slow: Slow, more: int
+) -> None:
+    """A run that went back and has come as far as before, or further, between two looks."""
+    tail, log = Tail(slow.target), slow.target / "steps.jsonl"
+    slow.steps(1, 6)
+    tail.poll()
+    slow.log("nonsense\n")
+    tail.poll()
+    assert len(tail.notes) == 1
+    beside = log.with_name("beside")
+    beside.write_text("".join(slow.lines[2 : 9 + more]))
+    assert beside.stat().st_size >= log.stat().st_size
+    beside.replace(log)
+    assert tail.poll()
+    assert tail.run().steps.step.tolist() == list(range(3, 10 + more))
+    assert tail.notes == []
+    read = tail.bytes_read
+    assert not tail.poll()
+    assert tail.bytes_read == read
+
+
 def test_a_resumed_run_starts_over(slow: Slow) -> None:
     tail = Tail(slow.target)
     slow.steps(1, 10)
