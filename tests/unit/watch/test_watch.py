@@ -142,9 +142,7 @@ def test_a_log_cut_short_in_place_is_read_anew(slow: Slow) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 3])
-def test_a_log_that_another_file_has_taken_the_place_of_is_read_anew(
-    slow: Slow, more: int
-) -> None:
+def test_a_log_that_another_file_has_taken_the_place_of_is_read_anew(slow: Slow, more: int) -> None:
     """A run that went back and has come as far as before, or further, between two looks."""
     tail, log = Tail(slow.target), slow.target / "steps.jsonl"
     slow.steps(1, 6)
