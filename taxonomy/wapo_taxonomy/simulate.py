@@ -180,7 +180,11 @@ def simulate_class(
         # p 1_R - m p, written without the cancellation inside R.
         move = inside * outside.sum() - outside * mass
         # A uniform row has no valley: mass and move are then 0, and 0 / 1 is meant.
-        return move if per_draw else move / (mass + (mass == 0)), mass, (mass >= 0) * wants_peak * 1
+        return (
+            move if per_draw else move / (mass + (mass == 0)),
+            mass,
+            (mass == mass) * wants_peak * 1,
+        )
 
     signed = float(coef) if sign_name == "pos" else -float(coef)
     step = logit_step(signed, float(temperature), float(lr))

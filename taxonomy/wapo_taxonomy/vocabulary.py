@@ -145,7 +145,9 @@ def predict(probs: Array, sampled: int, step: Array = 1.0) -> VocabularyPredicti
     hot = one_hot(probs, sampled, xp)
     mode = one_hot(probs, probs.argmax(), xp)
     rest, tail = probs * (1 - hot), probs * (1 - mode)
-    logs = _logs(probs, mode, tail.sum(), xp)
+    # ln 1 = 0 stands in where 0 ln 0 = 0 is meant. Of a probability rounded near 1 the logarithm is
+    # off by that rounding, which cancels below: what multiplies it sums up to (1 - p)^2.
+    logs = xp.log(probs + (probs == 0))
     squares = rest * rest
     own = {
         "prob": (probs * hot).sum(),
@@ -167,11 +169,3 @@ def predict(probs: Array, sampled: int, step: Array = 1.0) -> VocabularyPredicti
         grad_norm=grad_norm(step, own["complement"], own["collision_rest"]),
         is_peak=is_peak(**own),
     )
-
-
-def _logs(probs: Array, mode: Array, tail_mass: Array, xp: Any) -> Array:
-    """Logarithms (V,), with 0 for zeros, and that of the mode taken from the mass of the others."""
-    certain = tail_mass < 0.5
-    plain = xp.log(probs + (probs == 0))  # ln 1 = 0 stands in where 0 ln 0 = 0 is meant
-    # log(p) next to p = 1 would see only the rounded p.
-    return xp.where((mode > 0) & certain, xp.log1p(-tail_mass * certain), plain)

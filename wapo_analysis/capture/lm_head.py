@@ -226,7 +226,6 @@ class HeadReader(Guarded):
         self.reason = "no model has returned logits by that name; head=model names yours"
         self._temperature = temperature
         self._reading: Reading | None = None
-        self._used = self._texts = 0  # positions and texts of the reading that losses have had
         self._handle: RemovableHandle | None = None
         if isinstance(model, nn.Module):
             self._handle = model.register_forward_hook(self._forward, with_kwargs=True)
@@ -245,9 +244,7 @@ class HeadReader(Guarded):
             self._handle.remove()
 
     def _find(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        if _named_logits(output) is not None:
+        if not torch.compiler.is_compiling() and _named_logits(output) is not None:
             self.close()
             self._handle = module.register_forward_hook(self._forward, with_kwargs=True)
             self._forward(module, args, kwargs, output)
@@ -264,7 +261,8 @@ class HeadReader(Guarded):
             self.guard(self._read, logits.detach(), ids, kwargs)
 
     def _read(self, logits: Tensor, ids: Any, given: Mapping[str, Any]) -> None:
-        self._reading, self._used, self._texts = None, 0, 0
+        self._reading = None
+        self._used = self._texts = 0  # positions and texts of the reading that losses have had
         count, length = logits.shape[0], logits.shape[-2]
         if not isinstance(ids, Tensor) or ids.dim() != 2 or logits.dim() != 3 or len(ids) != count:
             self.reason = "the model was not given the token ids of its logits"
@@ -276,7 +274,7 @@ class HeadReader(Guarded):
         following, row, there = ids[:, skipped + 1 :], None, given.get("attention_mask")
         if isinstance(there, Tensor) and there.shape == ids.shape:
             there = there[:, skipped:-1].bool()
-            row = (there.flatten().cumsum(0) - 1).masked_fill(~there.flatten(), -1)
+            row = there.flatten().cumsum(0) * there.flatten() - 1
         there, most = None if row is None else there, min(self.topk, logits.shape[-1])
         stats = token_stats(logits[:, :-1], following, self._temperature, there, most)
         begins = None if skipped else _begins(given.get("position_ids"), ids)
@@ -295,7 +293,7 @@ class HeadReader(Guarded):
         for index in self._places(logp, mask, place, reading):
             stats = reading.at(index)
             if stats is not None and self._agrees(stats.logp, wanted):
-                self._used += len(logp) if logp.dim() == 1 else 0
+                self._used += len(logp)
                 self._texts += 1
                 return stats, reading.ids[index]
         return None
@@ -328,13 +326,12 @@ class HeadReader(Guarded):
             return
         (row, column), width = place, logp.shape[1]
         if count == len(logp):
-            if width <= predicted:  # the last positions of every text
-                yield row * predicted + predicted - width + column
-            else:
-                yield row * predicted + column - 1
+            # The last positions of every text; of a whole text each is its own token's probability,
+            yield row * predicted + predicted - width + column
+            if width > predicted:  # or the next one's
                 yield row * predicted + column
         begins = reading.begins
-        if count > 1 or begins is None:
+        if begins is None:
             return
         if len(logp) == 1 and self._texts < len(begins) - 1:  # one text of the packed row a call
             yield begins[self._texts] + column

@@ -63,7 +63,7 @@ class LossWatch(Guarded):
         self._opened, self._closed, self._said = False, False, set[str]()
         self._waited = set[int]()  # optimizers that stepped before the loss had come back
         self._step, self._calls, self._texts = first_step, 0, texts
-        self._scale, self._shown = 0.0, list[tuple[ref[Any], torch.Tensor]]()
+        self._scale, self._shown = torch.nan, list[tuple[ref[Any], torch.Tensor]]()
         self._columns: dict[str, Any] = {}
 
     def fail(self, error: Exception) -> None:

@@ -62,7 +62,7 @@ class VerlWatcher(LossWatch):
     def __init__(self, open_recorder: Callable[[int, float], Recorder]) -> None:
         super().__init__(lambda: None)
         self._open_verl = open_recorder
-        self._first, self._active = 0, False
+        self._active = False
         self._groups: Tensor | None = None
         self._rewards: Tensor | None = None
         self._micro: dict[str, Any] = {}
@@ -91,7 +91,7 @@ class VerlWatcher(LossWatch):
         # Names of prompts become numbers that agree between processes and runs.
         numbers = None if uid is None else [crc32(str(u).encode()) & 0x7FFFFFFF for u in uid]
         self._groups = None if numbers is None else torch.tensor(numbers)
-        self._rewards = None if scores is None else _dense(scores).sum(-1).cpu()
+        self._rewards = None if scores is None else _dense(scores).sum(1).cpu()
 
     @contextmanager
     def micro_batch(self, model_output: Mapping[str, Any], data: Any) -> Iterator[None]:

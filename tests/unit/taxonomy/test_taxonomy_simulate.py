@@ -131,6 +131,25 @@ def test_a_class_is_simulated_alone_for_100_steps_unless_said() -> None:
     np.testing.assert_array_equal(plain.probs, said.probs)
 
 
+def test_one_token_is_simulated_at_temperature_1_unless_said() -> None:
+    plain, said = wt.simulate(START, 1, 1.0, 0.1, 3), wt.simulate(START, 1, 1.0, 0.1, 3, 1.0)
+    np.testing.assert_array_equal(plain.probs, said.probs)
+    assert plain.probs[0] == pytest.approx(np.exp(START))
+
+
+@pytest.mark.parametrize("gap", [10.0, 30.0, 60.0])
+def test_next_to_certainty_a_move_keeps_its_digits(gap: float) -> None:
+    """e_y - p has the length sqrt(q^2 + q^2 / 2) there, with q = 1 - p shared by two others."""
+    logits = np.array([gap, 0.0, 0.0])
+    q = 2 / (np.exp(gap) + 2)
+    one = wt.simulate(logits, 0, 1.0, 0.5, 0).move_norm[0]
+    assert one == pytest.approx(0.5 * q * 1.5**0.5, rel=1e-12)
+    # Its class has the mode alone; per draw the mode's mass makes it a little shorter.
+    for per_draw, mass in ((False, 1.0), (True, 1 - q)):
+        every = wt.simulate_class(logits, "pos_peak", lr=0.5, steps=0, per_draw=per_draw)
+        assert every.move_norm[0] == pytest.approx(0.5 * mass * q * 1.5**0.5, rel=1e-12)
+
+
 def test_per_draw_opposite_classes_are_one_flow() -> None:
     for first, second in (("pos_peak", "neg_valley"), ("pos_valley", "neg_peak")):
         one = wt.simulate_class(START, first, steps=50, per_draw=True)
@@ -204,8 +223,9 @@ def test_bad_numbers_are_named(arguments: dict, message: str) -> None:
 def test_bad_class_and_size_are_named() -> None:
     with pytest.raises(ValueError, match="unknown class 'peak'; allowed: pos_peak, pos_valley"):
         wt.simulate_class(START, "peak")
-    with pytest.raises(ValueError, match="coef .* must be > 0, got -1"):
-        wt.simulate_class(START, "pos_peak", coef=-1.0)
+    for coef in (-1.0, 0.0):
+        with pytest.raises(ValueError, match=f"coef .* must be > 0, got {coef}"):
+            wt.simulate_class(START, "pos_peak", coef=coef)
     with pytest.raises(IndexError):
         wt.simulate(START, 6, 1.0, 0.1, 1)
     with pytest.raises(TypeError, match="got list"):

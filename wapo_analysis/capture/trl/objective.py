@@ -298,8 +298,8 @@ class _ObjectiveLoss:
         keep = keep_tokens(self._config, advantages, mask, self._peaks(inputs, logps, mask))
         out = policy_loss(self._config, logps, old, advantages, mask, keep, inputs[WEIGHT_KEY])
         self._log(mask, entropies, out, advantages)
-        loss = out.loss * inputs[UNITS_KEY][0].to(out.loss.dtype)
-        return loss * self._divisor()
+        units, *_ = inputs[UNITS_KEY]  # the same for every rollout
+        return out.loss * units.to(out.loss.dtype) * self._divisor()
 
     def _keep_hidden(self, module: Any, args: Any, out: Any) -> None:
         hidden = getattr(out, "last_hidden_state", None)

@@ -93,7 +93,7 @@ class OwnHead(TrlHead):
         self.working = True
         self._on_failure = on_failure
         self._scoring = False
-        self._scored = torch.empty(0, dtype=torch.bool)
+        self._scored: Tensor
         self._stats: TokenStats | None = None
 
     def install(self, model: Any, patches: Patches) -> None:

@@ -65,7 +65,6 @@ class RolloutReader:
         self._batches: dict[int, Generation] = {}
         self._order: list[int] = []
         self._made = 0
-        self._total = 1
 
     def start_step(self) -> None:
         """Forget what the next step cannot need: all batches but the last."""
