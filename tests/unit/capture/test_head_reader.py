@@ -52,6 +52,7 @@ def reading(row: Any = None) -> Reading:
         (None, [1], [1.0]), (None, [-1, 2], None), (None, [0, 3], None),
         ([0, -1, 1, 2], [3, 2], [2.0, 1.0]), ([0, -1, 1, 2], [0, 1], None),
         ([0, -1, 1, 2], [4], None), ([0, -1, 1, 2], [0, 2], [0.0, 1.0]),
+        ([0, -1, 1, 2], [-1, 2], None),
     ],
 )  # fmt: skip
 def test_statistics_at_places_that_were_read(row: Any, index: list[int], found: Any) -> None:

@@ -152,3 +152,10 @@ def test_free_memory_is_what_the_system_says_is_available(
 ) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, **how: text)
     assert free_memory(torch.device("cpu")) == free
+
+
+def test_free_memory_of_a_gpu_is_what_its_driver_says_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 9))
+    assert free_memory(torch.device("cuda", 0)) == 5

@@ -1,5 +1,6 @@
 """Our objectives in TRL, the parts that need no trainer: whose loss it is, advantages, updates."""
 
+from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from wapo_analysis.capture import Patches
 from wapo_analysis.capture.trl.objective import (
     UNITS_KEY,
     WEIGHT_KEY,
+    _check_settings,
+    _longest,
     _ObjectiveLoss,
     _passes_on,
 )
-from wapo_analysis.capture.trl.passes import SeenPass, TrlProber
-from wapo_analysis.capture.trl.watcher import TrlWatcher
+from wapo_analysis.capture.trl.trainer import SCORER
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
 
@@ -59,6 +62,20 @@ class Annotated(Above):
         return loss
 
 
+class Reassigns(Above):
+    def compute_loss(self, inputs: Any) -> Any:
+        loss = super().compute_loss(inputs)
+        loss = loss * 2
+        return loss  # noqa: RET504
+
+
+class Adds(Above):
+    def compute_loss(self, inputs: Any) -> Any:
+        loss = 1.0
+        loss += super().compute_loss(inputs)
+        return loss
+
+
 class Sometimes(Above):
     def compute_loss(self, inputs: Any) -> Any:
         if inputs:
@@ -81,7 +98,8 @@ class Bare(Above):
     ("kind", "passes"),
     [
         (Returns, True), (Looks, True), (Doubles, False), (Changes, False), (Annotated, False),
-        (Sometimes, False), (Nothing, False), (Bare, False), (Above, False),
+        (Sometimes, False), (Nothing, False), (Bare, False), (Above, False), (Reassigns, False),
+        (Adds, False),
     ],
 )  # fmt: skip
 def test_a_look_at_the_loss_above_is_no_loss_of_its_own(kind: Any, passes: bool) -> None:
@@ -103,6 +121,8 @@ def loss_of(config: ObjectiveConfig, **trainer: Any) -> _ObjectiveLoss:
 
 
 WAPO = ObjectiveConfig(name="wapo", max_seq_len=8)
+
+
 RAFT = ObjectiveConfig(name="raft++")
 
 
@@ -124,6 +144,17 @@ def test_what_rounding_in_float32_leaves_of_a_reward_is_no_advantage(
     loss = loss_of(WAPO, num_generations=2)
     loss._rewards = torch.tensor([1.0, 1.0 + units * float(np.finfo(np.float32).eps)])
     assert (loss._advantages(2) == 0).all() == zero
+
+
+def test_the_rounding_is_that_of_the_largest_reward() -> None:
+    eps = float(np.finfo(np.float32).eps)
+    for first, zero in ((1000.0, True), (1.0, False)):
+        loss = loss_of(WAPO, num_generations=2)
+        loss._rewards = torch.tensor([first, 0.0, 1.0, 1.0 + 32 * eps])
+        assert bool((loss._advantages(4)[2:] == 0).all()) is zero
+    loss = loss_of(WAPO, num_generations=2)
+    loss._rewards = torch.tensor([1e-3, 1e-3 + 1e-6])
+    assert (loss._advantages(2) != 0).all(), "small rewards have small rounding"
 
 
 @pytest.mark.parametrize(
@@ -219,66 +250,98 @@ def test_a_trainer_that_returns_no_log_probabilities_is_told() -> None:
         loss._score(None, {**inputs, "completion_mask": ids})
 
 
-class Raw:
-    """What a watcher that sees no tokens puts its calls around."""
+def test_the_longest_text_is_prompt_and_completion() -> None:
+    for prompt, longest in ((5, 13), (None, 8)):
+        given = SimpleNamespace(max_prompt_length=prompt, max_completion_length=8)
+        assert _longest(given) == longest
+    assert _longest(SimpleNamespace(max_completion_length=8)) == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({}, None), ({"beta": 0.0}, None), ({"beta": 0.04}, "beta"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"importance_sampling_level": "token"}, None),
+        ({"top_entropy_quantile": 1.0}, None), ({"top_entropy_quantile": 0.99}, "top_entropy_q"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
+        ({"multi_objective_aggregation": "sum_then_normalize"}, None),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_be_dropped_is_refused(
+    given: dict[str, Any], refused: str | None
+) -> None:
+    trainer = SimpleNamespace(args=SimpleNamespace(**given), **{SCORER: print})
+    if refused is None:
+        _check_settings(trainer, "WAPO")
+    else:
+        with pytest.raises(UserError, match=f"WAPO has no {refused}"):
+            _check_settings(trainer, "WAPO")
+
+
+def test_clipped_tokens_are_logged_by_the_sign_of_their_advantage() -> None:
+    metrics: dict[str, Any] = {"train": defaultdict(list), "eval": defaultdict(list)}
+    loss = loss_of(
+        WAPO, _metrics=metrics, accelerator=SimpleNamespace(num_processes=1, gather=lambda v: v)
+    )
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    clipped = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
+    kept = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    out: Any = SimpleNamespace(clipped=clipped, kept=kept)
+    loss._log(mask, torch.arange(8.0).view(2, 4), out, torch.tensor([0.5, -0.5]))
+    found = {name: values[0] for name, values in metrics["train"].items()}
+    assert found == pytest.approx({
+        "clip_ratio/low_mean": 1 / 5, "clip_ratio/high_mean": 1 / 5, "entropy": 12 / 5,
+    })  # fmt: skip
+    loss._trainer.model.training = False
+    loss._log(mask & False, None, out, torch.tensor([0.5, -0.5]))
+    assert metrics["eval"] == {"clip_ratio/low_mean": [0.0], "clip_ratio/high_mean": [0.0]}
+    assert len(metrics["train"]["entropy"]) == 1
+
+
+class Peaked(nn.Module):
+    """A backbone that returns what it is given, below a head of its own."""
 
     def __init__(self) -> None:
-        self.accelerator = Accelerator()
-        self.callbacks: list[Any] = []
+        super().__init__()
+        self.base_model = nn.Identity()
+        self.head = nn.Linear(3, 6, bias=False)
+        self.config = SimpleNamespace(get_text_config=SimpleNamespace)
 
-    def _generate_and_score_completions(self, inputs: Any) -> None: ...
-    def training_step(self) -> None: ...
-
-    def add_callback(self, callback: Any) -> None:
-        self.callbacks.append(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        self.callbacks.remove(callback)
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
-class Accelerator:
-    def clip_grad_norm_(self) -> None: ...
-
-
-@pytest.mark.parametrize(("processes", "several"), [(1, False), (2, True), (8, True)])
-def test_processes_that_train_together_are_several(processes: int, several: bool) -> None:
-    notes: list[dict[str, Any]] = []
-    trainer: Any = SimpleNamespace(raw=Raw(), processes=processes, hidden_by="Unsloth")
-    recorder: Any = SimpleNamespace(guard=None, note=lambda **given: notes.append(given))
-    patches = Patches()
-    watcher = TrlWatcher(
-        trainer, recorder, patches, exact_every=1, log_metrics=True, probe_rows=1, replace=False,
-        resume_after=7,
+def peaks_of(gap: float, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Peaks found, and those of whole softmaxes; one log-probability is ``gap`` off."""
+    torch.manual_seed(0)
+    model, states = Peaked(), 2 * torch.randn(2, 5, 3)
+    accelerator = SimpleNamespace(unwrap_model=lambda m: m, autocast=nullcontext, num_processes=1)
+    loss = loss_of(
+        ObjectiveConfig(name="grpo", include_bins=("peak",)), model=model, temperature=0.8,
+        accelerator=accelerator,
     )  # fmt: skip
-    assert watcher._several is several
-    assert (watcher._last, watcher._resume_after) == (7, 7)
-    assert notes == [{"tokens_hidden_by": "Unsloth"}]
-    assert len(trainer.raw.callbacks) == 1
-    patches.close()
-    assert trainer.raw.callbacks == []
+    logps = (model.head(states[:, 1:4]) / 0.8).log_softmax(-1).detach()
+    ids = torch.stack([logps[0].argmax(-1), logps[1].argmin(-1)])
+    own = logps.gather(-1, ids[..., None])[..., 0]
+    expected = own.exp() >= logps.exp().square().sum(-1)
+    assert 0 < int(expected.sum()) < 6
+    own[1, 2] -= gap
+    loss._hidden = []
+    loss._keep_hidden(None, None, SimpleNamespace(last_hidden_state=None))
+    loss._keep_hidden(None, None, SimpleNamespace(last_hidden_state=states))
+    found = loss._peaks({"completion_ids": ids}, own, mask)
+    loss._keep_hidden(None, None, SimpleNamespace(last_hidden_state=states))
+    with pytest.raises(UserError, match="need a model that returns hidden states"):
+        loss._peaks({"completion_ids": ids}, own, mask)
+    return found, expected & mask
 
 
-def test_a_step_says_how_long_its_probe_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    watcher = object.__new__(TrlWatcher)
-    now, told = [100.0], list[Any]()
-
-    def after_update(*given: Any) -> None:
-        now[0] += 2.5
-        told.extend(given)
-
-    monkeypatch.setattr("wapo_analysis.capture.trl.watcher.perf_counter", lambda: now[0])
-    watcher._trainer = SimpleNamespace(step=7)  # type: ignore[assignment]
-    watcher._prober = SimpleNamespace(after_update=after_update)  # type: ignore[assignment]
-    watcher._passes, watcher._row = [], {"grad_norm": 0.25}
-    watcher.after_update()
-    assert told == [7, [], 0.25]
-    assert watcher._row == {"grad_norm": 0.25, "seconds_probe": 2.5}
-
-
-@pytest.mark.parametrize("scored", [(None, torch.ones(1, 2)), (torch.ones(1, 2), None)])
-def test_a_scoring_without_entropies_cannot_be_probed(scored: Any) -> None:
-    trainer: Any = SimpleNamespace(precision=nullcontext)
-    prober = TrlProber(trainer, SimpleNamespace(probe_every=1), 1)  # type: ignore[arg-type]
-    seen = SeenPass(lambda: scored, None, torch.ones(1, 2).bool())
-    with pytest.raises(ValueError, match="the trainer's scoring gives no entropies"):
-        prober._score(seen, grad=False)
+def test_peaks_are_told_by_the_states_before_each_token() -> None:
+    for mask in (torch.ones(2, 3), torch.tensor([[1, 0, 1], [0, 1, 1]]), torch.zeros(2, 3)):
+        found, expected = peaks_of(0.0, mask.bool())
+        assert torch.equal(found, expected)
+    peaks_of(0.29, torch.ones(2, 3).bool())
+    with pytest.raises(UserError, match=r"head differ from the trainer's by 0.31 nats"):
+        peaks_of(0.31, torch.ones(2, 3).bool())

@@ -1,17 +1,32 @@
 """Our head in place of TRL's, as TRL calls it: what it returns, its gradient, when it gives up."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture.trl.replace import OwnHead, _StandIn, _Theirs
-from wapo_analysis.stats import token_stats
+from wapo_analysis.capture.trl.replace import (
+    OwnHead,
+    TrlHead,
+    _spread,
+    _StandIn,
+    _Theirs,
+    check_replaceable,
+)
+from wapo_analysis.errors import UserError
+from wapo_analysis.stats import TokenStats, token_stats
 
 D, V, M = 3, 7, 4
+
+
 WEIGHT = torch.randn(V, D, generator=torch.Generator().manual_seed(0))
+
+
 HIDDEN = torch.randn(M, D, generator=torch.Generator().manual_seed(1))
+
+
 TARGETS = torch.tensor([0, 3, 6, 2])
 
 
@@ -119,3 +134,72 @@ def test_if_our_gradient_fails_trl_s_takes_its_place(monkeypatch: pytest.MonkeyP
     expected[torch.tensor([True, False, True, True])].sum().backward()
     torch.testing.assert_close(hidden.grad, theirs[0].grad)
     torch.testing.assert_close(weight.grad, theirs[1].grad)
+
+
+def test_scored_positions_are_spread_over_all() -> None:
+    scored = torch.tensor([False, True, True, False, True])
+    found: Tensor = _spread(torch.tensor([1.0, 2.0, 3.0]), scored)
+    assert found.tolist() == [0.0, 1.0, 2.0, 0.0, 3.0]
+
+
+def test_statistics_of_a_forward_are_taken_once_and_none_after_the_scoring() -> None:
+    head, stats = OwnHead(lambda error: None), TokenStats(*[torch.zeros(1)] * 5)
+    with head.scoring():
+        assert head._scoring
+        head._stats = stats
+        assert head.take() is stats
+        assert head.take() is None
+        head._stats = stats
+    assert (head._scoring, head.take()) == (False, None)
+    plain = TrlHead()
+    assert (plain.working, plain.take()) == (False, None)
+
+
+def test_a_failing_head_tells_once_and_hands_over(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Exception] = []
+    head = OwnHead(told.append)
+    head._stats = TokenStats(*[torch.zeros(1)] * 5)
+    for number in range(2):
+        head.fail(ValueError(str(number)))
+    assert [str(error) for error in told] == ["0"]
+    assert (head.working, head.take(), len(caplog.messages)) == (False, None, 1)
+
+
+def test_replace_mode_needs_a_fused_head() -> None:
+    with pytest.raises(UserError, match="stands in for the fused head of TRL 1.15 or newer"):
+        check_replaceable(SimpleNamespace(), has_fused_head=False)
+
+
+@pytest.mark.parametrize(
+    ("working", "scoring", "given", "ours"),
+    [
+        (True, True, {"fused_lm_head": True}, True),
+        (False, True, {"fused_lm_head": True}, False),
+        (True, False, {"fused_lm_head": True}, False),
+        (True, True, {}, False),
+        (True, True, {"fused_lm_head": True, "shift_labels": TARGETS}, False),
+        (True, True, {"shift_labels": TARGETS}, False),
+        (True, True, {"fused_lm_head": True, "labels": None}, False),
+    ],
+)
+def test_our_head_stands_in_for_a_fused_scoring_of_the_loss_alone(
+    working: bool, scoring: bool, given: dict[str, Any], ours: bool
+) -> None:
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs the extra [trl]")
+    theirs = getattr(utils, "_ChunkedLogProbFunction", None)
+    if theirs is None:
+        pytest.skip("TRL before 1.15 has no fused head")
+    head = OwnHead(lambda error: pytest.fail(str(error)))
+    head.working, head._scoring = working, scoring
+    stood: list[bool] = []
+
+    def forward(**_: Any) -> str:
+        stood.append(isinstance(utils._ChunkedLogProbFunction, _StandIn))
+        return "out"
+
+    labels = torch.tensor([[5, -100, 3, 0], [7, 2, -100, -100]])
+    assert head._forward(forward, **{"labels": labels, **given}) == "out"
+    assert stood == [ours]
+    assert utils._ChunkedLogProbFunction is theirs, "put back"
+    if ours:
+        assert head._scored.tolist() == [[False, True, True], [True, False, False]]

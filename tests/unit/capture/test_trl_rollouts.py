@@ -232,3 +232,23 @@ def test_log_entries_leave_out_what_is_not_known_of_every_token() -> None:
     idle = log_entries(sums_of(**{"grad_mass/pos_peak": 0.0, "grad_mass/neg_peak": 0.0}), {})
     assert idle["wapo/grad_mass"] == 0.0
     assert not any(name.startswith("wapo/grad_share") for name in idle)
+
+
+def test_a_completion_of_its_end_alone_stopped_and_one_that_is_masked_out_did_not() -> None:
+    given = batch(".", ".", "1.")
+    given["completion_mask"][1] = 0
+    watch = reader()
+    watch.take_batch(examples(3), given)
+    table = watch.columns()
+    assert table["finish_reason"] == ["stop", "length", "stop"]
+    assert table["length"] == [1, 6, 2]
+
+
+def test_of_two_batches_that_no_pass_saw_the_last_one_counts() -> None:
+    watch = reader()
+    for text in ("1.", "22."):
+        watch.take_rewards(torch.full((2, 1), float(len(text))))
+        watch.take_batch(examples(2), batch(text, text))
+    assert watch.columns()["completion"] == ["22", "22"]
+    assert watch.columns()["rollout"] == [0, 1]
+    assert watch.statistics()["reward"] == 3.0

@@ -1,9 +1,6 @@
-"""Statistics and rows of a TRL pass, without a trainer: what is trusted, bounded, probed."""
+"""Statistics of a TRL pass, without a trainer: where they come from and what is trusted."""
 
 import logging
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,21 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wapo_analysis.capture.trl.passes import (
-    SeenPass,
-    TrlProber,
-    check_probing,
-    evaluating,
-    score_again,
-    token_pass,
-)
-from wapo_analysis.capture.trl.replace import OwnHead, TrlHead, _spread, check_replaceable
-from wapo_analysis.capture.trl.stats import StatsReader, _Call, _completion
-from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer, kind_of
-from wapo_analysis.capture.trl.watcher import TrlWatcher
-from wapo_analysis.errors import UserError
-from wapo_analysis.record.tokens import TokenPass
-from wapo_analysis.stats import TokenStats
+from wapo_analysis.capture import Patches
+from wapo_analysis.capture.trl.replace import TrlHead
+from wapo_analysis.capture.trl.stats import StatsReader, _Call, _completion, richer_head
+from wapo_analysis.stats import token_stats
 
 
 def reader(weights: torch.dtype = torch.float32, vocabulary: int = 5) -> StatsReader:
@@ -121,276 +107,175 @@ def test_what_the_fused_head_does_not_give_is_missing() -> None:
     assert found == {"top1": None}
 
 
-# ---- rows ---------------------------------------------------------------------------------------
-
-MASK = torch.tensor([[1, 1, 0], [0, 1, 1]])
-IDS = torch.arange(6).view(2, 3)
-
-
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("sampled", [False, True])
-def test_a_row_keeps_the_trainer_s_ratio_beside_a_more_exact_logp(
-    per_token: bool, sampled: bool
-) -> None:
-    watched = object.__new__(TrlTrainer)
-    watched.raw, watched.clip = SimpleNamespace(), ClipRule(0.8, 1.2)
-    logps = torch.full((2, 3), -1.0)
-    old = logps - torch.tensor([[0.5, 0.0, 9.0], [9.0, -0.5, 0.1]])
-    advantages = torch.tensor([1.0, -1.0])
-    inputs = {
-        "completion_mask": MASK, "completion_ids": IDS, "old_per_token_logps": old,
-        "advantages": advantages[:, None].expand(2, 3) if per_token else advantages,
-    }  # fmt: skip
-    if sampled:
-        inputs["sampling_per_token_logps"] = old - 0.25
-    exact = torch.full((4,), -1.001)
-    numbers = torch.tensor([6, 8]), torch.tensor([3, 4])
-    tokens, clipped = token_pass(watched, inputs, logps, {"logp": exact}, numbers, 2)
-    assert tokens.rollout.tolist() == [6, 6, 8, 8]
-    assert tokens.group.tolist() == [3, 3, 4, 4]
-    assert tokens.position.tolist() == [0, 1, 1, 2]
-    assert tokens.token_id.tolist() == [0, 1, 4, 5]
-    assert tokens.advantage.tolist() == [1.0, 1.0, -1.0, -1.0]
-    assert tokens.minibatch == 2
-    assert clipped.tolist() == [True, False, True, False]
-    behaviour, proximal = tokens.logp_old, tokens.logp_prox
-    assert behaviour is not None
-    ratios = [0.5, 0.0, -0.5, 0.1]
-    loss_old = proximal if sampled else behaviour
-    assert loss_old is not None
-    assert (tokens.logp - loss_old).tolist() == pytest.approx(ratios, abs=1e-6)
-    if sampled:
-        apart = (tokens.logp - behaviour).tolist()
-        assert apart == pytest.approx([r + 0.25 for r in ratios], abs=1e-6)
-    else:
-        assert proximal is None
+@pytest.mark.parametrize(("gap", "agrees"), [(1e-3, True), (1.0001e-3, False)])
+def test_a_thousandth_of_a_nat_is_still_agreement(gap: float, agrees: bool) -> None:
+    ours = torch.tensor([gap], dtype=torch.float64)
+    assert reader()._agrees(ours, torch.zeros(1), torch.float32) is agrees
 
 
-def test_scoring_without_dropout_leaves_every_module_as_it_was() -> None:
-    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout(0.5))
-    model[1].eval()
-
-    def fails() -> None:
-        with evaluating(model):
-            assert not any(module.training for module in model.modules())
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fails()
-    assert [module.training for module in model.modules()] == [True, True, False]
+@pytest.mark.parametrize("vocabulary", [1, 2])
+def test_of_two_tokens_the_other_one_has_all_that_is_left(vocabulary: int) -> None:
+    watch, prob = reader(vocabulary=vocabulary), torch.tensor([0.25, 0.5, 0.75])
+    out = SimpleNamespace(log_sum_sq_probs=torch.full((2, 2), -9.0), is_top1=None)
+    rest = watch._from_fused(call_of(out), prob.log())["collision_rest"]
+    assert rest is not None
+    assert rest.tolist() == pytest.approx([0.75**2, 0.5**2, 0.25**2])
 
 
-def seen(rows: int | None) -> SeenPass:
-    return SeenPass(lambda: None, None, None if rows is None else torch.ones(rows, 2).bool())
+class Forward:
+    """A reader whose model, richer head and takings only say that they were asked."""
+
+    def __init__(self, **given: Any) -> None:
+        self.ran: list[str] = []
+        self.taken: list[Any] = []
+        watch = self.watch = reader()
+        head = SimpleNamespace(weight=torch.zeros(5, 2), bias=None)
+        watch._model = SimpleNamespace(get_output_embeddings=lambda: head)
+        call = None if given["call"] is None else call_of()
+        if call is not None:
+            call.exact = given["call"] == "exact"
+        watch._call, watch.scheduled = call, given.get("scheduled", False)
+        watch._head = SimpleNamespace(working=given.get("working", False))  # type: ignore[assignment]
+        watch._trusted = given.get("trusted", True)
+        watch._inside = False
+        watch._richer = self.richer if given.get("richer", True) else None
+        watch._guard = lambda action, *args: action(*args)
+        watch._take = lambda out, tensors: self.taken.append(tensors is not None)  # type: ignore[method-assign]
+        self.logps = given.get("logps", 1)
+
+    def richer(self, **given: Any) -> Any:
+        self.ran.append("richer")
+        return SimpleNamespace(log_probs=self.logps)
+
+    def original(self, **given: Any) -> Any:
+        self.ran.append("original")
+        return SimpleNamespace(log_probs=self.logps)
 
 
 @pytest.mark.parametrize(
-    ("asked", "every", "passes", "taken"),
+    ("given", "fused", "ran", "taken"),
     [
-        (4, 1, [2, 2, 2], 2), (3, 1, [2, 2, 2], 2), (5, 1, [2, 2, 2], 3), (1, 1, [2, 2], 1),
-        (9, 1, [2, 2], 2), (9, 0, [2, 2], 0), (9, 1, [2, None, 2], 1), (9, 1, [], 0),
+        ({"call": None}, True, "original", []),
+        ({"call": None, "scheduled": True}, True, "original", [True]),
+        ({"call": "plain"}, True, "richer", [False]),
+        ({"call": "plain"}, None, "original", [False]),
+        ({"call": "plain", "richer": False}, True, "original", [False]),
+        ({"call": "plain", "working": True}, True, "original", [False]),
+        ({"call": "exact", "scheduled": True}, True, "original", [True]),
+        ({"call": "exact", "scheduled": True, "logps": None}, True, "original", [False]),
+        ({"call": "exact", "trusted": False}, True, "richer", [False]),
     ],
-)  # fmt: skip
-def test_whole_micro_batches_are_probed_until_there_are_enough(
-    asked: int, every: int, passes: list[Any], taken: int
+)
+def test_the_richer_head_is_asked_only_where_nothing_better_is_read(
+    given: dict[str, Any], fused: Any, ran: str, taken: list[bool]
 ) -> None:
-    recorder: Any = SimpleNamespace(probe_every=every)
-    prober = TrlProber(object.__new__(TrlTrainer), recorder, asked)
-    given = [seen(rows) for rows in passes]
-    assert prober._some(given) == given[:taken]
+    """And the head is gathered, a step of all processes, on the schedule alone."""
+    forward = Forward(**given)
+    forward.watch._forward(forward.original, fused_lm_head=fused)
+    assert (forward.ran, forward.taken) == ([ran], taken)
+    assert not forward.watch._inside
+
+
+L, T, V = 6, 3, 5
+LOGITS = torch.randn(2, L, V, generator=torch.Generator().manual_seed(0))
+
+
+def logits_reader(again: bool = False) -> tuple[StatsReader, _Call, list[Tensor]]:
+    watch, looked = reader(), list[Tensor]()
+    watch._head = SimpleNamespace(take=lambda: None)  # type: ignore[assignment]
+    watch._trainer = SimpleNamespace(temperature=0.7, casts_head=True)  # type: ignore[assignment]
+    mask, ids = torch.tensor([[1, 1, 0], [0, 1, 1]]).bool(), torch.tensor([[0, 1, 2], [3, 4, 0]])
+    place = mask.nonzero(as_tuple=True)
+    top: Any = SimpleNamespace(read=lambda rows: looked.append(rows(place)))
+    watch._call = _Call(mask, ids, True, top, again=again)
+    return watch, watch._call, looked
+
+
+def test_logits_of_a_completion_are_those_before_its_tokens() -> None:
+    watch, call, looked = logits_reader()
+    watch._take(SimpleNamespace(logits=LOGITS), None)
+    before = LOGITS[:, 2:5]
+    wanted = token_stats(before[call.mask_BT], call.ids_BT[call.mask_BT], 0.7)
+    assert torch.equal(call.from_logits[0].logp, wanted.logp)
+    assert torch.equal(looked[0], before[call.mask_BT])
+    columns = watch.close(torch.zeros(2, 3).masked_scatter(call.mask_BT, wanted.logp), None)
+    assert watch.source == "logits"
+    assert columns["collision_rest"] is not None
+    assert torch.equal(columns["collision_rest"], wanted.collision_rest)
+
+
+def test_a_part_of_a_pass_is_reduced_and_no_top_tokens_are_read_of_it() -> None:
+    watch, call, looked = logits_reader()
+    for part in (LOGITS[:1], LOGITS[1:]):
+        watch._take(SimpleNamespace(logits=part), None)
+    assert looked == []
+    assert [len(part.logp) for part in call.from_logits] == [2, 2]
+
+
+def test_a_second_look_reads_the_top_tokens_and_nothing_else() -> None:
+    watch, call, looked = logits_reader(again=True)
+    watch._take(SimpleNamespace(logits=LOGITS), None)
+    assert len(looked) == 1
+    assert call.from_logits == []
+    call.top = None
+    watch._take(SimpleNamespace(logits=LOGITS), None)
+    assert len(looked) == 1
+
+
+def test_a_second_look_needs_rows_whose_top_tokens_were_read() -> None:
+    watch, mask = reader(), torch.ones(1, 2).bool()
+    watch.scheduled = False
+    read, unread = SimpleNamespace(ids=torch.zeros(2)), SimpleNamespace(ids=None)
+    for given in ((None, read), (mask, None), (mask, unread), (None, None)):
+        watch._call = None
+        watch.open_again(*given)  # type: ignore[arg-type]
+        assert watch._call is None
+    watch.open_again(mask, read)  # type: ignore[arg-type]
+    assert watch._call is not None
+    assert watch._call.again
 
 
 @pytest.mark.parametrize(
-    ("every", "rows", "processes", "dtype", "said"),
-    [
-        (-1, 4, 1, torch.float32, "probe_every must be 0"), (1, 0, 1, torch.float32, "at least 1"),
-        (1, 4, 2, torch.float32, "works with one process"),
-        (1, 4, 1, torch.bfloat16, "needs float32 weights, got torch.bfloat16"),
-        (0, 1, 2, torch.bfloat16, None), (1, 1, 1, torch.float32, None),
-    ],
-)  # fmt: skip
-def test_what_can_be_probed(
-    every: int, rows: int, processes: int, dtype: torch.dtype, said: str | None
+    ("scheduled", "hidden", "kept"),
+    [(True, True, True), (False, True, False), (True, False, False)],
+)
+def test_hidden_states_are_kept_where_the_head_is_to_be_read(
+    scheduled: bool, hidden: bool, kept: bool
 ) -> None:
-    watched = object.__new__(TrlTrainer)
-    watched.processes = processes
-    frozen = nn.Linear(1, 1, dtype=torch.float16).requires_grad_(False)
-    model = nn.ModuleList([nn.Linear(1, 1, dtype=dtype), frozen])
-    watched.raw = SimpleNamespace(model=model)
-    if said is None:
-        check_probing(watched, every, rows)
-    else:
-        with pytest.raises(UserError, match=said):
-            check_probing(watched, every, rows)
+    watch = reader()
+    watch._hidden, watch.scheduled, watch._inside = None, scheduled, True
+    states = torch.ones(1, 2, 3) if hidden else None
+    watch._keep_hidden(None, None, SimpleNamespace(last_hidden_state=states))
+    assert (watch._hidden is not None) is kept
 
 
-# ---- our head in place of TRL's -----------------------------------------------------------------
+def test_hidden_states_that_are_not_seen_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch, tensors = reader(), (torch.zeros(5, 2), None)
+    watch._call = None
+    watch._read_head(tensors, None)
+    assert watch._trusted, "nothing is looked at"
+    watch._call = call_of()
+    for _ in range(2):
+        watch._read_head(tensors, None)
+    assert (watch._trusted, len(caplog.messages)) == (False, 1)
+    watch._read_head(tensors, torch.ones(2, 4, 2))
+    assert watch._call.from_head == [], "not trusted any more"
 
 
-def test_scored_positions_are_spread_over_all() -> None:
-    scored = torch.tensor([False, True, True, False, True])
-    found: Tensor = _spread(torch.tensor([1.0, 2.0, 3.0]), scored)
-    assert found.tolist() == [0.0, 1.0, 2.0, 0.0, 3.0]
-
-
-def test_statistics_of_a_forward_are_taken_once_and_none_after_the_scoring() -> None:
-    head, stats = OwnHead(lambda error: None), TokenStats(*[torch.zeros(1)] * 5)
-    with head.scoring():
-        assert head._scoring
-        head._stats = stats
-        assert head.take() is stats
-        assert head.take() is None
-        head._stats = stats
-    assert (head._scoring, head.take()) == (False, None)
-    plain = TrlHead()
-    assert (plain.working, plain.take()) == (False, None)
-
-
-def test_a_failing_head_tells_once_and_hands_over(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[Exception] = []
-    head = OwnHead(told.append)
-    head._stats = TokenStats(*[torch.zeros(1)] * 5)
-    for number in range(2):
-        head.fail(ValueError(str(number)))
-    assert [str(error) for error in told] == ["0"]
-    assert (head.working, head.take(), len(caplog.messages)) == (False, None, 1)
-
-
-def test_replace_mode_needs_a_fused_head() -> None:
-    with pytest.raises(UserError, match="stands in for the fused head of TRL 1.15 or newer"):
-        check_replaceable(SimpleNamespace(), has_fused_head=False)
-
-
-@pytest.mark.parametrize(("loss", "sums"), [(None, (0.0, 0.0)), (torch.tensor(0.25), (0.25, 1.0))])
-def test_a_process_without_a_loss_adds_nothing_to_that_of_the_others(
-    loss: Any, sums: tuple[float, float]
-) -> None:
-    watcher = object.__new__(TrlWatcher)
-    watcher._loss = loss
-    watcher._rollouts = SimpleNamespace(sums=lambda: {"length": 3.0})  # type: ignore[assignment]
-    assert watcher._sums_beside_tokens() == {"length": 3.0, "loss": sums[0], "loss n": sums[1]}
-    nothing = watcher._no_sums()
-    assert set(nothing.values()) == {0.0}
-    assert {"length", "loss", "loss n", "rows", "tokens/unknown"} <= nothing.keys()
-
-
-def test_numbers_of_all_processes_are_added_in_one_call() -> None:
-    calls: list[list[float]] = []
-
-    def reduce(vector: Tensor, reduction: str) -> Tensor:
-        calls.append(vector.tolist())
-        assert (vector.dtype, reduction) == (torch.float64, "sum")
-        return vector * 2
-
-    watched = object.__new__(TrlTrainer)
-    watched.raw = SimpleNamespace(accelerator=SimpleNamespace(device="cpu", reduce=reduce))
-    assert watched.sum_over_processes({"b": 1.5, "a": 3.0}) == {"b": 3.0, "a": 6.0}
-    assert calls == [[1.5, 3.0]]
-
-
-@pytest.mark.parametrize("only_model", [False, True])
-def test_a_checkpoint_holds_what_a_resume_of_the_trainer_needs(
-    only_model: bool, tmp_path: Path
-) -> None:
-    done: list[Any] = []
-    watched = object.__new__(TrlTrainer)
-    watched.raw = SimpleNamespace(
-        save_model=lambda place, _internal_call: done.append(("model", place, _internal_call)),
-        args=SimpleNamespace(save_only_model=only_model),
-        _save_optimizer_and_scheduler=lambda place: done.append("optimizer"),
-        _save_rng_state=lambda place: done.append("random"),
-        state=SimpleNamespace(save_to_json=lambda file: done.append(Path(file).name)),
-    )
-    watched.save(tmp_path)
-    first, *rest = done
-    assert first == ("model", str(tmp_path), True)
-    assert rest == [*([] if only_model else ["optimizer", "random"]), "trainer_state.json"]
-
-
-class Named:
-    """Methods that a trainer is known by."""
-
-    def _compute_loss(self) -> None: ...
-    def _generate_and_score_completions(self) -> None: ...
-    def training_step(self) -> None: ...
-    def add_callback(self) -> None: ...
-
-
-def class_of(name: str, module: str, *bases: type) -> Any:
-    return type(name, bases or (Named,), {"__module__": module})
-
-
-def test_which_trainer_it_is_or_derives_from() -> None:
-    base = class_of("_BaseTrainer", "trl.trainer.base")
-    grpo = class_of("GRPOTrainer", "trl.trainer.grpo", base)
-    rloo = class_of("RLOOTrainer", "trl.trainer.rloo", base)
-    assert kind_of(grpo()) == kind_of(class_of("Mine", "mine", grpo)()) == "GRPOTrainer"
-    assert kind_of(rloo()) == "RLOOTrainer"
-    assert kind_of(class_of("Own", "own")()) == "GRPOTrainer", "of its own, with all methods"
-    dpo = class_of("DPOTrainer", "trl.trainer.dpo", base)
-    for thing, why in (
-        (dpo(), "the loss of DPOTrainer is not known"), (object(), "it has no _compute_loss"),
-        (SimpleNamespace(_compute_loss=print), "it has no _generate_and_score_completions"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=f"cannot attach to {type(thing).__name__}: {why}"):
-            kind_of(thing)
-
-
-def test_a_guard_s_stop_waits_until_the_updates_on_a_batch_are_done() -> None:
-    asked: list[str] = []
-    for between in (False, True):
-        watcher = object.__new__(TrlWatcher)
-        watcher._trainer = SimpleNamespace(between_batches=between, save=None)  # type: ignore[assignment]
-        watcher._recorder = SimpleNamespace(  # type: ignore[assignment]
-            checkpoint=lambda save: asked.append("checkpoint"),
-            asked=lambda action: bool(asked.append(action)) or True,
-        )
-        control = SimpleNamespace(should_save=False, should_training_stop=False)
-        watcher.obey(control)
-        assert (control.should_save, control.should_training_stop) == (between, between)
-        assert asked == ["checkpoint", "stop"] * between
-
-
-def test_the_learning_rate_is_that_of_the_first_group() -> None:
-    watcher = object.__new__(TrlWatcher)
-    groups = [{"lr": 0.1}, {"lr": 0.2}]
-    raw = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
-    told: list[int] = []
-    watcher._trainer = SimpleNamespace(raw=raw, step=7)  # type: ignore[assignment]
-    watcher._prober = SimpleNamespace(before_update=told.append)  # type: ignore[assignment]
-    watcher._row = {}
-    watcher.before_update()
-    assert (watcher._row, told) == ({"lr": 0.1}, [7])
-
-
-def test_a_pass_without_rows_is_scored_again_all_the_same() -> None:
-    """The forward may be a collective of all processes."""
-    scored: list[str] = []
-
-    def score(name: str) -> Any:
-        scored.append(name)
-        return torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.ones(2, 2)
-
-    def tokens() -> TokenPass:
-        place = torch.arange(2)
-        zeros = torch.zeros(2)
-        return TokenPass(place, place, place, place, zeros, zeros)
-
-    mask = torch.eye(2).bool()
-    passes = [
-        SeenPass(partial(score, name), rows, where)
-        for name, rows, where in (
-            ("whole", tokens(), mask), ("no rows", None, mask), ("no mask", tokens(), None)
-        )
-    ]  # fmt: skip
-    looked: list[SeenPass] = []
-    score_again(nn.Dropout(), passes, lambda seen: nullcontext(looked.append(seen)))
-    assert scored == ["whole", "no rows", "no mask"]
-    assert looked == passes
-    first, last = passes[0].tokens, passes[2].tokens
-    assert first is not None
-    assert last is not None
-    assert first.logp_after is not None
-    assert first.entropy_after is not None
-    assert (first.logp_after.tolist(), first.entropy_after.tolist()) == ([-1.0, -4.0], [1.0, 1.0])
-    assert last.logp_after is None
+@pytest.mark.parametrize("backbone", ["inner", "itself", "none", "no module"])
+def test_only_a_backbone_of_its_own_is_listened_to(backbone: str) -> None:
+    model = nn.Linear(1, 1)
+    inner = nn.Linear(1, 1)
+    base = {"inner": inner, "itself": model, "no module": SimpleNamespace()}.get(backbone)
+    if base is not None:
+        object.__setattr__(model, "base_model", base)
+    trainer: Any = SimpleNamespace(model=model, temperature=1.0, casts_head=False)
+    assert richer_head(trainer, True) is None, "no fused head"
+    patches = Patches()
+    StatsReader(trainer, patches, lambda action, *given: action(*given), True, TrlHead())
+    assert "forward" in vars(model)
+    hooks = len(inner._forward_hooks), len(model._forward_hooks)
+    assert hooks == ((1, 0) if backbone == "inner" else (0, 0))
+    patches.close()
+    assert "forward" not in vars(model)
+    assert not inner._forward_hooks

@@ -10,22 +10,21 @@ from torch import Tensor
 
 from wapo_analysis.capture import Patches
 from wapo_analysis.capture.trl.objective import _ObjectiveLoss
-from wapo_analysis.capture.trl.passes import SeenPass
+from wapo_analysis.capture.trl.passes import (
+    SeenPass,
+)
 from wapo_analysis.capture.trl.trainer import (
-    OLD_LOGPS,
     ClipRule,
     TrlTrainer,
     clip_rule,
-    hidden_tensors,
-    logps_and_entropies,
     loss_mask,
-    most_dropout,
 )
-from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.record.recorder import TokenPass
 
 RATIOS = (0.3, 0.79, 0.81, 1.0, 1.15, 1.19, 1.21, 1.45, 1.55, 4.0)
+
+
 LOW, HIGH = 0.8, 1.2
 
 
@@ -66,12 +65,32 @@ def test_the_rule_stops_exactly_the_tokens_without_gradient(level: Any, delta: A
         (3.5, 1.0, 3.0, True), (3.5, -1.0, 3.0, True),
         (2.5, 1.0, 3.0, True), (2.5, -1.0, 3.0, False),
         (0.5, 1.0, 3.0, False), (1.0, 0.0, 3.0, False), (9.0, 0.0, 3.0, False),
+        (0.5, 0.0, None, False), (0.5, -0.5, None, True), (1.5, 0.5, None, True),
+        (3.5, -0.5, 3.0, True),
     ],
 )  # fmt: skip
 def test_the_rule_in_words(ratio: float, advantage: float, delta: Any, stopped: bool) -> None:
     one = torch.ones(1, 1)
     rule = ClipRule(LOW, HIGH, torch.inf if delta is None else delta)
     assert bool(rule.clipped((one * ratio).log(), one, one * advantage)) is stopped
+
+
+@pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
+def test_a_ratio_at_its_bound_is_not_stopped(advantage: float) -> None:
+    zero = torch.zeros(1, 1)
+    assert not ClipRule(1.0, 1.0, 1.0).clipped(zero, zero + 1, zero + advantage)
+
+
+def test_without_bounds_nothing_is_stopped() -> None:
+    log_ratio = torch.tensor([[-50.0, 0.0, 50.0]]).repeat(2, 1)
+    advantage = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
+    assert not ClipRule().clipped(log_ratio, torch.ones(2, 3), advantage).any()
+
+
+def test_the_ratio_of_one_token_is_that_of_its_rollout_and_of_none_is_one() -> None:
+    rule = ClipRule(LOW, HIGH, level="mean")
+    log_ratio, mask = torch.tensor([[0.2], [0.2]]), torch.tensor([[1], [0]])
+    assert rule.clipped(log_ratio, mask, torch.ones(2, 1)).tolist() == [[True], [False]]
 
 
 def test_padding_has_no_part_in_the_ratio_of_a_sequence() -> None:
@@ -100,6 +119,11 @@ def test_every_trainer_and_loss_has_its_own_rule() -> None:
     config = ObjectiveConfig(name="wapo", clip_eps=9.0, max_seq_len=8)
     wapo = clip_rule(trainer(loss_type="cispo", _wapo_objective=config), "GRPOTrainer")
     assert wapo == ClipRule(0.0, 10.0)
+    gspo = ObjectiveConfig(name="gspo", clip_eps=0.25)
+    assert clip_rule(trainer(_wapo_objective=gspo), "GRPOTrainer").level == "mean"
+    plain = SimpleNamespace(args=SimpleNamespace())
+    assert clip_rule(plain, "GRPOTrainer") == ClipRule(0.8, 1.2), "of a trainer that does not say"
+    assert clip_rule(trainer(loss_type="dapo"), "GMPOTrainer").level == "token"
 
 
 @pytest.mark.parametrize(
@@ -206,173 +230,3 @@ def test_wapo_undoes_the_division_that_comes_after_it(
     assert loss._divisor() == divisor
     own.model.training = False
     assert loss._divisor() == 1.0
-
-
-# ---- what is read off a trainer -----------------------------------------------------------------
-
-
-def plain_trainer(**raw: Any) -> TrlTrainer:
-    watched = object.__new__(TrlTrainer)
-    watched.raw, watched.kind, watched._logged = SimpleNamespace(**raw), "GRPOTrainer", {}
-    return watched
-
-
-NOW, OLD = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
-SAMPLED = torch.tensor([[-1.25, torch.nan]])
-
-
-@pytest.mark.parametrize(
-    ("inputs", "ours", "behaviour", "proximal"),
-    [
-        ({}, False, [-1.0, -2.0], None),
-        ({"old_per_token_logps": OLD}, False, [-1.5, -1.0], None),
-        ({"sampling_per_token_logps": SAMPLED}, False, [-1.25, -2.0], [-1.0, -2.0]),
-        ({"old_per_token_logps": OLD, "sampling_per_token_logps": SAMPLED}, False,
-         [-1.25, -1.0], [-1.5, -1.0]),
-        ({"old_per_token_logps": OLD, "sampling_per_token_logps": SAMPLED}, True,
-         [-1.25, -1.0], None),
-        ({"old_logps": OLD.sum(1), OLD_LOGPS: OLD}, False, [-1.5, -1.0], None),
-        ({"old_logps": OLD.sum(1)}, False, None, None),
-    ],
-)  # fmt: skip
-def test_whose_log_probabilities_a_ratio_is_to(
-    inputs: dict[str, Any], ours: bool, behaviour: Any, proximal: Any
-) -> None:
-    watched = plain_trainer(**({"_wapo_objective": 1} if ours else {}))
-    found = watched.old_logps(inputs, NOW.clone().requires_grad_())
-    assert [None if v is None else v[0].tolist() for v in found] == [behaviour, proximal]
-    assert not any(v is not None and v.requires_grad for v in found)
-
-
-def test_of_a_sum_alone_each_token_has_its_part_of_the_log_ratio() -> None:
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    logps = torch.tensor([[-1.0, -2.0, 9.0], [-1.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
-    inputs = {"old_logps": torch.tensor([-5.0, -1.5, 0.0])}
-    found = plain_trainer().log_ratio(inputs, logps, None, mask)
-    assert found.tolist() == [[1.0] * 3, [0.5] * 3, [0.0] * 3]
-    assert plain_trainer().log_ratio({}, NOW, OLD, mask[:1, :2]).tolist() == [[0.5, -1.0]]
-
-
-@pytest.mark.parametrize(
-    ("uses", "corrects", "weighs"), [(1, 1, True), (1, 0, False), (0, 1, False), (0, 0, False)]
-)
-def test_importance_weights_count_where_the_loss_multiplies_by_them(
-    uses: bool, corrects: bool, weighs: bool
-) -> None:
-    watched = plain_trainer(use_vllm=uses, vllm_importance_sampling_correction=corrects)
-    ratio = torch.ones(1)
-    assert (watched.weight({"importance_sampling_ratio": ratio}) is ratio) is weighs
-    assert watched.weight({}) is None
-
-
-def test_what_the_trainer_logged_since_last_time_is_averaged() -> None:
-    lists: dict[str, list[float]] = {"kl": [1.0, 3.0], "reward": [5.0], "rewards/a/mean": [0.5]}
-    watched = plain_trainer(_metrics={"train": lists}, model=SimpleNamespace(training=True))
-    assert watched.logged() == {"kl_ref": 2.0, "rewards/a/mean": 0.5}
-    assert watched.logged() == {}
-    lists["kl"] += [float("nan"), 7.0]
-    lists["sampling/x"] = [float("inf")]
-    assert watched.logged() == {"kl_ref": 7.0}
-    lists["kl"] = [9.0]
-    watched.raw.model.training = False
-    watched.forget_logged()
-    assert watched.logged() == {}, "an evaluation's line empties no list of training"
-    watched.raw.model.training = True
-    watched.forget_logged()
-    assert watched.logged()["kl_ref"] == 9.0
-
-
-@pytest.mark.parametrize(
-    ("step", "accumulation", "per_generation", "iterations", "between"),
-    [
-        (3, 2, 2, 1, True), (3, 2, 4, 1, False), (4, 2, 4, 1, True), (4, 1, 1, 3, False),
-        (6, 1, 1, 3, True), (4, 1, 2, 3, False), (6, 1, 2, 3, True),
-    ],
-)  # fmt: skip
-def test_a_checkpoint_may_come_between_two_generated_batches(
-    step: int, accumulation: int, per_generation: int, iterations: int, between: bool
-) -> None:
-    args = SimpleNamespace(
-        gradient_accumulation_steps=accumulation, steps_per_generation=per_generation,
-        num_iterations=iterations,
-    )  # fmt: skip
-    watched = plain_trainer(args=args, state=SimpleNamespace(global_step=step))
-    watched.done = 40
-    assert watched.between_batches is between
-    assert watched.step == 40 + step + 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "raw", "has"),
-    [
-        ("GRPOTrainer", {"beta": 0.1}, True), ("GRPOTrainer", {"beta": 0.0}, False),
-        ("GRPOTrainer", {"beta": None}, False), ("GRPOTrainer", {}, False),
-        ("RLOOTrainer", {"beta": 0.1}, False), ("GMPOTrainer", {"beta": 0.1}, True),
-        ("GRPOTrainer", {"beta": 0.1, "_wapo_objective": 1}, False),
-    ],
-)  # fmt: skip
-def test_where_a_kl_term_puts_a_gradient_on_clipped_tokens(
-    kind: str, raw: dict[str, Any], has: bool
-) -> None:
-    watched = plain_trainer(**raw)
-    watched.kind = kind
-    assert watched.has_kl is has
-
-
-def test_what_keeps_tokens_to_itself_is_named() -> None:
-    scorer = {"_get_per_token_logps_and_entropies": lambda: None}
-    assert hidden_tensors(SimpleNamespace(**scorer)) is None
-    liger = SimpleNamespace(**scorer, use_liger_kernel=True, liger_grpo_loss=1)
-    assert "Liger's fused GRPO loss" in str(hidden_tensors(liger))
-    assert hidden_tensors(SimpleNamespace(**scorer, use_liger_loss=True)) is None
-    assert hidden_tensors(SimpleNamespace(**scorer, liger_grpo_loss=1)) is None
-    assert "a trainer without _get_per" in str(hidden_tensors(SimpleNamespace()))
-    unsloth = type("UnslothGRPOTrainer", (), {})()
-    assert hidden_tensors(unsloth) == "Unsloth's compiled trainer"
-
-
-def test_the_largest_dropout_is_that_of_modules_or_settings() -> None:
-    model = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Dropout(0.25))
-    assert most_dropout(model) == 0.25
-    model.config = SimpleNamespace(attention_dropout=0.5, dropout_name="x", hidden=3)
-    assert most_dropout(model) == 0.5
-    assert most_dropout(torch.nn.Linear(1, 1)) == 0.0
-
-
-def test_every_way_a_scoring_returns_is_understood() -> None:
-    for scored in ((NOW, OLD), [NOW, OLD], {"logps": NOW, "entropies": OLD}):
-        assert logps_and_entropies(scored)[0] is NOW
-        assert logps_and_entropies(scored)[1] is OLD
-    for scored in (NOW, (NOW,), {"logps": NOW}):
-        assert logps_and_entropies(scored)[0] is NOW
-        assert logps_and_entropies(scored)[1] is None
-
-
-@pytest.mark.parametrize(
-    ("ids", "added", "noted"),
-    [
-        (torch.tensor([[9, 1, 2], [9, 3, 4]]), True, False),
-        (None, False, True),
-        (torch.tensor([[9, 1, 2], [9, 3, 5]]), False, True),
-    ],
-    ids=["the same tokens", "unknown tokens", "other tokens"],
-)
-def test_a_second_scoring_adds_to_its_own_tokens_alone(
-    ids: Tensor | None, added: bool, noted: bool
-) -> None:
-    notes: list[dict[str, Any]] = []
-    watcher = object.__new__(TrlWatcher)
-    watcher._trainer = SimpleNamespace(loss_scale=1.0, has_kl=False, beside_logp=["x"])  # type: ignore[assignment]
-    watcher._recorder = SimpleNamespace(note=lambda **given: notes.append(given))  # type: ignore[assignment]
-    watcher._guard = lambda action, *given: action(*given)  # type: ignore[method-assign, assignment]
-    watcher._scores_others = False
-    seen, logps = seen_pass(), torch.zeros(2, 3, requires_grad=True)
-    inputs = {"completion_ids": torch.tensor([[1, 2], [3, 4]])}
-    for _ in range(2):
-        watcher._take_second(inputs, seen, (logps, None), ids)
-    logps.sum().backward()
-    assert seen.tokens is not None
-    assert (seen.tokens.coef is not None) is added
-    assert notes == [{"not_in_coef": ["x", "scoring of other tokens"]}] * noted
-    watcher._take_second(inputs, seen, (logps.detach(), None), ids)
-    assert len(notes) == noted

@@ -189,6 +189,7 @@ def test_any_optimizer_ends_a_step_in_which_a_loss_was_watched(tmp_path: Path) -
             step(policy, watched, own, critic)
     run = open_run(tmp_path / "r")
     assert run.steps.lr.tolist() == [0.1] * 3
+    assert run.steps.updates.tolist() == [1] * 3
     assert run.token_steps() == [1, 3]
     assert run.vocab[int(IDS[0, PROMPT])] == f"<{IDS[0, PROMPT]}>"
 
@@ -199,8 +200,9 @@ def test_an_optimizer_that_is_not_torchs_is_told(
     monkeypatch.setattr(loss_module, "MOST_CALLS", 2)
     policy = Policy()
     with watched_loss(plain_loss, run=tmp_path / "told", names=PLAIN) as watched:
-        for _ in range(4):
+        for told in (False, False, True, True):
             step(policy, watched)
+            assert bool(watched.failure) is told
     assert caplog.messages == [
         "watching the loss stopped (UserError: no torch optimizer has stepped in 2 calls of the "
         "loss: call end_step() of the watched loss after each update); training goes on"
@@ -322,8 +324,9 @@ def test_what_does_not_exist_is_refused_with_the_closest(
 def test_the_first_step_reads_top_tokens_if_its_rows_are_written(
     resume_after: int | None, step: int, topk: int, tmp_path: Path
 ) -> None:
-    settings = {"resume_after": resume_after, "token_every": 10, "topk": 5}
-    watched = watched_loss(plain_loss, run=tmp_path / "r", names=PLAIN, **settings)
+    """Rows are written of every tenth step unless said."""
+    settings = {"resume_after": resume_after, "topk": 5}
+    watched = wapo_analysis.watched_loss(plain_loss, run=tmp_path / "r", names=PLAIN, **settings)
     try:
         assert watched._watch._step == step
         assert watched._watch._head is not None

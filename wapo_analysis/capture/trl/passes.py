@@ -237,7 +237,7 @@ class TrlProber:
         trainer = self._trainer.raw
         if before is None or trainer.accelerator.optimizer_step_was_skipped:
             return
-        limit = float(trainer.args.max_grad_norm or 0.0) if grad_norm is not None else None
+        limit = trainer.args.max_grad_norm
         update = Update(
             step=step,
             minibatch=0,
@@ -245,7 +245,7 @@ class TrlProber:
             optimizer=self._trainer.optimizer,
             before=before,
             passes=[self._scorable(seen, own=True) for seen in passes if seen.tokens],
-            clip=clip_factor(float(grad_norm), limit) if limit else 1.0,
+            clip=1.0 if grad_norm is None else clip_factor(float(grad_norm), limit),
             temperature=self._trainer.temperature,
         )
         scored = [self._scorable(seen, own=True) for seen in self._earlier]
