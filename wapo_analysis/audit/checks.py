@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from wapo_analysis.audit.coefficient import Coefficient
+from wapo_analysis.audit.coefficient import Coefficient, Core
 from wapo_analysis.audit.declared import Known, look
 from wapo_analysis.audit.evidence import Evidence, Findings, exponential
 from wapo_analysis.table import Array
@@ -81,11 +81,10 @@ def check_end(seen: Evidence, found: Findings) -> None:
     own = usable & last & (np.asarray(seen["token_id"]) == end)
     other = usable & ~last
     # A token that is stopped by the clip, or a mask over classes of tokens, is no sign of this.
-    here, there = (seen["coef"][own] != 0).mean() if own.any() else 1.0, 0.0
-    if other.any():
-        there = float((seen["coef"][other] != 0).mean())
+    here = bool((seen["coef"][own] != 0).any())
+    there = float((seen["coef"][other] != 0).mean()) if other.any() else 0.0
     found.facts[name] = f"token {end} ends {(tokens == end).mean():.0%} of the rollouts"
-    if here == 0 and there > (0.9 if own.sum() >= 8 else 0.99) and own.sum() >= 3:
+    if not here and there > (0.9 if own.sum() >= 8 else 0.99) and own.sum() >= 3:
         found.deviates(
             "end token left out",
             f"the token that ends rollouts ({end}) never carries gradient, {there:.0%} of the "
@@ -95,7 +94,7 @@ def check_end(seen: Evidence, found: Findings) -> None:
             look=look(seen.source, "mask"),
         )
     elif own.any():
-        found.facts[name] += " and carries gradient" if here > 0 else " and carries none"
+        found.facts[name] += " and carries gradient" if here else " and carries none"
 
 
 def check_first_token(seen: Evidence, found: Findings) -> None:
@@ -119,12 +118,13 @@ def check_whose_advantage(seen: Evidence, found: Findings) -> None:
     if not rows.any():
         return
     unit = np.unique(seen.units[rows], return_inverse=True)[1]
-    up = np.bincount(unit, seen["coef"][rows] > 0) / np.bincount(unit)
-    wanted = np.bincount(unit, seen["advantage"][rows] > 0) / np.bincount(unit)
-    whole = np.isin(up, (0, 1)) & (np.bincount(unit) >= 3)
+    sizes = np.bincount(unit)
+    up = np.bincount(unit, np.sign(seen["coef"][rows])) / sizes
+    wanted = np.bincount(unit, np.sign(seen["advantage"][rows])) / sizes
+    whole = (np.abs(up) == 1) & (sizes >= 3)
     wrong_up, wrong_down = whole & (up > wanted), whole & (up < wanted)
     right = whole & (up == wanted)
-    if not whole.any() or whole.sum() < 0.95 * (np.bincount(unit) >= 3).sum():
+    if whole.sum() < 0.95 * (sizes >= 3).sum():
         return
     if min(wrong_up.sum(), wrong_down.sum()) < 3 or right.sum() < 3:
         return
@@ -132,7 +132,7 @@ def check_whose_advantage(seen: Evidence, found: Findings) -> None:
         "advantages of other rollouts in the loss",
         f"{int(wrong_up.sum())} rollouts with A < 0 are pushed up and {int(wrong_down.sum())} with "
         f"A > 0 down, every token of them; {int(right.sum())} are pushed as they should be",
-        tokens=f"{int(np.isin(unit, np.flatnonzero(wrong_up | wrong_down)).sum())} tokens",
+        tokens=f"{int(sizes[wrong_up | wrong_down].sum())} tokens",
         cause="advantages and log-probabilities are in different order (shuffle, gather)",
         look=look(seen.source, "advantage"),
     )
@@ -150,32 +150,31 @@ def check_clip(
     if "token" not in levels or coefficient.against > 0.5:
         found.missing[name] = "the loss has no ratio of each token that is known"
         return
-    x, sign = seen.log_ratio, np.sign(seen["advantage"])
-    usable = np.isfinite(x) & np.isfinite(seen["coef"]) & (sign != 0)
+    x, positive = seen.log_ratio, seen["advantage"] > 0
+    usable = np.isfinite(seen["coef"]) & (np.abs(seen["advantage"]) > 0)
     zero = seen["coef"] == 0
-    alive = np.bincount(seen.units, ~zero & usable) > 0  # a mask may drop whole rollouts
-    usable &= alive[seen.units]
-    error = 4 * seen.ratio_error + 1e-6
+    alive = np.bincount(seen.units[usable & ~zero], minlength=len(seen)) > 0
+    usable &= alive[seen.units]  # a mask may drop whole rollouts
     inside = usable & (np.abs(x) < 0.02)
     whole = inside.sum() < 20 or (zero & inside).sum() <= 0.002 * inside.sum()
-    sides = {s: usable & (sign == s) for s in (1, -1)}
+    sides = {True: usable & positive, False: usable & ~positive}
     if not whole:
         # Gates drop a sign as a whole; then the other one still tells.
-        sides = {s: rows for s, rows in sides.items() if not (zero & rows & inside).any()}
+        sides = {up: rows for up, rows in sides.items() if not (zero & rows & inside).any()}
+    toward = np.where(positive, x, -x)
     told = []
-    for s, rows in sides.items():
-        with_it, against = rows & (x * s > error), rows & (x * s < -error)
+    for up, rows in sides.items():
+        with_it = rows & (toward > 4 * seen.ratio_error)
         stopped, passed = with_it & zero, with_it & ~zero
-        wrong = against & zero & (np.abs(x) < 10)  # far out, ratios are held or vanish
-        words = "A > 0" if s > 0 else "A < 0"
+        words = "A > 0" if up else "A < 0"
         if stopped.sum() >= _LEAST:
-            ratio = exponential(x[stopped])
-            edge = ratio.min() if s > 0 else ratio.max()
-            told.append(f"stops {words} {'above' if s > 0 else 'below'} {edge:.3g}")
-        # A dual clip stops A < 0 far above.
-        early = wrong & (np.abs(x) < math.log(1.9)) if s < 0 else wrong
-        if early.sum() >= _LEAST and rows.any():
-            free = passed.sum() >= _LEAST and stopped.sum() == 0
+            edge = exponential(toward[stopped].min() * (1 if up else -1))
+            told.append(f"stops {words} {'above' if up else 'below'} {edge:.3g}")
+        # Far out, ratios are held or vanish; a dual clip stops A < 0 far above.
+        reach = 10 if up else math.log(1.9)
+        early = rows & zero & (toward < -4 * seen.ratio_error) & (np.abs(x) < reach)
+        if early.sum() >= _LEAST:
+            free = passed.sum() >= _LEAST and not stopped.any()
             found.deviates(
                 f"clip on the wrong side for {words}",
                 f"tokens with {words} are stopped where the ratio has moved against their push "
@@ -185,29 +184,26 @@ def check_clip(
                 cause="max in the place of min, or a clamp without the min",
                 look=look(seen.source, "ratio"),
             )
-        elif declared is not None and declared.bounds != (0.0, math.inf):
-            _check_bound(seen, declared, s, passed, stopped, found)
+        elif declared is not None:
+            _check_bound(seen, declared, words, declared.bounds[up], passed, stopped, found)
     found.facts[name] = "; ".join(told) or "stops no token"
 
 
 def _check_bound(
-    seen: Evidence, declared: Known, sign: int, passed: Array, stopped: Array, found: Findings
-) -> None:
+    seen: Evidence, declared: Known, words: str, bound: float, passed: Array, stopped: Array,
+    found: Findings,
+) -> None:  # fmt: skip
     """Whether tokens pass beyond the declared bound, or are stopped before it."""
-    if not any(core.kind == "plain" and core.level == "token" for core in declared.cores):
+    if Core("plain") not in declared.cores or not 0 < bound < math.inf:
         return
-    bound = declared.bounds[1] if sign > 0 else declared.bounds[0]
-    if not math.isfinite(bound) or bound <= 0:
-        return
-    x, slack = seen.log_ratio * sign, 4 * seen.ratio_error + 1e-3
-    over = passed & (x > math.log(bound) * sign + slack)
-    under = stopped & (x < math.log(bound) * sign - slack)
-    words = "A > 0" if sign > 0 else "A < 0"
+    away, slack = np.abs(seen.log_ratio), 4 * seen.ratio_error + 1e-3
+    over = passed & (away > abs(math.log(bound)) + slack)
+    under = stopped & (away < abs(math.log(bound)) - slack)
     if over.sum() >= _LEAST:
         found.deviates(
             "clip does not act",
             f"tokens with {words} keep their gradient beyond the clip bound {bound:g} (ratio up to "
-            f"{exponential(seen.log_ratio[over] * sign).max() ** sign:.3g})",
+            f"{exponential(seen.log_ratio[over][away[over].argmax()]):.3g})",
             tokens=f"{int(over.sum())} tokens",
             cause="the clip is missing, has other bounds, or holds another ratio",
             look=look(seen.source, "ratio"),
@@ -227,7 +223,7 @@ def check_precision(seen: Evidence, found: Findings) -> None:
     usable = np.isfinite(seen["coef"]) & (seen["advantage"] != 0)
     coef = np.abs(seen["coef"][usable])
     some = coef[coef > 0]
-    if len(some) < 20 or some.max() >= 2.0**-14:
+    if len(some) < 20:
         return
     steps = some / _GRID
     if np.abs(steps - np.round(steps)).max() > 1e-3 or steps.max() > 512:

@@ -71,7 +71,7 @@ def read_advantages(seen: Evidence) -> Advantages:
         found.why_not = "only some of the rollouts were recorded"
         return found
     batches = [_Batch(part, seen.rounding) for _, part in table.groupby("step")]
-    batches = [b for b in batches if b.reward.std() > 0 and (b.advantage != 0).any()]
+    batches = [b for b in batches if np.ptp(b.reward) > 0 and (b.advantage != 0).any()]
     found.rollouts = sum(len(b.reward) for b in batches)
     if found.rollouts < _LEAST:
         found.why_not = "no step has rewards that differ and advantages that are not 0"

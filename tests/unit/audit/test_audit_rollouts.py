@@ -1,0 +1,508 @@
+"""How advantages were made from rewards, groups, rewards and copies: both sides of each bound."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.support.audit_rows import checked, evidence, joined, only, token_rows
+from wapo_analysis.audit import rollouts
+from wapo_analysis.audit.evidence import NO_SAMPLES, Findings
+from wapo_analysis.audit.rollouts import AGAIN, RULES, Advantages, read_advantages
+
+NAN = np.nan
+REWARD = np.array([1.0, 0.0, 0.25, 0.0, 0.5, 2.0, 0.0, 0.75, 1.0, 1.5, 0.25, 3.0])
+GROUP = np.repeat([0, 1, 2], 4)
+
+
+def by_group(values: np.ndarray, how: Any, group: np.ndarray = GROUP) -> np.ndarray:
+    out = np.empty(len(values))
+    for number in np.unique(group):
+        out[group == number] = how(values[group == number])
+    return out
+
+
+def centred(r: np.ndarray, group: np.ndarray = GROUP) -> np.ndarray:
+    return r - by_group(r, np.mean, group)
+
+
+def std(r: np.ndarray, ddof: int, group: np.ndarray = GROUP) -> np.ndarray:
+    return by_group(r, lambda x: np.std(x, ddof=ddof), group)
+
+
+MADE = {
+    "the reward itself": REWARD,
+    "group mean": centred(REWARD),
+    "group mean, population std": centred(REWARD) / (std(REWARD, 0) + 1e-6),
+    "group mean, sample std": centred(REWARD) / (std(REWARD, 1) + 1e-4),
+    "leave one out": centred(REWARD) * 4 / 3,
+    "group mean, population std of the batch": centred(REWARD) / REWARD.std(),
+    "group mean, sample std of the batch": centred(REWARD) / REWARD.std(ddof=1),
+    "batch mean": REWARD - REWARD.mean(),
+    "batch mean, population std": (REWARD - REWARD.mean()) / REWARD.std(),
+    "batch mean, sample std": (REWARD - REWARD.mean()) / REWARD.std(ddof=1),
+    "group median": REWARD - by_group(REWARD, np.median),
+}
+
+
+def advantages(
+    advantage: Any, reward: Any = REWARD, group: Any = GROUP, source: str = "trl", **given: Any
+) -> Advantages:
+    """What is read of rollouts with these rewards and advantages, all of step 1."""
+    manifest = {name: given.pop(name) for name in ("token_fraction", "store_bits") if name in given}
+    n = len(np.asarray(reward))
+    table = {"step": 1, "rollout": np.arange(n), "group": group, "reward": reward,
+             "advantage": advantage} | given  # fmt: skip
+    seen = evidence(token_rows([2]), pd.DataFrame(table), source=source, **manifest)
+    return read_advantages(seen)
+
+
+@pytest.mark.parametrize("rule", MADE)
+def test_each_rule_is_told_from_rewards_and_advantages(rule: str) -> None:
+    found = advantages(MADE[rule])
+    assert found.rules == {rule}
+    assert found.rollouts == 12
+    assert found.turned is None
+    assert found.why_not is None
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("second", [0, 1])
+def test_a_second_division_by_the_batch_is_told(first: int, second: int) -> None:
+    reward = np.where(GROUP == 1, 0.5, REWARD)
+    made = centred(reward) / np.where(GROUP == 1, 1.0, std(reward, first))
+    assert advantages(made / made.std(ddof=second), reward).rules == {AGAIN}
+
+
+def test_a_second_division_that_changes_nothing_is_none() -> None:
+    reward = np.tile([1.0, 0.0, 0.0, 1.0], 3)
+    assert advantages(centred(reward) / std(reward, 0), reward).rules == {
+        "group mean, population std", "batch mean, population std",
+        "group mean, population std of the batch",
+    }  # fmt: skip
+
+
+def test_every_rule_has_words() -> None:
+    assert set(MADE) | {AGAIN} == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("offset", "known"),
+    [(0.0, True), (1.2e-3, True), (1.3e-3, True), (1.45e-3, False), (-2.5e-4, False)],
+)
+def test_a_small_number_may_be_added_to_the_std(offset: float, known: bool) -> None:
+    found = advantages(centred(REWARD) / (std(REWARD, 0) + offset), store_bits=30)
+    assert (found.rules == {"group mean, population std"}) is known
+    assert known or found.why_not == (
+        "no known rule gives these advantages from the rewards (shaped or several rewards?)"
+    )
+
+
+@pytest.mark.parametrize("flat", [0.0, 0.009])
+def test_a_group_of_equal_rewards_says_nothing_of_the_std(flat: float) -> None:
+    reward = np.where(GROUP == 1, 0.5, REWARD)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        made = np.where(GROUP == 1, flat, centred(reward) / (std(reward, 0) + 1e-6))
+    assert advantages(made, reward).rules == {"group mean, population std"}
+    large = np.where(GROUP == 1, 0.011, made)
+    assert not advantages(large, reward).rules
+    below = np.where(GROUP == 1, -0.011, made)
+    assert not advantages(below, reward).rules
+
+
+def test_one_rollout_off_the_rule_is_off() -> None:
+    for rule, made in MADE.items():
+        spoiled = made.copy()
+        spoiled[5] *= 1.003
+        assert rule not in advantages(spoiled).rules
+
+
+@pytest.mark.parametrize(("by", "fits"), [(4.0e-5, True), (2e-4, False)])
+def test_a_difference_is_held_to_the_rounding_of_the_record(by: float, fits: bool) -> None:
+    # 2.2 times 2^-16 and 1e-5 of |A| and the largest reward.
+    made = MADE["group mean"].copy()
+    made[5] += by * (abs(made[5]) + 3.0) / 4.0 * 4.0
+    assert (advantages(made).rules == {"group mean"}) is fits
+
+
+def test_advantages_that_are_nearly_0_say_nothing_of_the_divisor() -> None:
+    reward = np.r_[1.0, 0.0, 0.50001, 0.49999, REWARD[4:]]
+    made = centred(reward) / std(reward, 0)
+    made[2] = made[3] = 0.0
+    assert advantages(made, reward).rules == {"group mean, population std"}
+
+
+# ---- what it needs ------------------------------------------------------------------------------
+
+NO_REWARD = "no reward of each rollout was recorded"
+NO_SPREAD = "no step has rewards that differ and advantages that are not 0"
+SOME = "only some of the rollouts were recorded"
+
+
+def test_without_rollouts_no_rule_is_told() -> None:
+    assert read_advantages(evidence(token_rows([2]))).why_not == NO_REWARD
+    table = pd.DataFrame({"step": [1] * 12, "rollout": range(12), "group": GROUP, "reward": REWARD})
+    assert read_advantages(evidence(token_rows([2]), table)).why_not == NO_REWARD
+    assert advantages(np.full(12, NAN)).why_not == NO_REWARD
+    assert advantages(MADE["group mean"], np.full(12, NAN)).why_not == NO_REWARD
+
+
+def test_rollouts_without_a_reward_or_an_advantage_are_left_out() -> None:
+    reward, made = np.r_[REWARD, NAN, 1.0], np.r_[MADE["group mean"], 0.5, NAN]
+    found = advantages(made, reward, np.r_[GROUP, 3, 3])
+    assert found.rules == {"group mean"}
+    assert found.rollouts == 12
+
+
+@pytest.mark.parametrize(
+    ("source", "share", "why"),
+    [("loop", 0.5, SOME), ("loop", 1.0, None), ("trl", 0.5, None), ("built-in", 0.5, None)],
+)
+def test_some_of_the_rollouts_of_a_loop_do_not_tell(
+    source: str, share: float, why: str | None
+) -> None:
+    found = advantages(MADE["group mean"], source=source, token_fraction=share)
+    assert found.why_not == why
+
+
+def test_steps_of_equal_rewards_or_no_advantage_are_left_out() -> None:
+    assert advantages(np.zeros(12)).why_not == NO_SPREAD
+    assert advantages(MADE["group mean"], np.full(12, 0.7)).why_not == NO_SPREAD
+    assert advantages(MADE["the reward itself"][:3], REWARD[:3], GROUP[:3]).why_not == NO_SPREAD
+    assert advantages(REWARD[:4], REWARD[:4], GROUP[:4]).rules == {"the reward itself"}
+    both = np.r_[MADE["group mean"], np.zeros(12)]
+    found = advantages(both, np.tile(REWARD, 2), np.tile(GROUP, 2), step=np.repeat([1, 2], 12),
+                       rollout=np.tile(np.arange(12), 2))  # fmt: skip
+    assert found.rules == {"group mean"}
+    assert found.rollouts == 12
+
+
+def test_unknown_groups_are_told() -> None:
+    group = np.where(np.arange(12) == 3, -1, GROUP)
+    assert advantages(MADE["group mean"], group=group).why_not == (
+        "the groups of the rollouts are not known"
+    )
+
+
+def test_a_rule_holds_in_every_step() -> None:
+    second = REWARD[::-1].copy()
+    made = np.r_[MADE["group mean"], centred(second)]
+    args = {"reward": np.r_[REWARD, second], "group": np.tile(GROUP, 2),
+            "step": np.repeat([1, 2], 12), "rollout": np.tile(np.arange(12), 2)}  # fmt: skip
+    assert advantages(made, **args).rules == {"group mean"}
+    other = np.r_[MADE["group mean"], second - second.mean()]
+    assert not advantages(other, **args).rules
+
+
+def test_processes_of_a_loop_are_batches_of_their_own() -> None:
+    made = np.r_[MADE["batch mean"], 2 * REWARD - 2 * REWARD.mean()]
+    args = {"reward": np.r_[REWARD, 2 * REWARD], "group": np.tile(GROUP, 2),
+            "rank": np.repeat([0, 1], 12), "rollout": np.tile(np.arange(12), 2)}  # fmt: skip
+    assert advantages(made, source="loop", **args).rules == {"batch mean"}
+    assert not advantages(made, source="trl", **args).rules
+    alone = args | {"rank": np.zeros(24, int)}
+    assert not advantages(made, source="loop", **alone).rules
+    steps = args | {"rank": np.repeat([0, 1, 0, 1], 6), "step": np.repeat([1, 1, 2, 2], 6)}
+    assert not advantages(made, source="loop", **steps).rules
+
+
+def test_the_order_of_the_table_is_that_of_steps_and_rollouts() -> None:
+    """The turns look for neighbours, so rows are sorted first."""
+    mixed = np.random.default_rng(0).permutation(12)
+    turned = centred(np.roll(REWARD, 1))
+    found = advantages(turned[mixed], REWARD[mixed], GROUP[mixed], rollout=mixed)
+    assert found.turned == "the rewards of every rollout's predecessor were used"
+
+
+# ---- turned advantages --------------------------------------------------------------------------
+
+INTERLEAVED, BLOCKS = np.tile([0, 1, 2], 4), np.repeat([0, 1, 2], 4)
+
+
+@pytest.mark.parametrize(
+    ("made", "group", "turned"),
+    [
+        (-MADE["group mean"], GROUP, "the advantages have the wrong sign"),
+        (centred(np.roll(REWARD, 1)), GROUP,
+         "the rewards of every rollout's predecessor were used"),
+        (centred(np.roll(REWARD, -1)), GROUP,
+         "the rewards of every rollout's successor were used"),
+        (centred(REWARD, INTERLEAVED), GROUP,
+         "groups were formed from every n-th rollout, not from rollouts of a prompt"),
+        (centred(REWARD, BLOCKS), INTERLEAVED,
+         "groups were formed from neighbouring rollouts, not from rollouts of a prompt"),
+    ],
+)  # fmt: skip
+def test_a_turn_of_the_rewards_that_fits_is_told(
+    made: np.ndarray, group: np.ndarray, turned: str
+) -> None:
+    found = advantages(made, group=group)
+    assert (found.rules, found.turned, found.rollouts) == ({"group mean"}, turned, 12)
+
+
+@pytest.mark.parametrize(("rollout", "known"), [(7, False), (8, True)])
+def test_eight_rollouts_tell_of_a_turn(rollout: int, known: bool) -> None:
+    group = GROUP[:rollout]
+    found = advantages(-centred(REWARD[:rollout], group), REWARD[:rollout], group)
+    assert bool(found.turned) is known
+
+
+def test_blocks_are_as_large_as_the_largest_group() -> None:
+    group = np.tile([5, 6, 7], 4)[:11]
+    made = centred(REWARD[:11], np.arange(11) // 4)
+    found = advantages(made, REWARD[:11], group)
+    assert found.turned == (
+        "groups were formed from neighbouring rollouts, not from rollouts of a prompt"
+    )
+
+
+def test_groups_of_one_rollout_have_no_others() -> None:
+    group = np.r_[GROUP[:8], 9]
+    reward = REWARD[:9]
+    made = centred(reward, group) * np.where(group == 9, 0.0, 4 / 3)
+    assert advantages(made, reward, group).rules == {"leave one out"}
+
+
+# ---- groups -------------------------------------------------------------------------------------
+
+
+def grouped(prompt: Any, group: Any = (0, 0, 1, 1), **given: Any) -> Findings:
+    source = given.pop("source", "loop")
+    table = {"step": 1, "rank": 0, "rollout": np.arange(len(group)), "group": group,
+             "prompt": prompt} | given  # fmt: skip
+    seen = evidence(token_rows([2]), pd.DataFrame(table), source=source)
+    return checked(rollouts.check_groups, seen)
+
+
+def test_groups_of_one_prompt_are_a_fact() -> None:
+    found = grouped(["a", "a", "b", "b"])
+    assert found.facts == {"groups": "one prompt in each"}
+    assert not found.deviations
+
+
+def test_a_group_of_two_prompts_is_told() -> None:
+    found = grouped(["a", "b", "b", "b"])
+    assert found.facts == {"groups": "1 of 2 hold several prompts"}
+    assert only(found).says == "1 of 2 groups hold rollouts of different prompts"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "given", "mixed"),
+    [
+        (["a", "b", "b", "b"], {"group": (-1, -1, 1, 1)}, False),
+        (["a", None, "b", "b"], {}, False),
+        (["a", "b", "b", "b"], {"group": (0, 0, 1, 1), "step": [1, 2, 1, 1]}, False),
+        (["a", "b", "b", "b"], {"rank": [0, 1, 0, 0]}, False),
+        (["a", "b", "b", "b"], {"rank": [0, 1, 0, 0], "source": "trl"}, True),
+        (["a", "b", "b", "b"], {"rank": [0, 1, 0, 0], "source": "built-in"}, True),
+        (["a", "a", "b", "b"], {"group": (0, 1, 0, 1)}, True),
+    ],
+)
+def test_a_group_is_of_a_step_and_of_a_process_of_a_loop(
+    prompt: list[Any], given: dict[str, Any], mixed: bool
+) -> None:
+    assert bool(grouped(prompt, **given).deviations) is mixed
+
+
+def test_without_prompts_groups_are_not_compared() -> None:
+    why = {"groups": "prompts were not recorded"}
+    assert grouped([None] * 4).missing == why
+    assert checked(rollouts.check_groups, evidence(token_rows([2]))).missing == why
+    table = pd.DataFrame({"step": [1], "group": [0], "rollout": [0]})
+    assert checked(rollouts.check_groups, evidence(token_rows([2]), table)).missing == why
+
+
+# ---- rewards ------------------------------------------------------------------------------------
+
+
+def rewarded(
+    texts: Any, reward: Any, group: Any = None, steps: Any = 1, fraction: float = 1.0, **given: Any
+) -> Findings:
+    """Rollouts of two tokens, which its text says, and their rewards."""
+    n = len(texts)
+    group = np.zeros(n, int) if group is None else np.asarray(group)
+    step = np.broadcast_to(steps, n)
+    rows = token_rows([2] * n, group=group, token_id=np.repeat(texts, 2), step=step, **given)
+    table = {"step": step, "rollout": np.arange(n), "group": group, "reward": reward}
+    seen = evidence(rows, pd.DataFrame(table), token_fraction=fraction)
+    return checked(rollouts.check_rewards, seen)
+
+
+def test_equal_completions_with_equal_rewards_are_a_fact() -> None:
+    texts = [1, 2] * 5
+    found = rewarded(texts, np.array(texts, float))
+    assert found.facts == {"rewards": "equal completions of a prompt: 8 of 8 agree in reward"}
+    assert not found.deviations
+    few = rewarded(texts[:9], np.array(texts[:9], float))
+    assert few.missing == {"rewards": "too few equal completions of one prompt to compare rewards"}
+
+
+TEXTS = np.array([1, 2, 3, 3, 1, 1, 3, 2, 3, 1, 1, 3])
+
+
+@pytest.mark.parametrize(("shift", "who"), [(1, "successor"), (-1, "predecessor")])
+def test_rewards_that_agree_once_they_are_moved_are_told(shift: int, who: str) -> None:
+    reward = np.roll(TEXTS.astype(float), -shift)
+    found = rewarded(TEXTS, reward)
+    apart = sum(reward[n] != reward[list(TEXTS).index(t)] for n, t in enumerate(TEXTS))
+    assert found.facts["rewards"] == (
+        f"equal completions of a prompt: {9 - apart} of 9 agree in reward"
+    )
+    assert only(found).name == "rewards shifted by one rollout"
+    assert only(found).says.startswith(f"{apart} of 9 equal completions of one prompt have")
+    assert only(found).tokens == f"rewards are those of the {who}"
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+@pytest.mark.parametrize(
+    ("texts", "apart"),
+    [([1, 1, 1, 1, 1, 3, 1, 1, 2, 1, 2, 1], 3), ([1, 3, 1, 2, 3, 1, 2, 3, 1, 1, 3, 3], 4)],
+)
+def test_three_disagreements_may_be_chance(texts: list[int], apart: int, shift: int) -> None:
+    found = rewarded(texts, np.roll(np.array(texts, float), shift))
+    assert found.facts["rewards"].endswith(f": {9 - apart} of 9 agree in reward")
+    assert bool(found.deviations) is (apart == 4)
+
+
+def test_a_shift_mends_all() -> None:
+    spoiled = np.roll(TEXTS.astype(float), -1)
+    assert rewarded(TEXTS, spoiled).deviations
+    spoiled[4] = 9.0
+    assert not rewarded(TEXTS, spoiled).deviations
+
+
+def test_completions_are_compared_within_their_prompt_and_step() -> None:
+    texts = np.ones(12, int)
+    reward = np.repeat([0.0, 1.0], 6)
+    assert rewarded(texts, reward).facts["rewards"].endswith("5 of 11 agree in reward")
+    apart = rewarded(texts, reward, group=np.repeat([0, 1], 6))
+    assert apart.facts["rewards"].endswith("10 of 10 agree in reward")
+    steps = rewarded(texts, reward, steps=np.repeat([1, 2], 6))
+    assert steps.facts["rewards"].endswith("10 of 10 agree in reward")
+
+
+def test_a_shift_is_one_within_a_step() -> None:
+    texts = np.tile(TEXTS, 2)
+    within = np.r_[np.roll(TEXTS, 1), np.roll(TEXTS, 1)].astype(float)
+    step = np.repeat([1, 2], 12)
+    assert rewarded(texts, within, steps=step).deviations
+    through = np.roll(np.r_[TEXTS, TEXTS[::-1]].astype(float), 1)
+    assert not rewarded(np.r_[TEXTS, TEXTS[::-1]], through, steps=step).deviations
+
+
+def test_without_rollouts_groups_or_tokens_rewards_are_not_compared() -> None:
+    why = "rollouts or their groups were not recorded"
+    reward = TEXTS.astype(float)
+    assert checked(rollouts.check_rewards, evidence(token_rows([2]))).missing == {"rewards": why}
+    group = np.where(np.arange(12) == 3, -1, 0)
+    assert rewarded(TEXTS, reward, group=group).missing == {"rewards": why}
+    why = "neither texts nor tokens of the completions were recorded"
+    assert rewarded(np.full(12, -1), reward).missing == {"rewards": why}
+    assert rewarded(TEXTS, reward, fraction=0.5).missing == {"rewards": why}
+    assert rewarded(TEXTS - 2, reward).facts
+    assert rewarded(TEXTS, reward, rollout=np.arange(12) + 1).missing == {"rewards": why}
+
+
+def test_rollouts_without_a_reward_are_left_out_and_rows_may_be_in_any_order() -> None:
+    reward = TEXTS.astype(float)
+    assert rewarded(np.r_[TEXTS, 1], np.r_[reward, NAN]).facts["rewards"].endswith(
+        "9 of 9 agree in reward"
+    )  # fmt: skip
+    rows = token_rows([2] * 12, group=0, token_id=np.stack([TEXTS, TEXTS + 5], 1).ravel())
+    order = np.random.default_rng(0).permutation(24)
+    shifted = np.roll(reward, -1)
+    table = pd.DataFrame({"step": 1, "rollout": range(12), "group": 0, "reward": shifted})
+    seen = evidence({n: v[order] for n, v in rows.items()}, table.iloc[::-1])
+    assert (
+        only(checked(rollouts.check_rewards, seen)).tokens == "rewards are those of the successor"
+    )
+
+
+# ---- copies -------------------------------------------------------------------------------------
+
+
+def copied(
+    number: int, copies: int, logp: float = -2.0, size: int = 12, before: str = "", **given: Any
+) -> Findings:
+    """Rollouts of one group, of which some are the same tokens."""
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, 50, (number, size))
+    token[:copies] = token[0]
+    rows = token_rows([size] * number, **({"group": 0, "logp": logp} | given))
+    rows["token_id"] = token.ravel()
+    found = Findings()
+    if before:
+        found.deviates(before, "", tokens="", cause="", look="")
+    rollouts.check_duplicates(evidence(rows), found)
+    return found
+
+
+def test_rollouts_that_are_copies_are_told() -> None:
+    told = only(copied(8, 2))
+    assert told.name == "rollouts are repeated"
+    assert told.says == (
+        "2 rollouts are token for token another one of their group, which sampling would not give"
+    )
+    assert told.tokens == f"24 tokens; chance of a copy at most {math.exp(-24):.0e}"
+    assert not copied(8, 1).deviations
+    assert only(copied(8, 5)).says.startswith("5 rollouts")
+
+
+@pytest.mark.parametrize(("logp", "told"), [(-20.3 / 12, True), (-20.2 / 12, False)])
+def test_a_copy_is_told_against_all_odds(logp: float, told: bool) -> None:
+    # 8^2 pairs of one group: 64 exp(sum of logp) < 1e-7 below -20.277.
+    assert bool(copied(8, 2, logp).deviations) is told
+
+
+def test_the_odds_are_those_of_all_pairs_of_all_groups() -> None:
+    group = np.repeat([0, 1], 8)
+    # 2 groups of 64 pairs: below -20.97.
+    assert not copied(16, 2, -20.9 / 12, group=group).deviations
+    assert copied(16, 2, -21.05 / 12, group=group).deviations
+
+
+def test_copies_are_looked_for_within_a_group() -> None:
+    group = np.arange(8)
+    assert not copied(8, 2, group=group).deviations
+    assert not copied(8, 2, group=-1).deviations
+    assert not copied(8, 2, group=np.where(np.arange(8) == 7, -1, 0)).deviations
+
+
+@pytest.mark.parametrize("known", ["tokens after the end", NO_SAMPLES])
+def test_odds_of_tokens_that_are_no_samples_mean_nothing(known: str) -> None:
+    assert len(copied(8, 2, before=known).deviations) == 1
+    assert len(copied(8, 2, before="another mean").deviations) == 2
+
+
+def test_copies_are_of_first_passes_with_known_tokens() -> None:
+    assert not copied(8, 2, minibatch=1).deviations
+    rows = token_rows([12] * 8, group=0, logp=-2.0, token_id=-1)
+    assert not checked(rollouts.check_duplicates, evidence(rows)).deviations
+    gap = np.where(np.arange(96) % 12 == 0, NAN, -2.0)
+    told = only(copied(8, 2, logp=gap))  # type: ignore[arg-type]
+    assert told.tokens.endswith(f"at most {math.exp(-22):.0e}")
+
+
+def test_a_copy_has_the_same_tokens_in_the_same_places() -> None:
+    rng = np.random.default_rng(1)
+    one = rng.integers(0, 50, 12)
+    for other in (one[::-1], np.roll(one, 1), np.r_[one[1], one[0], one[2:]],
+                  np.r_[one[:11], one[11] + 1], np.r_[one[0] + 1, one[1:]]):  # fmt: skip
+        rows = token_rows([12] * 8, group=0, logp=-2.0)
+        rows["token_id"] = np.r_[one, other, rng.integers(0, 50, 72)]
+        assert not checked(rollouts.check_duplicates, evidence(rows)).deviations
+    shorter = token_rows([12, 11] + [12] * 6, group=0, logp=-2.0)
+    shorter["token_id"] = np.r_[one, one[:11], rng.integers(0, 50, 72)]
+    assert not checked(rollouts.check_duplicates, evidence(shorter)).deviations
+
+
+def test_copies_are_found_in_any_order_and_zeros_are_tokens() -> None:
+    rows = token_rows([12] * 4, group=0, logp=-2.0)
+    rows["token_id"] = np.r_[np.zeros(24, int), np.arange(24) + 5]
+    order = np.random.default_rng(0).permutation(48)
+    found = checked(rollouts.check_duplicates, evidence({n: v[order] for n, v in rows.items()}))
+    assert only(found).says.startswith("2 rollouts")
+    two = joined(rows, rows | {"step": np.full(48, 2)})
+    assert only(checked(rollouts.check_duplicates, evidence(two))).says.startswith("4 rollouts")
