@@ -70,7 +70,9 @@ def read_advantages(seen: Evidence) -> Advantages:
     if seen.sampled and seen.source not in OWN_SOURCES:
         found.why_not = "only some of the rollouts were recorded"
         return found
-    batches = [_Batch(part, seen.rounding) for _, part in table.groupby("step")]
+    alone = "rank" in table and seen.source not in OWN_SOURCES  # processes of a loop
+    parts = table.groupby(["step", "rank"] if alone else ["step"])
+    batches = [_Batch(part, seen.rounding) for _, part in parts]
     batches = [b for b in batches if np.ptp(b.reward) > 0 and (b.advantage != 0).any()]
     found.rollouts = sum(len(b.reward) for b in batches)
     if found.rollouts < _LEAST:
@@ -99,8 +101,6 @@ def _rollouts(seen: Evidence) -> pd.DataFrame | None:
     if not len(table) or not names <= set(table.columns):
         return None
     table = table[np.isfinite(table["reward"]) & np.isfinite(table["advantage"])]
-    if "rank" in table and seen.source not in OWN_SOURCES and table["rank"].nunique() > 1:
-        table = table.assign(step=table["step"] * 1000 + table["rank"])
     ordered: pd.DataFrame = table.sort_values(["step", "rollout"], kind="stable")
     return ordered
 

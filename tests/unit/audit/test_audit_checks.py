@@ -66,7 +66,7 @@ def test_places_that_were_not_counted_are_none() -> None:
 
 
 def ended(own: int = 8, idle: int = 0, others: int = 100, long: int = 2) -> Findings:
-    """Rollouts that end with END, which carries no gradient, and of 100 other tokens some do not."""
+    """Rollouts that end with END, which carries no gradient; of 100 other tokens some do not."""
     short = others // (own + 2 * long)
     lengths = np.r_[np.full(own, short + 1), np.full(long, 0)]
     rest = others - short * own

@@ -119,11 +119,14 @@ def test_one_rollout_off_the_rule_is_off() -> None:
         assert rule not in advantages(spoiled).rules
 
 
-@pytest.mark.parametrize(("by", "fits"), [(4.0e-5, True), (2e-4, False)])
-def test_a_difference_is_held_to_the_rounding_of_the_record(by: float, fits: bool) -> None:
-    # 2.2 times 2^-16 and 1e-5 of |A| and the largest reward.
+@pytest.mark.parametrize(("share", "fits"), [(0.99, True), (1.01, False)])
+@pytest.mark.parametrize("place", [5, 11])
+def test_a_difference_is_held_to_the_rounding_of_the_record(
+    share: float, fits: bool, place: int
+) -> None:
+    bound = 2.2 * 2.0**-16 + 1e-5  # of |A| and the largest reward
     made = MADE["group mean"].copy()
-    made[5] += by * (abs(made[5]) + 3.0) / 4.0 * 4.0
+    made[place] += share * bound * (abs(made[place]) + 3.0)
     assert (advantages(made).rules == {"group mean"}) is fits
 
 
