@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.support.trainer_losses import VERL_ENGINE
 from wapo_analysis import Recorder
-from wapo_analysis.capture.verl import VerlWatcher, watch_verl, watched
+from wapo_analysis.capture.verl import VerlWatcher, _dense, _fit, watch_verl, watched
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
 
@@ -86,7 +86,9 @@ def test_a_watched_loss_is_the_loss_and_its_gradient_is_recorded(
     assert watcher.failure is None
     assert watcher.recorder is not None
     watcher.recorder.flush()
-    tokens = open_run(tmp_path / "r").tokens()
+    run = open_run(tmp_path / "r")
+    assert (run.steps.step.tolist(), run.temperature) == ([1], 1.0), "verl told neither"
+    tokens = run.tokens()
     chosen = seen["response_mask"]
     np.testing.assert_allclose(tokens.coef, -expected[chosen] / dp_size, rtol=4e-5)
     np.testing.assert_allclose(tokens.advantage, seen["advantages"][chosen], rtol=4e-5)
@@ -113,6 +115,18 @@ def test_evaluation_and_other_processes_are_not_recorded(
         loss(**batch() | {"log_prob": batch()["log_prob"].detach()})
     watcher.end_verl_step()
     assert open_run(tmp_path / "r").steps.empty
+
+
+def test_responses_are_padded_and_cut_to_the_width_of_the_log_probabilities() -> None:
+    nested = torch.nested.nested_tensor(
+        [torch.tensor([1, 2, 3]), torch.tensor([4])], layout=torch.jagged
+    )
+    dense = _dense(nested)
+    assert dense.tolist() == [[1, 2, 3], [4, 0, 0]]
+    assert _dense(dense) is dense
+    for width in (2, 3, 5):
+        expected = [[*row, 0, 0][:width] for row in dense.tolist()]
+        assert _fit(dense, torch.Size((2, width))).tolist() == expected
 
 
 def test_positional_arguments_as_in_the_documented_signature(watcher: VerlWatcher) -> None:

@@ -327,3 +327,46 @@ def test_tensors_of_no_shape_at_all_stop_watching_and_nothing_else(tmp_path: Pat
             odd(logps(model, slice(0, 6)))
         backward(model, watched, slice(0, 6))
     assert watched.failure is not None
+
+
+def test_completions_of_a_list_may_have_no_gradient(tmp_path: Path) -> None:
+    """Of three texts one was scored without a graph; the others have rows."""
+
+    def loss(logps: list[Tensor], advs: list[Tensor]) -> Tensor:
+        return -sum((logp * adv).sum() for logp, adv in zip(logps, advs, strict=True))
+
+    table = torch.zeros(3, 2, requires_grad=True)
+    optimizer = torch.optim.SGD([table], lr=0.5)
+    names = {"logp": "logps", "advantages": "advs"}
+    with watched_loss(loss, run=tmp_path / "r", names=names, head=False) as watched:
+        scored = [table[0] - 1, (table[1] - 1).detach(), table[2] - 1]
+        watched(scored, [torch.full((2,), value) for value in (1.0, 2.0, -3.0)]).backward()
+        optimizer.step()
+        assert watched.failure is None
+    rows = open_run(tmp_path / "r").tokens()
+    assert rows.coef.tolist() == [1.0, 1.0, -3.0, -3.0]
+
+
+def scores(table: Tensor) -> Tensor:
+    """The scorer of `scoring_loss`, a name of this module."""
+    return table - 1
+
+
+def scoring_loss(table: Tensor, advs: Tensor) -> Tensor:
+    with torch.no_grad():
+        old = scores(table * 5)
+    first, second = scores(table), scores(table * 3)
+    return -((first - old + 0 * second) * advs).sum()
+
+
+def test_of_several_scorings_the_first_with_a_graph_is_the_loss_s(tmp_path: Path) -> None:
+    table = torch.full((2, 2), -0.5, requires_grad=True)
+    optimizer = torch.optim.SGD([table], lr=0.5)
+    names = {"scorer": "scores", "logp": "scored", "advantages": "advs"}
+    with watched_loss(scoring_loss, run=tmp_path / "r", names=names, head=False) as watched:
+        watched(table, torch.tensor([[1.0], [-2.0]])).backward()
+        optimizer.step()
+        assert watched.failure is None
+    rows = open_run(tmp_path / "r").tokens()
+    assert rows.logp.tolist() == [-1.5] * 4
+    assert rows.coef.tolist() == [1.0, 1.0, -2.0, -2.0]
