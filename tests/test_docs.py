@@ -15,7 +15,7 @@ import typer
 from wapo_analysis import open_run
 from wapo_analysis.capture.seams import SEAMS
 from wapo_analysis.cli import application, run
-from wapo_analysis.cli.train import assigned
+from wapo_analysis.declare import assigned
 from wapo_analysis.train.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

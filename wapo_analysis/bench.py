@@ -183,7 +183,9 @@ def watching_costs(
         seldom = trainer.interleaved(_SELDOM, recorders, rounds=1, until=end)
         for recorder in recorders.values():
             recorder.close("finished")
-        bytes_per_token = _bytes_per_token(Path(folder) / "rows")
+        run = Path(folder) / "rows"
+        size = sum(file.stat().st_size for file in (run / "tokens").iterdir())
+        bytes_per_token = size / len(open_run(run).table("tokens"))
     return Costs(
         what=_described(trainer.policy, model or "random weights", trainer.batch),
         step_seconds=median(often["plain"]),
@@ -299,11 +301,6 @@ def _random(layers: int, width: int, vocabulary: int, device: str) -> Policy:
     tokenizer = AutoTokenizer.from_pretrained(str(files("wapo_analysis") / "assets" / "base"))
     prompts, end = PromptFormat(tokenizer, PromptStyle()), vocabulary - 1
     return Policy(LlamaForCausalLM(config).to(where).eval(), tokenizer, where, (end,), end, prompts)
-
-
-def _bytes_per_token(run: Path) -> float:
-    size = sum(file.stat().st_size for file in (run / "tokens").iterdir())
-    return size / len(open_run(run).table("tokens"))
 
 
 def _described(policy: Policy, name: str, batch: Batch) -> str:

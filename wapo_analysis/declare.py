@@ -7,7 +7,8 @@ options of ``wapo train`` and the table of docs/training.md all come from that o
 """
 
 import math
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -228,6 +229,20 @@ def typed_values(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise unknown_name("setting", name, known)
     return {name: known[name].typed(value) for name, value in values.items()}
+
+
+def assigned(pairs: Iterable[str], option: str = "--set") -> dict[str, Any]:
+    """Settings from NAME=VALUE texts: numbers, booleans and lists as in TOML, else plain text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UserError(f"{option} takes NAME=VALUE, got {pair!r}")
+        try:
+            found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name.strip()] = value.strip()
+    return found
 
 
 def settings_table(cls: Any) -> str:

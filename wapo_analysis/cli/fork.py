@@ -6,7 +6,8 @@ from typing import Annotated
 from typer import Exit, Option, echo
 
 from wapo_analysis.cli import Format, RunArgument, console_error, next_commands, say, show
-from wapo_analysis.cli.train import MAX_THREADS, as_settings, assigned, shown_progress
+from wapo_analysis.cli.train import MAX_THREADS, as_settings, shown_progress
+from wapo_analysis.declare import assigned
 from wapo_analysis.errors import printable
 
 

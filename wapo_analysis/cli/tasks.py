@@ -39,7 +39,10 @@ def tasks(
     if task is None:
         _list_tasks()
     elif task.rstrip(":") == "reasoning-gym":
-        _list_data_sets()
+        from wapo_analysis.train.tasks.generated import data_set_names
+
+        for name in data_set_names():
+            say(f"reasoning-gym:{name}")
     else:
         chosen = _checked(task, data, eval_data, eval_fraction, context_words)
         say(f"{chosen.name}: {chosen.description}")
@@ -81,13 +84,6 @@ def _list_tasks() -> None:
         "Files: .jsonl, .json, .parquet; folders and hub names NAME[:CONFIG[:SPLIT]] need "
         "'wapo-analysis[data]'."
     )
-
-
-def _list_data_sets() -> None:
-    from wapo_analysis.train.tasks.generated import data_set_names
-
-    for name in data_set_names():
-        say(f"reasoning-gym:{name}")
 
 
 def _show_record(task: "Task") -> None:

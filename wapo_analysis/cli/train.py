@@ -2,7 +2,6 @@
 
 import inspect
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Exit, Option, echo
 
 from wapo_analysis.cli import console_error, drop_output, next_commands, progress, say
-from wapo_analysis.declare import Declared, declared_settings, settings_table
+from wapo_analysis.declare import Declared, assigned, declared_settings, settings_table
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig
 
@@ -212,20 +211,6 @@ def _told_once() -> Iterator[None]:
         if launched()[0] == 0:
             raise
         raise Exit(2 if isinstance(error, UserError) else 130) from error
-
-
-def assigned(pairs: list[str]) -> dict[str, Any]:
-    """Settings from NAME=VALUE texts: numbers, booleans and lists as in TOML, else plain text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign:
-            raise UserError(f"--set takes NAME=VALUE, got {pair!r}")
-        try:
-            found[name.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name.strip()] = value.strip()
-    return found
 
 
 def _chosen(

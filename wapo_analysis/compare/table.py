@@ -341,7 +341,16 @@ class Comparison(Result):
         """Plain values for JSON."""
         return {
             "title": self.title,
-            "settings": [self._setting(setting) for setting in self.settings],
+            "settings": [
+                {
+                    "label": setting.label,
+                    "n": len(setting.runs),
+                    "runs": [run.name for run in setting.runs],
+                    "verdicts": [self.diagnoses[place].verdict for place in setting.places],
+                    "metrics": {m.name: self.interval(setting.label, m).to_dict() for m in METRICS},
+                }
+                for setting in self.settings
+            ],
             "difference": {
                 "second": self.labels[1],
                 "first": self.labels[0],
@@ -351,15 +360,6 @@ class Comparison(Result):
             else None,
             "parting": self.divergence.to_dict() if self.divergence is not None else None,
             "sentences": self.sentences(),
-        }
-
-    def _setting(self, setting: Setting) -> dict[str, Any]:
-        return {
-            "label": setting.label,
-            "n": len(setting.runs),
-            "runs": [run.name for run in setting.runs],
-            "verdicts": [self.diagnoses[place].verdict for place in setting.places],
-            "metrics": {m.name: self.interval(setting.label, m).to_dict() for m in METRICS},
         }
 
     def page(self) -> Section:

@@ -4,7 +4,6 @@ Here is what our settings are called in its GRPOConfig, and which have no counte
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Final
 
 import torch
 
-from wapo_analysis.declare import declared_settings
+from wapo_analysis.declare import assigned, declared_settings
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.config import TrainConfig
 
@@ -171,17 +170,11 @@ def _passed_on(config: TrainConfig, ours: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are TRL's alone, from NAME=VALUE."""
     from trl import GRPOConfig
 
-    known, found = {field.name for field in fields(GRPOConfig)}, {}
-    for pair in config.trl_settings:
-        name, sign, text = (part.strip() for part in pair.partition("="))
-        if not sign:
-            raise UserError(f"--trl takes NAME=VALUE, got {pair!r}")
+    known = {field.name for field in fields(GRPOConfig)}
+    found = assigned(config.trl_settings, "--trl")
+    for name in found:
         if name not in known:
             raise unknown_name("setting of TRL's GRPOConfig", name, sorted(known))
         if name in ours:
             raise UserError(f"{name} of TRL follows from our own settings (docs/scale.md)")
-        try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name] = text
     return found

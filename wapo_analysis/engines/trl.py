@@ -105,7 +105,8 @@ def train_with_trl(
                 attachment.close("diverged")
                 raise
             except RuntimeError as error:
-                if _exchange_broke(error):
+                # An exchange between processes failed; gloo raises no error of its own kind.
+                if isinstance(error, dist.DistError) or "gloo" in str(error):
                     raise ProcessFailed from error
                 raise
             recipe.keep(trainer, out, attachment.recorder.ring)
@@ -115,11 +116,6 @@ def train_with_trl(
             if _on_any(trainer, attachment.recorder.failure is not None):
                 attachment.close("recording_failed")
     return recipe.policy
-
-
-def _exchange_broke(error: RuntimeError) -> bool:
-    """Whether an exchange between processes failed; gloo raises no error of its own kind."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class _Steps:

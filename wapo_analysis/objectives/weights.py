@@ -67,15 +67,10 @@ def _per_group(b: _Batch) -> tuple[FloatArray, float]:
     return 1 / np.maximum(total, 1)[b.member], float((total > 0).sum())
 
 
-def fixed_length_weight(rollouts_per_prompt: int, max_seq_len: int | None) -> float:
-    """Weight of every rollout in WAPO's mean over a constant group length."""
-    if max_seq_len is None:
-        raise UserError("max_seq_len is not set, but the loss divides by a constant group length")
-    return 1 / (rollouts_per_prompt * max_seq_len)
-
-
 def _fixed_length(b: _Batch) -> tuple[FloatArray, float]:
-    weight = np.full_like(b.tokens, fixed_length_weight(b.rollouts_per_prompt, b.max_seq_len))
+    if b.max_seq_len is None:
+        raise UserError("max_seq_len is not set, but the loss divides by a constant group length")
+    weight = np.full_like(b.tokens, 1 / (b.rollouts_per_prompt * b.max_seq_len))
     return weight, float(np.unique(b.member[b.contributing]).size)
 
 

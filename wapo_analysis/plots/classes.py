@@ -90,7 +90,8 @@ def plot_class_share(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
         ax.set_ylim(0, 1)
     axes[0, 0].set_ylabel("share of the tokens")
     step_axis(axes, frame["step"])
-    class_legend(figure, _present(frame))
+    seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame["share"] > 0, "cls"]}
+    class_legend(figure, [name for name in CLASS_COLORS if name in seen])
     return axes
 
 
@@ -162,12 +163,6 @@ def _with_share(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """Add ``share``, the part of the sum over the classes of the run and step."""
     total = frame.groupby(["run", "step"])[column].transform("sum")
     return frame.assign(share=frame[column] / total.where(total > 0))
-
-
-def _present(frame: pd.DataFrame) -> list[str]:
-    """Names of the classes with a non-zero share somewhere, in legend order."""
-    seen = {tax.CLASS_NAMES[int(code)] for code in frame.loc[frame["share"] > 0, "cls"]}
-    return [name for name in CLASS_COLORS if name in seen]
 
 
 def bin_names(edges: Sequence[float]) -> list[str]:

@@ -232,16 +232,11 @@ def replicate_line(
 def _mark_zeros(ax: Axes, steps: np.ndarray[Any, Any], color: str) -> None:
     """Zeros have no place on a logarithmic axis: triangles on its lower edge stand for them."""
     if len(steps):
+        known = any(line.get_label() == ZERO for line in ax.lines)
         ax.plot(
             steps, np.zeros(len(steps)), "v", color=color, markersize=4, alpha=0.8, clip_on=False,
-            transform=ax.get_xaxis_transform(), zorder=3, label=_zeros_label(ax),
+            transform=ax.get_xaxis_transform(), zorder=3, label="_nolegend_" if known else ZERO,
         )  # fmt: skip
-
-
-def _zeros_label(ax: Axes) -> str:
-    """Legend text of the first triangles of a panel, none for the others."""
-    known = any(line.get_label() == ZERO for line in ax.lines)
-    return "_nolegend_" if known else ZERO
 
 
 ZERO = "exactly 0"

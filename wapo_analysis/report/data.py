@@ -219,7 +219,7 @@ def class_columns(run: Run) -> Json:
     totals = run.classes
     if totals.empty:
         return {"step": []}
-    named = totals.assign(cls=class_names(totals["cls"]))
+    named = totals.assign(cls=totals["cls"].astype(str))
     steps = sorted(int(step) for step in named["step"].unique())
     data: Json = {"step": steps}
     for column in ("tokens", "grad_mass", "pred_dentropy_sum", "dentropy_sum"):
@@ -231,13 +231,6 @@ def class_columns(run: Run) -> Json:
             # A class without tokens has nothing to add: zero is its true value.
             data[column] = {name: plain_list(table[name].fillna(0.0)) for name in tax.CLASSES}
     return data
-
-
-def class_names(codes: pd.Series) -> pd.Series:
-    """Class column as names, whether a table holds names or codes."""
-    if pd.api.types.is_numeric_dtype(codes):
-        return codes.map(tax.CLASS_NAMES)
-    return codes.astype(str)
 
 
 def plain(value: Any) -> float | int | None:

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.report.data import Json, class_names, plain_list
+from wapo_analysis.derive import class_codes
+from wapo_analysis.report.data import Json, plain_list
 from wapo_analysis.results import distinguishing
 from wapo_analysis.table import Array
 
@@ -86,7 +87,9 @@ def merged_passes(rows: pd.DataFrame) -> pd.DataFrame:
     Gradient norm, predicted dH and coef add up over the passes that saw a token; measured changes
     are taken from the last pass, which is the whole change.
     """
-    rows = rows.assign(cls=_codes(rows["cls"])).sort_values(["rollout", "position", "minibatch"])
+    codes = class_codes(rows["cls"])
+    rows = rows.assign(cls=np.where(codes < 0, NO_CLASS, codes).astype(np.int8))
+    rows = rows.sort_values(["rollout", "position", "minibatch"])
     if not rows.duplicated(KEYS).any():
         return rows.reset_index(drop=True)
     groups = rows.groupby(KEYS, sort=False)
@@ -96,13 +99,6 @@ def merged_passes(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("dprob", "dentropy"):
         first[name] = groups[name].last()
     return first.reset_index()
-
-
-def _codes(cls: pd.Series) -> pd.Series:
-    """Class codes 0..3, 4 for no class and for one that is unknown."""
-    names = class_names(cls)
-    codes = {name: code for code, name in enumerate(tax.CLASSES)}
-    return names.map(codes).fillna(NO_CLASS).astype(np.int8)
 
 
 def rollout_columns(known: pd.DataFrame, tokens: pd.DataFrame | None) -> Json:

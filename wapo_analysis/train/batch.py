@@ -113,17 +113,12 @@ def encode_problems(
     return prompts
 
 
-def completion_texts(policy: Policy, rollouts: Rollouts) -> list[str]:
-    """Text of every completion without special tokens."""
-    ids, lengths = rollouts.completion_ids.tolist(), rollouts.mask.sum(dim=1).tolist()
-    return [policy.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
-
-
 def graded_texts(
     policy: Policy, task: Task, rollouts: Rollouts, problems: list[Problem]
 ) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
     """Completion and reward of each rollout; ``problems`` are theirs."""
-    texts = completion_texts(policy, rollouts)
+    ids, lengths = rollouts.completion_ids.tolist(), rollouts.mask.sum(dim=1).tolist()
+    texts = [policy.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
     pairs = zip(problems, texts, strict=True)
     return texts, np.array([task.reward(p, text) for p, text in pairs], np.float64)
 

@@ -297,7 +297,11 @@ def train_all(
     with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_train_one, job) for job in jobs]
         try:
-            _follow(jobs, futures, progress)
+            waiting: set[Future[str | None]] = set(futures)
+            while waiting:
+                _, waiting = wait(waiting, timeout=_POLL_SECONDS)
+                if progress is not None:
+                    progress([job.done_steps() for job in jobs])
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -310,18 +314,6 @@ def _outcome(future: "Future[str | None]") -> str | None:
         return future.result()
     except BrokenProcessPool:
         return "its worker process was killed, by the system's memory limit perhaps"
-
-
-def _follow(
-    jobs: Sequence[Job],
-    futures: Sequence["Future[str | None]"],
-    progress: Callable[[Sequence[int]], None] | None,
-) -> None:
-    waiting: set[Future[str | None]] = set(futures)
-    while waiting:
-        _, waiting = wait(waiting, timeout=_POLL_SECONDS)
-        if progress is not None:
-            progress([job.done_steps() for job in jobs])
 
 
 def _train_one(job: Job) -> str | None:

@@ -127,7 +127,7 @@ def load_policy(
     recompute : bool
         Gradient checkpointing.
     """
-    if weights is not None and is_adapter_checkpoint(weights) != (adapter is not None):
+    if weights is not None and (weights / "adapter_config.json").exists() != (adapter is not None):
         raise UserError(f"{weights} was written {'with' if adapter is None else 'without'} LoRA")
     whole = weights if adapter is None else None  # a checkpoint of adapters holds no model
     frozen = mixed and adapter is not None
@@ -283,11 +283,6 @@ def load_adapter(model: Any, folder: Path) -> Any:
     check_model(str(folder))
     with _peft_warnings():
         return _peft().PeftModel.from_pretrained(model, folder, is_trainable=True)
-
-
-def is_adapter_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint holds adapters alone, not a whole model."""
-    return (folder / "adapter_config.json").exists()
 
 
 @contextmanager

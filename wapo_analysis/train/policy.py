@@ -121,7 +121,8 @@ class PromptFormat:
         if not self.chat:
             return ()
         after = self._templated("", reply=_MARK).rpartition(_MARK)[2]
-        special = _special_ids(self._tokenizer)
+        added = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        special = added | set(self._tokenizer.all_special_ids)
         ids = self._tokenizer(after, add_special_tokens=False)["input_ids"]
         return tuple(token for token in ids if token in special)[:1]
 
@@ -144,11 +145,6 @@ def _begin_ids(tokenizer: Any) -> list[int]:
     begin = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]
     return [begin] if begin is not None and ids[:1] == [begin] else []
-
-
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
 
 
 @contextmanager

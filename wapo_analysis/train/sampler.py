@@ -112,7 +112,11 @@ class _Context:
     def _first(self) -> Tensor:
         """Read the prompts."""
         logits, cache = self._forward(self.ids, self.mask, positions(self.mask))
-        self._hold(cache)
+        self._cache, layers = cache, getattr(cache, "layers", [])
+        self._roomy = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
+        self._plain = self._roomy and self._known
+        if self._roomy:
+            cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
         if len(self.copies) == len(self.ids):
             return logits
         if self.keep(self.copies):
@@ -136,13 +140,6 @@ class _Context:
                 logits_to_keep=1,
             )
         return out.logits[:, -1], out.past_key_values
-
-    def _hold(self, cache: Any) -> None:
-        self._cache, layers = cache, getattr(cache, "layers", [])
-        self._roomy = len(layers) > 0 and all(type(layer) is DynamicLayer for layer in layers)
-        self._plain = self._roomy and self._known
-        if self._roomy:
-            cache.layers = [_RoomyLayer.of(layer, self.room) for layer in layers]
 
     def _mask(self) -> Tensor | None:
         """Mask of one more token."""

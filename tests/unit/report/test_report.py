@@ -112,7 +112,7 @@ def test_passes_of_a_token_become_one_row_with_the_sum_of_what_they_did() -> Non
     rows = pd.DataFrame(
         {
             "rollout": [0, 0], "group": [0, 0], "position": [3, 3], "minibatch": [1, 0],
-            "cls": [2, 2], "logp": [-2.0, -1.0], "grad_norm": [1.0, 2.0],
+            "cls": ["neg_peak", "neg_peak"], "logp": [-2.0, -1.0], "grad_norm": [1.0, 2.0],
             "pred_dentropy": [0.5, 0.25], "coef": [-1.0, -2.0], "dprob": [0.2, 0.1],
             "dentropy": [0.02, 0.01],
         }

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from wapo_analysis.cli import run
-from wapo_analysis.cli.train import as_settings, assigned
-from wapo_analysis.declare import declared_settings
+from wapo_analysis.cli.train import as_settings
+from wapo_analysis.declare import assigned, declared_settings
 from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveSettings
 from wapo_analysis.train.config import TrainConfig

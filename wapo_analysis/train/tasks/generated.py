@@ -102,15 +102,10 @@ class ChainSum(Generated):
         for count, digit in enumerate(rest, start=2):
             total += digit
             if rng.random() < error_rate:
-                total = _other_number(total, 9 * count, rng)
+                drawn = int(rng.integers(9 * count))  # any sum but the right one
+                total = drawn + (drawn >= total)
             sums.append(str(total))
         return SEPARATOR.join(sums)
-
-
-def _other_number(right: int, largest: int, rng: np.random.Generator) -> int:
-    """Draw uniformly from 0..largest without ``right``."""
-    drawn = int(rng.integers(largest))
-    return drawn + (drawn >= right)
 
 
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"

@@ -202,15 +202,13 @@ def math_equal(request: dict[str, Any]) -> dict[str, Any]:
     return {"score": float(bool(gold and found and verify(gold, found, timeout_seconds=None)))}
 
 
-@lru_cache(maxsize=4096)
-def _parsed(text: str) -> list[Any]:
-    return _parse(text)
-
-
 def _parse(text: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
     return list(parse(f"\\boxed{{{text}}}", [LatexExtractionConfig()], parsing_timeout=None))
+
+
+_parsed = lru_cache(maxsize=4096)(_parse)
 
 
 def gym_names(request: dict[str, Any]) -> dict[str, Any]:
