@@ -323,12 +323,13 @@ def shares_of_counts(
     for ours, key in zip(("groups_all_wrong", "groups_all_right"), _COUNTS, strict=False):
         if ours not in feeds or feeds[ours].names != (key,):
             continue
+        most = 1 if any(0 < value < 1 for value in columns[key].values()) else 0
         for step, value in columns[key].items():
             counts = [columns.get(name, {}).get(step) for name in _COUNTS]
             known = [c for c in counts if c is not None]
             if len(known) == 3 and sum(known) > 0:
                 rows[step][ours] = value / sum(known)
-            elif value > 1:
+            elif value > most:
                 del rows[step][ours]  # a count, of prompts nobody knows how many
 
 

@@ -129,7 +129,7 @@ def _pairs(text: str) -> Values:
             return found
     items = re.split(r"[|,;]", text)
     fits = [fit.groups() for item in items if (fit := _SPACE.fullmatch(item))]
-    if len(fits) < 2 and _ROW.fullmatch(text):
+    if _ROW.fullmatch(text):  # without any of these between them
         fits = _ONE.findall(text)
     return _named(fits) if len(fits) > 1 else {}
 

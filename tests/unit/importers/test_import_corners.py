@@ -58,6 +58,16 @@ def test_prompts_solved_by_none_and_all_are_shares_where_all_three_are_counted(
     assert steps["groups_all_wrong"][0] == 0.25
     assert steps["groups_all_right"][0] == 0.125
     assert steps["groups_all_wrong"].isna()[1], "two prompts of nobody knows how many"
+    assert steps["groups_all_wrong"].isna()[2], "nor is one of them all there are"
+    assert steps["groups_all_right"][2] == 0
+
+
+def test_shares_of_prompts_stay_shares_also_where_they_are_one(tmp_path: Path) -> None:
+    shares = [0.5, 1.0, 0.0, 1.5]
+    rows = [{"step": n, "reward": 0.5, "entropy": 0.4, "batch/solve_none": share}
+            for n, share in enumerate(shares)]  # fmt: skip
+    steps = imported(write_lines(tmp_path / "train.jsonl", rows)).steps
+    np.testing.assert_array_equal(steps["groups_all_wrong"], [0.5, 1, 0, np.nan])
 
 
 def test_classes_of_which_the_files_count_nothing_are_empty() -> None:
