@@ -143,6 +143,10 @@ class Series:
         """Step number at an index."""
         return int(self.steps[index])
 
+    def head(self, count: int) -> "Series":
+        """The first records alone, as they were when there were no others."""
+        return Series(self.steps[:count], self.values[:count])
+
 
 def _spread(values: Array, lag: int) -> float:
     """Standard deviation of one value, from differences ``lag`` apart: a steady trend adds none."""

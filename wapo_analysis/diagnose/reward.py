@@ -11,7 +11,7 @@ from wapo_analysis.series import Departure, Series, departure, silent_since
 SOLVED = 0.8
 #: Standard deviations below it that a score which was there stays solved, and at most so far.
 SOLVED_SIGMAS, SOLVED_SLACK = 2.0, 0.1
-#: Steps up to the peak on which the noise of the reward can be measured.
+#: Records, as of a whole run or up to the peak, by which noise and a gain can be told.
 CALM_STEPS = 8
 #: Standard deviations of the rise over the last third that make a reward still gain.
 GAINING = 2.5
@@ -98,14 +98,19 @@ class RewardState:
         return self.loss is not None and self.loss.ongoing and self.loss.crossed is not None
 
     @property
+    def _no_gain(self) -> bool:
+        """What it had gained is lost, or it is too short to tell a gain."""
+        return self.lost or len(self.series) < CALM_STEPS
+
+    @property
     def improved(self) -> bool:
         """It ends above its baseline by more than noise, and did not lose what it had gained."""
-        return not self.lost and self.series.end - self.series.level > self.margin
+        return not self._no_gain and self.series.end - self.series.level > self.margin
 
     @property
     def rising(self) -> bool:
         """It ends above its baseline, or went up over the run, by more than chance."""
-        if self.lost:
+        if self._no_gain:
             return False
         rise, noise = _straight_rise(self.series.values)
         ends = self.series.end - self.series.level
@@ -130,7 +135,7 @@ class RewardState:
     @cached_property
     def gaining(self) -> bool:
         """It still rises over its last third, by more than noise and than a tenth of its gain."""
-        if self.lost:
+        if self._no_gain:
             return False
         count = max(CALM_STEPS, len(self.series) // 3)
         rise, noise = _straight_rise(self.series.values[-count:])
@@ -225,15 +230,15 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     before = _won_back(drop)
     most = np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak))
     strict = (drop >= LOST * stake) & (drop >= most) & (drop > before)
-    least = np.maximum(DROP_SIGMAS * max(noise, series.late_noise), 0.1 * abs(peak))
+    least = np.maximum(DROP_SIGMAS * series.late_noise, 0.1 * abs(peak))
     least = np.maximum(least, SWING * before)
     loose = strict | ((drop >= 0.25 * stake) & (drop >= least))
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
     loss = _death(series) or departure(loose, strict, home, series.persist)
     if loss is None or not loss.ongoing or loss.crossed is None:
-        loss = _slow_loss(series) or _fast_loss(series, peak, stake) or loss
-    falling = _last_loss(series, peak, stake, FALLING_SIGMAS)
-    return RewardState(series, float(peak.max()), margin, loss, solved, falling)
+        loss = _slow_loss(series) or _fast_loss(series, peak[-1], stake[-1]) or loss
+    falling = _last_loss(series, peak[-1], stake[-1], FALLING_SIGMAS)
+    return RewardState(series, float(peak[-1]), margin, loss, solved, falling)
 
 
 def ends_solved(series: Series) -> bool:
@@ -270,14 +275,12 @@ def _slow_loss(series: Series) -> Departure | None:
     return Departure(fall.onset, fall.half, fall.half, ongoing=True)
 
 
-def _fast_loss(series: Series, peak: np.ndarray, stake: np.ndarray) -> Departure | None:
+def _fast_loss(series: Series, peak: float, stake: float) -> Departure | None:
     """A loss so deep that its first two records leave no doubt; short runs only."""
     return _last_loss(series, peak, stake, FAST_SIGMAS) if series.window <= 3 else None
 
 
-def _last_loss(
-    series: Series, peak: np.ndarray, stake: np.ndarray, sigmas: float
-) -> Departure | None:
+def _last_loss(series: Series, peak: float, stake: float, sigmas: float) -> Departure | None:
     """A loss that the last two records show, or half a window of them.
 
     Their mean is lost, and each of them by half of that at least, as one bad batch is no loss.
@@ -286,8 +289,8 @@ def _last_loss(
     begin = len(series) - count
     if begin < CALM_STEPS // 2:
         return None
-    drops = peak[begin - 1] - series.values[begin:]
-    least = max(LOST * stake[begin - 1], LEAST_LOSS * abs(peak[begin - 1]))
+    drops = peak - series.values[begin:]
+    least = max(LOST * stake, LEAST_LOSS * abs(peak))
     noise = series.whole_noise / np.sqrt(count)
     if drops.mean() < max(least, sigmas * noise) or drops.min() < least / 2:
         return None
@@ -296,10 +299,13 @@ def _last_loss(
 
 def fell_before(series: Series) -> bool:
     """Whether a fall in means of blocks was there one and two records ago too."""
-    return all(
-        (fall := block_fall(Series(series.steps[:-back], series.values[:-back]))) and fall.climbed
-        for back in range(1, FEW + 1)
-    )
+    falls = [block_fall(series.head(len(series) - back)) for back in range(1, FEW + 1)]
+    return all(fall is not None and fall.climbed for fall in falls)
+
+
+def block_size(series: Series) -> int:
+    """Records of a block: an eighth of the run, four at least."""
+    return max(CALM_STEPS // 2, len(series) // 8)
 
 
 def block_fall(series: Series) -> Fall | None:
@@ -307,14 +313,14 @@ def block_fall(series: Series) -> Fall | None:
 
     Means of blocks see what a median of a few records cannot tell from noise.
     """
-    size = max(CALM_STEPS // 2, len(series) // 8)
+    size = block_size(series)
     if len(series) < 3 * size:
         return None
     means = np.convolve(series.values, np.full(size, 1 / size), "valid")
     best = int(np.argmax(means))
-    noise = FALLEN * max(_block_noise(series, size), 1e-12)
+    noise = FALLEN * float(np.sqrt(2 * (series.whole_noise**2 / size + series.wander)))
     top, end = float(means[best]), float(means[-1])
-    if top - end < noise or best + size >= len(series):
+    if top - end < noise:
         return None
     half = best + int(np.argmax(means[best:] <= (top + end) / 2))
     return Fall(
@@ -324,29 +330,27 @@ def block_fall(series: Series) -> Fall | None:
         noise=noise,
         middle=best + size // 2,
         onset=best + size,
-        half=min(half + size - 1, len(series) - 1),
+        half=half + size - 1,
     )
-
-
-def _block_noise(series: Series, size: int) -> float:
-    """Standard deviation of the difference of the means of two blocks."""
-    return float(np.sqrt(2 * (series.whole_noise**2 / size + series.wander)))
 
 
 def _differ(series: Series) -> bool:
     """Whether the first and the last eighth differ by more than they spread."""
-    size = max(CALM_STEPS // 2, len(series) // 8)
+    size = block_size(series)
     first, last = series.values[:size], series.values[-size:]
     noise = float(np.sqrt((first.var() + last.var()) / size))
     return bool(abs(last.mean() - first.mean()) > max(FALLEN * noise, 0.02 * abs(series.level)))
 
 
 def _straight_rise(values: np.ndarray) -> tuple[float, float]:
-    """Rise of the straight line through values, first to last, and its standard deviation."""
+    """Rise of the straight line through values, first to last, and its standard deviation.
+
+    Three values at least.
+    """
     x = np.arange(len(values)) - (len(values) - 1) / 2
     slope = float(x @ values / (x @ x))
     rest = values - values.mean() - slope * x
-    spread = float(np.sqrt(rest @ rest / max(len(values) - 2, 1) / (x @ x)))
+    spread = float(np.sqrt(rest @ rest / (len(values) - 2) / (x @ x)))
     return slope * (len(values) - 1), spread * (len(values) - 1)
 
 
@@ -355,5 +359,4 @@ def _calm_noise(series: Series) -> float:
     until = int(np.argmax(series.smooth)) + 1
     if until < CALM_STEPS:
         return series.smooth_noise
-    before = Series(series.steps[:until], series.values[:until])
-    return min(series.smooth_noise, before.smooth_noise)
+    return min(series.smooth_noise, series.head(until).smooth_noise)

@@ -127,9 +127,9 @@ def _paid_lately(context: Context, entropy: Series, gone: Departure) -> bool:
     reward = context.reward
     if reward is None or reward.lost:
         return False
-    steps, values = reward.series.steps, reward.series.values
-    ends = range(len(values), max(len(values) - 1 - LATELY, CALM_STEPS - 1), -1)
-    states = (reward_state(Series(steps[:n], values[:n]), reward.solved) for n in ends)
+    count = len(reward.series)
+    ends = range(count, max(count - 1 - LATELY, CALM_STEPS - 1), -1)
+    states = (reward_state(reward.series.head(n), reward.solved) for n in ends)
     return any(_paid_for(state, entropy, gone) for state in states)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
-from wapo_analysis.diagnose.detectors import detector
+from wapo_analysis.diagnose.detectors import detector, lasting
 from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.result import Finding, Severity
-from wapo_analysis.diagnose.reward import CALM_STEPS, RewardState, fell_before
+from wapo_analysis.diagnose.reward import RewardState, block_size, fell_before
 from wapo_analysis.series import Departure, Series
 from wapo_analysis.store import Need
 
@@ -176,10 +176,10 @@ def find_takeover(context: Context) -> list[Finding]:
     share = sum(ends[name] for name in carrying) / total if total > 0 else 0.0
     gained = sum(parts[name].end - parts[name].level for name in rest)
     rare = all(context.reward_functions[name].end <= RARELY for name in rest)
-    if share < MOST or not rare or gained >= CONTENT_GAIN * total:
+    begin = _since(parts, carrying)
+    if share < MOST or not rare or gained >= CONTENT_GAIN * total or begin is None:
         return []
     lead, last = " and ".join(sorted(carrying)), " and ".join(sorted(rest))
-    begin = _since(parts, carrying)
     level = ", ".join(f"{name} {context.reward_functions[name].end:.2g}" for name in sorted(rest))
     return [
         Finding(
@@ -238,7 +238,7 @@ def find_form_alone(context: Context) -> list[Finding]:
 
 def _gain(series: Series, since: float) -> tuple[float, float]:
     """Rise from a part of the run to its end, in means of an eighth, and its noise."""
-    size = max(CALM_STEPS // 2, len(series) // 8)
+    size = block_size(series)
     begin = min(int(since * len(series)), len(series) - size)
     gain = series.values[-size:].mean() - series.values[begin : begin + size].mean()
     return float(gain), float(np.sqrt(2 * (series.noise**2 / size + series.wander)))
@@ -297,12 +297,12 @@ def _weighted(context: Context) -> dict[str, Series]:
     return {name: Series(s.steps, weight * s.values) for (name, s), weight in scaled}
 
 
-def _since(parts: dict[str, Series], carrying: list[str]) -> int:
-    """First step from which the carrying functions have had most of the reward."""
+def _since(parts: dict[str, Series], carrying: list[str]) -> int | None:
+    """First step from which the carrying functions have had most of the reward; None if not now."""
     shared = next(iter(parts.values())).steps
     if any(not np.array_equal(s.steps, shared) for s in parts.values()):
         return int(shared[0])
     total = sum(np.maximum(s.smooth, 0) for s in parts.values())
     most = sum(np.maximum(parts[name].smooth, 0) for name in carrying) >= MOST * total
-    off = np.flatnonzero(~most)
-    return int(shared[min(int(off[-1]) + 1, len(shared) - 1)] if len(off) else shared[0])
+    begin = lasting(parts[carrying[0]], np.asarray(most))
+    return None if begin is None else int(shared[begin])
