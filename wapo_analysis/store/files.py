@@ -194,7 +194,7 @@ def step_line(row: Mapping[str, Any]) -> bytes:
 
 def _json_number(name: str, value: Any) -> float | int | str | None:
     if type(value) is float:
-        return value if value - value == 0 else None
+        return value if isfinite(value) else None
     number = value.item() if isinstance(value, np.generic | np.ndarray) else value
     if not isinstance(number, int | float | None) and not (isinstance(number, str) and "/" in name):
         raise UserError(f"step column {name!r} must be a number, got {value!r:.60}")
@@ -232,7 +232,7 @@ class LineReader:
         if type(step) is not int or not 0 <= step < MOST_STEPS:
             raise ValueError("no integer 'step'")
         for name, value in row.items():
-            if value is not None and (type(value) is not float or value - value != 0):
+            if value is not None and (type(value) is not float or not isfinite(value)):
                 row[name] = _value(name, value)
         return row
 

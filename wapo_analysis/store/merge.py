@@ -89,7 +89,11 @@ def replace_files(folder: Path, sources: Sequence[PartFile], last: int | None = 
             if last is None or step <= last:
                 place.setdefault(step, source)
                 rows.setdefault(step, count)
-    span = min(place, default=0), max(place, default=0), sources[0].rank
+    if not place:
+        for source in sources:
+            source.path.unlink(missing_ok=True)
+        return False
+    span = min(place), max(place), sources[0].rank
     target = folder / merged_name(*span)
     there = PartFile(*span, target)
     if there not in sources and target.exists():  # it may hold more steps than these

@@ -37,7 +37,8 @@ PART_BYTES = 1 << 40
 #: Smaller files are read in one go; of larger ones, columns and row groups.
 WHOLE_BYTES = 1 << 24
 #: A file may take this many bytes in memory, or this many times its size if that is more.
-LEAST_ROOM, ROOM = 1 << 30, 256
+LEAST_ROOM_BYTES = 1 << 30
+ROOM = 256
 _SEAL, _BLANK = b"wapo_crc32", b"00000000-00000000"
 _SEALED = re.compile(_SEAL + rb".{2}([0-9a-f]{8})-([0-9a-f]{8})", re.DOTALL)
 #: Bytes after the footer: its length and the magic number.
@@ -270,14 +271,16 @@ def read_part(
             table = file.read_row_groups(groups, columns=columns, use_threads=threads)
         for place, column in enumerate(table.columns):
             if pa.types.is_dictionary(column.type):
-                if len(column) * column.nbytes > LEAST_ROOM:  # no row takes more than all texts
+                if (
+                    len(column) * column.nbytes > LEAST_ROOM_BYTES
+                ):  # no row takes more than all texts
                     _check_room(path, _text_bytes(column), path.stat().st_size)
                 table = table.set_column(place, table.field(place).name, column.cast(pa.string()))
         return table
 
 
 def _check_room(path: Path, wanted: int, size: int) -> None:
-    if wanted > max(LEAST_ROOM, ROOM * size):
+    if wanted > max(LEAST_ROOM_BYTES, ROOM * size):
         raise UserError(
             f"{path} has {size:,} bytes and would take {wanted:,} in memory; move it away"
         )

@@ -187,7 +187,7 @@ def test_a_small_file_cannot_flood_memory(run: Path, monkeypatch: pytest.MonkeyP
     constant = pa.table({"step": np.full(1 << 24, 2, np.int32)})
     pq.write_table(constant, run / PART, compression="zstd")
     assert (run / PART).stat().st_size < 100_000
-    monkeypatch.setattr("wapo_analysis.store.parquet.LEAST_ROOM", 1 << 26)
+    monkeypatch.setattr("wapo_analysis.store.parquet.LEAST_ROOM_BYTES", 1 << 26)
     assert "would take 134,217,728 in memory" in refused(run, PART, open_run(run).tokens)
 
 

@@ -249,7 +249,7 @@ def test_bytes_of_texts_that_stand_once_each_in_a_dictionary(texts: list[Any], s
 
 
 def test_room_is_a_gigabyte_or_256_times_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "LEAST_ROOM", 1000)
+    monkeypatch.setattr(parquet, "LEAST_ROOM_BYTES", 1000)
     for wanted, size in ((1000, 1), (2560, 10), (0, 0)):
         parquet._check_room(Path("f"), wanted, size)
     for wanted, size in ((1001, 1), (2561, 10)):
@@ -343,6 +343,9 @@ def test_parts_of_several_ranks_are_read_once_each_and_by_step(tmp_path: Path) -
     np.testing.assert_allclose(scanned["logp"], both, rtol=2**-15)
     assert scanned["old"].tolist() == [True] * 6
     assert scan_step(tmp_path / "tokens", 3, ["logp"], lambda block: block) == {}
+    (tmp_path / "tokens" / part_name(2, 1)).unlink()
+    alone = scan_step(tmp_path / "tokens", 2, ["logp"], lambda block: block)
+    np.testing.assert_allclose(alone["logp"], token_records(20, 3)["logp"], rtol=2**-15)
 
 
 @pytest.mark.parametrize(("count", "files"), [(LAST_STEPS - 1, LAST_STEPS - 1), (LAST_STEPS, 1)])

@@ -15,7 +15,7 @@ from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import Run, RunWriter, merge, open_run
 from wapo_analysis.store.merge import compact, merge_parts, replace_files
-from wapo_analysis.store.parts import list_parts, part_name, read_rows
+from wapo_analysis.store.parts import list_parts, merged_name, part_name, read_rows
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.store.writer import MERGE_STEPS
 
@@ -167,6 +167,20 @@ def test_a_run_merges_its_own_parts_while_it_is_written(tmp_path: Path) -> None:
     assert tail.run().steps.step.tolist() == list(range(1, MERGE_STEPS + 4))
 
 
+def test_parts_are_merged_each_time_there_are_so_many_new_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wapo_analysis.store.writer.MERGE_STEPS", 3)
+    writer, there = RunWriter(tmp_path / "r", {"name": "r"}), []
+    for step in range(1, 10):
+        writer.write_part(token_records(step, 2), step)
+        writer.append_step({"step": step})
+        writer.merge()
+        there.append(len(names(tmp_path / "r")))
+    assert there == [1, 2, 1, 2, 3, 2, 3, 4, 3]
+    writer.close("finished")
+
+
 def test_a_failing_merge_leaves_the_parts_and_the_writing_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +323,15 @@ def test_compact_says_what_it_did_and_changes_no_table(
     assert all(a.equals(b) for a, b in zip(before, tables(open_run(path)), strict=True))
     assert names(path) == ["merged-00000001-00000003-0.parquet"]
     assert said(capfd, str(path))[1].startswith(f"{path}: 4 files")
+
+
+@pytest.mark.parametrize(("steps", "files"), [(1, [part_name(1, 0)]), (2, [merged_name(1, 2, 0)])])
+def test_two_files_of_a_rank_become_one_and_one_stays(
+    steps: int, files: list[str], tmp_path: Path
+) -> None:
+    path = written_run(tmp_path / "r", steps)
+    compact(path)
+    assert names(path) == files
 
 
 def test_compact_refuses_a_run_that_is_being_written(
