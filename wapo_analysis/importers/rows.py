@@ -14,8 +14,6 @@ from wapo_analysis.schema import CLASSES, PAPER_EDGES, PROB_EDGES, Column, Table
 from wapo_analysis.table import Array, Records
 
 _ABOVE_ONE = 1e-5
-_LIMITS = {"bool": 2.0, "int8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31, "int64": 2.0**63,
-           "float32": float(np.finfo(np.float32).max), "float64": np.inf}  # fmt: skip
 
 
 def filled_records(table: Table, frame: pd.DataFrame, report: ImportReport) -> Records:
@@ -50,7 +48,7 @@ def numbers(given: pd.Series | None, rows: int) -> Array:
     if given is None:
         return np.full(rows, np.nan)
     values = _floats(given)
-    return np.where(np.abs(values) < _LIMITS["float32"], values, np.nan)
+    return np.where(np.abs(values) <= _most("float32"), values, np.nan)
 
 
 def _fitting(given: pd.Series | None, column: Column, rows: int, report: ImportReport) -> Array:
@@ -61,16 +59,23 @@ def _fitting(given: pd.Series | None, column: Column, rows: int, report: ImportR
     lost: dict[str, Array] = {
         f"values of {name} that are no number, left out": given.notna().to_numpy()
         & np.isnan(values),
-        f"{name} beyond {column.dtype}, now null": np.abs(values) >= _LIMITS[column.dtype],
+        f"{name} beyond {column.dtype}, now null": np.abs(values) > _most(column.dtype),
     }
     if column.dtype.startswith("int"):
-        part = np.isfinite(values) & (values != np.floor(values))
+        part = np.isfinite(values) & (values != np.rint(values))
         lost[f"{name} that is no whole number, now null"] = part
     for what, places in lost.items():
         if places.any():
             report.counts[what] += int(places.sum())
             values = np.where(places, np.nan, values)
     return values
+
+
+def _most(dtype: str) -> float:
+    """Largest finite number of a column."""
+    if dtype == "bool":
+        return 1.0
+    return float(np.iinfo(dtype).max if dtype.startswith("int") else np.finfo(dtype).max)
 
 
 def _floats(given: pd.Series) -> Array:
@@ -84,7 +89,7 @@ def _floats(given: pd.Series) -> Array:
 
 def _masked(values: Array, dtype: str) -> Array:
     missing = np.isnan(values)
-    whole: Array = np.ma.masked_array(np.where(missing, 0, values).astype(dtype), mask=missing)
+    whole: Array = np.ma.masked_array(np.nan_to_num(values).astype(dtype), mask=missing)
     return whole if missing.any() else np.asarray(whole)
 
 
@@ -149,7 +154,7 @@ def _from_probabilities(frame: pd.DataFrame, report: ImportReport) -> pd.DataFra
 
 def _counted(given: pd.Series, report: ImportReport) -> Array:
     values = _floats(given)
-    wild = np.abs(values) >= _LIMITS["float32"]
+    wild = np.abs(values) > _most("float32")
     if wild.any():
         report.counts["numbers that were not finite, now null"] += int(wild.sum())
     missing = given.notna().to_numpy() & np.isnan(values)
@@ -247,7 +252,7 @@ def class_table(step: int, counts: StepCounts, gated: bool, report: ImportReport
         for column in zip(*rows, strict=True)
     )
     built = dict(zip(names, (sign, regime, prob_bin, tokens, kept, proxy), strict=True))
-    columns = {name: _whole(built[name]) for name in names[:-1]}
+    columns = {name: _masked(built[name], "int64") for name in names[:-1]}
     absent = all_missing(len(rows))
     return Records.build(
         CLASSES,
@@ -263,12 +268,6 @@ def class_table(step: int, counts: StepCounts, gated: bool, report: ImportReport
 
 
 _Cell = tuple[int, int, int, int | None, int | None, float | None]
-
-
-def _whole(values: Array) -> Array:
-    missing = np.isnan(values)
-    filled = np.where(missing, 0, values).astype(np.int64)
-    return np.ma.masked_array(filled, mask=missing) if missing.any() else filled
 
 
 def _class_cells(counts: StepCounts, gated: bool, report: ImportReport) -> list[_Cell]:

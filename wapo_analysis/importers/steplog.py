@@ -133,10 +133,10 @@ class StepLog:
     def counts(self, key: str, files: int) -> bool:
         """Whether a name counts: whole numbers, one a record, that rise in each of some files."""
         values = np.array(self._numbers[key].values) if key in self._numbers else np.array([])
-        if len(values) < 2 or not (values >= 0).all() or (values != np.floor(values)).any():
+        if not _whole(values):
             return False
-        moves = np.diff(values)
-        return bool((moves != 0).all() and (moves < 0).sum() < files and moves.max() > 0)
+        moves = np.sign(np.diff(values))
+        return bool((moves == -1).sum() < files and (moves == 1).any() and moves.all())
 
     def step_candidates(self) -> dict[str, list[float]]:
         """Names whose whole numbers never fall and do rise, most steplike first, with the first."""
@@ -145,9 +145,10 @@ class StepLog:
             if _NO_COUNTER.search(key) and not _STEPLIKE.search(key):
                 continue
             values = np.array(held.values)
-            whole = np.isfinite(values).all() and (values == np.floor(values)).all()
+            if not _whole(values):
+                continue
             moves = np.diff(values)
-            if whole and len(values) > 1 and (moves >= 0).all() and moves.any() and values[0] >= 0:
+            if (moves >= 0).all() and moves.any():
                 found.append((not _STEPLIKE.search(key), not (moves == moves[0]).all(), key,
                               values[:3].tolist()))  # fmt: skip
         return {key: first for _, _, key, first in sorted(found)}
@@ -164,10 +165,9 @@ class StepLog:
             held.steps = array("q", [step for step, _ in pairs])
             held.values = array("d", [value for _, value in pairs])
 
-    def end_of_file(self, file: Path, first: int | None, last: int | None) -> None:
+    def end_of_file(self, file: Path, first: int, last: int) -> None:
         """Note which steps a file held, to tell two runs in one folder from one that went on."""
-        if first is not None and last is not None:
-            self._files.append((file, first, last))
+        self._files.append((file, first, last))
 
     def finish(self, names: NameTable) -> dict[int, dict[str, Any]]:
         """Rows of the ``steps`` table by step.
@@ -376,6 +376,11 @@ def _way(key: str) -> str:
     """How numbers of several ranks make one: counts add up, extremes stay extremes."""
     name = key.removeprefix("train/")
     return next((way for way, pattern in _WAYS if pattern.fullmatch(name)), "mean")
+
+
+def _whole(values: Array) -> bool:
+    """Whether all are whole numbers from 0 on."""
+    return bool((np.isfinite(values) & (values >= 0) & (values == np.rint(values))).all())
 
 
 def _arrays(held: _Numbers) -> tuple[Array, Array]:

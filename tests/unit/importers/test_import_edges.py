@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.import_sources import write_lines, write_prime_monitor, write_trl, write_verl
@@ -11,8 +12,17 @@ from tests.support.logged import read
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.mapping import NameTable
 from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.rows import (
+    StepCounts,
+    class_rows,
+    class_table,
+    clean_tokens,
+    filled_records,
+    numbers,
+)
 from wapo_analysis.importers.shapes import json_rows
 from wapo_analysis.importers.steplog import StepLog, _Repeats
+from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import open_run
 
 LOG = Path("logs/train.jsonl")
@@ -148,3 +158,178 @@ def test_a_completion_of_prime_rl_is_as_long_as_what_was_sampled(tmp_path: Path)
     write_prime_monitor(tmp_path / "runs", steps=2)
     read(tmp_path / "runs", tmp_path / "out")
     assert open_run(tmp_path / "out").rollouts["length"].tolist() == [5] * 8
+
+
+# ---- what a column can hold
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("token_id", 2.0**31 - 1), ("minibatch", 2.0**15 - 1), ("kept", 1.0),
+     ("entropy", float(np.finfo(np.float32).max))],
+)  # fmt: skip
+def test_the_largest_number_of_a_column_is_kept_and_a_larger_one_is_not(
+    name: str, most: float
+) -> None:
+    more = most + 1 if name != "entropy" else most * 1.01
+    frame = pd.DataFrame({"step": 1, "advantage": 1.0, name: [most, -more, more, 0.0]})
+    report = ImportReport("table", "t")
+    found = filled_records(TOKENS, frame, report)[name]
+    assert float(found[0]) == most
+    missing = np.isnan(found) if name == "entropy" else np.ma.getmaskarray(found)
+    assert missing.tolist() == [False, True, True, False]
+    (what,) = report.counts
+    assert what.startswith(f"{name} beyond")
+    assert report.counts[what] == 2
+
+
+def test_numbers_are_those_of_float32() -> None:
+    most = float(np.finfo(np.float32).max)
+    given = pd.Series([most, -most, 1.01 * most, np.inf])
+    np.testing.assert_array_equal(numbers(given, 4), [most, -most, np.nan, np.nan])
+    report = ImportReport("table", "t")
+    frame = pd.DataFrame({"step": 1, "advantage": given, "logp": -1.0})
+    assert clean_tokens(frame, report)["advantage"].tolist() == [most, -most]
+    assert report.counts["numbers that were not finite, now null"] == 2
+
+
+def test_values_that_are_no_number_are_counted_and_a_sum_of_squares_is_kept_in_its_bounds() -> None:
+    """S - p^2 lies between 0 and (1 - p)^2, here a quarter."""
+    frame = pd.DataFrame({"step": 1, "advantage": 1.0, "logp": np.log(0.5),
+                          "entropy": ["x", "y", None, 1.0, 2.0],
+                          "collision": [0.2, 0.25, 0.375, 0.5, 0.9]})  # fmt: skip
+    report = ImportReport("table", "t")
+    rows = clean_tokens(frame, report)
+    np.testing.assert_allclose(rows["collision_rest"], [0, 0, 0.125, 0.25, 0.25], atol=1e-15)
+    assert dict(report.counts) == {"values that are no number, now null": 2}
+
+
+def test_a_flag_that_is_missing_once_has_no_total_and_leaves_the_other_whole() -> None:
+    frame = pd.DataFrame({"step": 1, "advantage": 1.0, "logp": -0.1, "rank": [0, 0, None, 0],
+                          "kept": [True, False, None, True],
+                          "clipped": [True, True, True, False]})  # fmt: skip
+    report = ImportReport("table", "t")
+    totals = class_rows(filled_records(TOKENS, frame, report), 1.0)
+    assert totals["tokens"].tolist() == [4], "a missing rank is the first"
+    assert np.ma.getmaskarray(totals["kept"]).all()
+    assert totals["clipped"].tolist() == [2], "of those not known to be dropped"
+    whole = class_rows(filled_records(TOKENS, frame.assign(kept=True), report), 1.0)
+    assert (whole["kept"].tolist(), whole["clipped"].tolist()) == ([4], [3])
+
+
+def bins(**counts: int) -> StepCounts:
+    return StepCounts(bins=counts)
+
+
+DROPPED = bins(neg_peak_eligible=1)
+
+
+@pytest.mark.parametrize(
+    ("steps", "gated"),
+    [
+        ([], False), ([bins(pos_peak_eligible=3)], False), ([DROPPED], True),
+        ([DROPPED, bins(pos_peak_eligible=3)], True),
+        ([DROPPED, bins(neg_valley_eligible=2, neg_valley_kept=1)], False),
+        ([StepCounts(bins=DROPPED.bins, filtered=True)], False),
+        ([DROPPED, StepCounts(bins={"neg_peak_eligible": 2, "neg_peak_kept": 2}, filtered=True)],
+         True),
+    ],
+)  # fmt: skip
+def test_a_trainer_drops_bad_answers_where_no_token_of_one_is_ever_kept(
+    steps: list[StepCounts], gated: bool
+) -> None:
+    assert StepCounts.gated(steps) is gated
+
+
+@pytest.mark.parametrize(
+    ("counts", "alone"),
+    [
+        (bins(pos_peak_eligible=1), False),
+        (StepCounts(bins={"pos_peak_eligible": 1}, sampled=1), True),
+        (StepCounts(bins={"pos_peak_eligible": 2, "neg_peak_eligible": 1}, sampled=3), True),
+        (StepCounts(bins={"pos_peak_eligible": 2, "neg_peak_eligible": 1}, sampled=2), False),
+        (StepCounts(bins={"pos_peak_eligible": 2}, sampled=2, zeros=1), False),
+        (StepCounts(bins={"pos_peak_eligible": 2}, token_count={1: np.array([1, 1])}), True),
+        (StepCounts(bins={"pos_peak_eligible": 2}, token_count={1: np.array([1, 0])}), False),
+    ],
+)
+def test_when_no_token_of_a_step_is_without_advantage(counts: StepCounts, alone: bool) -> None:
+    assert counts.without_zero() is alone
+
+
+COUNTED = {"pos_peak_eligible": 10, "pos_peak_kept": 6, "pos_valley_eligible": 3,
+           "pos_valley_kept": 3, "neg_peak_eligible": 4}  # fmt: skip
+GOOD_AND_BAD = {(-1, 1): (4, 0), (-1, 0): (0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("sampled", "gated", "filtered", "cells", "told"),
+    [
+        (0, True, False, {(1, 1): (6, 6), (0, 1): (4, 0), (1, 0): (3, 3), (0, 0): (0, 0)}, 0),
+        (17, True, False, {(1, 1): (10, 6), (0, 1): (0, 0), (1, 0): (3, 3), (0, 0): (0, 0)}, 0),
+        (0, True, True, {(1, 1): (10, 6), (1, 0): (3, 3)}, 1),
+        (0, False, False, {(1, 1): (10, 6), (1, 0): (3, 3)}, 1),
+    ],
+)
+def test_tokens_without_advantage_are_told_apart_where_the_files_can(
+    sampled: int, gated: bool, filtered: bool, cells: dict[tuple[int, int], tuple[int, int]],
+    told: int,
+) -> None:  # fmt: skip
+    """Of a trainer that drops bad answers what it kept is good; else all may be counted as good."""
+    report = ImportReport("official", "run")
+    counts = StepCounts(bins=COUNTED, sampled=sampled, filtered=filtered)
+    rows = class_table(2, counts, gated, report)
+    names = ("sign", "regime", "tokens", "kept", "prob_bin", "step")
+    found = [tuple(int(rows[name][n]) for name in names) for n in range(len(rows))]
+    assert {row[:2]: row[2:4] for row in found} == cells | GOOD_AND_BAD
+    assert {row[4:] for row in found} == {(-1, 2)}
+    assert sum(report.counts.values()) == told
+
+
+# ---- the rows of a log
+
+
+def rows_of(
+    *records: dict[str, Any], trainer: str | None = None
+) -> tuple[ImportReport, dict[int, dict[str, Any]]]:
+    log = StepLog(ImportReport("table", "logs", trainer=trainer))
+    for step, record in enumerate(records, start=1):
+        log.add(record, step, "table", (LOG, step))
+    return log.report, log.finish(NameTable({}))
+
+
+def test_rewards_of_several_held_out_sets_are_kept_beside_their_mean() -> None:
+    several = {"val-core/math/reward/mean@1": 0.2, "val-core/code/reward/mean@1": 0.6}
+    report, rows = rows_of(several, {"reward": 0.5})
+    assert rows == {
+        1: {"eval_reward": pytest.approx(0.4), "eval_reward/math": 0.2, "eval_reward/code": 0.6},
+        2: {"reward": 0.5},
+    }
+    assert report.events == []
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith("eval_reward is the mean of val-core/math")
+    report, rows = rows_of({"val-core/math/reward/mean@1": 0.2, "reward": 0.5})
+    assert rows == {1: {"eval_reward": 0.2, "reward": 0.5}}
+    assert report.notes == []
+
+
+def test_steps_that_hold_nothing_but_times_and_epochs_are_none() -> None:
+    _, rows = rows_of({"epoch": 1, "_runtime": 3.0}, {"epoch": 1, "speed": 2}, {"reward": 1})
+    assert sorted(rows) == [2, 3]
+    assert rows[2] == {"table/epoch": 1, "table/speed": 2}
+
+
+@pytest.mark.parametrize(("told", "trainer"), [(None, "verl"), ("TRL", "TRL")])
+def test_a_trainer_that_the_files_tell_is_not_guessed(told: str | None, trainer: str) -> None:
+    verl = {"actor/entropy": 0.4, "critic/score/mean": 0.5, "response_length/mean": 9.0}
+    assert rows_of(verl, trainer=told)[0].trainer == trainer
+
+
+def test_a_text_where_numbers_are_looked_for_is_named_and_another_is_not_in_the_run() -> None:
+    report, rows = rows_of({"reward": "high", "speed": "?", "note": "x"}, {"speed": 2, "note": "y"})
+    assert rows == {2: {"table/speed": 2}}
+    assert dict(report.counts) == {
+        "values of reward that are no number, left out": 1,
+        "values of speed that are no number, left out": 1,
+    }
+    assert dict(report.unknown_keys) == {"note": 2}

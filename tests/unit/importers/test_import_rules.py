@@ -113,12 +113,13 @@ def test_two_files_of_the_same_steps_are_two_runs_and_one_that_goes_on_is_not() 
 @pytest.mark.parametrize(
     ("values", "counts"),
     [([1, 2, 3], True), ([0, 1, 2], True), ([1], False), ([1, 1, 2], False), ([1, 2.5, 3], False),
-     ([-1, 0, 1], False), ([1, 2, 1, 2], False), ([3, 2, 1], False)],
+     ([-1, 0, 1], False), ([1, 2, 1, 2], False), ([3, 2, 1], False), ([1, 2], True)],
 )  # fmt: skip
 def test_what_counts_records(values: list[float], counts: bool) -> None:
     log = log_of(list(enumerate(values)), "epoch")
     assert log.counts("epoch", 1) is counts
     assert log.counts("epoch", 2) is (counts or values == [1, 2, 1, 2])
+    assert log.counts("epoch", 3) is (counts or values == [1, 2, 1, 2]), "some must rise"
     assert not log.counts("other", 1)
 
 
@@ -126,12 +127,17 @@ def test_names_that_may_count_the_steps_the_most_steplike_first() -> None:
     log = StepLog(ImportReport("table", "logs"))
     for n in range(5):
         row = {"my_step": 10 * n, "when": n * n, "count": n, "tokens": 7 * n, "reward": 0.1 * n,
-               "flat": 3, "back": -n, "below": n - 1, "seen": n**2, "batch_tokens": n}  # fmt: skip
+               "flat": 3, "back": -n, "below": n - 1, "seen": n**2, "batch_tokens": n,
+               "half_step": n / 2, "last_step": n if n < 3 else np.inf,
+               "zigzag_step": n ^ 1, "pair_step": n // 2}  # fmt: skip
+        if n < 2:
+            row["twice"] = n
         log.add(row, n, "table", (LOG, n))
-    assert log.step_candidates() == {
-        "batch_tokens": [0, 1, 2], "my_step": [0, 10, 20], "when": [0, 1, 4],
-        "count": [0, 1, 2], "seen": [0, 1, 4],
-    }  # fmt: skip
+    assert list(log.step_candidates().items()) == [
+        ("batch_tokens", [0, 1, 2]), ("my_step", [0, 10, 20]), ("pair_step", [0, 0, 1]),
+        ("when", [0, 1, 4]), ("count", [0, 1, 2]), ("twice", [0, 1]), ("seen", [0, 1, 4]),
+    ]  # fmt: skip
+    assert not log.counts("last_step", 1)
     log.count_by("my_step")
     assert sorted(log.finish(NameTable({}))) == [0, 10, 20, 30, 40]
 
