@@ -63,6 +63,9 @@ class _Numbers:
     steps: "array[int]" = field(default_factory=lambda: array("q"))
     values: "array[float]" = field(default_factory=lambda: array("d"))
 
+    def arrays(self) -> tuple[Array, Array]:
+        return np.array(self.steps), np.array(self.values)
+
 
 @dataclass
 class StepLog:
@@ -155,9 +158,8 @@ class StepLog:
 
     def count_by(self, key: str) -> None:
         """Take the numbers of one name as the steps; numbers of records without it are left out."""
-        steps = dict(
-            zip(self._numbers[key].steps, map(int, self._numbers[key].values), strict=True)
-        )
+        counter = self._numbers[key]
+        steps = dict(zip(counter.steps, map(int, counter.values), strict=True))
         for held in self._numbers.values():
             pairs = [
                 (steps[n], v) for n, v in zip(held.steps, held.values, strict=True) if n in steps
@@ -234,7 +236,7 @@ class StepLog:
 
     def _settled(self) -> dict[str, dict[int, float]]:
         """One number for each name and step."""
-        found = {key: _arrays(held) for key, held in self._numbers.items()}
+        found = {key: held.arrays() for key, held in self._numbers.items()}
         found |= self._by_batch(found)
         repeats = {key: r for key, held in found.items() if (r := _Repeats.of(*held)) is not None}
         told = {key: r for key, r in repeats.items() if not _BOOKKEEPING.fullmatch(key)}
@@ -253,7 +255,7 @@ class StepLog:
         """Numbers of updates at the step of their batch, where a batch has several."""
         batches = [s.max() for key, (s, _) in found.items() if key.startswith("rollout/")]
         updates = [found[key][0].max() for key in self._of_updates]
-        if not batches or not updates or len(self._of_updates) == len(found):
+        if not batches or not updates:
             return {}
         each = round((int(max(updates)) + 1) / (int(max(batches)) + 1))
         if each < 2:
@@ -381,10 +383,6 @@ def _way(key: str) -> str:
 def _whole(values: Array) -> bool:
     """Whether all are whole numbers from 0 on."""
     return bool((np.isfinite(values) & (values >= 0) & (values == np.rint(values))).all())
-
-
-def _arrays(held: _Numbers) -> tuple[Array, Array]:
-    return np.array(held.steps, np.int64), np.array(held.values, np.float64)
 
 
 def _fed(feed: Feed, columns: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
