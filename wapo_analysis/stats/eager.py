@@ -1,5 +1,6 @@
 """Rows to `Reduced` in torch operations: plain on two reused blocks in cache, or compiled."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -185,7 +186,7 @@ def reduce_compiled(
 
     def sums(start: int, stop: int, origin: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         lowest, block = LOWEST[rows.dtype], _dynamic(rows.block(start, stop), origin)
-        total = _kernel(_quick_sums)(*block, scale, 2**lowest) if on_cpu else None
+        total = _kernel(_quick_sums)(*block, scale, math.exp2(lowest)) if on_cpu else None
         # A column of -inf makes the quick sums NaN, and so does a NaN.
         if total is None or not torch.cat(total).isfinite().all():
             total = _kernel(_compiled_sums)(*block, scale, lowest)

@@ -202,7 +202,7 @@ class Rows:
         """Row numbers as a slice, if they follow each other and asking costs no wait."""
         if self.kept is None:
             return slice(start, stop)
-        if self.kept.device.type != "cpu" or stop <= start:
+        if self.kept.device.type != "cpu":
             return None
         first, last = int(self.kept[start]), int(self.kept[stop - 1])
         return slice(first, last + 1) if last - first == stop - 1 - start else None
@@ -321,9 +321,7 @@ def top_columns(pick: Pick, maxima: Tensor, k: int, vocabulary: int) -> tuple[Te
     ids : Tensor of int64, shape (N, k)
     """
     blocks = torch.arange(maxima.shape[1], device=maxima.device).unsqueeze(0)
-    if k < maxima.shape[1]:
-        blocks = _places(maxima, blocks, k)
-    blocks = blocks.expand(len(maxima), -1)
+    blocks = _places(maxima, blocks, min(k, maxima.shape[1]))
     values, ids = _open(pick, maxima, blocks, vocabulary)
     places = _places(values, ids, k)
     return values.gather(1, places), ids.gather(1, places)

@@ -161,6 +161,17 @@ def test_the_backward_pass_makes_blocks_of_the_vocabulary(
 
 
 @pytest.mark.parametrize(
+    ("rows", "vocabulary", "backward"), [(2048, 1500, [1024, 476]), (512, 3000, [2048, 952])]
+)
+def test_a_block_of_the_vocabulary_has_a_million_logits_and_1024_columns_at_least(
+    rows: int, vocabulary: int, backward: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    made = products(monkeypatch, rows, vocabulary)
+    assert made[made.index(None) + 1 :] == [(rows, width) for width in backward]
+
+
+@pytest.mark.parametrize(
     ("rows", "columns", "parts"),
     [(7, 4, [3, 3, 1]), (2, 12, [1, 1]), (2, 13, [1, 1]), (3, 6, [2, 1]), (0, 6, [0])],
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.stats import eager
+from wapo_analysis.stats import eager, head
 from wapo_analysis.stats.eager import (
     CPU_ELEMENTS,
     _lift,
@@ -205,6 +205,32 @@ def test_the_upper_end_of_a_row(vocabulary: int, dtype: torch.dtype) -> None:
         found = [float(part[row]) for part in ends[:3]]
         assert found == [float(chosen), float(highest), max(left, default=-torch.inf)]
         assert int(ends.mode[row]) == mode
+
+
+@pytest.mark.parametrize(("targets", "picks"), [([[3], [200]], 2), ([[3], [201]], 3)])
+def test_a_second_block_is_opened_only_if_a_target_is_not_the_mode(
+    targets: list[list[int]], picks: int
+) -> None:
+    rows = torch.zeros(2, 256)
+    rows[0, 3] = rows[1, 200] = 1
+    seen: list[int] = []
+
+    def pick(ids: Tensor) -> Tensor:
+        seen.append(ids.shape[1])
+        return rows.gather(1, ids)
+
+    ends = upper_end(pick, block_maxima(rows), torch.tensor(targets), 256)
+    assert seen == [1, *[BLOCK] * (picks - 1)]
+    assert ends.mode.tolist() == [[3], [200]]
+
+
+def test_the_lowest_power_in_a_sum_has_a_normal_square() -> None:
+    """Arithmetic of denormal numbers is slow; far below the rounding of a sum it is of no use."""
+    for dtype, lowest in eager.LOWEST.items():
+        assert 4.0**lowest >= torch.finfo(dtype).tiny
+        assert 2.0**lowest < torch.finfo(dtype).eps ** 2
+    for dtype, lowest in head._LOWEST.items():
+        assert torch.finfo(dtype).tiny <= 2.0**lowest < torch.finfo(dtype).eps ** 3
 
 
 def test_a_normaliser_becomes_a_power_of_two() -> None:

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_the_program_that_is_compiled_is_right_before_it_is(
         assert torch.equal(stats.top_ids, ids[:, :3])
         some = token_stats(logits, targets, temperature, backend="compile", chunk_rows=11)
         assert_close(some, exact, rtol)
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+def test_finite_rows_take_the_quick_sums_alone(
+    padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def kernel(program: Any) -> Any:
+        used.append(program.__name__)
+        return program
+
+    monkeypatch.setattr(eager, "_kernel", kernel)
+    monkeypatch.setattr(eager, "_dynamic", lambda *tensors: tensors)
+    logits = torch.nn.functional.pad(drawn(9, 30, 3), (0, padding), value=-torch.inf)
+    token_stats(logits, torch.zeros(9, dtype=torch.long), backend="compile")
+    careful = ["_compiled_sums"] if padding else []
+    assert used == ["_compiled_maxima", "_quick_sums", *careful]
 
 
 def test_quick_sums_are_the_careful_ones_of_finite_rows() -> None:
