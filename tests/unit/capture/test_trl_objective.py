@@ -286,18 +286,49 @@ def test_clipped_tokens_are_logged_by_the_sign_of_their_advantage() -> None:
         WAPO, _metrics=metrics, accelerator=SimpleNamespace(num_processes=1, gather=lambda v: v)
     )
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
-    clipped = torch.tensor([[1, 1, 0, 1], [1, 0, 0, 1]]).bool()
+    clipped = torch.tensor([[1, 1, 0, 1], [1, 1, 0, 1]]).bool()
     kept = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]).bool()
     out: Any = SimpleNamespace(clipped=clipped, kept=kept)
     loss._log(mask, torch.arange(8.0).view(2, 4), out, torch.tensor([0.5, -0.5]))
     found = {name: values[0] for name, values in metrics["train"].items()}
     assert found == pytest.approx({
-        "clip_ratio/low_mean": 1 / 5, "clip_ratio/high_mean": 1 / 5, "entropy": 12 / 5,
+        "clip_ratio/low_mean": 2 / 5, "clip_ratio/high_mean": 1 / 5, "entropy": 12 / 5,
     })  # fmt: skip
     loss._trainer.model.training = False
     loss._log(mask & False, None, out, torch.tensor([0.5, -0.5]))
     assert metrics["eval"] == {"clip_ratio/low_mean": [0.0], "clip_ratio/high_mean": [0.0]}
     assert len(metrics["train"]["entropy"]) == 1
+
+
+@pytest.mark.parametrize(("units", "divisor", "times"), [(2.0, 3, 6.0), (0.5, 1, 0.5)])
+def test_a_loss_is_the_objective_s_times_multiplier_and_what_will_divide_it(
+    units: float, divisor: int, times: float
+) -> None:
+    """pi / pi_old of each token times A, over the constant length that is in the weights."""
+    leaf = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]], requires_grad=True)
+    old = leaf.detach() - torch.tensor([[0.1, -0.2], [0.3, 0.4]])
+    loss = loss_of(
+        WAPO, accelerator=SimpleNamespace(
+            num_processes=1, gather=lambda v: v, gradient_accumulation_steps=divisor,
+            distributed_type="NO",
+        ),
+        loss_is_scaled_for_ga=True, _metrics={"train": defaultdict(list)},
+        **{SCORER: lambda model, ids, *given, **how: (leaf, None)},
+    )  # fmt: skip
+    two = torch.ones(2, 2, dtype=torch.long)
+    inputs = {
+        "prompt_ids": two, "prompt_mask": two, "completion_ids": two,
+        "completion_mask": torch.tensor([[1, 1], [1, 0]]), "old_per_token_logps": old,
+        "advantages": torch.tensor([0.5, 0.25]), WEIGHT_KEY: torch.tensor([0.1, 0.2]),
+        UNITS_KEY: torch.full((2,), units),
+    }  # fmt: skip
+    found = loss.compute(print, None, inputs)
+    ratio = (leaf - old).detach().exp()
+    expected = -(ratio[0].sum() * 0.5 * 0.1 + ratio[1, 0] * 0.25 * 0.2) * times
+    torch.testing.assert_close(found.detach(), expected)
+    found.backward()
+    coef = ratio * torch.tensor([[0.05], [0.05]]) * torch.tensor([[1, 1], [1, 0]]) * times
+    torch.testing.assert_close(leaf.grad, -coef)
 
 
 class Peaked(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.unit.capture.test_trl_trainer import seen_pass
+from tests.unit.capture.test_trl_watcher import bare
 from wapo_analysis.capture.trl import passes
 from wapo_analysis.capture.trl.passes import (
     SeenPass,
@@ -285,3 +286,15 @@ def test_a_second_scoring_adds_to_its_own_tokens_alone(
     assert notes == [{"not_in_coef": ["x", "scoring of other tokens"]}] * noted
     watcher._take_second(inputs, seen, (logps.detach(), None), ids)
     assert len(notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("inputs", "current", "kept"), [({}, True, 1), (None, True, 0), ({}, False, 0)]
+)
+def test_a_mask_of_the_loss_is_kept_with_its_pass(inputs: Any, current: bool, kept: int) -> None:
+    seen = seen_pass()
+    mask = torch.ones(2, 3, requires_grad=True)
+    watcher = bare(inputs=inputs, current=seen if current else None)
+    assert watcher._keep_mask(lambda: mask) is mask
+    assert len(seen.masks) == kept
+    assert not any(one.requires_grad for one in seen.masks)

@@ -242,6 +242,18 @@ def test_a_completion_of_its_end_alone_stopped_and_one_that_is_masked_out_did_no
     table = watch.columns()
     assert table["finish_reason"] == ["stop", "length", "stop"]
     assert table["length"] == [1, 6, 2]
+    assert watch.sums()["repetition"] == repetition([END, 0, 0, 0, 0, 0]), "of the second alone"
+
+
+def test_prompts_are_spelled_if_one_is_no_text_and_tools_wrote_the_rest() -> None:
+    given = batch("123.", "45")
+    given["tool_mask"] = torch.zeros_like(given["completion_mask"])
+    given["tool_mask"][:, 0] = 1
+    watch = reader()
+    watch.take_batch([{"prompt": "0+="}, {"prompt": [{"role": "user"}]}], given)
+    table = watch.columns()
+    assert table["prompt"] == ["1+"] * 2
+    assert table["length"] == [1, 1]
 
 
 def test_of_two_batches_that_no_pass_saw_the_last_one_counts() -> None:

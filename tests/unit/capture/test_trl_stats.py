@@ -176,7 +176,7 @@ def test_the_richer_head_is_asked_only_where_nothing_better_is_read(
     assert not forward.watch._inside
 
 
-L, T, V = 6, 3, 5
+L, T, V = 7, 3, 5
 LOGITS = torch.randn(2, L, V, generator=torch.Generator().manual_seed(0))
 
 
@@ -194,7 +194,7 @@ def logits_reader(again: bool = False) -> tuple[StatsReader, _Call, list[Tensor]
 def test_logits_of_a_completion_are_those_before_its_tokens() -> None:
     watch, call, looked = logits_reader()
     watch._take(SimpleNamespace(logits=LOGITS), None)
-    before = LOGITS[:, 2:5]
+    before = LOGITS[:, 3:6]
     wanted = token_stats(before[call.mask_BT], call.ids_BT[call.mask_BT], 0.7)
     assert torch.equal(call.from_logits[0].logp, wanted.logp)
     assert torch.equal(looked[0], before[call.mask_BT])
@@ -202,6 +202,22 @@ def test_logits_of_a_completion_are_those_before_its_tokens() -> None:
     assert watch.source == "logits"
     assert columns["collision_rest"] is not None
     assert torch.equal(columns["collision_rest"], wanted.collision_rest)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_hidden_states_of_a_completion_are_those_before_its_tokens(again: bool) -> None:
+    watch, call, looked = logits_reader(again)
+    weight = torch.randn(V, 2, generator=torch.Generator().manual_seed(1))
+    watch._model.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    hidden = torch.randn(2, L, 2, generator=torch.Generator().manual_seed(2))
+    watch._read_head((weight, None), hidden)
+    before = (hidden @ weight.T)[:, 3:6]
+    torch.testing.assert_close(looked[0], before[call.mask_BT])
+    assert len(call.from_head) == (not again)
+    if not again:
+        wanted = token_stats(before[call.mask_BT], call.ids_BT[call.mask_BT], 0.7)
+        torch.testing.assert_close(call.from_head[0].logp, wanted.logp)
+        torch.testing.assert_close(call.from_head[0].entropy, wanted.entropy)
 
 
 def test_a_part_of_a_pass_is_reduced_and_no_top_tokens_are_read_of_it() -> None:

@@ -121,6 +121,8 @@ def test_every_trainer_and_loss_has_its_own_rule() -> None:
     assert wapo == ClipRule(0.0, 10.0)
     gspo = ObjectiveConfig(name="gspo", clip_eps=0.25)
     assert clip_rule(trainer(_wapo_objective=gspo), "GRPOTrainer").level == "mean"
+    rewarded = ObjectiveConfig(name="raft")
+    assert clip_rule(trainer(_wapo_objective=rewarded), "GRPOTrainer") == ClipRule()
     plain = SimpleNamespace(args=SimpleNamespace())
     assert clip_rule(plain, "GRPOTrainer") == ClipRule(0.8, 1.2), "of a trainer that does not say"
     assert clip_rule(trainer(loss_type="dapo"), "GMPOTrainer").level == "token"

@@ -378,3 +378,19 @@ def test_top1_is_asked_for_where_rows_are_written(
     assert asked == [top1]
     assert (watcher._last, watcher._resume_after, watcher._generating) == (0, None, 0.0)
     assert {"_compute_loss", "get_off_policy_mask"} <= vars(trainer.raw).keys()
+
+
+def test_what_a_loss_is_given_is_known_while_it_runs_and_in_training_alone() -> None:
+    known: list[Any] = []
+    watcher = bare(inputs=None, current="earlier", training=True)
+
+    def loss(model: str, inputs: dict[str, Any]) -> str:
+        known.append((watcher._inputs, watcher._current))
+        return "loss"
+
+    inputs = {"a": 1}
+    assert watcher._compute_loss(loss, "model", inputs) == "loss"
+    watcher._training, watcher._current = False, "earlier"
+    assert watcher._compute_loss(loss, "model", inputs) == "loss"
+    assert known == [(inputs, None), (None, "earlier")]
+    assert watcher._inputs is None

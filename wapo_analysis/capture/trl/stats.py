@@ -286,10 +286,9 @@ class StatsReader:
         log_collision = gathered("log_sum_sq_probs")
         if log_collision is not None:
             wide = logp.double()
-            complement = -torch.expm1(wide)
             others = max(rows_of(self._model.get_output_embeddings().weight) - 1, 1)
             rest = log_collision.double().exp() - (2 * wide).exp()
-            highest = complement.square()
+            highest = torch.expm1(wide).square()
             columns["collision_rest"] = rest.clamp(min=highest / others, max=highest).float()
         return columns
 
