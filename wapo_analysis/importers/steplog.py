@@ -369,7 +369,7 @@ def _combined(values: Array, way: str) -> float:
         return float(values[-1])
     if way == "sum":
         return float(values.sum())
-    if way == "max" or (values == values[0]).all():
+    if way == "max" or values.min() == values.max():
         return float(values.max())
     return float(values.min() if way == "min" else values.mean())
 

@@ -21,71 +21,11 @@ from wapo_analysis.importers.rows import (
     numbers,
 )
 from wapo_analysis.importers.shapes import json_rows
-from wapo_analysis.importers.steplog import StepLog, _Repeats
+from wapo_analysis.importers.steplog import StepLog
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import open_run
 
 LOG = Path("logs/train.jsonl")
-
-
-# ---- several records of one step
-
-
-@pytest.mark.parametrize(
-    ("steps", "jumps", "alternates"),
-    [
-        ([1, 2, 1, 2], 1, False),
-        ([1, 2, 1, 2, 3, 4, 3, 4], 2, True),
-        ([1, 2, 1, 2, 3, 4, 3, 4, 5, 6], 2, True),
-        ([1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 7], 2, False),
-        ([1, 2, 3, 1, 2, 3, 4, 5, 4, 5], 2, True),
-        ([1, 2, 3, 1, 2, 3, 4, 5, 6, 4, 5, 6], 2, False),
-        ([3, 2, 1], 0, False),
-    ],
-)
-def test_ranks_take_turns_where_two_steps_a_time_and_most_of_all_come_again(
-    steps: list[int], jumps: int, alternates: bool
-) -> None:
-    found = _Repeats.of(np.array([*steps, 99, 99]), np.arange(len(steps) + 2.0))
-    assert found is not None
-    assert (found.jumps, found.alternates) == (jumps, alternates)
-
-
-def of_files(*files: list[int], **more: Any) -> tuple[StepLog, dict[int, dict[str, Any]]]:
-    """The log of several files with a record a step, each number another."""
-    log, count = StepLog(ImportReport("table", "logs")), 0
-    for n, steps in enumerate(files):
-        for step in steps:
-            log.add({"reward": count, **more}, step, "table", (Path(f"logs/{n}.jsonl"), step))
-            count += 1
-        log.end_of_file(Path(f"logs/{n}.jsonl"), min(steps), max(steps))
-    return log, log.finish(NameTable({}))
-
-
-def test_of_files_that_meet_at_one_step_it_is_logged_twice() -> None:
-    log, rows = of_files([1, 2, 3, 4], [4, 5, 6])
-    assert {step: row["reward"] for step, row in rows.items()} == {
-        1: 0,
-        2: 1,
-        3: 2,
-        4: 3.5,
-        5: 5,
-        6: 6,
-    }
-    assert log.report.events == [
-        "steps 4 have several records each (ranks or micro-batches): averaged"
-    ]
-
-
-def test_files_that_share_two_steps_are_of_a_run_that_went_on_unless_both_begin_alike() -> None:
-    log, rows = of_files([1, 2, 3, 4], [3, 4, 5])
-    rewards = {step: row["reward"] for step, row in rows.items()}
-    assert rewards == {1: 0, 2: 1, 3: 4, 4: 5, 5: 6}
-    assert log.report.events == [
-        "steps 3 to 4 were logged again after a resume: the later run is read"
-    ]
-    with pytest.raises(UserError, match="2 files of logs hold different numbers for the same"):
-        of_files([3, 4, 5], [3, 4])
 
 
 # ---- what is said
