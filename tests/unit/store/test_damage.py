@@ -17,6 +17,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.store import files, open_run
 from wapo_analysis.store.files import LineReader, step_line
 from wapo_analysis.store.merge import compact
+from wapo_analysis.store.parquet import read_part
 from wapo_analysis.store.parts import STEPS_KEY
 from wapo_analysis.store.tail import Tail
 
@@ -246,3 +247,46 @@ def test_halves_of_characters_in_a_line_are_escaped(run: Path) -> None:
     for half in (b"\\ud800", b"\\uDFFF"):  # as JSON may write them
         read = LineReader().row(b'{"step": 1, "x/a": "' + half + b'"}')
         assert read["x/a"] == half.decode().lower()
+
+
+def test_a_small_file_of_many_cells_is_refused_by_their_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60,000 rows of equal numbers take little on disk; in memory 8 bytes a cell."""
+    monkeypatch.setattr("wapo_analysis.store.parquet.LEAST_ROOM_BYTES", 600_000)
+    cells = pa.array(np.zeros(60_000, np.int32))
+    for columns in (1, 2):
+        file = tmp_path / f"{columns}.parquet"
+        pq.write_table(pa.table({f"x{n}": cells for n in range(columns)}), file)
+        assert file.stat().st_size < 2000
+    assert len(read_part(tmp_path / "1.parquet")) == 60_000
+    with pytest.raises(UserError, match="would take 960,000 in memory"):
+        read_part(tmp_path / "2.parquet")
+
+
+def test_class_totals_are_read_by_column_and_where_a_step_has_none(run: Path) -> None:
+    columns = open_run(run).table("classes", columns=["step", "tokens"])
+    assert list(columns) == ["step", "tokens"]
+    name = "classes/part-00000002-0.parquet"
+    rewritten(run / name, lambda table: table.slice(0, 0))
+    assert sorted(set(open_run(run).classes["step"])) == [1, 3]
+
+
+def test_of_a_merged_file_the_rows_of_one_step_are_scanned(run: Path) -> None:
+    whole = open_run(run).table("tokens")
+    compact(run)
+    for step in (1, 2, 3):
+        found = open_run(run).scan_tokens(step, ["logp"], lambda block: block)["logp"]
+        np.testing.assert_array_equal(found, whole.loc[whole.step == step, "logp"])
+
+
+def test_a_part_that_holds_rows_of_another_step_too_is_not_scanned(run: Path) -> None:
+    def change(table: pa.Table) -> pa.Table:
+        steps = np.full(len(table), 2)
+        steps[-1] = 3
+        place = table.schema.get_field_index("step")
+        return table.set_column(place, "step", pa.array(steps, table.schema.field("step").type))
+
+    rewritten(run / PART, change)
+    with pytest.raises(UserError, match="its rows are of other steps than it says"):
+        open_run(run).scan_tokens(2, ["logp"], lambda block: block)
