@@ -12,7 +12,7 @@ from experiments.bench.harness import Measure, Measures, Work, interleave
 from experiments.bench.micro_step import Shape, llama
 from experiments.bench.options import Options
 from experiments.bench.reference import trl_selective
-from wapo_analysis.probes.split import class_gradients
+from wapo_analysis.probes.measure import class_gradients
 
 _SMALL = Shape(2000, 256, 1024, 4, 4, 4, "small")
 _BATCH, _LENGTH = 16, 128

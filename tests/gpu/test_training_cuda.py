@@ -10,7 +10,7 @@ import torch
 from tests.support.pretend_device import LEDGER, installed
 from tests.support.tiny_models import save_tiny_llama
 from wapo_analysis.errors import UserError
-from wapo_analysis.probes.split import Before, split_step
+from wapo_analysis.probes.measure import Before, split_step
 from wapo_analysis.store import open_run
 from wapo_analysis.train import scoring
 from wapo_analysis.train.config import TrainConfig

@@ -14,7 +14,7 @@ from wapo_analysis.attribute import attribute_step, what_if
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.errors import UserError
 from wapo_analysis.probes import closure_error, three_numbers
-from wapo_analysis.probes.split import (
+from wapo_analysis.probes.measure import (
     Before,
     check_splits,
     class_gradients,

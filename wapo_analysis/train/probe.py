@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from wapo_analysis.probes.measure import (
+    Before,
     Scorable,
     Update,
     clip_factor,
@@ -18,7 +19,6 @@ from wapo_analysis.probes.measure import (
     spread,
     take_apart,
 )
-from wapo_analysis.probes.split import Before
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.stats import TokenStats
 from wapo_analysis.train.config import TrainConfig

@@ -22,8 +22,7 @@ from torch import Tensor
 from wapo_analysis.capture.trl.stats import Columns
 from wapo_analysis.capture.trl.trainer import TrlTrainer, logps_and_entropies, loss_mask
 from wapo_analysis.errors import UserError
-from wapo_analysis.probes.measure import Scorable, Update, clip_factor, take_apart
-from wapo_analysis.probes.split import Before
+from wapo_analysis.probes.measure import Before, Scorable, Update, clip_factor, take_apart
 from wapo_analysis.record.batches import outside_counts
 from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import beside_logp
