@@ -120,6 +120,11 @@ class Evidence:
         return np.asarray(1.1 * self.rounding * size + 3e-6)
 
     @cached_property
+    def at_one(self) -> Array:
+        """Rows whose ratio is 1 up to rounding, bool of shape (N,); without one it counts as 1."""
+        return np.asarray(~(np.abs(self.log_ratio) > 4 * self.ratio_error))
+
+    @cached_property
     def coef_error(self) -> float:
         """Bound on the relative rounding of a coefficient: wide where gradients are half-precise.
 

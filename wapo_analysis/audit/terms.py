@@ -35,37 +35,36 @@ def check_extra_terms(
         )
         return
     beta = _beta(seen)
-    if push is not None and push.constant:
-        _say_constant(seen, push, found)
+    if push is not None and push.constant is not None:
+        _say_constant(seen, push.rollouts, *push.constant, found)
         return
     if beta:
         _check_kl_sign(seen, coefficient, beta, found)
         return
     values = seen["coef"][idle]
     touched = values != 0
+    if idle.sum() >= 20 and touched.mean() >= 0.01:
+        share = np.abs(values).sum() / np.nansum(np.abs(seen["coef"]))
+        found.facts[name] = f"tokens of advantage 0 hold {share:.0%} of |coef|"
+        if beta == 0 or not (declared is None or _may_have_kl(seen)):
+            found.deviates(
+                "gradient without advantage",
+                f"tokens of advantage 0 carry {share:.0%} of |coef|, and no KL term is declared",
+                tokens=f"{int(touched.sum())} of {int(idle.sum())} tokens of advantage 0",
+                cause="a KL or entropy term in the loss, or advantages (rewards) that are not "
+                "detached from the policy",
+                look=look(seen.source, "kl"),
+            )
+        return
     if idle.sum() >= 20:
-        whole = float(np.nansum(np.abs(seen["coef"])))
-        share = float(np.abs(values).sum()) / whole if whole else 0.0
-        alone = f"tokens of advantage 0 hold {share:.0%} of |coef|"
-        found.facts[name] = alone if touched.mean() >= 0.01 else (
-            "none: tokens of advantage 0 carry no gradient"
-        )  # fmt: skip
-    unknown = beta != 0 and (declared is None or _may_have_kl(seen))
-    if idle.sum() >= 20 and touched.mean() >= 0.01 and not unknown:
+        found.facts[name] = "none: tokens of advantage 0 carry no gradient"
+    if push is not None and push.apart is not None and beta == 0 and _plain(seen, declared):
+        uneven, spread = push.apart
         found.deviates(
             "gradient without advantage",
-            f"tokens of advantage 0 carry {share:.0%} of |coef|, and no KL term is declared",
-            tokens=f"{int(touched.sum())} of {int(idle.sum())} tokens of advantage 0",
-            cause="a KL or entropy term in the loss, or advantages (rewards) that are not detached "
-            "from the policy",
-            look=look(seen.source, "kl"),
-        )
-    elif push is not None and push.uneven >= _LEAST and beta == 0 and _plain(seen, declared):
-        found.deviates(
-            "gradient without advantage",
-            f"{push.uneven} of {push.rollouts} rollouts push their tokens by different amounts "
+            f"{uneven} of {push.rollouts} rollouts push their tokens by different amounts "
             "though every ratio is 1, and no KL term is declared",
-            tokens=f"all tokens of these rollouts, {push.spread:.0%} apart",
+            tokens=f"all tokens of these rollouts, {spread:.0%} apart",
             cause="a KL or entropy term in the loss, or weights of single tokens",
             look=look(seen.source, "kl"),
         )
@@ -77,58 +76,49 @@ class _Push:
 
     Attributes
     ----------
-    rollouts, uneven : int
-        Rollouts looked at, and those whose tokens are pushed by different amounts.
-    spread : float
-        Mean relative distance of those tokens.
-    constant : float
-        c of ``w (A + c)``, in units of the advantage where it has an effect; 0 if there is none.
-    blind : bool
-        The advantage has no effect.
+    rollouts : int
+        Rollouts looked at.
+    apart : (int, float) or None
+        How many push their tokens by different amounts, and the mean relative distance of these.
+    constant : (float, bool) or None
+        c of ``w (A + c)``, in units of the advantage where it has an effect, and whether it has
+        none.
     """
 
     rollouts: int
-    uneven: int = 0
-    spread: float = 0.0
-    constant: float = 0.0
-    blind: bool = False
+    apart: tuple[int, float] | None = None
+    constant: tuple[float, bool] | None = None
 
 
 def _push(seen: Evidence) -> _Push | None:
     """Read what is pushed where all ratios of a rollout are 1; None if there is hardly any."""
-    coef, advantage = seen["coef"], seen["advantage"]
-    usable = np.isfinite(coef) & np.isfinite(advantage)
-    dropped = (coef == 0) & (advantage != 0)  # masks and gates
-    x = np.nan_to_num(seen.log_ratio, nan=0.0)
-    apart = ~usable | (np.abs(x) > 4 * np.nan_to_num(seen.ratio_error) + 1e-6)
-    busy = np.bincount(seen.units, usable & (coef != 0)) > 0
-    whole = busy & (np.bincount(seen.units, apart) == 0)
-    rows = whole[seen.units] & ~dropped
+    units, every, levels = seen.units, seen["coef"], seen["advantage"]
+    usable = np.isfinite(every) & np.isfinite(levels)
+    dropped = (every == 0) & (levels != 0)  # masks and gates
+    rows = np.isin(units, units[usable & (every != 0)]) & ~dropped
+    rows &= ~np.isin(units, units[~usable | ~seen.at_one])
     if not rows.any():
         return None
-    unit = np.unique(seen.units[rows], return_inverse=True)[1]
-    count = int(unit.max()) + 1
-    mean = by_unit(coef[rows], unit, count)
-    level = by_unit(advantage[rows], unit, count)
-    one = np.bincount(unit, np.abs(advantage[rows] - level[unit]) > 1e-6 * np.abs(level[unit]))
-    size = by_unit(np.abs(coef[rows]), unit, count)
-    away = np.abs(coef[rows] - mean[unit])
-    uneven = np.bincount(unit, away > 4 * seen.coef_error * size[unit]) > 0
-    uneven &= one == 0
-    if count < _LEAST or (one > 0).any():
-        return None
-    if uneven.mean() > 0.01:
-        rough = float((away[uneven[unit]] / size[unit][uneven[unit]]).mean())
-        return _Push(count, int(uneven.sum()), rough)
+    coef, unit = every[rows], np.unique(units[rows], return_inverse=True)[1]
     first = first_of(unit)
-    lengths = np.bincount(seen.units)[seen.units[rows][first]]
-    found = [
-        _line(level, mean * weight, seen.passes[rows][first], seen.coef_error)
-        for weight in (lengths, np.ones(count))
-    ]
-    for constant, blind in filter(None, found):
-        return _Push(count, constant=constant, blind=blind)
-    return _Push(count)
+    level, count = levels[rows][first], len(first)
+    if count < _LEAST or (levels[rows] != level[unit]).any():
+        return None
+    mean, size = by_unit(coef, unit, count), by_unit(np.abs(coef), unit, count)
+    away = np.abs(coef - mean[unit])
+    uneven = np.bincount(unit, away > 4 * seen.coef_error * size[unit]) > 0
+    if uneven.mean() > 0.01:
+        if uneven.sum() < _LEAST:
+            return _Push(count)
+        far = uneven[unit]
+        return _Push(count, (int(uneven.sum()), float((away[far] / size[unit][far]).mean())))
+    lengths = np.bincount(units)[units[rows][first]]
+    passes = seen.passes[rows][first]
+    return _Push(
+        count,
+        constant=_line(level, mean * lengths, passes, seen.coef_error)
+        or _line(level, mean, passes, seen.coef_error),
+    )
 
 
 def _line(advantage: Array, push: Array, passes: Array, error: float) -> tuple[float, bool] | None:
@@ -156,20 +146,22 @@ def _line(advantage: Array, push: Array, passes: Array, error: float) -> tuple[f
     return (float(constants[0]), found[0][1]) if same else None
 
 
-def _say_constant(seen: Evidence, push: _Push, found: Findings) -> None:
-    up = push.constant > 0
+def _say_constant(
+    seen: Evidence, rollouts: int, constant: float, blind: bool, found: Findings
+) -> None:
+    up = constant > 0
     way = "up" if up else "down"
     says = f"every token is pushed {way} by the same amount, whatever its advantage"
-    if not push.blind:
+    if not blind:
         says = (
             f"beside its advantage, every token is pushed {way} by the same amount, that of an "
-            f"advantage of {push.constant:.2g}"
+            f"advantage of {constant:.2g}"
         )
     found.facts["other terms"] = says
     found.deviates(
         "constant push on every token" if up else "constant push against every token",
         says,
-        tokens=f"all tokens of {push.rollouts} rollouts, at ratio 1",
+        tokens=f"all tokens of {rollouts} rollouts, at ratio 1",
         cause=(
             "an entropy bonus -log p with the wrong sign, a likelihood term, or advantages "
             "that hold log p and are not detached"
@@ -207,9 +199,7 @@ def _check_kl_sign(seen: Evidence, coefficient: Coefficient, beta: float, found:
     weight = coefficient.weight(seen)
     if weight is None or beta <= 0:
         return
-    x = np.nan_to_num(seen.log_ratio, nan=0.0)
-    alone = seen.first_passes() & np.isfinite(seen["coef"])
-    alone &= np.abs(x) <= 4 * np.nan_to_num(seen.ratio_error) + 1e-6
+    alone = seen.first_passes() & np.isfinite(seen["coef"]) & seen.at_one
     alone &= np.abs(seen["advantage"]) * (2e-3 + 8 * seen.coef_error) < 0.01 * beta
     if alone.sum() < 100:
         return

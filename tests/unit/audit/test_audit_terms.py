@@ -48,6 +48,11 @@ def test_twenty_tokens_of_advantage_0_tell_of_other_terms(idle: int, known: bool
         }
 
 
+def test_twenty_idle_tokens_with_gradient_are_told() -> None:
+    assert only(extra(evidence(flat_and_moved(20, 5)))).tokens == "5 of 20 tokens of advantage 0"
+    assert not extra(evidence(flat_and_moved(19, 5))).deviations
+
+
 def test_tokens_whose_coefficient_is_unknown_do_not_count() -> None:
     rows = flat_and_moved(25)
     rows["coef"][-6:] = NAN
@@ -178,6 +183,10 @@ def test_only_rollouts_that_are_whole_and_have_one_advantage_are_compared() -> N
     for name, value in (("coef", NAN), ("advantage", NAN)):
         seen = evidence(rows | {name: np.where(lost, value, rows[name])}, objective={"beta": 0.0})
         assert not extra(seen).deviations  # four are left
+    every = np.where(rows["position"] == 2, 0.0, rows["coef"])
+    assert only(extra(evidence(rows | {"coef": every}, objective={"beta": 0.0}))).says.startswith(
+        "6 of 9 rollouts"
+    )
     masked = evidence(rows | {"coef": np.where(lost, 0.0, rows["coef"])}, objective={"beta": 0.0})
     assert only(extra(masked)).says.startswith("6 of 9 rollouts")
     several = rows | {"advantage": np.where(rows["position"] == 2, 0.8, rows["advantage"])}
