@@ -29,7 +29,7 @@ _PANEL = re.compile(r"(?P<run>.+?) - (?P<metric>.+?)(?P<end>__MIN|__MAX)?")
 _LONG_ENOUGH = 8
 #: Name, step and number.
 Scalar = tuple[str, int, float]
-_OTHERS = ("Step", "_step", "Relative Time (Process)", "Relative Time (Wall)", "Wall Time")
+_TIMES = ("Relative", "Wall Time")
 
 
 # ---- choosing one of several runs
@@ -222,13 +222,11 @@ def read_mlflow(
     """
     runs: dict[str, list[tuple[str, Path]]] = {}
     for file in files:
-        place = [parent.name for parent in file.parents]
-        up = place.index("metrics") if "metrics" in place else 0
-        folder = file.parents[up]
+        above = [parent.name for parent in file.parents]
+        inside = "metrics" in above
+        folder = file.parents[above.index("metrics")] if inside else file.parent
         name = file.relative_to(folder).as_posix()
-        runs.setdefault(str(folder.parent if up or place[0] == "metrics" else folder), []).append(
-            (name, file)
-        )
+        runs.setdefault(str(folder.parent if inside else folder), []).append((name, file))
     run = pick(sorted(runs), chosen, _common(runs))
     for name, file in runs[run]:
         report.files += 1
@@ -248,7 +246,7 @@ def read_mlflow(
 
 def is_panel(names: Sequence[str]) -> bool:
     """Whether the columns of a table are those of a chart downloaded from W&B."""
-    rest = [name for name in names if name not in _OTHERS and not name.startswith("Relative")]
+    rest = [name for name in names if name not in ("Step", "_step") and not name.startswith(_TIMES)]
     return bool(rest) and all(_PANEL.fullmatch(name) for name in rest) and len(rest) < len(names)
 
 
@@ -265,7 +263,9 @@ def read_panel(file: Path, sink: Sink, report: ImportReport, chosen: str | None 
         name: found["metric"] for name, found in parts.items()
         if found["run"] == run and found["end"] is None
     }  # fmt: skip
-    counter = next((name for name in names if name in _OTHERS or name not in parts), names[0])
+    counters = [name for name in names if name not in parts and not name.startswith(_TIMES)]
+    counters += [name for name, metric in wanted.items() if metric == "_step"]
+    counter = (counters or names)[0]
     for first, frame in csv_frames(file, report):
         for number, values in enumerate(frame.to_dict("records"), start=first):
             row = {metric: values[name] for name, metric in wanted.items() if _there(values[name])}

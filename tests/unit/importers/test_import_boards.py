@@ -1,14 +1,18 @@
 """TensorBoard and W&B: folders, downloads, exported charts."""
 
 import csv
+import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.support.logged import STEPS, read, records, trl
 from wapo_analysis.errors import UserError
+from wapo_analysis.importers.boards import _last_start, pick
+from wapo_analysis.importers.report import ImportReport
 
 
 def events(folder: Path, make: Callable[[int], Mapping[str, Any]], steps: Iterable[int]) -> Path:
@@ -134,3 +138,133 @@ def test_a_wandb_folder_without_its_library_gives_what_was_printed(
     steps, report = read(folder, tmp_path / "summary")
     assert steps["reward"].to_dict() == {7: 0.5}
     assert any("last value of each metric" in event for event in report.events)
+
+
+@pytest.mark.parametrize(
+    ("runs", "chosen", "told"),
+    [
+        (8, None, "holds 8 runs; choose one with --run NAME: r1, r2, r3, r4, r5, r6, r7, r8"),
+        (9, None, "holds 9 runs; choose one with --run NAME: r1, r2, r3, r4, r5, r6, r7, r8, ..."),
+        (9, "r", "--run r is not one of the runs in logs: r1, r2, r3, r4, r5, r6, r7, r8, ..."),
+        (2, "x", "--run x is not one of the runs in logs: r1, r2"),
+    ],
+)
+def test_of_many_runs_eight_are_named(runs: int, chosen: str | None, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        pick([f"r{n}" for n in range(1, runs + 1)], chosen, Path("logs"))
+    assert str(error.value).endswith(told)
+
+
+def test_a_run_is_chosen_by_its_name_before_a_part_of_one() -> None:
+    runs = ["seed-1", "seed-10", "other"]
+    assert [pick(runs, name, Path()) for name in ("seed-1", "10", "oth")] == [
+        "seed-1", "seed-10", "other"
+    ]  # fmt: skip
+    assert pick(["alone"], None, Path()) == "alone"
+
+
+def test_of_event_files_finite_scalars_of_steps_from_0_on_are_read(tmp_path: Path) -> None:
+    summary = pytest.importorskip("torch.utils.tensorboard")
+    with summary.SummaryWriter(str(tmp_path / "tb")) as writer:
+        for step in range(-1, 3):
+            writer.add_scalar("reward", step / 10, step)
+            writer.add_scalar("entropy", 0.5, step, new_style=True)
+        writer.add_text("notes", "3", 1)
+        writer.add_histogram("weights", np.arange(4.0), 1)
+    (file,) = (tmp_path / "tb").iterdir()
+    steps, report = read(tmp_path / "tb", tmp_path / "out")
+    assert steps.index.tolist() == [0, 1, 2]
+    assert steps["reward"].tolist() == pytest.approx([0, 0.1, 0.2])
+    assert steps["entropy"].tolist() == [0.5] * 3
+    assert (report.files, dict(report.kept_keys), report.events) == (1, {}, [])
+    file.write_bytes(file.read_bytes()[:-3])
+    _, report = read(tmp_path / "tb", tmp_path / "cut")
+    assert f"{file.name} is cut or damaged after step 2" in report.events
+
+
+def starts(*firsts: int) -> dict[Path, list[tuple[str, int, float]]]:
+    return {Path(f"f{n}"): [("reward", first + s, 0.5) for s in range(9)]
+            for n, first in enumerate(firsts)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("firsts", "told"),
+    [
+        ((1, 1), "2 starts are in this folder; read is f1, the last with 8 steps or more; name "
+         "another file to read it: f0"),
+        ((1, 1, 1, 1), "4 starts are in this folder; read is f3, the last with 8 steps or more; "
+         "name another file to read it: f0, f1, f2"),
+        ((1, 1, 1, 1, 1), "5 starts are in this folder; read is f4, the last with 8 steps or more; "
+         "name another file to read it: f0, f1, f2, ..."),
+        ((1, 10, 5), None), ((1, 10, 1), "2 starts are in this folder; read is f2, the last with "
+         "8 steps or more; name another file to read it: f0, f1"),
+    ],
+)  # fmt: skip
+def test_other_starts_in_a_folder_are_named(firsts: tuple[int, ...], told: str | None) -> None:
+    report = ImportReport("tensorboard", "runs")
+    _last_start(starts(*firsts), report)
+    assert report.events == ([told] if told else [])
+
+
+def test_of_short_starts_the_longest_is_read_and_its_steps_are_said() -> None:
+    report = ImportReport("tensorboard", "runs")
+    files = {Path(n): [("reward", s, 0.5) for s in range(size)] for n, size in (("a", 5), ("b", 3))}
+    assert _last_start(files, report) == [Path("a")]
+    assert "read is a, the last with 5 steps or more" in report.events[0]
+
+
+def mlflow(root: Path, **metrics: str) -> Path:
+    for name, lines in metrics.items():
+        file = root / name.replace("__", "/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(lines)
+    return root
+
+
+TIME = 1_760_000_000_000
+
+
+def test_numbers_of_mlflow_are_named_by_their_place_below_metrics(tmp_path: Path) -> None:
+    lines = f"{TIME} 0.5 1\n{TIME} 0.75 2\n"
+    bad = f"{TIME} 0.4 1\n{TIME} x 2\n{TIME} 0.6 x\n{TIME} 0.5\n"
+    root = mlflow(tmp_path / "run", metrics__reward=lines, metrics__train__entropy=bad)
+    steps, report = read(root, tmp_path / "out")
+    assert steps["reward"].to_dict() == {1: 0.5, 2: 0.75}
+    assert steps["entropy"].dropna().to_dict() == {1: 0.4}
+    assert (report.files, report.lines, report.broken_lines) == (2, 6, 3)
+    assert report.broken[0] == "entropy:2: not a time, a number and a step"
+    several = tmp_path / "several"
+    for name in ("a", "b"):
+        mlflow(several / name, metrics__reward=lines)
+    with pytest.raises(UserError, match=r"several holds 2 runs; .*several/a, .*several/b"):
+        read(several, tmp_path / "x")
+    loose = mlflow(tmp_path / "loose", reward=lines, entropy=lines)
+    assert read(loose, tmp_path / "y")[0].loc[2, ["reward", "entropy"]].tolist() == [0.75, 0.75]
+
+
+def test_a_scalar_downloaded_as_json_is_a_list_of_time_step_and_number(tmp_path: Path) -> None:
+    rows = [[1.76e9, 1, 0.5], [1.76e9, 2, None], [1.76e9, None, 0.5], [1.76e9, 4], [1.76e9, 5, 0.1]]
+    file = tmp_path / "run-tag-reward.json"
+    file.write_text(json.dumps(rows))
+    steps, report = read(file, tmp_path / "out")
+    assert steps["reward"].to_dict() == {1: 0.5, 5: 0.1}
+    assert (report.files, report.lines, report.broken_lines) == (1, 5, 3)
+    assert [told.split(":")[1] for told in report.broken] == ["2", "3", "4"]
+    assert "run-tag-reward.json is read as reward" in report.events
+
+
+@pytest.mark.parametrize(
+    "head",
+    [["Step"], ["_step"], ["Relative Time (Process)", "Step"], ["Step", "Wall Time"],
+     ["Relative Time (Process)", "run - _step"], ["run - _step", "Wall Time"]],
+)  # fmt: skip
+def test_a_chart_of_wandb_is_read_by_its_steps_whatever_times_stand_beside(
+    head: list[str], tmp_path: Path
+) -> None:
+    cells = {name: [s if "tep" in name else 0.5 * s for s in range(1, 4)] for name in head}
+    columns = cells | {"run - reward": [0.1, "", 0.3], "run - reward__MAX": [1, 1, 1]}
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    steps, report = read(table(tmp_path / "panel.csv", list(columns), rows), tmp_path / "out")
+    assert steps["reward"].to_dict() == {1: 0.1, 3: 0.3}
+    assert (report.broken_lines, dict(report.counts)) == (0, {})
+    assert report.format == "wandb"
