@@ -44,19 +44,59 @@ EXPLOSION_REFERENCE = "arXiv:2606.16154 (WAPO); taxonomy/README.md, multi-step b
 COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WAPO)"
 
 
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Levels of the smoothed entropy, nats.
+
+    Attributes
+    ----------
+    level : float
+        The run's own baseline.
+    low, high : float
+        Beyond these it warns.
+    lowest, highest : float
+        Beyond these it is a collapse (unless the reward pays for it), or an explosion.
+    """
+
+    level: float
+    low: float
+    high: float
+    lowest: float
+    highest: float
+
+
+def entropy_band(context: Context) -> Band | None:
+    """Levels around the baseline of a run, in nats; None without entropy.
+
+    Ratios to the baseline, and at least ``SIGMAS`` standard deviations of the gap away from it, or
+    half of them to warn: a jump inflates its own noise, and a run stays departed that passed all.
+    """
+    series, reward = context.series("entropy"), context.reward
+    if not len(series):
+        return None
+    level, gap = series.level, series.gap_noise
+    # The entropy has a floor at zero, so that noise is a factor there: no sigma asks for less.
+    noise = gap / level if level > 0 else np.inf
+    deep = FALL_UNPAID if reward is None else FALL_LOST if _before_loss(series, reward) else FALL[1]
+    return Band(
+        level=level,
+        low=level * min(FALL[0], float(np.exp(-SIGMAS / 2 * noise))),
+        high=max(RISE[0] * level, level + max(SIGMAS / 2 * gap, MIN_RISE)),
+        lowest=level * min(deep, float(np.exp(-SIGMAS * noise))),
+        highest=max(RISE[1] * level, level + max(SIGMAS * gap, MIN_RISE)),
+    )
+
+
 @detector("entropy_explosion", Need("steps", "entropy"))
 def find_entropy_rise(context: Context) -> list[Finding]:
     """Entropy above twice its baseline to the end; a warning where the reward still gains.
 
     An info where it gains and the entropy is no higher than in most sound runs.
     """
-    series = context.series("entropy")
-    level, smooth = series.level, series.smooth
-    # Half the sigmas keep a run departed that passed them all: a jump inflates its own noise.
-    least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
-    stay = level + max(SIGMAS / 2 * series.gap_noise, MIN_RISE)
-    strict = smooth >= max(RISE[1] * level, least)
-    loose = smooth >= max(RISE[0] * level, stay)
+    series, band = context.series("entropy"), entropy_band(context)
+    if band is None:
+        return []
+    loose, strict = series.smooth >= band.high, series.smooth >= band.highest
     gone = departure(loose, strict, _home(series), series.persist)
     if gone is None:
         return []
@@ -78,17 +118,11 @@ def find_entropy_fall(context: Context) -> list[Finding]:
 
     Below a half if the reward was lost. A reward for the same answer to every prompt pays nothing.
     """
-    series, reward = context.series("entropy"), context.reward
-    level, smooth = series.level, series.smooth
-    # The entropy has a floor at zero, so that noise is a factor: six sigma never ask for less.
-    noise = series.gap_noise / level if level > 0 else 0.0
-    deep = FALL_UNPAID if reward is None else FALL_LOST if _before_loss(series, reward) else FALL[1]
-    gone = departure(
-        smooth <= level * min(FALL[0], np.exp(-SIGMAS / 2 * noise)),
-        smooth <= level * min(deep, np.exp(-SIGMAS * noise)),
-        _home(series),
-        series.persist,
-    )
+    series, band = context.series("entropy"), entropy_band(context)
+    if band is None or band.level <= 0:
+        return []
+    loose, strict = series.smooth <= band.low, series.smooth <= band.lowest
+    gone = departure(loose, strict, _home(series), series.persist)
     if gone is None:
         return []
     if not gone.ongoing:
@@ -133,14 +167,14 @@ def _paid_lately(context: Context, entropy: Series, gone: Departure) -> bool:
     return any(_paid_for(state, entropy, gone) for state in states)
 
 
-def _paid_for(reward: RewardState | None, entropy: Series, gone: Departure) -> bool:
+def _paid_for(reward: RewardState, entropy: Series, gone: Departure) -> bool:
     """Whether the reward is worth the entropy that went.
 
     It is while the reward still gains, or once the task is solved. Where the reward stands, what
     fell while it gained was paid for, if much was gained, the fall ended there and something is
     left. For a fall that is no collapse yet, any rise is enough, or noise that would hide it.
     """
-    if reward is None or reward.lost:
+    if reward.lost:
         return False
     if reward.solved or reward.gaining:
         return True
@@ -175,8 +209,8 @@ def _entropy_finding(
     there = series.end if gone.ongoing else float(extreme)
     verb = "rose" if direction > 0 else "fell"
     clauses = [
-        f"Entropy {verb} from {series.level:.3g} to {there:.3g} nats "
-        f"({_times(there, series.level)} its baseline) from step {series.step(onset)} "
+        f"Entropy {verb} from {series.level:.3g} to {there:.3g} nats"
+        f"{_times(there, series.level)} from step {series.step(onset)} "
         f"{_ENTROPY_TAIL[name]}".rstrip(),
         reward.words() if reward is not None else "no reward was recorded",
         driver_words(drivers, direction),
@@ -204,8 +238,11 @@ def _entropy_finding(
 
 
 def _times(value: float, level: float) -> str:
-    ratio = value / level if level > 0 else float("inf")
-    return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:.0f} times"
+    if level <= 0:
+        return ""
+    ratio = value / level
+    times = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+    return f" ({times} times its baseline)"
 
 
 #: Share of the predicted dH that one class must have to dominate.
@@ -348,52 +385,7 @@ def _unpaid_move(context: Context) -> int:
         or (reward is not None and (reward.rising or len(reward.series) < CALM_STEPS))
         or _paid(context)
         or series.level <= 0
-        or series.end <= 0
     ):
         return 0
     ratio = series.end / series.level
     return 1 if ratio >= RISE[0] else -1 if ratio <= FALL[0] else 0
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Levels of the smoothed entropy, nats.
-
-    Attributes
-    ----------
-    level : float
-        The run's own baseline.
-    low, high : float
-        Beyond these it warns.
-    lowest, highest : float
-        Beyond these it is a collapse (unless the reward pays for it), or an explosion.
-    """
-
-    level: float
-    low: float
-    high: float
-    lowest: float
-    highest: float
-
-
-def entropy_band(context: Context) -> Band | None:
-    """Levels around the baseline of a run, in nats; None without entropy.
-
-    They are those of ``find_entropy_rise`` and ``find_entropy_fall``: ratios to the baseline, and
-    at least ``SIGMAS`` standard deviations of the gap away from it.
-    """
-    series = context.series("entropy")
-    if not len(series):
-        return None
-    level = series.level
-    least = level + max(SIGMAS * series.gap_noise, MIN_RISE)
-    most = level - SIGMAS * series.gap_noise
-    reward = context.reward
-    deep = FALL_UNPAID if reward is None else FALL_LOST if reward.lost else FALL[1]
-    return Band(
-        level=level,
-        low=min(FALL[0] * level, most),
-        high=max(RISE[0] * level, least),
-        lowest=min(deep * level, most),
-        highest=max(RISE[1] * level, least),
-    )

@@ -239,7 +239,7 @@ def find_form_alone(context: Context) -> list[Finding]:
 def _gain(series: Series, since: float) -> tuple[float, float]:
     """Rise from a part of the run to its end, in means of an eighth, and its noise."""
     size = block_size(series)
-    begin = min(int(since * len(series)), len(series) - size)
+    begin = int(since * len(series))
     gain = series.values[-size:].mean() - series.values[begin : begin + size].mean()
     return float(gain), float(np.sqrt(2 * (series.noise**2 / size + series.wander)))
 
