@@ -11,6 +11,7 @@ from tests.support.import_sources import write_lines, write_prime_monitor, write
 from tests.support.logged import read
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.mapping import NameTable
+from wapo_analysis.importers.printed import PrintedLog, is_log
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import (
     StepCounts,
@@ -273,3 +274,78 @@ def test_a_text_where_numbers_are_looked_for_is_named_and_another_is_not_in_the_
         "values of speed that are no number, left out": 1,
     }
     assert dict(report.unknown_keys) == {"note": 2}
+
+
+# ---- what people print
+
+
+@pytest.mark.parametrize(
+    ("lines", "log"),
+    [
+        (["reward: 0.5"], False),
+        (["reward: 0.5", "reward: 0.25"], True),
+        (["reward: 0.5", "step: 1 speed: 2"], False),
+        (["step 1 speed=2 size=3", "step 2 speed=2 size=3"], False),
+        (["step 1 speed=2 size=3", "step 2 speed=2 size=3", "step 3 speed=2 size=3"], True),
+        (["step 1 speed=2 size=3", "step 2 speed=2 size=3", "step 2 speed=2 size=3"], False),
+        (["step 3 speed=2 size=3", "step 1 speed=2 size=3", "step 2 speed=2 size=3"], False),
+        (["step 1 speed=2", "step 2 speed=2", "step 3 speed=2"], False),
+        (["step 1 speed=2 size=3", "step 2 speed=2 size=3", "step 3 speed=2 mass=3"], False),
+    ],
+)
+def test_a_text_is_a_log_by_two_lines_of_known_names_or_three_steps(
+    lines: list[str], log: bool
+) -> None:
+    assert is_log(lines, lambda keys: "reward" in keys) is log
+
+
+def printed(*lines: str) -> list[tuple[int | None, dict[str, float]]]:
+    log = PrintedLog(lambda keys: "reward" in keys)
+    for number, line in enumerate(lines, start=1):
+        log.add(number, line)
+    return [(record.step, record.values) for record in log.records()]
+
+
+@pytest.mark.parametrize(
+    ("below", "steps"),
+    [
+        ([(1, 2), (2, 2)], [1, 1, 2, 2]),
+        ([(1, 2), (2, 3)], [None] * 5),
+        ([(1, 2), (2, 3), (3, 1)], [1, 1, 2, 2, 2, 3]),
+        ([(1, 3)], [None] * 3),
+        ([(1, 2)], [1, 1]),
+    ],
+)
+def test_a_heading_gives_its_step_unless_a_whole_log_stands_below(
+    below: list[tuple[int, int]], steps: list[int | None]
+) -> None:
+    lines = [line for step, times in below
+             for line in (f"=== Step {step}/9 ===", *["reward: 0.5"] * times)]  # fmt: skip
+    assert printed(*lines) == [(step, {"reward": 0.5}) for step in steps]
+
+
+BAR = "{}/{} [00:01<00:02, 1.2it/s, reward=0.{}]"
+
+
+@pytest.mark.parametrize(
+    ("bars", "found"),
+    [
+        ([(1, 2), (2, 2)], [(1, 1), (2, 2)]),
+        ([(1, 2), (2, 2), (1, 2)], [(2, 2), (1, 3)]),
+        ([(1, 2), (2, 2), (1, 2), (2, 2), (1, 2)], [(None, 2), (None, 4)]),
+        ([(1, 2), (2, 2), (1, 2), (2, 2), (1, 2), (2, 2)], [(None, 2), (None, 4), (None, 6)]),
+        ([(1, 2), (2, 2), (1, 3), (2, 3), (3, 3), (1, 3)], [(None, 2), (None, 5)]),
+        ([(1, 4), (2, 4), (1, 4), (2, 4), (1, 4)], [(2, 4), (1, 5)]),
+    ],
+)
+def test_a_bar_that_was_filled_twice_counts_parts_of_a_step(
+    bars: list[tuple[int, int]], found: list[tuple[int | None, int]]
+) -> None:
+    lines = [BAR.format(place, length, n) for n, (place, length) in enumerate(bars, start=1)]
+    assert printed(*lines) == [(step, {"reward": n / 10}) for step, n in found]
+
+
+def test_beside_lines_that_name_their_step_bars_within_it_are_left_out() -> None:
+    bars = [BAR.format(place, 2, 9) for place in (1, 2)]
+    lines = [line for step in (1, 2, 3) for line in (*bars, f"step {step}: reward=0.{step}")]
+    assert printed(*lines) == [(step, {"reward": step / 10}) for step in (1, 2, 3)]
