@@ -41,7 +41,7 @@ LACKS = {
     "tokens.dentropy": "the official trainer does not score tokens again after the update",
 }
 SAMPLE_LIMIT = 10_000
-MAX_ARRAYS = 1 << 30
+MAX_ARRAY_BYTES = 1 << 30
 #: Bins of p in the paper's files.
 BINS = 5
 _NUMBER = re.compile(r"step_(\d+)\.(?:npz|npy|json)$")
@@ -354,7 +354,7 @@ def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
     """Arrays of an ``.npz`` or ``.npy`` file by name; empty, and said, if it cannot be read.
 
     Only numbers and texts are returned; nothing in the file is run, and nothing is unpacked that is
-    larger than ``MAX_ARRAYS``.
+    larger than ``MAX_ARRAY_BYTES``.
     """
     report.files += 1
     try:
@@ -364,8 +364,8 @@ def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
                 size = sum(part.file_size for part in zipfile.ZipFile(stream).infolist())
             else:
                 size = file.stat().st_size
-            if size > MAX_ARRAYS:
-                raise ValueError(f"larger than {MAX_ARRAYS >> 20} MiB unpacked")
+            if size > MAX_ARRAY_BYTES:
+                raise ValueError(f"larger than {MAX_ARRAY_BYTES >> 20} MiB unpacked")
             stream.seek(0)
             found = np.load(stream, allow_pickle=False)
             arrays = {file.stem: found} if isinstance(found, np.ndarray) else dict(found.items())

@@ -316,7 +316,7 @@ def test_an_archive_that_unpacks_to_more_than_it_may_is_not_unpacked(
 
     from wapo_analysis.importers import official
 
-    monkeypatch.setattr(official, "MAX_ARRAYS", 1 << 20)
+    monkeypatch.setattr(official, "MAX_ARRAY_BYTES", 1 << 20)
     source = tmp_path / "o"
     shutil.copytree(OFFICIAL, source)
     (file,) = source.rglob("data/scatter_step_1.npz")

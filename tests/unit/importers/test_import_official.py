@@ -3,12 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.importers import import_run
+from wapo_analysis.importers import ImportReport, import_run
 from wapo_analysis.importers.rows import StepCounts
 from wapo_analysis.store import Run, open_run
 
@@ -224,3 +225,141 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="several official runs here.*other.*toy-wapo"):
         import_run(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ---- single files, both sides of what is read of them
+
+
+def official(
+    root: Path, bins: list[dict[str, Any]] | None = None, **arrays: Any
+) -> tuple[ImportReport, Run]:
+    """Import one official run of some files: ``rewards__reward_step_0`` is rewards/reward_step_0.
+
+    Several arrays are an archive, one is a file of its own.
+    """
+    data = root / "plots" / "run" / "data"
+    (data / "token_bins").mkdir(parents=True)
+    lines = [{"step": 0, "counts": {"pos_peak_eligible": 3}}] if bins is None else bins
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    (data / "token_bins" / "token_bins.jsonl").write_text(log)
+    for name, values in arrays.items():
+        file = data / name.replace("__", "/")
+        file.parent.mkdir(exist_ok=True)
+        if isinstance(values, dict):
+            np.savez(file.with_suffix(".npz"), **values)
+        else:
+            np.save(file.with_suffix(".npy"), values)
+    out = root.parent / f"{root.name}-out"
+    return import_run(root, out), open_run(out)
+
+
+FIVE = np.arange(5)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "bad"),
+    [
+        ({"pos": FIVE, "neg": FIVE}, None),
+        ({"pos": np.arange(6.0), "neg": FIVE > 2}, None),
+        ({"pos": FIVE[:4], "neg": FIVE}, "pos"),
+        ({"pos": FIVE, "neg": FIVE[:4]}, "neg"),
+        ({"pos": FIVE.reshape(5, 1), "neg": FIVE}, "pos"),
+        ({"pos": FIVE, "neg": FIVE.astype(str)}, "neg"),
+        ({"pos": np.array([1, 2, 3, 4, np.inf]), "neg": FIVE}, "pos"),
+        ({"pos": FIVE}, "neg"),
+    ],
+)
+def test_counts_by_probability_are_five_or_more_finite_numbers_of_each_sign(
+    arrays: dict[str, np.ndarray], bad: str | None, tmp_path: Path
+) -> None:
+    other = [{"step": 7, "counts": {"pos_peak_eligible": 3}}]
+    report, run = official(tmp_path, other, token_count__step_0=arrays)
+    told = [f"step_0.npz:1: {bad} is not 5 or more finite numbers"] if bad else []
+    assert report.broken == told
+    cells = 0 if bad else np.count_nonzero(arrays["pos"][:5]) + np.count_nonzero(arrays["neg"])
+    assert (run.classes["step"] == 1).sum() == cells
+
+
+@pytest.mark.parametrize("rows", [0, 9_999, 10_000])
+def test_a_sample_of_tokens_that_is_full_is_said_to_be_one(rows: int, tmp_path: Path) -> None:
+    prob = np.full(rows, 0.5)
+    columns = {"prob_train": prob, "prob_inference": prob, "advantages": np.ones(rows)}
+    report, run = official(tmp_path, scatter_step_0=columns)
+    assert report.token_rows == rows
+    assert any("random sample of 10000 tokens" in note for note in report.notes) is (rows == 10_000)
+    assert run.token_steps() == ([1] if rows else [])
+
+
+THREE = {"prob_train": np.array([0.5, 0.0, 0.25]), "prob_inference": np.array([0.5, np.nan, -1]),
+         "advantages": np.array([1.0, 0.0, -1.0])}  # fmt: skip
+NOT_LISTS = "prob_train, prob_inference, advantages are not lists of as many numbers"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, None),
+        ({"advantages": np.ones(2)}, NOT_LISTS),
+        ({"prob_train": np.array(["a", "b", "c"])}, NOT_LISTS),
+        ({name: values.reshape(3, 1) for name, values in THREE.items()}, NOT_LISTS),
+    ],
+)
+def test_a_sample_of_tokens_is_three_lists_of_as_many_numbers(
+    change: dict[str, np.ndarray], told: str | None, tmp_path: Path
+) -> None:
+    report, run = official(tmp_path, scatter_step_4=THREE | change)
+    assert report.broken == ([f"scatter_step_4.npz:1: {told}"] if told else [])
+    if told is None:
+        rows = run.tokens([5], derived=False)
+        np.testing.assert_allclose(rows["logp"], [np.log(0.5), np.nan, np.log(0.25)], rtol=2e-5)
+        assert rows["logp_old"].isna().tolist() == [False, True, True]
+        assert report.counts["probabilities of 0 or not finite, now null"] == 3
+
+
+def test_a_sample_without_one_of_its_lists_is_none(tmp_path: Path) -> None:
+    for name in THREE:
+        some = {n: values for n, values in THREE.items() if n != name}
+        report, run = official(tmp_path / name, scatter_step_0=some)
+        assert (report.broken, report.token_rows) == ([], 0)
+        assert run.steps["step"].tolist() == [1]
+
+
+def test_a_completion_passes_with_a_reward_of_one_and_other_rewards_are_means(
+    tmp_path: Path,
+) -> None:
+    report, run = official(
+        tmp_path, rewards__reward_step_0=np.array([1, 0.99, 0, 2]),
+        rewards__format_step_0=np.array([0, 1]), rewards__reward_step_1=np.array([1, np.nan]),
+        rewards__reward_step_2=np.array([]), rewards__reward_step_3=np.array([["1"]]),
+    )  # fmt: skip
+    row = run.steps.iloc[0]
+    assert (row["step"], row["pass_rate"]) == (1, 0.5)
+    assert row["reward"] == pytest.approx(0.9975)
+    assert row["reward_std"] == pytest.approx(np.std([1, 0.99, 0, 2]))
+    assert row["reward/format"] == 0.5
+    bad = [f"reward_step_{n}.npy:1: not a list of finite numbers" for n in (1, 2, 3)]
+    assert report.broken == bad
+
+
+def test_counts_of_classes_are_whole_numbers_of_a_step(tmp_path: Path) -> None:
+    counts = {"pos_peak_eligible": 4, "pos_peak_kept": 3, "neg_peak_eligible": 2, "x_kept": "many"}
+    lines = [{"step": 0, "counts": counts}, {"step": 1}, {"counts": counts},
+             {"step": 3, "counts": counts,
+              "hyperparams": {"exclude_bins": ["pos_peak"]}}]  # fmt: skip
+    report, run = official(tmp_path, lines)
+    found = run.steps[["step", "tokens", "kept_tokens"]].to_numpy()
+    assert found.tolist() == [[1, 6, 3], [4, 6, 3]]
+    assert report.broken == [f"token_bins.jsonl:{n}: no step or no counts" for n in (2, 3)]
+    assert report.counts["counts of tokens that are no count, now 0 (x_kept)"] == 2
+    # Of a step with chosen bins nothing is known of a gate; in step 1 what was kept is good.
+    tokens = run.classes.query("sign == 1 and regime == 1").set_index("step")["tokens"]
+    assert tokens.to_dict() == {1: 3, 4: 4}
+
+
+def test_an_evaluation_is_the_mean_of_its_rows(tmp_path: Path) -> None:
+    rows = [{"step": 3, "reward": 1.0, "acc": 0.5}, {"step": 3, "reward": 0.0, "acc": "x"}, 7]
+    (tmp_path / "eval" / "run").mkdir(parents=True)
+    (tmp_path / "eval" / "run" / "step_3.json").write_text(json.dumps(rows))
+    _, run = official(tmp_path)
+    found = run.steps.set_index("step").loc[3].dropna()
+    assert found.to_dict() == {"eval/reward": 0.5, "eval/acc": 0.5}
