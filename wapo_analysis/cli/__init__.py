@@ -159,12 +159,6 @@ def open_foreign(path: Path, log: "ImportSettings | None" = None) -> "Run":
     return run
 
 
-def check_new(out: Path) -> None:
-    """Refuse an output folder that already holds files. Raises UserError if it does."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
-
-
 def progress() -> "Progress":
     """Progress display on stderr; a bar's field ``now`` says where it stands."""
     from rich.console import Console

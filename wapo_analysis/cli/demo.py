@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option, echo
 
-from wapo_analysis.cli import check_new, console_error, next_commands, progress, say, show
+from wapo_analysis.cli import console_error, next_commands, progress, say, show
 from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.errors import UserError
 
@@ -43,6 +43,8 @@ def demo(
     ones, from one base policy on the same prompts. Under three minutes on two CPU cores, no
     network, no GPU needed (used if present).
     """
+    from wapo_analysis.store.files import check_new
+
     started = perf_counter()
     if smoke:
         steps, seeds = 6, 1

@@ -375,8 +375,5 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
     rows.append(["sum", f"{net:+.3g}", "", *([""] * alone)])
     return Section(
         "Predicted dH (first-order) by class, nats per unit learning rate",
-        [
-            Grid(rows),
-            Say("Of each token alone; what is measured can differ in sign."),
-        ],
+        [Grid(rows), Say("Of each token alone; what is measured can differ in sign.")],
     )

@@ -24,6 +24,7 @@ from wapo_analysis.importers.report import MOST, ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import read_tables
 from wapo_analysis.store import Manifest, Need, RunWriter, open_run
+from wapo_analysis.store.files import check_new
 
 _TRAINER_LACKS = {
     "tokens": "TRL writes text and step averages, nothing per token; use wapo_analysis.attach",
@@ -78,9 +79,7 @@ class ImportSettings:
 
 
 def import_run(
-    source: str | Path,
-    out: str | Path,
-    settings: ImportSettings | None = None,
+    source: str | Path, out: str | Path, settings: ImportSettings | None = None
 ) -> ImportReport:
     """Turn what another tool wrote into a run folder.
 
@@ -111,8 +110,7 @@ def import_run(
     origin, target = Path(source), Path(out)
     if not origin.exists():  # nor can a link that leads to itself be resolved
         raise UserError(f"nothing at {printable(shown(origin))}")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is not empty; choose another --out or delete it")
+    check_new(target)
     with tempfile.TemporaryDirectory(prefix="wapo-import-") as unpacked:
         names = NameTable(chosen.mapping)
         found = detect(origin.resolve(), chosen.format, Path(unpacked), names)

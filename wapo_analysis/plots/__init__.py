@@ -281,11 +281,7 @@ FIGURES: dict[str, FigureSpec] = {}
 
 
 def figure(
-    *needs: Need,
-    title: str,
-    caption: str,
-    group: str,
-    over_steps: bool = False,
+    *needs: Need, title: str, caption: str, group: str, over_steps: bool = False
 ) -> Callable[[P], P]:
     """Make ``plot_x`` the figure ``x``, with what :class:`FigureSpec` says of it.
 

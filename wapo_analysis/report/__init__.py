@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup
@@ -27,11 +26,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.report.data import Json, comparison_data, place, run_data
 from wapo_analysis.report.steps import block, chosen_steps, step_data
 from wapo_analysis.settings import setting_labels
-from wapo_analysis.store import write_atomic
-
-if TYPE_CHECKING:
-    from wapo_analysis.store import Run
-
+from wapo_analysis.store import Run, write_atomic
 
 HERE = Path(__file__).parent / "page"
 #: The page's own code, in the order the modules build on each other.

@@ -13,7 +13,7 @@ import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,9 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.probes import trust
 from wapo_analysis.schema import STEPS
 from wapo_analysis.settings import recorded_settings, shown_value
+from wapo_analysis.store import Run
 from wapo_analysis.store.manifest import OPENED_FROM
 from wapo_analysis.train.config import TrainConfig
-
-if TYPE_CHECKING:
-    from wapo_analysis.store import Run
 
 Json = dict[str, Any]
 FACTS = ("source", "status", "task", "model", "temperature", "seed", "device", "started")

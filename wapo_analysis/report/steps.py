@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,10 +18,8 @@ import wapo_taxonomy as tax
 from wapo_analysis.derive import class_codes
 from wapo_analysis.report.data import Json, plain_list
 from wapo_analysis.results import distinguishing
+from wapo_analysis.store import Run
 from wapo_analysis.table import Array
-
-if TYPE_CHECKING:
-    from wapo_analysis.store import Run
 
 KEEP_BITS = 10
 _TOP = ("rollout", "position", "token_id", "prob", "prob_after")

@@ -4,12 +4,7 @@ A part is written atomically (temporary file, fsync, rename), so it is whole or 
 log is appended and flushed; its last line may be half written and is then left out on reading.
 """
 
-from wapo_analysis.store.files import (
-    MANIFEST,
-    PART_TABLES,
-    STEP_LOG,
-    write_atomic,
-)
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, write_atomic
 from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.parquet import round_mantissa

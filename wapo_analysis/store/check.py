@@ -10,12 +10,7 @@ from typing import Any
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Items, Result, Section
-from wapo_analysis.store.files import (
-    MANIFEST,
-    PART_TABLES,
-    STEP_LOG,
-    log_lines,
-)
+from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, log_lines
 from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parquet import named, verify

@@ -79,6 +79,12 @@ def folder_when_whole(path: Path) -> Iterator[Path]:
         to_disk(folder)
 
 
+def check_new(out: Path) -> None:
+    """Refuse an output folder that already holds files. Raises UserError if it does."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
+
+
 def remove_folder(path: Path) -> None:
     """Delete a folder; a half deleted one does not have its name any more."""
     doomed = path.with_name(f".old-{path.name}")

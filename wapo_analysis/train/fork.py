@@ -20,6 +20,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.settings import shown_value
 from wapo_analysis.store import Run, open_run
+from wapo_analysis.store.files import check_new
 from wapo_analysis.store.manifest import write_manifest
 from wapo_analysis.store.writer import copy_steps
 from wapo_analysis.train.checkpoint import checkpoints, defect, save_checkpoint, step_of
@@ -196,8 +197,7 @@ def fork_run(
     threads : int, optional
         CPU threads of this process; None leaves torch's own choice.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not empty; choose another --out or delete it")
+    check_new(out)
     if threads is not None:
         torch.set_num_threads(threads)
     with nothing_left_if_refused(out):

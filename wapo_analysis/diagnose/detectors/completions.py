@@ -140,11 +140,7 @@ def _length_advice(longer: bool, paid: bool) -> Advice:
     )
 
 
-@detector(
-    "reward_pays_for_length",
-    Need("steps", "length"),
-    Need("rollouts", "length"),
-)
+@detector("reward_pays_for_length", Need("steps", "length"), Need("rollouts", "length"))
 def find_length_pay(context: Context) -> list[Finding]:
     """Within groups the reward goes with the length, and the length has moved the way it pays.
 

@@ -5,12 +5,7 @@ import pandas as pd
 
 from wapo_analysis.diagnose.advice import LOWER_LR, TENFOLD, Advice
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors import (
-    MIN_STEPS,
-    detector,
-    lasting,
-    level_finding,
-)
+from wapo_analysis.diagnose.detectors import MIN_STEPS, detector, lasting, level_finding
 from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
 from wapo_analysis.series import Series, episodes, robust_sigma, silent_since
