@@ -288,13 +288,14 @@ def _rewards(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, 
     return sizes
 
 
-def _rows_of(file: Path, report: ImportReport) -> list[dict[str, Any]]:
+def _rows_of(file: Path, report: ImportReport) -> list[dict[str, Any]] | None:
+    """Objects of a list; None, and said, if the file is no JSON."""
     report.files += 1
     try:
         content = json_value(file, report)
     except UserError:
         report.bad_line(file, 1, "no JSON; still being written?")
-        return []
+        return None
     return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
 
 
@@ -304,6 +305,8 @@ def _completions(
     codes = Codes()
     for file in tree.texts("completions"):
         step, rows = step_of(file), _rows_of(file, report)
+        if rows is None:
+            continue
         if not rows:
             report.note(f"{file.name} of the completions is empty, as the official trainer leaves "
                         "its last one")  # fmt: skip
@@ -342,7 +345,7 @@ def _eval(tree: OfficialTree, sink: Sink, report: ImportReport) -> None:
         return
     for file in tree.texts("eval"):
         columns: dict[str, list[float]] = {}
-        for row in _rows_of(file, report):
+        for row in _rows_of(file, report) or ():
             for key, value in row.items():
                 number = as_number(value)
                 if key != "step" and number is not None:

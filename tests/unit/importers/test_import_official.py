@@ -360,6 +360,26 @@ def test_an_evaluation_is_the_mean_of_its_rows(tmp_path: Path) -> None:
     rows = [{"step": 3, "reward": 1.0, "acc": 0.5}, {"step": 3, "reward": 0.0, "acc": "x"}, 7]
     (tmp_path / "eval" / "run").mkdir(parents=True)
     (tmp_path / "eval" / "run" / "step_3.json").write_text(json.dumps(rows))
-    _, run = official(tmp_path)
+    report, run = official(tmp_path)
     found = run.steps.set_index("step").loc[3].dropna()
     assert found.to_dict() == {"eval/reward": 0.5, "eval/acc": 0.5}
+    assert report.files == 2
+
+
+def test_completions_without_a_reward_are_counted_and_an_empty_file_is_the_last(
+    tmp_path: Path,
+) -> None:
+    rows = [{"step": 2, "prompt": "p", "completion": "c", "reward": 1.0, "acc": 0.5},
+            {"step": 2, "prompt": "p", "completion": "d", "acc": 1}, "text"]  # fmt: skip
+    folder = tmp_path / "completions" / "run"
+    folder.mkdir(parents=True)
+    for name, text in (("2", json.dumps(rows)), ("3", "[]"), ("4", '[{"step"')):
+        (folder / f"step_{name}.json").write_text(text)
+    report, run = official(tmp_path, token_count__step_0={"pos": FIVE, "neg": FIVE})
+    assert run.rollouts[["step", "reward", "completion"]].to_numpy().tolist() == [[2, 1.0, "c"]]
+    assert report.counts["completions without a reward left out"] == 1
+    assert report.unknown_keys["completions: acc"] == 1
+    assert report.broken == ["step_4.json:1: no JSON; still being written?"]
+    said = "of the completions is empty, as the official trainer leaves its last one"
+    assert [note for note in report.notes if said in note] == [f"step_3.json {said}"]
+    assert report.files == 5
