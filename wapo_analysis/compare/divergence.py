@@ -275,7 +275,7 @@ def _flow_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:
 def flow_shares(run: Run) -> pd.DataFrame:
     """Signed predicted dH of each class over the sum of the sizes of all, per step.
 
-    Returns index step, a column per class of the taxonomy; steps without any are left out. Shares,
+    Index step, a column per class of the taxonomy; steps without any are left out. Shares,
     so that objectives of different scale compare.
     """
     totals = run.classes

@@ -146,7 +146,7 @@ def complete(probes: pd.DataFrame, parts: Sequence[int]) -> pd.DataFrame:
 def closure(probes: pd.DataFrame) -> pd.DataFrame:
     """Entropy change of the probed updates, by part; the parts add up to what was measured.
 
-    Returns index part (the classes, momentum, weight decay, interaction, update) and columns
+    Index part (the classes, momentum, weight decay, interaction, update) and columns
     ``predicted`` (NaN where the taxonomy is silent) and ``dentropy``: sums over the probed updates
     of the mean change of all tokens, nats; ``share`` of the sum of the parts' sizes. ``probes``:
     rows of the probes table, of the updates to be explained.
