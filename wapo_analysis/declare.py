@@ -23,26 +23,17 @@ _FEW = 4
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a value may be.
+    """What a value may be."""
 
-    Attributes
-    ----------
-    holds : callable
-        The test of a value.
-    allowed : str
-        What is allowed, in words.
-    words : tuple of str
-        All allowed values, if they are a few words.
-    high : float
-        Largest allowed number.
-    short : str
-        Said instead of ``allowed`` of a number that is not too large.
-    """
-
+    #: The test of a value.
     holds: Callable[[Any], bool]
+    #: What is allowed, in words.
     allowed: str
+    #: All allowed values, if they are a few words.
     words: tuple[str, ...] = ()
+    #: Largest allowed number.
     high: float = math.inf
+    #: Said instead of ``allowed`` of a number that is not too large.
     short: str = ""
 
     def refusal(self, value: Any) -> str:
@@ -76,33 +67,22 @@ def one_of(*words: str) -> Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declared:
-    """What is declared of one setting.
+    """What is declared of one setting."""
 
-    Attributes
-    ----------
-    name, kind : str
-        Of the field; the kind is its type, e.g. ``int | None``.
-    default : object
-    doc : str
-        What it means.
-    limit : Limit or None
-        What it may be, beside its type.
-    unset : str
-        What None stands for; empty where None is not allowed.
-    resumable, forkable : bool
-        A run that is continued, or forked, may change it.
-    option : str
-        Its option of ``wapo train``; empty if it only stands in a file or after ``--set``.
-    """
-
+    #: Of the field; the kind is its type, e.g. ``int | None``.
     name: str = ""
     kind: str = ""
     default: Any
+    #: What it means.
     doc: str
+    #: What it may be, beside its type.
     limit: Limit | None
+    #: What None stands for; empty where None is not allowed.
     unset: str
+    #: A run that is continued, or forked, may change it.
     resumable: bool
     forkable: bool
+    #: Its option of ``wapo train``; empty if it only stands in a file or after ``--set``.
     option: str
 
     @property

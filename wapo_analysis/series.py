@@ -241,23 +241,15 @@ def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float,
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A stretch in which a series left its baseline; indices into the series.
+    """A stretch in which a series left its baseline; indices into the series."""
 
-    Attributes
-    ----------
-    onset : int
-        First index after the series was last at home.
-    warned : int
-        First index beyond the loose threshold.
-    crossed : int or None
-        First index beyond the strict threshold, if it got there.
-    ongoing : bool
-        It still lasts at the end of the series.
-    """
-
+    #: First index after the series was last at home.
     onset: int
+    #: First index beyond the loose threshold.
     warned: int
+    #: First index beyond the strict threshold, if it got there.
     crossed: int | None
+    #: It still lasts at the end of the series.
     ongoing: bool
 
 

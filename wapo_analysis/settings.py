@@ -40,24 +40,15 @@ COMPARED = frozenset(
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ by their seed alone.
+    """Runs that differ by their seed alone."""
 
-    Attributes
-    ----------
-    label : str
-        Name in legends and tables, unlike that of every other setting.
-    given : str
-        Label the runs carry themselves.
-    differs : tuple of str
-        Recorded settings in which it differs from others of the same given label.
-    places : tuple of int
-        Places of its runs in the list that was given.
-    runs : tuple of Run
-    """
-
+    #: Name in legends and tables, unlike that of every other setting.
     label: str
+    #: Label the runs carry themselves.
     given: str
+    #: Recorded settings in which it differs from others of the same given label.
     differs: tuple[str, ...]
+    #: Places of its runs in the list that was given.
     places: tuple[int, ...]
     runs: tuple[Run, ...]
 

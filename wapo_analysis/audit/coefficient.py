@@ -68,41 +68,27 @@ MEANS = {
 
 @dataclass
 class Coefficient:
-    """What the coefficients say.
+    """What the coefficients say."""
 
-    Attributes
-    ----------
-    fits : dict of Core to set of str
-        Cores that fit, each with the names of the means that fit with it.
-    why_not : str or None
-        Why nothing is known.
-    against : float
-        Share of tokens pushed against their advantage.
-    pushed : ndarray of bool, shape (N,)
-        Rows of the evidence that carry gradient and have an advantage.
-    form : tuple of str and float, or None
-        What the weights of the first fit divide by, and their scale, where it is one number.
-    offset : int
-        Tokens that the mean counts in every rollout beside its own, if they are what fits.
-    only_first : str or None
-        Why all this is detected from the very first gradient pass alone.
-    scale : dict of str to Sum
-        Where the weights are not those of a mean: what they sum to.
-    summed : Sum or None
-        What the weights of the first fit sum to, where they are those of a mean.
-    ratio_moves : bool
-        Whether ratios differ from 1 by more than rounding.
-    """
-
+    #: Cores that fit, each with the names of the means that fit with it.
     fits: dict[Core, set[str]] = field(default_factory=dict)
+    #: Why nothing is known.
     why_not: str | None = None
+    #: Share of tokens pushed against their advantage.
     against: float = 0.0
+    #: (N,): rows of the evidence that carry gradient and have an advantage.
     pushed: Array = field(default_factory=lambda: np.zeros(0, bool))
+    #: What the weights of the first fit divide by, and their scale, where it is one number.
     form: tuple[str, float] | None = None
+    #: Tokens that the mean counts in every rollout beside its own, if they are what fits.
     offset: int = 0
+    #: Why all this is detected from the very first gradient pass alone.
     only_first: str | None = None
+    #: Where the weights are not those of a mean: what they sum to.
     scale: dict[str, Sum] = field(default_factory=dict)
+    #: What the weights of the first fit sum to, where they are those of a mean.
     summed: Sum | None = None
+    #: Whether ratios differ from 1 by more than rounding.
     ratio_moves: bool = False
 
     def weight(self, seen: Evidence) -> Array | None:

@@ -15,26 +15,18 @@ CENTRED = frozenset({"group mean"})
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A loss as an audit can see it.
-
-    Attributes
-    ----------
-    cores, means : frozenset
-        How it uses the ratio and over what it averages; several where it is as good as the other,
-        none where it is left open.
-    advantages : frozenset of str or None
-        How it forms advantages; None leaves it open.
-    positive_only : bool or None
-        Rollouts with A < 0 are left out; None leaves it open.
-    bounds : tuple of float
-        Clip range of the ratio; (0, inf) where nothing is clipped or the range is not known.
-    """
+    """A loss as an audit can see it."""
 
     name: str
+    #: How it uses the ratio and over what it averages; several where it is as good as the other,
+    #: none where it is left open.
     cores: frozenset[Core] = frozenset()
     means: frozenset[str] = frozenset()
+    #: How it forms advantages; None leaves it open.
     advantages: frozenset[str] | None = None
+    #: Rollouts with A < 0 are left out; None leaves it open.
     positive_only: bool | None = False
+    #: Clip range of the ratio; (0, inf) where nothing is clipped or the range is not known.
     bounds: tuple[float, float] = (0.0, inf)
 
     @property

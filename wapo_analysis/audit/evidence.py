@@ -27,21 +27,13 @@ OWN_SOURCES = ("built-in", "trl")
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Rows of the audited steps and what is known beside them.
+    """Rows of the audited steps and what is known beside them."""
 
-    Attributes
-    ----------
-    columns : dict of str to ndarray, shape (N,)
-        Token table; floats as float64, what is missing NaN.
-    rollouts : DataFrame
-        Rollouts of the same steps; empty if none were recorded.
-    steps : DataFrame
-        Step lines of the same steps.
-    manifest : mapping
-    """
-
+    #: (N,): token table; floats as float64, what is missing NaN.
     columns: Mapping[str, Array]
+    #: Rollouts of the same steps; empty if none were recorded.
     rollouts: pd.DataFrame
+    #: Step lines of the same steps.
     steps: pd.DataFrame
     manifest: Mapping[str, Any]
     rounding: float = field(default=2.0**-16)
@@ -238,20 +230,13 @@ ANY_SIZE = {
 
 @dataclass(frozen=True)
 class Sum:
-    """What the weights of each step sum to.
+    """What the weights of each step sum to."""
 
-    Attributes
-    ----------
-    totals : ndarray, shape (steps,)
-        Over all rollouts, each once: 1 where a step's losses are averaged.
-    ranks : int
-        Processes; each may scale its loss up by their number.
-    passes, updates : ndarray, shape (steps,)
-        Gradient passes and updates of a step, each rollout counted once; NaN if not known.
-    """
-
+    #: (steps,): over all rollouts, each once: 1 where a step's losses are averaged.
     totals: Array
+    #: Processes; each may scale its loss up by their number.
     ranks: int
+    #: (steps,): gradient passes and updates of a step, each rollout counted once; NaN if not known.
     passes: Array
     updates: Array
 
@@ -374,19 +359,12 @@ class Deviation:
 
 @dataclass
 class Findings:
-    """What the checks of an audit add to, one after the other.
-
-    Attributes
-    ----------
-    deviations : list of Deviation
-    facts : dict of str to str
-        Of every check that could be made, what it found.
-    missing : dict of str to str
-        Of every check that could not, why.
-    """
+    """What the checks of an audit add to, one after the other."""
 
     deviations: list[Deviation] = field(default_factory=list)
+    #: Of every check that could be made, what it found.
     facts: dict[str, str] = field(default_factory=dict)
+    #: Of every check that could not, why.
     missing: dict[str, str] = field(default_factory=dict)
 
     def deviates(self, name: str, says: str, *, tokens: str, cause: str, look: str) -> None:

@@ -40,23 +40,15 @@ RULES = {
 
 @dataclass
 class Advantages:
-    """What the advantages of the audited rollouts say.
+    """What the advantages of the audited rollouts say."""
 
-    Attributes
-    ----------
-    rules : set of str
-        Keys of `RULES` that fit; several if these rewards cannot tell them apart.
-    turned : str or None
-        How the rewards had to be turned for a rule to fit, which is a fault.
-    why_not : str or None
-        Why nothing is known.
-    rollouts : int
-        Rollouts that show it.
-    """
-
+    #: Keys of `RULES` that fit; several if these rewards cannot tell them apart.
     rules: set[str] = field(default_factory=set)
+    #: How the rewards had to be turned for a rule to fit, which is a fault.
     turned: str | None = None
+    #: Why nothing is known.
     why_not: str | None = None
+    #: Rollouts that show it.
     rollouts: int = 0
 
 

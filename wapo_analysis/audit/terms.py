@@ -72,21 +72,14 @@ def check_extra_terms(
 
 @dataclass(frozen=True)
 class _Push:
-    """Push on tokens of rollouts whose ratios are all 1.
+    """Push on tokens of rollouts whose ratios are all 1."""
 
-    Attributes
-    ----------
-    rollouts : int
-        Rollouts looked at.
-    apart : (int, float) or None
-        How many push their tokens by different amounts, and the mean relative distance of these.
-    constant : (float, bool) or None
-        c of ``w (A + c)``, in units of the advantage where it has an effect, and whether it has
-        none.
-    """
-
+    #: Rollouts looked at.
     rollouts: int
+    #: How many push their tokens by different amounts, and the mean relative distance of these.
     apart: tuple[int, float] | None = None
+    #: c of ``w (A + c)``, in units of the advantage where it has an effect, and whether it has
+    #: none.
     constant: tuple[float, bool] | None = None
 
 

@@ -121,23 +121,15 @@ LARGEST_SHARE = 0.10
 
 @dataclass(frozen=True)
 class CaptureMode:
-    """Mode of a run and why.
-
-    Attributes
-    ----------
-    mode : {"passive", "replace"}
-    rule : str
-        One line: who decided, with the numbers.
-    logits_bytes, free_bytes : int or None
-        Size of the logits of one micro-batch, and the memory that was free when it was decided.
-    microbatch_tokens : int or None
-        Most tokens of a micro-batch, where the memory decides and not a setting.
-    """
+    """Mode of a run and why."""
 
     mode: str
+    #: One line: who decided, with the numbers.
     rule: str
+    #: Size of the logits of one micro-batch, and the memory that was free when it was decided.
     logits_bytes: int | None = None
     free_bytes: int | None = None
+    #: Most tokens of a micro-batch, where the memory decides and not a setting.
     microbatch_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:

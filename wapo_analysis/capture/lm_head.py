@@ -31,21 +31,15 @@ _HALF_TOLERANCE = 2e-2
 
 @dataclass(frozen=True)
 class LmHead:
-    """Everything that makes logits of hidden states.
+    """Everything that makes logits of hidden states."""
 
-    Attributes
-    ----------
-    weight : Tensor, shape (V, D)
-    bias : Tensor, shape (V,), or None
-    scale : float
-        Factor on the logits, before the soft cap.
-    softcap : float or None
-        Logits z become ``softcap * tanh(z / softcap)``.
-    """
-
+    #: (V, D).
     weight: Tensor
+    #: (V,).
     bias: Tensor | None
+    #: Factor on the logits, before the soft cap.
     scale: float = 1.0
+    #: Logits z become ``softcap * tanh(z / softcap)``.
     softcap: float | None = None
 
     @classmethod
@@ -179,26 +173,18 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one forward said of the tokens it was given.
+    """What one forward said of the tokens it was given."""
 
-    Attributes
-    ----------
-    stats : TokenStats, shape (R,)
-        Of those of the M tokens, each after a position but the last, that are no padding.
-    ids : Tensor of int64, shape (M,)
-        Those tokens.
-    row : Tensor of int64, shape (M,), or None
-        Number of each among the R; None if all are read, -1 of padding.
-    shape : tuple of int
-        B and L.
-    begins : Tensor of int64, shape (n + 1,), or None
-        Where the n texts of a packed row begin, and L, if the positions given to the model say.
-    """
-
+    #: (R,): of those of the M tokens, each after a position but the last, that are no padding.
     stats: TokenStats
+    #: (M,): those tokens.
     ids: Tensor
+    #: (M,): number of each among the R; None if all are read, -1 of padding.
     row: Tensor | None
+    #: B and L.
     shape: tuple[int, int]
+    #: (n + 1,): where the n texts of a packed row begin, and L, if the positions given to the model
+    #: say.
     begins: Tensor | None
 
     def at(self, index: Tensor) -> TokenStats | None:

@@ -25,35 +25,20 @@ class Names:
 
     P is the shape of the log-probabilities: padded (B, T), packed (M,), the one completion of the
     call (M,), or a list of such completions.
-
-    Attributes
-    ----------
-    logp : Where, shape P
-        Log-probabilities, on the autograd graph.
-    advantages : Where, shape P or (B,)
-    mask : Where, shape P
-        Non-zero on the tokens of the loss; None where the loss sees no others.
-    logp_old : Where, shape P
-        What the loss's ratio is to.
-    sampler : Where, shape P
-        What the sampler reported, where that is something else.
-    tokens, groups, rollouts, cu_seqlens, logits, entropy, collision : Where
-        As in `wapo_analysis.Recorder.watch`. Without ``logits`` and ``collision`` the model's own
-        logits are read where they are made.
-    weights : Where, shape P
-        What the loss multiplies its tokens with: 0 leaves one out of the loss.
-    loss_scale : Where
-        What the trainer multiplies the loss by, so that averaged gradients are summed ones.
-    scorer : str, optional
-        A function that the loss calls for its log-probabilities, by its name in the loss's module
-        or as ``self.name``; what it returns is then the argument ``scored``.
     """
 
+    #: Shape P: log-probabilities, on the autograd graph.
     logp: Where
+    #: Shape P or (B,).
     advantages: Where
+    #: Shape P: non-zero on the tokens of the loss; None where the loss sees no others.
     mask: Where = None
+    #: Shape P: what the loss's ratio is to.
     logp_old: Where = None
+    #: Shape P: what the sampler reported, where that is something else.
     sampler: Where = None
+    #: As in `wapo_analysis.Recorder.watch`. Without ``logits`` and ``collision`` the model's own
+    #: logits are read where they are made.
     tokens: Where = None
     groups: Where = None
     rollouts: Where = None
@@ -61,8 +46,12 @@ class Names:
     logits: Where = None
     entropy: Where = None
     collision: Where = None
+    #: Shape P: what the loss multiplies its tokens with: 0 leaves one out of the loss.
     weights: Where = None
+    #: What the trainer multiplies the loss by, so that averaged gradients are summed ones.
     loss_scale: Where = None
+    #: A function that the loss calls for its log-probabilities, by its name in the loss's module or
+    #: as ``self.name``; what it returns is then the argument ``scored``.
     scorer: str | None = None
 
     @classmethod

@@ -31,20 +31,14 @@ MIN_MEAN = 5
 
 @dataclass(frozen=True)
 class Gap:
-    """Difference of a quantity between two settings, second minus first, at every shared step.
+    """Difference of a quantity between two settings, second minus first, at every shared step."""
 
-    Attributes
-    ----------
-    steps : ndarray of int, shape (n,)
-    first, second : ndarray, shape (n,)
-        Means over the pairs, in the unit of the quantity.
-    error : ndarray, shape (n,)
-        Standard error of the difference.
-    """
-
+    #: (n,).
     steps: Array
+    #: (n,): means over the pairs, in the unit of the quantity.
     first: Array
     second: Array
+    #: (n,): standard error of the difference.
     error: Array
 
 

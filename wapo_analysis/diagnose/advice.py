@@ -62,19 +62,13 @@ class Advice:
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides which advice applies to a run.
+    """What decides which advice applies to a run."""
 
-    Attributes
-    ----------
-    trainer : str or None
-        Trainer whose names are told; see `trainer_of`.
-    facts : frozenset of str
-        Classes and signs that are trained on, ``restricted`` if the run was told to train on some
-        classes only (else ``unrestricted``), ``large_steps`` if the updates are too large for any
-        first-order law.
-    """
-
+    #: Trainer whose names are told; see `trainer_of`.
     trainer: str | None
+    #: Classes and signs that are trained on, ``restricted`` if the run was told to train on some
+    #: classes only (else ``unrestricted``), ``large_steps`` if the updates are too large for any
+    #: first-order law.
     facts: frozenset[str]
 
     def told(self, advice: Advice, *, remark: bool = False) -> Advice:

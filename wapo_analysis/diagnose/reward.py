@@ -47,29 +47,19 @@ SWING = 1.25
 
 @dataclass(frozen=True)
 class RewardState:
-    """How the reward went; see :func:`reward_state` for the rules.
+    """How the reward went; see :func:`reward_state` for the rules."""
 
-    Attributes
-    ----------
-    series : Series
-        The reward.
-    peak : float
-        Highest smoothed reward, at least the level of the baseline.
-    margin : float
-        Change that counts as more than noise.
-    loss : Departure or None
-        Stretch in which half of the gain (or of the baseline) was lost.
-    solved : bool
-        The task is all but solved: a score within [0, 1] ends at ``SOLVED`` or more.
-    falling : Departure or None
-        The same by the last records alone, which on their own might be noise.
-    """
-
+    #: The reward.
     series: Series
+    #: Highest smoothed reward, at least the level of the baseline.
     peak: float
+    #: Change that counts as more than noise.
     margin: float
+    #: Stretch in which half of the gain (or of the baseline) was lost.
     loss: Departure | None
+    #: The task is all but solved: a score within [0, 1] ends at ``SOLVED`` or more.
     solved: bool
+    #: The same by the last records alone, which on their own might be noise.
     falling: Departure | None = None
 
     @cached_property
@@ -180,23 +170,16 @@ class RewardState:
 
 @dataclass(frozen=True, slots=True)
 class Fall:
-    """A fall in means of blocks of records; indices into the series.
+    """A fall in means of blocks of records; indices into the series."""
 
-    Attributes
-    ----------
-    start, best, end : float
-        Means of the first, the best and the last block.
-    noise : float
-        Difference of two blocks that may be noise.
-    middle, onset, half : int
-        Middle of the best block, the record after it, and the last record of the first block that
-        is halfway down.
-    """
-
+    #: Means of the first, the best and the last block.
     start: float
     best: float
     end: float
+    #: Difference of two blocks that may be noise.
     noise: float
+    #: Middle of the best block, the record after it, and the last record of the first block that is
+    #: halfway down.
     middle: int
     onset: int
     half: int

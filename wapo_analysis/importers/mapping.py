@@ -87,20 +87,13 @@ def map_option(pairs: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Feed:
-    """What feeds a step column.
+    """What feeds a step column."""
 
-    Attributes
-    ----------
-    names : tuple of str
-        Their names, averaged if there are several.
-    fallbacks : tuple of str
-        Names of the same quantity for steps at which the first is missing.
-    complement, negative : bool
-        1 - x is meant, or -x.
-    """
-
+    #: Their names, averaged if there are several.
     names: tuple[str, ...]
+    #: Names of the same quantity for steps at which the first is missing.
     fallbacks: tuple[str, ...] = ()
+    #: 1 - x is meant, or -x.
     complement: bool = False
     negative: bool = False
 

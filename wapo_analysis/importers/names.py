@@ -17,28 +17,19 @@ PER_FUNCTION: Final = ("rewards/NAME/mean", "rewards/NAME/std")
 
 @dataclass(frozen=True)
 class Alias:
-    """Names that one trainer gives to one column.
+    """Names that one trainer gives to one column."""
 
-    Parameters
-    ----------
-    table : str
-        "tokens", "steps" or "rollouts".
-    column : str
-        Column of ours, or one of `PER_FUNCTION`.
-    trainer : str
-        Who writes it; "any" for names in common use.
-    names : tuple of str
-        In the order they are tried, without a leading ``train/``. ``*`` stands for anything: the
-        mean of all names that fit is taken. ``NAME`` is a reward function's name, ``DATASET`` one
-        of held-out problems (in a log that also has ``eval/step``). ``1 - x`` is the complement.
-    source : str
-        Where the name can be read in that trainer's source, or "unverified".
-    """
-
+    #: "tokens", "steps" or "rollouts".
     table: str
+    #: Column of ours, or one of `PER_FUNCTION`.
     column: str
+    #: Who writes it; "any" for names in common use.
     trainer: str
+    #: In the order they are tried, without a leading ``train/``. ``*`` stands for anything: the
+    #: mean of all names that fit is taken. ``NAME`` is a reward function's name, ``DATASET`` one of
+    #: held-out problems (in a log that also has ``eval/step``). ``1 - x`` is the complement.
     names: tuple[str, ...]
+    #: Where the name can be read in that trainer's source, or "unverified".
     source: str
 
     @cached_property

@@ -197,24 +197,16 @@ _PAPER_BINS = tuple(PROB_EDGES.index(edge) for edge in PAPER_EDGES[:-1])
 
 @dataclass
 class StepCounts:
-    """What the official files count in one step.
+    """What the official files count in one step."""
 
-    Attributes
-    ----------
-    bins : dict of str to int
-        ``<pos|neg>_<valley|peak>_<eligible|kept>``.
-    filtered : bool
-        Bins were included or excluded by a setting, so kept says nothing about the sign.
-    token_count, grad_mass : dict of int to ndarray, shape (5,)
-        By sign of A (1, -1), over the paper's bins of p; grad_mass is a mean per token.
-    sampled : int
-        Tokens of the scatter, and in ``zeros`` those of them without advantage.
-    """
-
+    #: ``<pos|neg>_<valley|peak>_<eligible|kept>``.
     bins: dict[str, int] = field(default_factory=dict)
+    #: Bins were included or excluded by a setting, so kept says nothing about the sign.
     filtered: bool = False
+    #: (5,): by sign of A (1, -1), over the paper's bins of p; grad_mass is a mean per token.
     token_count: dict[int, Array] = field(default_factory=dict)
     grad_mass: dict[int, Array] = field(default_factory=dict)
+    #: Tokens of the scatter, and in ``zeros`` those of them without advantage.
     sampled: int = 0
     zeros: int = 0
 

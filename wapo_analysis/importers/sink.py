@@ -94,30 +94,19 @@ ROW_COUNTER = "_step"
 class Sink:
     """Collects rows and writes them as a normal run.
 
-    Parameters
-    ----------
-    writer : RunWriter
-        Run being written.
-    report : ImportReport
-        Account of the import.
-    names : NameTable
-        Which key is which column.
-    temperature : float
-        Softmax temperature of the statistics.
-
     Attributes
     ----------
     log : StepLog
         The source's own metrics log.
-    step_candidates : dict of str to list of float
-        Where no record has a step: names that may count them, with their first numbers.
-    held : dict of str to set of str
-        By table, the columns that hold a value.
     """
 
+    #: Run being written.
     writer: RunWriter
+    #: Account of the import.
     report: ImportReport
+    #: Which key is which column.
     names: NameTable
+    #: Softmax temperature of the statistics.
     temperature: float = 1.0
     _tokens: list[pd.DataFrame] = field(default_factory=list)
     _token_rows: int = 0
@@ -131,7 +120,9 @@ class Sink:
     _stepless: list[tuple[Path, int]] = field(default_factory=list)
     _last_step: int | None = None
     _file_steps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    #: Where no record has a step: names that may count them, with their first numbers.
     step_candidates: dict[str, list[float]] = field(default_factory=dict)
+    #: By table, the columns that hold a value.
     held: dict[str, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -307,22 +307,15 @@ class StepLog:
 
 @dataclass(frozen=True)
 class _Repeats:
-    """A name that was logged more than once at some step.
-
-    Attributes
-    ----------
-    run : ndarray of int
-        How often the step had gone back before each number.
-    back : ndarray
-        Steps logged again after the step went back.
-    differing : ndarray
-        Repeated steps whose numbers differ.
-    """
+    """A name that was logged more than once at some step."""
 
     steps: Array
     values: Array
+    #: How often the step had gone back before each number.
     run: Array
+    #: Steps logged again after the step went back.
     back: Array
+    #: Repeated steps whose numbers differ.
     differing: Array
 
     @classmethod

@@ -17,29 +17,19 @@ _NONE_CODE = len(CLASSES)
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """Loss of a (micro-)batch and what happened to each token; all but ``loss`` is detached.
+    """Loss of a (micro-)batch and what happened to each token; all but ``loss`` is detached."""
 
-    Attributes
-    ----------
-    loss : Tensor, scalar
-        ``sum(token_loss * kept * weight)``; multiply by ``BatchWeights.multiplier``.
-    token_loss : Tensor, shape (B, T)
-        Loss before keep and weight.
-    ratio : Tensor, shape (B, T)
-        Importance ratio (GSPO: of the sequence); NaN where it does not exist.
-    clipped : Tensor of bool, shape (B, T)
-        Gradient is zero because the clip branch is active.
-    kept : Tensor of bool, shape (B, T)
-        Tokens in the sum: ``keep`` without the non-finite ones.
-    nonfinite : Tensor of int64, scalar
-        Kept tokens dropped because a log-probability the loss needs was not finite.
-    """
-
+    #: ``sum(token_loss * kept * weight)``; multiply by ``BatchWeights.multiplier``.
     loss: Tensor
+    #: (B, T): loss before keep and weight.
     token_loss: Tensor
+    #: (B, T): importance ratio (GSPO: of the sequence); NaN where it does not exist.
     ratio: Tensor
+    #: (B, T): gradient is zero because the clip branch is active.
     clipped: Tensor
+    #: (B, T): tokens in the sum: ``keep`` without the non-finite ones.
     kept: Tensor
+    #: Kept tokens dropped because a log-probability the loss needs was not finite.
     nonfinite: Tensor
 
 

@@ -31,20 +31,13 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """Loss of every position, before mask, weight and mean.
+    """Loss of every position, before mask, weight and mean."""
 
-    Attributes
-    ----------
-    loss : Tensor, shape (B, T)
-        Differentiable token loss.
-    ratio : Tensor, shape (B, T)
-        Importance ratio: of the token, for GSPO of the sequence. Detached.
-    clipped : Tensor of bool, shape (B, T)
-        The clip branch is active, so the position gets no gradient.
-    """
-
+    #: (B, T): differentiable token loss.
     loss: Tensor
+    #: (B, T): importance ratio: of the token, for GSPO of the sequence. Detached.
     ratio: Tensor
+    #: (B, T): the clip branch is active, so the position gets no gradient.
     clipped: Tensor
 
 

@@ -23,23 +23,15 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchWeights:
-    """How the token losses of a batch are averaged.
+    """How the token losses of a batch are averaged."""
 
-    Attributes
-    ----------
-    sequence_weight : Tensor, shape (N,)
-        Weight of every token of a rollout.
-    normalizer : float
-        Number of units averaged over (rollouts, groups or tokens), at least 1.
-    multiplier : float
-        Factor of the weighted sum; with several ranks, before the mean over ranks.
-    num_minibatches : int
-        Optimizer steps the batch is split into.
-    """
-
+    #: (N,): weight of every token of a rollout.
     sequence_weight: Tensor
+    #: Number of units averaged over (rollouts, groups or tokens), at least 1.
     normalizer: float
+    #: Factor of the weighted sum; with several ranks, before the mean over ranks.
     multiplier: float
+    #: Optimizer steps the batch is split into.
     num_minibatches: int
 
     def on(self, device: torch.device) -> BatchWeights:

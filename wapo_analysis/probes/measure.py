@@ -230,33 +230,22 @@ class Scorable:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One update that was made.
+    """One update that was made."""
 
-    Attributes
-    ----------
-    step, minibatch : int
-        Which.
-    parameters : list of Tensor
-        What the optimizer moves; ``grad`` is None where it did not.
-    optimizer : AdamW or SGD
-        After its step.
-    before : Before
-        Copies taken before its step.
-    passes : sequence of Scorable
-        All tokens of the update: their gradients add up to that of the step.
-    clip : float
-        Factor by which the gradient norm was clipped.
-    temperature : float
-        Softmax temperature.
-    """
-
+    #: Which.
     step: int
     minibatch: int
+    #: What the optimizer moves; ``grad`` is None where it did not.
     parameters: Tensors
+    #: After its step.
     optimizer: Optimizer
+    #: Copies taken before its step.
     before: Before
+    #: All tokens of the update: their gradients add up to that of the step.
     passes: Sequence[Scorable]
+    #: Factor by which the gradient norm was clipped.
     clip: float
+    #: Softmax temperature.
     temperature: float
 
 

@@ -31,28 +31,19 @@ TOKEN_SETS = (*CLASS_CODES, ALL_TOKENS, OTHER_TOKENS)
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedTokens:
-    """The N tokens of a probe as they stood before the update; every array has shape (N,).
+    """The N tokens of a probe as they stood before the update; every array has shape (N,)."""
 
-    Attributes
-    ----------
-    cls : ndarray of int
-        Class code of the taxonomy; ``OTHER_TOKENS`` for tokens that have no part in the update.
-    coef : ndarray
-        -dL/dlogp, what the loss put on the token; 0 for tokens that have no part in the update.
-    logp, entropy : ndarray
-        Log-probability of the sampled token and entropy, nats.
-    collision_rest, collision_logp_rest : ndarray
-        Sums over the other tokens, as in the token table.
-    temperature : float
-        Softmax temperature.
-    """
-
+    #: Class code of the taxonomy; ``OTHER_TOKENS`` for tokens that have no part in the update.
     cls: Array
+    #: -dL/dlogp, what the loss put on the token; 0 for tokens that have no part in the update.
     coef: Array
+    #: Log-probability of the sampled token and entropy, nats.
     logp: Array
     entropy: Array
+    #: Sums over the other tokens, as in the token table.
     collision_rest: Array
     collision_logp_rest: Array
+    #: Softmax temperature.
     temperature: float = 1.0
 
     @property
@@ -102,20 +93,13 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class PartSize:
-    """How large a part of the update is in the weights.
+    """How large a part of the update is in the weights."""
 
-    Attributes
-    ----------
-    grad_norm : float
-        L2 norm of its gradient before clipping; NaN for a part that has no gradient of its own.
-    step_norm : float
-        L2 norm of its step.
-    dots : tuple of float
-        Inner product of its gradient with that of each class, in class order; NaN as above.
-    """
-
+    #: L2 norm of its gradient before clipping; NaN for a part that has no gradient of its own.
     grad_norm: float
+    #: L2 norm of its step.
     step_norm: float
+    #: Inner product of its gradient with that of each class, in class order; NaN as above.
     dots: tuple[float, ...]
 
 

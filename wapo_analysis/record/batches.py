@@ -23,37 +23,25 @@ MATCH = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPass:
-    """What one call of ``Recorder.watch`` was given, and what its backward pass is read with.
+    """What one call of ``Recorder.watch`` was given, and what its backward pass is read with."""
 
-    Attributes
-    ----------
-    tokens : TokenPass
-        The N tokens under the mask.
-    place : tuple of Tensor of int64, shape (N,)
-        Where they stand in the (B, T) or (M,) tensors.
-    rollouts, groups, lengths : Tensor, shape (B,)
-        Number, prompt and token count of each rollout.
-    advantages : Tensor, shape (B,)
-        Advantage of each rollout; the mean over its tokens if it was given per token.
-    log_ratio : Tensor, shape (N,), or None
-        Log of the ratio as the loss saw it, nats: to ``logp_prox``, else to ``logp_old``.
-    clip : tuple of float, or None
-        Bounds of the ratio, if they are known.
-    choose_kept : bool
-        Whether the gradient is to tell which tokens took part in the loss.
-    needs_grad : bool
-        A backward pass is expected.
-    """
-
+    #: The N tokens under the mask.
     tokens: TokenPass
+    #: (N,): where they stand in the (B, T) or (M,) tensors.
     place: tuple[Tensor, ...]
+    #: (B,): number, prompt and token count of each rollout.
     rollouts: Tensor
     groups: Tensor
     lengths: Tensor
+    #: (B,): advantage of each rollout; the mean over its tokens if it was given per token.
     advantages: Tensor
+    #: (N,): log of the ratio as the loss saw it, nats: to ``logp_prox``, else to ``logp_old``.
     log_ratio: Tensor | None
+    #: Bounds of the ratio, if they are known.
     clip: tuple[float, float] | None
+    #: Whether the gradient is to tell which tokens took part in the loss.
     choose_kept: bool
+    #: A backward pass is expected.
     needs_grad: bool
 
     def read_gradient(self, gradient: Tensor, loss_scale: float) -> None:
@@ -102,20 +90,13 @@ def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the positions of a pass belong to its rollouts.
+    """How the positions of a pass belong to its rollouts."""
 
-    Attributes
-    ----------
-    rollout : Tensor of int64, of the shape of the mask
-        Which of the B rollouts a position belongs to, from 0.
-    count : int
-        B.
-    numbers : Tensor of int64, shape (B,), or None
-        Number of each rollout within the step, where the layout itself gives it.
-    """
-
+    #: Shape of the mask: which of the B rollouts a position belongs to, from 0.
     rollout: Tensor
+    #: B.
     count: int
+    #: (B,): number of each rollout within the step, where the layout itself gives it.
     numbers: Tensor | None = None
 
     @classmethod

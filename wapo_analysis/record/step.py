@@ -38,25 +38,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class OpenStep:
-    """What a recorder has been given since the last finished step.
+    """What a recorder has been given since the last finished step."""
 
-    Attributes
-    ----------
-    passes : list of TokenPass
-        Gradient passes whose rows have not been built.
-    batches : list of BatchPass
-        The passes that came as padded tensors.
-    probes : list of Records
-    settled : list of Records
-        Derived token records that have been built already.
-    trained : list of bool
-        Of each rollout that was watched, whether a gradient reached it; empty if one reached all.
-    """
-
+    #: Gradient passes whose rows have not been built.
     passes: list[TokenPass] = field(default_factory=list)
+    #: The passes that came as padded tensors.
     batches: list[BatchPass] = field(default_factory=list)
     probes: list[Records] = field(default_factory=list)
+    #: Derived token records that have been built already.
     settled: list[Records] = field(default_factory=list)
+    #: Of each rollout that was watched, whether a gradient reached it; empty if one reached all.
     trained: list[bool] = field(default_factory=list)
     _given: list[frozenset[str]] = field(default_factory=list)
     _outside: list[Tensor] = field(default_factory=list)
@@ -141,50 +132,33 @@ class OpenStep:
 
 @dataclass
 class StepJob:
-    """Everything of one step of one process, on its way to the run folder.
+    """Everything of one step of one process, on its way to the run folder."""
 
-    Attributes
-    ----------
-    row : dict
-        Columns of the step line, ``step`` among them.
-    passes : list of HostPass
-        Gradient passes whose rows have not been built.
-    tokens : list of Records
-        Derived token records that have been built already.
-    given : frozenset of str
-        Statistics that every pass has.
-    others : list of Records
-        Rollouts and probes.
-    tops : list of HostPass
-        The most probable tokens of a few rollouts.
-    outside : list of Tensor
-        Of each pass, positions that got a gradient outside the loss mask, see `outside_counts`.
-    summed : list of DeviceTotals
-        Passes that were summed up where they are: no row of them is written.
-    rank : int
-    temperature : float
-        Softmax temperature of the statistics.
-    share : float
-        Share of the rollouts whose token rows are written.
-    sums : mapping of str to float, optional
-        What the tokens' sums are added to for the step columns; a column in ``row`` stays as it
-        is. None if the row has all that tokens can tell.
-    sequence_level : bool
-        The clip looks at the ratio of the whole rollout.
-    """
-
+    #: Columns of the step line, ``step`` among them.
     row: dict[str, Any]
+    #: Gradient passes whose rows have not been built.
     passes: list[HostPass]
+    #: Derived token records that have been built already.
     tokens: list[Records]
+    #: Statistics that every pass has.
     given: frozenset[str]
+    #: Rollouts and probes.
     others: list[Records]
+    #: The most probable tokens of a few rollouts.
     tops: list[HostPass] = field(default_factory=list)
+    #: Of each pass, positions that got a gradient outside the loss mask, see `outside_counts`.
     outside: list[Tensor] = field(default_factory=list)
+    #: Passes that were summed up where they are: no row of them is written.
     summed: list[DeviceTotals] = field(default_factory=list)
     rank: int = 0
+    #: Softmax temperature of the statistics.
     temperature: float = 1.0
+    #: Share of the rollouts whose token rows are written.
     share: float = 1.0
+    #: What the tokens' sums are added to for the step columns; a column in ``row`` stays as it is.
+    #: None if the row has all that tokens can tell.
     sums: Mapping[str, float] | None = None
+    #: The clip looks at the ratio of the whole rollout.
     sequence_level: bool = False
     _totals: list[Records] = field(default_factory=list)
     _chosen: list[Records] = field(default_factory=list)
@@ -317,20 +291,13 @@ def rollout_table(batches: Sequence[BatchPass]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepRollouts:
-    """What the watched batches of a step and its rewards say.
+    """What the watched batches of a step and its rewards say."""
 
-    Attributes
-    ----------
-    row : dict
-        Columns of the ``steps`` table.
-    columns : dict
-        Columns of the ``rollouts`` table; empty without a reward for each rollout.
-    sums : dict
-        Sums over rollouts, see `wapo_analysis.derive.rollout_sums`.
-    """
-
+    #: Columns of the ``steps`` table.
     row: dict[str, float]
+    #: Columns of the ``rollouts`` table; empty without a reward for each rollout.
     columns: dict[str, Any]
+    #: Sums over rollouts, see `wapo_analysis.derive.rollout_sums`.
     sums: dict[str, float]
 
 

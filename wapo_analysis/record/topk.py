@@ -34,27 +34,18 @@ ReadRows = Callable[[Place], Tensor]
 
 @dataclass
 class TopTokens:
-    """The K most probable tokens of n rows of one pass; every tensor of them has shape (n, K).
+    """The K most probable tokens of n rows of one pass; every tensor of them has shape (n, K)."""
 
-    Attributes
-    ----------
-    place : tuple of Tensor of int64, shape (n,)
-        Where the rows stand in the pass's own tensors, (B, T) or (M,).
-    rollout, position : Tensor of int64, shape (n,)
-    size : int
-        K.
-    temperature : float
-    minibatch : int
-    ids, before, after : Tensor, shape (n, K), or None
-        Token ids, log-probabilities in nats, and those after the update; None until read.
-    """
-
+    #: (n,): where the rows stand in the pass's own tensors, (B, T) or (M,).
     place: Place
+    #: (n,).
     rollout: Tensor
     position: Tensor
+    #: K.
     size: int
     temperature: float
     minibatch: int
+    #: (n, K): token ids, log-probabilities in nats, and those after the update; None until read.
     ids: Tensor | None = field(default=None, init=False)
     before: Tensor | None = field(default=None, init=False)
     after: Tensor | None = field(default=None, init=False)

@@ -26,23 +26,15 @@ Row = Mapping[str, Any]
 
 @dataclass
 class Check(Result):
-    """What there is of a run, and what is damaged or missing.
+    """What there is of a run, and what is damaged or missing."""
 
-    Attributes
-    ----------
-    run : str
-        Folder.
-    damage : list of str
-        What is broken or lost, one sentence each; empty if the run is whole.
-    notes : list of str
-        What is worth knowing and costs nothing.
-    lines, files, unsealed : int
-        Lines of the step log; files of tables; those of them without checksums.
-    """
-
+    #: Folder.
     run: str
+    #: What is broken or lost, one sentence each; empty if the run is whole.
     damage: list[str] = field(default_factory=list)
+    #: What is worth knowing and costs nothing.
     notes: list[str] = field(default_factory=list)
+    #: Lines of the step log; files of tables; those of them without checksums.
     lines: int = 0
     files: int = 0
     unsealed: int = 0

@@ -46,26 +46,17 @@ class RunLost(UserError):
 
 @dataclass(frozen=True)
 class Owner:
-    """Who writes a run.
+    """Who writes a run."""
 
-    Attributes
-    ----------
-    host : str
-        Name of the machine.
-    place : str
-        Where process numbers mean the same: machine, boot, process namespace.
-    pid : int
-        Process; 0 once it has dropped the run without ending it, -1 if it cannot be read.
-    born : int
-        Start of the process in clock ticks since boot, which tells a reused number; 0 unknown.
-    token : str
-        Random name of this ownership.
-    """
-
+    #: Name of the machine.
     host: str
+    #: Where process numbers mean the same: machine, boot, process namespace.
     place: str
+    #: Process; 0 once it has dropped the run without ending it, -1 if it cannot be read.
     pid: int
+    #: Start of the process in clock ticks since boot, which tells a reused number; 0 unknown.
     born: int
+    #: Random name of this ownership.
     token: str
 
     @classmethod

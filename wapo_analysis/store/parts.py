@@ -58,19 +58,12 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class PartFile:
-    """One file of a table.
+    """One file of a table."""
 
-    Attributes
-    ----------
-    first, last : int
-        Steps it spans; the same number for a part.
-    rank : int
-        Process that wrote it.
-    path : Path
-    """
-
+    #: Steps it spans; the same number for a part.
     first: int
     last: int
+    #: Process that wrote it.
     rank: int
     path: Path
 

@@ -35,26 +35,17 @@ _PROMPTS, _SAMPLING = 1, 2  # streams of random numbers within a step
 
 @dataclass(frozen=True)
 class Batch:
-    """Sampled and graded rollouts of one step.
-
-    Attributes
-    ----------
-    problems : list of Problem, length B
-    prompts : list of Prompt, length B
-        What the model saw.
-    rollouts : Rollouts
-    completions : list of str, length B
-    rewards, advantages : ndarray of float64, shape (B,)
-    group : ndarray of int64, shape (B,)
-        Prompt of each rollout, 0..P-1.
-    """
+    """Sampled and graded rollouts of one step."""
 
     problems: list[Problem]
+    #: What the model saw.
     prompts: list[Prompt]
     rollouts: Rollouts
     completions: list[str]
+    #: (B,).
     rewards: np.ndarray[Any, np.dtype[np.float64]]
     advantages: np.ndarray[Any, np.dtype[np.float64]]
+    #: (B,): prompt of each rollout, 0..P-1.
     group: np.ndarray[Any, np.dtype[np.int64]]
 
     @cached_property
@@ -160,27 +151,18 @@ def batch_sums(batch: Batch) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """A mini-batch, or a micro-batch of it.
+    """A mini-batch, or a micro-batch of it."""
 
-    Attributes
-    ----------
-    index : int
-        Number of the update within the step.
-    rollouts : Rollouts
-    advantage, group, rows : Tensor, shape (b,)
-        Of each rollout; rows are their numbers in the step.
-    groups : Tensor, shape (B,)
-        Group of every rollout of the step.
-    lengths : ndarray of int64, shape (b, 2)
-        Tokens of prompt and completion of each rollout, known to the host.
-    """
-
+    #: Number of the update within the step.
     index: int
     rollouts: Rollouts
+    #: (b,): of each rollout; rows are their numbers in the step.
     advantage: Tensor
     group: Tensor
     rows: Tensor
+    #: (B,): group of every rollout of the step.
     groups: Tensor
+    #: (b, 2): tokens of prompt and completion of each rollout, known to the host.
     lengths: np.ndarray[Any, np.dtype[np.int64]]
 
     def split(self, size: int | None, tokens: int | None = None) -> "list[MiniBatch]":

@@ -34,26 +34,17 @@ _REPEATED = ("reward", "entropy", "loss", "grad_norm")
 
 @dataclass(frozen=True)
 class Plan:
-    """A fork that is going to be made; checked when made by `plan_fork`.
-
-    Attributes
-    ----------
-    original : Run
-    step : int
-        The change is in force after it.
-    checkpoint : int
-        Step it starts from, 0 for the policy before training; steps up to ``step`` are repeated.
-    before, config : TrainConfig
-        Settings of the original and of the fork.
-    last : int
-        Last step of the fork.
-    """
+    """A fork that is going to be made; checked when made by `plan_fork`."""
 
     original: Run
+    #: The change is in force after it.
     step: int
+    #: Step it starts from, 0 for the policy before training; steps up to ``step`` are repeated.
     checkpoint: int
+    #: Settings of the original and of the fork.
     before: TrainConfig
     config: TrainConfig
+    #: Last step of the fork.
     last: int
 
     @property

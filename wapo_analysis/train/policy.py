@@ -21,39 +21,25 @@ _MARK = "wapo"  # stands for an assistant's words when the template is asked how
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How prompts are put to a policy and what ends its completions.
+    """How prompts are put to a policy and what ends its completions."""
 
-    Attributes
-    ----------
-    chat : {"auto", "on", "off"}
-        Use the tokenizer's chat template; auto uses it if there is one.
-    system : str or None
-        System prompt of the template; None leaves the template's own.
-    stop : tuple of str
-        Texts that end a completion, beside the model's end tokens.
-    """
-
+    #: Use the tokenizer's chat template; auto uses it if there is one.
     chat: str = "auto"
+    #: System prompt of the template; None leaves the template's own.
     system: str | None = None
+    #: Texts that end a completion, beside the model's end tokens.
     stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the model sees it.
+    """A prompt as the model sees it."""
 
-    Attributes
-    ----------
-    text : str
-        Template and begin token included.
-    ids : list of int
-        Its token ids.
-    cut : bool
-        The beginning of the problem's text was left out to fit a length limit.
-    """
-
+    #: Template and begin token included.
     text: str
+    #: Its token ids.
     ids: list[int]
+    #: The beginning of the problem's text was left out to fit a length limit.
     cut: bool = False
 
 
@@ -167,32 +153,20 @@ def no_progress_bars() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model with its tokenizer on one device.
-
-    Attributes
-    ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-    tokenizer : transformers.PreTrainedTokenizerBase
-    device : torch.device
-    eos_ids : tuple of int
-        Tokens that end a completion.
-    pad_id : int
-        Token that fills rows; never attended to.
-    format : PromptFormat
-        From a problem's text to what the model sees.
-    mixed : bool
-        Products are bfloat16, weights that are trained float32.
-    rounded : transformers.PreTrainedModel, optional
-        The model in bfloat16, which samples; it is brought up to date before it does.
-    """
+    """A causal language model with its tokenizer on one device."""
 
     model: Any
     tokenizer: Any
     device: torch.device
+    #: Tokens that end a completion.
     eos_ids: tuple[int, ...]
+    #: Token that fills rows; never attended to.
     pad_id: int
+    #: From a problem's text to what the model sees.
     format: PromptFormat
+    #: Products are bfloat16, weights that are trained float32.
     mixed: bool = False
+    #: The model in bfloat16, which samples; it is brought up to date before it does.
     rounded: Any = None
 
     @property

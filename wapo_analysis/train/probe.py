@@ -43,23 +43,17 @@ class Prober:
 
     ``parameters``: what the optimizer moves; ``statistics``: rollouts to the statistics of their
     tokens, with or without a graph.
-
-    Attributes
-    ----------
-    other : Rollouts or None
-        Rollouts of the step before; their tokens show what a step does to text it was not made of.
-    seconds : float
-        Time spent so far.
-    failed : bool
-        A probe failed, so no more are made.
     """
 
     parameters: list[Tensor]
     optimizer: Optimizer
     config: TrainConfig
     statistics: Statistics
+    #: Rollouts of the step before; their tokens show what a step does to text it was not made of.
     other: Rollouts | None = None
+    #: Time spent so far.
     seconds: float = 0.0
+    #: A probe failed, so no more are made.
     failed: bool = False
 
     def start(self, step: int, minibatch: int, recorder: Recorder) -> NullProbe:

@@ -33,30 +33,20 @@ _PAGE = 32  # tokens of a page of the cache in continuous batching
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Completions of a batch of prompts.
+    """Completions of a batch of prompts."""
 
-    Attributes
-    ----------
-    prompt_ids, prompt_mask : Tensor, shape (B, L)
-        Left-padded prompts; the mask is 1 on real tokens.
-    completion_ids : Tensor, shape (B, T)
-        Right-padded completions, end token included.
-    mask : Tensor of bool, shape (B, T)
-        Real completion tokens.
-    logp_old : Tensor, shape (B, T)
-        Log-probability under the sampling policy at its temperature, nats; 0 where masked.
-    stopped : Tensor of bool, shape (B,)
-        The completion ended by itself: with an end token or a stop text.
-    entropy : Tensor, shape (B, T), optional
-        Entropy of the sampling distribution, nats; 0 where masked.
-    """
-
+    #: (B, L): left-padded prompts; the mask is 1 on real tokens.
     prompt_ids: Tensor
     prompt_mask: Tensor
+    #: (B, T): right-padded completions, end token included.
     completion_ids: Tensor
+    #: (B, T): real completion tokens.
     mask: Tensor
+    #: (B, T): log-probability under the sampling policy at its temperature, nats; 0 where masked.
     logp_old: Tensor
+    #: (B,): the completion ended by itself: with an end token or a stop text.
     stopped: Tensor
+    #: (B, T): entropy of the sampling distribution, nats; 0 where masked.
     entropy: Tensor | None = None
 
     @cached_property

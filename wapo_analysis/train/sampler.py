@@ -71,24 +71,17 @@ class _Context:
     """What the model has read: its cache, and which positions count.
 
     ``token`` (n,), or None: sampled, but not yet read.
-
-    Parameters
-    ----------
-    ids, mask : Tensor, shape (u, L)
-        Left-padded prompts, each once; the mask is 1 on real tokens.
-    copies : Tensor of int64, shape (n,)
-        The prompt of each row: a group's is read once.
-    padded : bool
-        Some prompt is padded.
-    room : int
-        Positions of prompt and longest completion.
     """
 
     model: Any
+    #: (u, L): left-padded prompts, each once; the mask is 1 on real tokens.
     ids: Tensor
     mask: Tensor
+    #: (n,): the prompt of each row: a group's is read once.
     copies: Tensor
+    #: Some prompt is padded.
     padded: bool
+    #: Positions of prompt and longest completion.
     room: int
     token: Tensor | None = None
 
@@ -184,24 +177,17 @@ class Sampled:
 
 @dataclass
 class Sampler:
-    """Samples completions of rows that are in memory together.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel or peft.PeftModel
-        What samples: the policy's, or its copy in another precision.
-    entropy : bool
-        Measure it at every position.
-    block : int, optional
-        Tokens between two looks of the host; None takes `BLOCK`.
-    """
+    """Samples completions of rows that are in memory together."""
 
     policy: Policy
+    #: What samples: the policy's, or its copy in another precision.
     model: Any
     max_new_tokens: int
     temperature: float
     noise: "Noise"
+    #: Measure it at every position.
     entropy: bool = False
+    #: Tokens between two looks of the host; None takes `BLOCK`.
     block: int | None = None
 
     @torch.no_grad()

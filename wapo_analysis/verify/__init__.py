@@ -33,29 +33,19 @@ _MIN_TRIALS = 100
 
 @dataclass(frozen=True)
 class Identity:
-    """One checked statement.
+    """One checked statement."""
 
-    Attributes
-    ----------
-    name : str
-        Short name, unique.
-    statement : str
-        The statement, in plain text.
-    worst_error : float
-        Largest error, or violation of a law, over all trials; NaN if nothing was checked.
-    tolerance : float
-        Largest error allowed.
-    trials : int
-        Number of positions the statement was checked on.
-    passed : bool
-        Whether the worst error is within the tolerance.
-    """
-
+    #: Short name, unique.
     name: str
+    #: The statement, in plain text.
     statement: str
+    #: Largest error, or violation of a law, over all trials; NaN if nothing was checked.
     worst_error: float
+    #: Largest error allowed.
     tolerance: float
+    #: Number of positions the statement was checked on.
     trials: int
+    #: Whether the worst error is within the tolerance.
     passed: bool
 
     def to_line(self) -> str:

@@ -24,34 +24,23 @@ _WIDTH = 1e-3
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions with one sampled token each, its statistics, and what a gradient step did.
+    """Positions with one sampled token each, its statistics, and what a gradient step did."""
 
-    Attributes
-    ----------
-    logits, probs : ndarray
-        Raw logits and softmax(logits / temperature), (N, V).
-    sampled : ndarray
-        Sampled token, (N,).
-    coef, temperature : ndarray
-        Coefficient c = -dL/dlogp and temperature T, (N,).
-    own : dict
-        ``prob``, ``complement``, ``collision_rest`` of the sampled token, (N,) each.
-    more : dict
-        ``logp``, ``entropy``, ``collision_logp_rest`` in nats, (N,) each.
-    prob_rates : ndarray
-        Measured change of every probability per unit of lr * c / T**2, (N, V).
-    entropy_rate : ndarray
-        Measured change of the entropy per unit of lr * c / T**2, nats, (N,).
-    """
-
+    #: Raw logits and softmax(logits / temperature), (N, V).
     logits: Floats
     probs: Floats
+    #: Sampled token, (N,).
     sampled: NDArray[np.int64]
+    #: Coefficient c = -dL/dlogp and temperature T, (N,).
     coef: Floats
     temperature: Floats
+    #: ``prob``, ``complement``, ``collision_rest`` of the sampled token, (N,) each.
     own: dict[str, Floats]
+    #: ``logp``, ``entropy``, ``collision_logp_rest`` in nats, (N,) each.
     more: dict[str, Floats]
+    #: Measured change of every probability per unit of lr * c / T**2, (N, V).
     prob_rates: Floats
+    #: Measured change of the entropy per unit of lr * c / T**2, nats, (N,).
     entropy_rate: Floats
 
     @property

@@ -32,25 +32,16 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class SeenPass:
-    """One gradient pass: how to score its tokens again, and its rows unless recording failed.
+    """One gradient pass: how to score its tokens again, and its rows unless recording failed."""
 
-    Attributes
-    ----------
-    score : callable
-        Scores the tokens under the present weights.
-    tokens : TokenPass or None
-    mask_BT : Tensor of bool, shape (B, T), or None
-        Loss mask.
-    clipped : Tensor of bool, shape (N,), or None
-        Tokens that the clip rule stops.
-    masks : list of Tensor, broadcast to (B, T)
-        What the loss multiplies its tokens with: entropy mask, off-policy mask, weights.
-    """
-
+    #: Scores the tokens under the present weights.
     score: Callable[[], Any]
     tokens: TokenPass | None = None
+    #: (B, T): loss mask.
     mask_BT: Tensor | None = None
+    #: (N,): tokens that the clip rule stops.
     clipped: Tensor | None = None
+    #: What the loss multiplies its tokens with: entropy mask, off-policy mask, weights.
     masks: list[Tensor] = field(default_factory=list)
     _grad_BT: Tensor | float = 0.0
 

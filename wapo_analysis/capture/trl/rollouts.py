@@ -29,24 +29,17 @@ _NONE = dict.fromkeys(("advantage", "cls", "pred_dentropy", "grad_norm"), np.zer
 
 @dataclass
 class Generation:
-    """One generated batch as this process sees it; B rollouts of this process.
+    """One generated batch as this process sees it; B rollouts of this process."""
 
-    Attributes
-    ----------
-    first : int
-        Place of this process's first rollout within the batch of all processes.
-    columns : dict
-        Columns of the rollouts table without ``group`` and ``rollout``, B entries each.
-    rewards : ndarray of float64, shape (rollouts of all processes,)
-    repetition : ndarray of float64, shape (B,)
-    used : set of int
-        Rows among the B that gradient passes of the current step have seen.
-    """
-
+    #: Place of this process's first rollout within the batch of all processes.
     first: int
+    #: Columns of the rollouts table without ``group`` and ``rollout``, B entries each.
     columns: dict[str, Any]
+    #: (rollouts of all processes,).
     rewards: Array
+    #: (B,).
     repetition: Array
+    #: Rows among the B that gradient passes of the current step have seen.
     used: set[int] = field(default_factory=set)
 
 

@@ -118,22 +118,15 @@ def loss_mask(inputs: Mapping[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Clip of the surrogate; no bounds for losses whose clip keeps gradient.
+    """Clip of the surrogate; no bounds for losses whose clip keeps gradient."""
 
-    Attributes
-    ----------
-    low, high : float
-        A ratio below ``low`` stops a token with A < 0, one above ``high`` a token with A > 0.
-    delta : float
-        Largest ratio of the unclipped term (two-sided clipping): above it, and above ``high``, a
-        token with A < 0 is stopped.
-    level : {"token", "mean", "sum"}
-        Whose ratio it is: the token's own, or the rollout's by mean or sum of the log-ratios.
-    """
-
+    #: A ratio below ``low`` stops a token with A < 0, one above ``high`` a token with A > 0.
     low: float = -torch.inf
     high: float = torch.inf
+    #: Largest ratio of the unclipped term (two-sided clipping): above it, and above ``high``, a
+    #: token with A < 0 is stopped.
     delta: float = torch.inf
+    #: Whose ratio it is: the token's own, or the rollout's by mean or sum of the log-ratios.
     level: Literal["token", "mean", "sum"] = "token"
 
     def clipped(self, log_ratio_BT: Tensor, mask_BT: Tensor, advantage_BT: Tensor) -> Tensor:

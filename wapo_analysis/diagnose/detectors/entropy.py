@@ -46,21 +46,14 @@ COLLAPSE_REFERENCE = "arXiv:2505.22617 (entropy mechanism); arXiv:2606.16154 (WA
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Levels of the smoothed entropy, nats.
+    """Levels of the smoothed entropy, nats."""
 
-    Attributes
-    ----------
-    level : float
-        The run's own baseline.
-    low, high : float
-        Beyond these it warns.
-    lowest, highest : float
-        Beyond these it is a collapse (unless the reward pays for it), or an explosion.
-    """
-
+    #: The run's own baseline.
     level: float
+    #: Beyond these it warns.
     low: float
     high: float
+    #: Beyond these it is a collapse (unless the reward pays for it), or an explosion.
     lowest: float
     highest: float
 

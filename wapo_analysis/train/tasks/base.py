@@ -173,25 +173,16 @@ def text_field(values: Mapping[str, Any], name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FileTask:
-    """A task over the rows of one format.
-
-    Attributes
-    ----------
-    form : Format
-    train : list of Problem
-        Problems to train on, in the order of the file.
-    held_out : list of Problem
-        Problems for evaluation, in the order of their digests.
-    reports : tuple of DataReport
-        On the training data and, if there is one, the evaluation file.
-    overlap : int
-        Training rows left out because the evaluation file asks the same.
-    """
+    """A task over the rows of one format."""
 
     form: Format
+    #: Problems to train on, in the order of the file.
     train: list[Problem]
+    #: Problems for evaluation, in the order of their digests.
     held_out: list[Problem]
+    #: On the training data and, if there is one, the evaluation file.
     reports: tuple[DataReport, ...]
+    #: Training rows left out because the evaluation file asks the same.
     overlap: int = 0
 
     @property

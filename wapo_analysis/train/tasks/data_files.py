@@ -30,37 +30,23 @@ _DATA_BYTES = 1 << 36  # most bytes of a data file, which is read whole
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the data.
+    """One row of the data."""
 
-    Attributes
-    ----------
-    where : str
-        ``"line 4"`` of a file of lines, ``"row 4"`` elsewhere; counted from 1.
-    values : dict or None
-        The fields, or None if the row cannot be read.
-    reason : str
-        Why it cannot be read.
-    """
-
+    #: ``"line 4"`` of a file of lines, ``"row 4"`` elsewhere; counted from 1.
     where: str
+    #: The fields, or None if the row cannot be read.
     values: dict[str, Any] | None
+    #: Why it cannot be read.
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All rows of one source.
+    """All rows of one source."""
 
-    Attributes
-    ----------
-    name : str
-        As the user gave it.
-    sha256 : str
-        Of the file's bytes; of the rows as sorted JSON for a folder or a hub name.
-    rows : list of Row
-    """
-
+    #: As the user gave it.
     name: str
+    #: Of the file's bytes; of the rows as sorted JSON for a folder or a hub name.
     sha256: str
     rows: list[Row]
 
@@ -226,24 +212,16 @@ class DataRefused(UserError):
 
 @dataclass(frozen=True)
 class DataReport:
-    """Account of one source of rows.
-
-    Attributes
-    ----------
-    task, source, sha256 : str
-    rows : int
-        Rows found, usable or not.
-    skipped : tuple of str
-        Every unusable row, as ``"line 4: no 'question'"``.
-    repeated : tuple of str
-        Every row that says again what an earlier one says, used once.
-    """
+    """Account of one source of rows."""
 
     task: str
     source: str
     sha256: str
+    #: Rows found, usable or not.
     rows: int
+    #: Every unusable row, as ``"line 4: no 'question'"``.
     skipped: tuple[str, ...] = ()
+    #: Every row that says again what an earlier one says, used once.
     repeated: tuple[str, ...] = ()
 
     @property
