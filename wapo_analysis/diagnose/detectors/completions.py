@@ -6,7 +6,6 @@ from wapo_analysis.diagnose.advice import LOWER_LR, Advice, leave_out
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors import (
     LEVEL_SIGMAS,
-    MIN_STEPS,
     detector,
     lasting,
     level_finding,
@@ -47,7 +46,7 @@ def find_truncation(context: Context) -> list[Finding]:
     series = context.series("truncated")
     begin = risen(series, DRIFT, HALF)
     thirds = [part.mean() for part in np.array_split(series.values, 3)]
-    if len(series) >= MIN_STEPS and min(thirds) >= HALF:
+    if min(thirds) >= HALF:
         begin = 0  # most were cut all along, whatever the noise of a few completions a step
     return level_finding(
         series,
@@ -103,7 +102,7 @@ def find_length_drift(context: Context) -> list[Finding]:
     )
     begin = longer if longer is not None else shorter
     reward = context.reward
-    paid = reward is not None and (reward.improved or reward.rising)
+    paid = reward is not None and reward.rising
     alone = paid and not held_out_follows(context)
     what = f"Completions keep getting {'longer' if longer is not None else 'shorter'}"
     if alone:

@@ -361,6 +361,11 @@ def _paid(context: Context) -> bool:
     return reward is not None and (reward.improved or reward.solved)
 
 
+def _pays(reward: RewardState) -> bool:
+    """Whether it pays for a move of the entropy, or is too short to tell."""
+    return reward.rising or reward.solved or len(reward.series) < CALM_STEPS
+
+
 def _one_class_wanted(context: Context) -> bool:
     """The run was told to train on some classes only."""
     return bool(context.run.manifest.objective.get("include_bins"))
@@ -373,12 +378,7 @@ def _unpaid_move(context: Context) -> int:
     """
     series = context.series("entropy")
     reward = context.reward
-    if (
-        len(series) < CALM_STEPS
-        or (reward is not None and (reward.rising or len(reward.series) < CALM_STEPS))
-        or _paid(context)
-        or series.level <= 0
-    ):
+    if len(series) < CALM_STEPS or (reward is not None and _pays(reward)) or series.level <= 0:
         return 0
     ratio = series.end / series.level
     return 1 if ratio >= RISE[0] else -1 if ratio <= FALL[0] else 0

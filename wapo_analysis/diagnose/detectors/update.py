@@ -96,7 +96,7 @@ def find_kl_drift(context: Context) -> list[Finding]:
 def _gains_with(context: Context, distance: Series) -> bool:
     """Whether the reward gained over the steps in which the distance doubled to where it is."""
     reward = context.reward
-    if reward is None or reward.lost or not len(distance):
+    if reward is None or reward.lost:
         return False
     if reward.solved or reward.gaining:
         return True
