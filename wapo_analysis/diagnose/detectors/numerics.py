@@ -62,14 +62,15 @@ def find_nonfinite(context: Context) -> list[Finding]:
     skipped = np.nan_to_num(context.values("skipped_updates")) > 0
     dropped = np.nan_to_num(context.values("nonfinite")) > 0
     broken = np.logical_or.reduce([*holes.values(), skipped])
-    first, stop = (episodes(broken, 1) or [(0, 0)])[-1]
-    diverged = stop == len(broken) and stop - first >= MIN_DIVERGED
-    parts = {**holes, "skipped_updates": skipped}
-    findings = [_nonfinite_finding(context, parts, slice(first, stop))] if diverged else []
-    findings += [] if diverged else _given_up(context)
+    sound = np.flatnonzero(~broken)
+    first = int(sound[-1]) + 1 if len(sound) else 0
+    earlier, parts = broken | dropped, {**holes, "skipped_updates": skipped}
+    if len(broken) - first >= MIN_DIVERGED:
+        findings = [_nonfinite_finding(context, parts, slice(first, None))]
+        earlier[first:] = False
+    else:
+        findings = _given_up(context)
     parts["nonfinite"] = dropped
-    earlier = broken | dropped
-    earlier[first if diverged else len(earlier) :] = False
     if earlier.any():
         findings.append(_nonfinite_finding(context, parts, earlier))
     return findings
@@ -77,7 +78,7 @@ def find_nonfinite(context: Context) -> list[Finding]:
 
 def _given_up(context: Context) -> list[Finding]:
     """The trainer closed the run because the policy could not be sampled from any more."""
-    if context.run.manifest.status != "diverged" or not len(context.step_numbers):
+    if context.run.manifest.status != "diverged":
         return []
     last = int(context.step_numbers[-1])
     return [
@@ -239,7 +240,7 @@ def find_gradient_level(context: Context) -> list[Finding]:
 def _heaviest_class(context: Context, step: int) -> dict[str, float | int | str | None]:
     """Class with the largest gradient mass at a step and its share; empty if unknown."""
     mass = context.gradient_mass
-    if step not in mass.index or mass.loc[step].sum() <= 0:
+    if step not in mass.index or mass.loc[step].max() <= 0:
         return {}
     row = mass.loc[step].to_numpy()
     return {
@@ -254,13 +255,11 @@ def find_schedule(context: Context) -> list[Finding]:
     series = context.series("lr")
     values, top = series.values, float(series.values.max())
     late = max(3, len(series) // 10)
-    before = np.maximum.accumulate(values)[:-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        jumps = np.where(values[:-1] > 0, values[1:] / values[:-1], 0.0)
-    jumps[: late - 1] = 0.0  # a warm-up begins steeply
-    jumped = np.flatnonzero((jumps >= LR_JUMP) & (values[1:] > LR_ABOVE * before))
-    if len(jumped):
-        place = int(jumped[0]) + 1
+    last, high = values[:-1], np.maximum.accumulate(values)[:-1]
+    jumps = (last > 0) & (values[1:] >= LR_JUMP * last) & (values[1:] > LR_ABOVE * high)
+    jumps[: late - 1] = False  # a warm-up begins steeply
+    if jumps.any():
+        place = int(jumps.argmax()) + 1
         return [_schedule(series, place, f"jumped from {values[place - 1]:.2g} to "
                           f"{values[place]:.2g} at step {series.step(place)}")]  # fmt: skip
     gone = lasting(series, values <= LR_NOTHING * top)
@@ -327,10 +326,11 @@ def _moves_fast(context: Context) -> bool:
     clipped = max((context.series(f"clip_{side}").smooth.max() for side in ("low", "high")
                    if len(context.series(f"clip_{side}"))), default=0.0)  # fmt: skip
     k3, entropy = context.series("kl_old"), context.series("entropy")
-    far = len(k3) > 0 and k3.smooth.max() >= 0.1
-    ratio = entropy.smooth / entropy.level if len(entropy) and entropy.level > 0 else np.ones(1)
+    far = len(k3) and k3.smooth.max() >= 0.1
+    level = entropy.level
+    moved = level > 0 and (entropy.smooth.max() >= 2 * level or entropy.smooth.min() <= 0.2 * level)
     lost = context.reward is not None and context.reward.lost
-    return bool(clipped >= CLIPPED or far or lost or ratio.max() >= 2 or ratio.min() <= 0.2)
+    return bool(clipped >= CLIPPED or far or lost or moved)
 
 
 @detector("steps_slow_down", Need("steps", "seconds"))

@@ -72,11 +72,11 @@ def find_flat_groups(context: Context) -> list[Finding]:
     what, advice = _SIDES[side]
     if side and not _told_sides(context):
         what = f"have the same reward for every completion, {_BY_MEAN[side]} by the mean reward"
-    wasted = _wasted(context, flat, begin)
+    wasted = _wasted(context, flat, begin) or _became_flat(context, flat, now)
     return [
         Finding(
             name=f"zero_signal_{side}" if side else "zero_signal",
-            severity=_severity(context.reward, side, wasted or _mixed(context, flat, side, now)),
+            severity=_severity(context.reward, side, wasted),
             step=step,
             message=f"{now:.0%} of the groups {what}, so they teach nothing; half or more do from "
             f"step {step} on.",
@@ -159,11 +159,10 @@ def _side(context: Context) -> str:
     return "too_hard" if reward.bounded and reward.series.end <= HARD and low_too else ""
 
 
-def _mixed(context: Context, flat: Series, side: str, now: float) -> bool:
+def _became_flat(context: Context, flat: Series, now: float) -> bool:
     """Not solved, and most groups have become flat."""
     solved = context.reward is not None and context.reward.solved
-    became = now >= MOSTLY_FLAT and now - flat.level >= BECAME_FLAT
-    return became and not solved and side != "too_hard"
+    return not solved and now >= MOSTLY_FLAT and now - flat.level >= BECAME_FLAT
 
 
 def _wasted(context: Context, flat: Series, begin: int) -> bool:
@@ -191,7 +190,8 @@ def _varying(context: Context) -> dict[str, str]:
 def find_stall(context: Context) -> list[Finding]:
     """No gradient, or no group with a difference, to the end; the reward is stuck and unsolved."""
     reward = context.reward
-    if reward is None or reward.solved:
+    assert reward is not None
+    if reward.solved:
         return []
     flat, grad = context.flat_groups, context.series("grad_norm")
     since = {
