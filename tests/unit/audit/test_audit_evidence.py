@@ -244,8 +244,7 @@ def test_settings_of_our_own_trainer_say_which_loss_is_meant(
     assert known is not None
     assert (known.cores, known.means, known.positive_only) == (cores, means, positive)
     assert known.advantages == advantages
-    assert known == declared("trl", loss_mean_level=objective.pop("loss_mean_level", None),
-                             **objective)  # fmt: skip
+    assert known == declared("trl", **({"loss_mean_level": None} | objective))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,27 @@
 """What detectors read of a run: checkpoints, weights of functions, usual sizes, pay for length."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from tests.support.step_logs import finding, judge, names, ramp, write_steps
-from wapo_analysis.diagnose.context import Context
+from tests.support.step_logs import finding, judge, names, ramp, reopened, write_flows, write_steps
+from wapo_analysis.diagnose.context import (
+    Context,
+    driver_advice,
+    driver_words,
+    entropy_drivers,
+    grades_form,
+)
+from wapo_analysis.diagnose.result import Driver
 from wapo_analysis.diagnose.samples import length_pay
+from wapo_analysis.schema import ALL_TOKENS, PROBES
 from wapo_analysis.store import open_run
+from wapo_analysis.table import Records
 
 N = 60
 FLAT = np.full(N, 0.3)
@@ -105,3 +117,258 @@ def test_rows_without_a_reward_or_a_length_say_nothing_of_their_pay() -> None:
     assert not len(length_pay(rows.assign(length=7.0)))
     against = length_pay(rows.assign(reward=-rows["reward"]))
     np.testing.assert_allclose(against.values, -pay.values)
+
+
+# ---- columns ------------------------------------------------------------------------------------
+
+
+def seen(tmp_path: Path, columns: dict[str, Any], **manifest: Any) -> Context:
+    """What detectors see of a run with a step log alone."""
+    run = open_run(write_steps(tmp_path / "run", columns, source=manifest.pop("source", "loop")))
+    return Context(replace(run, manifest=run.manifest.changed(manifest)))
+
+
+@pytest.mark.parametrize(
+    ("columns", "solved"),
+    [
+        ({"reward": [0.0, 0.5, 1.0, 0.9, 0.9]}, True),
+        ({"reward": [0.0, 0.5, 0.7, 0.7, 0.7]}, False),
+        ({"reward": [-0.01, 0.5, 0.9, 0.9, 0.9]}, False),  # no score
+        ({"reward": [0.0, 0.5, 1.01, 0.9, 0.9]}, False),
+        ({"reward": [0.5, 5.0, 0.9, 0.9, 0.9]}, False),
+        ({"reward": [-4.0, 0.5, 0.9, 0.9, 0.9]}, False),
+        ({"reward": [0.2] * 5, "pass_rate": [0.9] * 5}, True),
+        ({"reward": [0.9] * 5, "pass_rate": [0.2] * 5}, False),
+        ({"reward": [3.0] * 5, "eval_reward": [0.9] * 5}, True),
+        ({"reward": [3.0] * 5, "eval/reward": [0.9] * 5}, True),
+        ({"reward": [3.0] * 5, "rewards/correct/mean": [0.9] * 5}, True),
+        ({"reward": [3.0] * 5, "rewards/correct/mean": [0.8] * 5}, True),
+        ({"reward": [3.0] * 5, "rewards/correct/mean": [0.79] * 5}, False),
+        ({"reward": [3.0] * 5, "rewards/correct/mean": [1.0] * 5}, True),
+        ({"reward": [3.0] * 5, "rewards/correct/mean": [1.1] * 5}, False),
+        ({"reward": [3.0] * 5, "rewards/format/mean": [0.9] * 5}, False),
+        ({"reward": [3.0] * 5, "rewards/a/mean": [0.9] * 5, "rewards/b/mean": [0.1] * 5}, False),
+        ({"reward": [3.0] * 5, "rewards/a/mean": [0.9] * 5, "rewards/format/mean": [0.1] * 5},
+         True),
+        ({"reward": [3.0] * 5}, False),
+    ],
+)  # fmt: skip
+def test_a_task_is_solved_by_the_first_score_within_0_and_1(
+    tmp_path: Path, columns: dict[str, list[float]], solved: bool
+) -> None:
+    reward = seen(tmp_path, columns).reward
+    assert reward is not None
+    assert reward.solved is solved
+
+
+def test_a_run_without_a_reward_has_no_reward_to_judge(tmp_path: Path) -> None:
+    context = seen(tmp_path, {"loss": FLAT})
+    assert context.reward is None
+    assert context.fall is None
+    assert not context.second_engine
+
+
+def test_columns_of_reward_functions_are_known_by_their_names(tmp_path: Path) -> None:
+    columns = {"rewards/a/b/mean": FLAT, "rewards/a/std": FLAT, "rewards/mean": FLAT,
+               "reward/a/mean": FLAT, "rewards/c/max": FLAT,
+               "rewards/empty/mean": FLAT * np.nan}  # fmt: skip
+    context = seen(tmp_path, columns)
+    assert list(context.reward_functions) == ["a/b"]
+    assert list(context.reward_spreads) == ["a"]
+
+
+def test_held_out_scores_are_by_set_where_the_log_has_several(tmp_path: Path) -> None:
+    columns = {"eval_reward": FLAT, "eval_reward/math": FLAT, "eval_reward/none": FLAT * np.nan}
+    context = seen(tmp_path / "a", columns)
+    assert list(context.held_out_sets) == ["math"]
+    alone = seen(tmp_path / "b", {"eval/reward": FLAT})
+    assert list(alone.held_out_sets) == [""]
+    assert len(alone.held_out) == N
+    assert not len(seen(tmp_path / "c", {"reward": FLAT}).held_out)
+
+
+def test_the_spread_of_advantages_is_their_std_or_their_range(tmp_path: Path) -> None:
+    ends = {"critic/advantages/max": [1.0, 2.0, np.nan], "critic/advantages/min": [-1.0, 0.5, 0.0]}
+    spread = seen(tmp_path / "a", ends).advantage_spread
+    assert (spread.steps.tolist(), spread.values.tolist()) == ([1, 2], [2.0, 1.5])
+    told = seen(tmp_path / "b", ends | {"advantage_std": [0.1, 0.2, 0.3]}).advantage_spread
+    assert told.values.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_parts_of_the_kl_end_at_the_first_that_is_missing(tmp_path: Path) -> None:
+    columns = {f"kl_positional/{n}": FLAT for n in (0, 1, 3)}
+    assert len(seen(tmp_path, columns | {"loss": FLAT}).kl_parts) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ({"groups_flat": [0.5, 0.6], "groups_all_wrong": [0.1, 0.1]}, [0.5, 0.6]),
+        ({"groups_all_wrong": [0.5, 0.25], "groups_all_right": [0.25, 0.5]}, [0.75, 0.75]),
+        ({"groups_all_wrong": [0.5, 0.25]}, [0.5, 0.25]),
+        ({"groups_all_right": [0.5, 0.25]}, [0.5, 0.25]),
+        ({"groups_all_wrong": [0.5, np.nan], "groups_all_right": [0.25, 0.5]}, [0.5]),
+        ({"loss": [1.0, 1.0]}, []),
+    ],
+)
+def test_flat_groups_are_counted_as_the_source_counts_them(
+    tmp_path: Path, columns: dict[str, list[float]], values: list[float]
+) -> None:
+    assert seen(tmp_path, columns).flat_groups.values.tolist() == values
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "columns", "engine"),
+    [
+        ("built-in", {}, {}, False), ("trl", {"use_vllm": True}, {}, True), ("trl", {}, {}, False),
+        ("loop", {}, {}, None), ("loop", {}, {"engine_kl": FLAT}, True),
+        ("trl", {"use_vllm": False}, {"engine_prob_diff": FLAT}, True),
+    ],
+)  # fmt: skip
+def test_another_engine_is_known_by_what_is_logged(
+    tmp_path: Path, source: str, config: dict[str, Any], columns: Any, engine: bool | None
+) -> None:
+    context = seen(tmp_path, {"reward": FLAT} | columns, source=source, config=config)
+    assert context.second_engine is engine
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("Format_Reward", True), ("json_ok", True), ("accuracy", False)]
+)
+def test_names_tell_what_grades_the_form(name: str, form: bool) -> None:
+    assert grades_form(name) is form
+
+
+@pytest.mark.parametrize(
+    ("source", "step", "said"),
+    [
+        ("built-in", 1, "No checkpoint from before step 1 is left: start again"),
+        ("built-in", 5, "No checkpoint from before step 5 is left: start again"),
+        ("loop", 0, "Start again: nothing is from before it."),
+        ("loop", 1, "Start again: nothing is from before it."),
+        ("loop", 2, "Go back to the last checkpoint before step 2."),
+    ],
+)
+def test_where_to_go_back_to(tmp_path: Path, source: str, step: int, said: str) -> None:
+    context = Context(open_run(write_steps(tmp_path, {"reward": FLAT}, source=source)))
+    assert str(context.go_back(step)).startswith(said)
+
+
+# ---- flows and drivers --------------------------------------------------------------------------
+
+
+def flowing(tmp_path: Path, flows: dict[tuple[int, int], Any], n: int = 20) -> Context:
+    path = write_steps(tmp_path / "run", {"reward": np.full(n, 0.3)})
+    write_flows(path, flows)
+    return Context(open_run(path))
+
+
+def test_flows_are_by_class_and_0_where_a_class_had_no_token(tmp_path: Path) -> None:
+    missing = np.where(np.arange(20) == 4, np.nan, 2.0)
+    context = flowing(tmp_path, {(1, 1): np.ones(20), (-1, 0): missing, (0, 1): np.full(20, 9.0)})
+    assert context.flows.columns.tolist() == ["pos_peak", "pos_valley", "neg_peak", "neg_valley"]
+    assert context.flows.loc[5].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert context.flows.loc[6].tolist() == [1.0, 0.0, 0.0, 2.0]
+    assert context.has_flow
+    some = flowing(tmp_path / "b", {(1, 1): missing})
+    assert some.has_flow
+    assert not flowing(tmp_path / "c", {(1, 1): missing * np.nan}).has_flow
+
+
+@pytest.mark.parametrize(
+    ("direction", "shares"),
+    [
+        (1, {"neg_peak": 0.75, "pos_valley": 0.25, "pos_peak": -0.5}),
+        (-1, {"pos_peak": 1.0, "pos_valley": -0.5, "neg_peak": -1.5}),
+        (0, {"neg_peak": 0.75, "pos_valley": 0.25, "pos_peak": -0.5}),
+    ],
+)
+def test_drivers_are_ranked_by_what_they_predict_in_the_direction(
+    tmp_path: Path, direction: int, shares: dict[str, float]
+) -> None:
+    flows = {(-1, 1): np.full(20, 3.0), (1, 0): np.ones(20), (1, 1): np.full(20, -2.0),
+             (-1, 0): np.zeros(20)}  # fmt: skip
+    found = entropy_drivers(flowing(tmp_path, flows), None, None, direction)
+    assert {d.cls: pytest.approx(d.share) for d in found} == shares
+    assert [d.cls for d in found] == list(shares)
+    assert {d.cls: d.predicted_dentropy for d in found}["pos_peak"] == pytest.approx(-40)
+
+
+@pytest.mark.parametrize(
+    ("peak", "valley", "first"), [(1.0, -1.0, "pos_peak"), (0.9, -1.0, "pos_valley")]
+)
+def test_without_a_direction_a_total_of_0_counts_as_a_rise(
+    tmp_path: Path, peak: float, valley: float, first: str
+) -> None:
+    context = flowing(tmp_path, {(1, 1): np.full(20, peak), (1, 0): np.full(20, valley)})
+    assert entropy_drivers(context, None, None, 0)[0].cls == first
+
+
+def test_classes_that_all_predict_the_opposite_drive_nothing(tmp_path: Path) -> None:
+    context = flowing(tmp_path, {(1, 1): np.full(20, -1.0), (1, 0): np.zeros(20)})
+    assert entropy_drivers(context, None, None, 1) == ()
+    assert [d.cls for d in entropy_drivers(context, None, None, -1)] == ["pos_peak"]
+    bare = Context(open_run(write_steps(tmp_path / "bare", {"reward": FLAT})))
+    assert entropy_drivers(bare, None, None, 1) == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "total"),
+    [
+        (None, None, 2**20 - 1),
+        (None, 3, 0b111),
+        (16, None, 2**20 - 2**15),
+        (17, None, 2**20 - 2**15),  # four steps are widened to five
+        (6, 10, 2**10 - 2**5),
+        (7, 10, 2**10 - 2**5),
+        (7, 11, 2**11 - 2**6),
+        (10, 10, 2**10 - 2**5),
+        (2, 3, 0b111),  # nothing is before it
+    ],
+)
+def test_drivers_are_of_the_window_and_of_five_steps_at_least(
+    tmp_path: Path, first: int | None, last: int | None, total: int
+) -> None:
+    context = flowing(tmp_path, {(1, 1): 2.0 ** np.arange(20)})
+    (driver,) = entropy_drivers(context, first, last, 1)
+    assert driver.predicted_dentropy == total
+
+
+def test_what_a_class_does_alone_is_summed_over_the_window(tmp_path: Path) -> None:
+    context = flowing(tmp_path, {(1, 1): np.ones(20), (-1, 1): np.ones(20)})
+    rows = [(2, 0, 9.0), (8, 0, 0.25), (9, 0, 0.5), (9, 2, math.nan), (9, 7, 4.0)]
+    writer = reopened(context.run.path)
+    for step in (2, 8, 9):
+        mine = [row for row in rows if row[0] == step]
+        columns = {
+            "step": [step] * len(mine), "minibatch": [0] * len(mine),
+            "part": [part for _, part, _ in mine], "tokens_of": [ALL_TOKENS] * len(mine),
+            "tokens": [5] * len(mine),
+            "counterfactual_dentropy": [value for *_, value in mine],
+        }  # fmt: skip
+        writer.write_part(Records.build(PROBES, columns), step)
+    writer.close("finished")
+    found = entropy_drivers(Context(open_run(context.run.path)), 6, 10, 1)
+    alone = {driver.cls: driver.counterfactual_dentropy for driver in found}
+    assert alone == {"pos_peak": 0.75, "neg_peak": None}
+
+
+@pytest.mark.parametrize(
+    ("flows", "direction", "said"),
+    [
+        ((3.0, -1.0), 1, "neg_peak tokens account for 75% of the predicted rise"),
+        ((-3.0, 1.0), -1, "neg_peak tokens account for 75% of the predicted fall"),
+        ((1.0, -1.0), 1, "neg_peak tokens account for 75% of the predicted rise"),
+        ((1.0, -3.0), 1, "neg_peak tokens account for 75% of the predicted rise, though all "
+         "classes together predict a fall"),
+        ((-1.0, 3.0), -1, "neg_peak tokens account for 75% of the predicted fall, though all "
+         "classes together predict a rise"),
+        ((), 1, ""),
+    ],
+)  # fmt: skip
+def test_drivers_in_words(flows: tuple[float, ...], direction: int, said: str) -> None:
+    pairs = zip(("neg_peak", "pos_peak"), flows, strict=False)
+    drivers = tuple(Driver(cls, flow, None, 0.75) for cls, flow in pairs)
+    assert driver_words(drivers, direction) == said
+    advice = str(driver_advice(drivers))
+    assert advice.startswith("neg_peak pushes" if drivers else "Which tokens drive it is not")
