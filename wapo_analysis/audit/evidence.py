@@ -47,7 +47,7 @@ class Evidence:
         return cls.of(
             {name: table[name].to_numpy() for name in table.columns},
             rollouts,
-            steps[steps["step"].isin(chosen)] if len(chosen) else steps.iloc[:0],
+            steps[steps["step"].isin(chosen)],
             run.manifest,
         )
 
