@@ -253,9 +253,7 @@ def _span(context: Context) -> str:
     """How many records, and from which step to which where these are further apart."""
     numbers = context.step_numbers
     records = len(numbers)
-    steps = int(numbers[-1] - numbers[0]) + 1 if records else 0
-    spacing = int(np.median(np.diff(numbers))) if records > 1 else 1
-    if steps > records and spacing > 1:
+    if records > 1 and np.median(np.diff(numbers)) >= 2:
         return f"{records} records from step {numbers[0]} to {numbers[-1]}"
     return f"{records} {'step' if records == 1 else 'steps'}"
 

@@ -87,7 +87,7 @@ def test_the_share_of_noise_is_of_the_first_completions_of_a_step() -> None:
     assert share.values.tolist() == pytest.approx([1 / 3, 0.5, 0.0])
 
 
-# ---- the same answers, the reference's answer -----------------------------------------------------
+# ---- the same answers, the answer of the reference ----------------------------------------------
 
 
 def asked(prompts: list[Any], texts: list[Any], group: Any = None, step: Any = 1) -> pd.DataFrame:
@@ -226,7 +226,7 @@ def test_an_impossible_token_is_held(tmp_path: Path, size: float, held: float) -
     assert first_pass_gap(run)["k3"].item() == pytest.approx(math.expm1(held) - held, rel=1e-2)
 
 
-# ---- tokens behind a class ------------------------------------------------------------------------
+# ---- tokens behind a class ----------------------------------------------------------------------
 
 P, REST = 0.8, 0.2**2
 PEAK = {"logp": math.log(P), "entropy": -(P * math.log(P) + 0.2 * math.log(0.2)),
