@@ -228,10 +228,7 @@ def _check_advantages(seen: Evidence, advantages: Advantages, found: Findings) -
 
 def _gated(seen: Evidence) -> bool | None:
     """Whether rollouts with A < 0 are left out; None if there are none or hardly any."""
-    negative = (seen["advantage"] < 0) & np.isfinite(seen["coef"])
-    if negative.sum() < 8:
-        return None
-    inside = negative & ~(np.abs(np.nan_to_num(seen.log_ratio)) > 0.1)
+    inside = (seen["advantage"] < 0) & np.isfinite(seen["coef"]) & ~(np.abs(seen.log_ratio) > 0.1)
     if inside.sum() < 8:
         return None
     share = float((seen["coef"][inside] != 0).mean())

@@ -1,5 +1,6 @@
 """The verdict of an audit on made-up batches: which losses fit, and what differs."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,13 @@ import pandas as pd
 import pytest
 
 from tests.support.audit_rows import evidence, token_rows
-from wapo_analysis.audit import Audit, judge
+from tests.support.step_logs import reopened, write_steps
+from wapo_analysis import schema
+from wapo_analysis.audit import Audit, _gated, _odd, _ratio_cause, audit, first_audit, judge
+from wapo_analysis.audit.coefficient import Core
 from wapo_analysis.audit.rollouts import RULES
+from wapo_analysis.store import Run, open_run
+from wapo_analysis.table import Records
 
 NAN = np.nan
 LENGTHS = np.array([3, 5, 4, 7, 6, 8, 5, 9])
@@ -166,14 +172,49 @@ def test_a_lost_sign_is_told(sign: float, share: int, name: bool) -> None:
         )
 
 
-@pytest.mark.parametrize(("right", "told_of"), [(0, True), (1, False)])
+@pytest.mark.parametrize(("right", "told_of"), [(0, True), (1, True), (2, False)])
 def test_one_token_of_five_hundred_may_be_pushed_the_right_way(right: int, told_of: bool) -> None:
-    lengths = np.full(8, 50)
+    lengths = np.r_[np.full(7, 60), 80]
     rows = token_rows(lengths, advantage=ADVANTAGE, minibatch=np.arange(8) % 2)
     rows["coef"] = -rows["coef"]
     rows["coef"][:right] *= -1
     found = judge(evidence(rows, objective={"name": "grpo"}), "r")
     assert ("pushed against the advantage" in told(found)) is told_of
+
+
+def test_a_ratio_that_moves_names_every_ratio_that_fits() -> None:
+    assert judged(name="grpo").facts["ratio"] == "token ratio or cispo of the token ratio"
+    beyond = np.where(np.arange(47) == 3, 2.0, MOVED)
+    assert judged(x=beyond, name="grpo").facts["ratio"] == "token ratio"
+    inverted = judged(x=0.0, power=-1.0, name="grpo")
+    assert "ratio inverted" not in told(inverted)
+
+
+def test_where_only_a_ratio_differs_the_mean_is_compared_all_the_same() -> None:
+    found = judged(TOKENS, power=-1.0, name="grpo")
+    assert sorted(told(found)) == ["another mean", "another ratio", "ratio inverted"]
+
+
+@pytest.mark.parametrize(
+    ("fits", "cause"),
+    [
+        ([Core("none"), Core("unit")], "the ratio is detached"),
+        ([Core("none"), Core("plain", "mean")], "another loss"),
+        ([Core("plain", "sum"), Core("plain", "mean")], "the ratio is averaged"),
+        ([Core("plain"), Core("plain", "mean")], "another loss"),
+    ],
+)
+def test_the_cause_of_a_ratio_holds_for_all_that_fit(fits: list[Core], cause: str) -> None:
+    assert _ratio_cause({core: {"seq"} for core in fits}).startswith(cause)
+
+
+@pytest.mark.parametrize(
+    ("rules", "odd"),
+    [({"batch mean"}, True), ({"batch mean", "batch mean, sample std"}, True),
+     ({"batch mean", "group mean"}, False), ({"group mean"}, False)],
+)  # fmt: skip
+def test_rules_over_the_batch_alone_are_odd(rules: set[str], odd: bool) -> None:
+    assert _odd(rules) is odd
 
 
 # ---- advantages ---------------------------------------------------------------------------------
@@ -265,7 +306,7 @@ def test_a_gate_on_the_advantage_is_told(gate: bool, name: str, says: str | None
         (100, 5, 0.0, None),  # a twentieth may pass
         (100, 6, 0.0, False),
         (100, 100, 0.0, False),
-        (8, 0, 0.0999, True),
+        (8, 0, 0.1, True),
         (8, 0, 0.101, None),  # stopped by the clip, maybe
         (8, 0, -0.101, None),
         (8, 0, NAN, True),
@@ -274,14 +315,14 @@ def test_a_gate_on_the_advantage_is_told(gate: bool, name: str, says: str | None
 def test_a_gate_is_seen_on_eight_tokens_near_ratio_1(
     negative: int, kept: int, x: float, gated: bool | None
 ) -> None:
-    from wapo_analysis.audit import _gated
-
     rows = token_rows([negative, 20], advantage=[-1.3, 0.7], logp=0.0,
                       logp_old=np.r_[np.full(negative, -x), np.zeros(20)])  # fmt: skip
     rows["coef"][kept:negative] = 0
     assert _gated(evidence(rows)) is gated
     lost = rows | {"coef": np.where(rows["advantage"] < 0, NAN, rows["coef"])}
     assert _gated(evidence(lost)) is None
+    idle = rows | {"advantage": np.where(rows["advantage"] < 0, 0.0, rows["advantage"])}
+    assert _gated(evidence(idle)) is None
 
 
 # ---- words and forms ----------------------------------------------------------------------------
@@ -336,3 +377,29 @@ def test_ratios_of_1_say_which_ratio_cannot_be_told() -> None:
     )
     assert found.fits[0] == "grpo"
     assert not found.deviations
+
+
+def recorded(path: Path, steps: int, **columns: Any) -> Run:
+    """A loop's run with token rows of some steps."""
+    write_steps(path, {"reward": [0.5] * max(steps, 1)}, source="loop")
+    writer = reopened(path)
+    for step in range(1, steps + 1):
+        rows = token_rows([4, 4], step=step) | columns
+        writer.write_part(Records.build(schema.TOKENS, rows), step)
+    writer.close("finished")
+    return open_run(path)
+
+
+def test_ten_steps_are_looked_at_and_three_beside_other_things(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run", 12)
+    assert audit(run).steps == tuple(range(1, 11))
+    assert audit(run, 2).steps == (1, 2)
+    first = first_audit(run)
+    assert first is not None
+    assert first.steps == (1, 2, 3)
+
+
+def test_without_token_rows_or_gradients_there_is_no_first_audit(tmp_path: Path) -> None:
+    assert first_audit(recorded(tmp_path / "none", 0)) is None
+    assert first_audit(recorded(tmp_path / "bare", 2, coef=np.full(8, NAN))) is None
+    assert audit(recorded(tmp_path / "empty", 0)).summary.startswith("cannot be audited")
