@@ -62,11 +62,11 @@ def as_step(value: Any) -> int | None:
     return int(number) if 0 <= number <= MAX_STEP else None
 
 
-def flat(record: Mapping[str, Any], before: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Items of a record, nested objects joined with a slash, down to ``MAX_DEPTH``."""
+def flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Items of a record, nested objects joined with a slash."""
     for key, value in record.items():
-        if isinstance(value, dict) and depth < MAX_DEPTH:
-            yield from flat(value, f"{before}{key}/", depth + 1)
+        if isinstance(value, dict):
+            yield from flat(value, f"{before}{key}/")
         else:
             yield f"{before}{key}", value
 
@@ -133,14 +133,14 @@ def whole_text(text: str) -> str:
     return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text
 
 
-def message_text(value: Any, depth: int = 0) -> str | None:
+def message_text(value: Any) -> str | None:
     """Text of a prompt or completion: a string, chat messages joined, or anything as JSON."""
     if value is None or isinstance(value, str):
         return value
     if hasattr(value, "tolist"):
         value = value.tolist()
-    if isinstance(value, list | tuple) and all(isinstance(m, dict) for m in value) and depth < 8:
-        return "\n".join(message_text(m.get("content"), depth + 1) or "" for m in value)
+    if isinstance(value, list | tuple) and all(isinstance(m, dict) for m in value):
+        return "\n".join(message_text(m.get("content")) or "" for m in value)
     if isinstance(value, dict) and isinstance(value.get("text"), str):
         return str(value["text"])
     return json.dumps(value, default=str, ensure_ascii=False)

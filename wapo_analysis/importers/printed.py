@@ -47,6 +47,7 @@ _BATCH = re.compile(
     r"\bepoch\W{0,3}\d+(?:\s*/\s*\d+)?\W{0,3}[\[(]\s*(\d+)\s*/\s*(\d+)\s*[\])]", re.I
 )
 _STATISTICS = ("mean", "avg", "average", "std", "min", "max", "median")
+_WORD_WIDTH = 60
 _WORD_BEFORE = re.compile(r"(?<![\w.])([A-Za-z_][\w./@-]*)[ :(\[]*$")
 
 
@@ -140,7 +141,7 @@ def _equals(text: str) -> list[tuple[str, str, str]]:
     for found in _EQUALS.finditer(text):
         name, number, percent = found.groups()
         if name.lower() in _STATISTICS:
-            before = _WORD_BEFORE.search(text[max(0, found.start() - 60) : found.start()])
+            before = _WORD_BEFORE.search(text[: found.start()][-_WORD_WIDTH:])
             word = before[1] if before else word
             name = f"{word}_{name}" if word else name
         else:
@@ -246,7 +247,8 @@ class PrintedLog:
         place, length = bar
         epoch = int(found[1]) if (found := _EPOCH.search(text)) else None
         last, long, before = self._before
-        if place < last and epoch is not None and before is not None and epoch > before:
+        over = place < last or place == last == long
+        if over and epoch is not None and before is not None and epoch > before:
             self._offset += long
         elif (place < last or length != long) and 0 < last == long:
             self._done.append(self._bars[self._offset + last])

@@ -148,7 +148,7 @@ class _WholeLines(io.RawIOBase):
 
     def _last_feed(self, size: int) -> int:
         end = size
-        while end > 0:
+        while end:
             start = max(0, end - 65536)
             self._stream.seek(start)
             found = self._stream.read(end - start).rfind(b"\n")
@@ -210,7 +210,7 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
     def skip(row: Any) -> str:
         report.lines += 1
         fields = f"{row.actual_columns} fields, not {row.expected_columns}"
-        report.bad_line(file, row.number or 0, fields)
+        report.bad_line(file, row.number, fields)
         return "skip"
 
     names, delimiter = csv_header(file)

@@ -26,7 +26,7 @@ BY_POSITION = ("kl_positional",)
 MOST_PARTS = 64
 Rows = list[dict[str, Any]]
 _DEEP = 4
-_FIRST = 50
+_FIRST_ROWS = 50
 
 
 # ---- JSON
@@ -347,5 +347,5 @@ def _table_keys(file: Path) -> Iterator[tuple[str, ...]]:
         rows = json_rows(json_value(file, ImportReport("table", ""))) or ()
     else:
         rows = (row for _, row in text_tables(text_lines(file)))
-    for row in islice(rows, _FIRST):
+    for row in islice(rows, _FIRST_ROWS):
         yield tuple(key for key, _ in flat(unwrapped(row)))

@@ -48,6 +48,43 @@ def test_records_without_a_step_are_counted_and_their_numbers_named(
 
 
 @pytest.mark.parametrize(
+    ("name", "more"), [("reward", ""), ("mean_return", " --map reward=mean_return")]
+)
+def test_where_no_record_has_a_step_the_option_that_takes_one_is_told(
+    name: str, more: str, tmp_path: Path
+) -> None:
+    rows = [{"my_count": n, name: 0.5, "my_iter": 5 * n} for n in range(4)]
+    with pytest.raises(UserError) as error:
+        read(write_lines(tmp_path / "t.jsonl", rows), tmp_path / "out")
+    assert str(error.value).endswith(
+        "no record has a step (looked for step, global_step, ...); --map step=my_iter"
+        f"{more} takes my_iter (0, 5, 10, ...); or one of my_count"
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "format"), [("files/train.log", "console"), ("output.log", "console"),
+                          ("files/output.log", "wandb")],
+)  # fmt: skip
+def test_what_wandb_keeps_of_a_terminal_is_known_by_its_folder(
+    place: str, format: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run" / place
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(f"step={s} reward=0.{s} entropy=0.4\n" for s in range(1, 9)))
+    steps, report = read(tmp_path / "run", tmp_path / "out")
+    assert (report.format, len(steps)) == (format, 8)
+
+
+def test_a_step_of_the_mapping_that_is_not_there_is_told() -> None:
+    names = NameTable({"step": "mine"})
+    assert names.step_key(("a", "step")) is None
+    assert names.never_seen() == ["step=mine"]
+    assert names.step_key(("a", "mine")) == "mine"
+    assert names.never_seen() == []
+
+
+@pytest.mark.parametrize(
     ("each", "told"), [(3, "holds 2 runs, a row or two of each"), (4, r"holds 2 runs; choose one")]
 )
 def test_a_table_of_a_few_rows_a_run_and_no_step_is_a_summary(

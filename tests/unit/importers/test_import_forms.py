@@ -115,6 +115,7 @@ def test_rows_with_another_number_of_fields_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "lines", "kind"),
     [('{"a": 1}\n{"a": 2}\n', True, "lines"), ('{"a": 1}\n', False, "json"),
+     ('{x\n' + '{"a": 1}\n' * 3, True, "lines"), ('{x\n{"a": 1}\n', False, "json"),
      ('{\n"a": 1}\n', False, "json"), ("[1, 2]\n[3]\n", False, "json"),
      ("a,b\n1,2\n", False, "csv"), ("a b\n1 2\n", False, "text")],
 )  # fmt: skip

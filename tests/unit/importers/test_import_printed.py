@@ -1,0 +1,107 @@
+"""Lines that people print, one by one: which numbers, of which step, below which heading."""
+
+import pytest
+
+from wapo_analysis.importers.printed import PrintedLog, line_of
+
+
+@pytest.mark.parametrize(
+    ("text", "step", "values"),
+    [
+        ("reward mean=1.0 std=2.0", None, {"reward_mean": 1, "reward_std": 2}),
+        ("mean=1.0 max=2.0", None, {"mean": 1, "max": 2}),
+        ("loss=3 reward (mean=0.5 max=1) min=0", None,
+         {"loss": 3, "reward_mean": 0.5, "reward_max": 1, "reward_min": 0}),
+        ("reward mean=1 loss=3 std=2", None, {"reward_mean": 1, "loss": 3, "std": 2}),
+        (f"{'x' * 90} reward: mean=1", None, {"reward_mean": 1}),
+        ("acc=50% loss=2", None, {"acc": 0.5, "loss": 2}),
+        ("tokens=1_000 loss=2", None, {"tokens": 1000, "loss": 2}),
+        ("tokens: 12,345 loss: 2", None, {"tokens": 12345, "loss": 2}),
+        ("loss=1.5 loss=2.5", None, {"loss": 1.5}),
+        ("loss: 0.5", None, {"loss": 0.5}),
+        ("loss:0.5 reward:0.25", None, {"loss": 0.5, "reward": 0.25}),
+        ("loss:0.5", None, None),
+        ("loss:0.5 mean reward: 2", None, {"mean_reward": 2}),
+        ("| reward | 0.5 | loss | 2 |", None, {"reward": 0.5, "loss": 2}),
+        ("reward 0.5, loss 2", None, {"reward": 0.5, "loss": 2}),
+        ("reward 0.5 loss 2", None, {"reward": 0.5, "loss": 2}),
+        ("reward 0.5", None, None),
+        ("reward 0.5, text", None, None),
+        ("nothing here", None, None),
+        # the step
+        ("step 5 loss=1", 5, {"loss": 1}),
+        ("loss=1 step=5", 5, {"loss": 1}),
+        ("step 5 global_step 100 loss=1", 100, {"loss": 1}),
+        ("step 5 train_step 7 loss=1", 7, {"loss": 1}),
+        ("iter 3 step 5 loss=1", 5, {"loss": 1}),
+        ("update 2 iteration 3 loss=1", 3, {"loss": 1}),
+        ("step: 7 iter 3 loss=1", 7, {"loss": 1}),
+        ("train:step:45 - step 3 loss=1", 3, {"loss": 1}),
+        ("3/60 [00:01<00:02, 1.2it/s, loss=0.5]", 3, {"loss": 0.5}),
+        ("Epoch:[1/1](7/9751) loss:0.5 lr:0.1", 7, {"loss": 0.5, "lr": 0.1}),
+        # headings
+        ("Step 3", 3, {}),
+        ("running step 3/9 now", 3, {}),
+        ("=== running step 3 ===", 3, {}),
+        ("== running step 3 ==", None, None),
+        ("running step 3 now", None, None),
+    ],
+)  # fmt: skip
+def test_what_a_line_says(text: str, step: int | None, values: dict[str, float] | None) -> None:
+    line = line_of(text)
+    assert (line.values if line else None) == values
+    if line is not None:
+        assert line.step == step
+        assert line.heading is (values == {})
+        assert line.bar == ((3, 60) if "3/60" in text else (7, 9751) if "9751" in text else None)
+
+
+def nested(*lines: str) -> list[tuple[int | None, dict[str, float]]]:
+    log = PrintedLog(lambda keys: any("loss" in key for key in keys))
+    for number, line in enumerate(["=== Step 4/9 ===", *lines], start=1):
+        log.add(number, line)
+    return [(record.step, record.values) for record in log.records()]
+
+
+@pytest.mark.parametrize(
+    ("lines", "values"),
+    [
+        (["actor:", "  loss: 0.5"], [{"actor/loss": 0.5}]),
+        (["actor:", "  a:", "    loss: 1_0", "  b:", "    loss: 2"],
+         [{"actor/a/loss": 10}, {"actor/b/loss": 2}]),
+        (["actor:", "  loss: 1", "critic:", "  loss: 2"], [{"actor/loss": 1}, {"critic/loss": 2}]),
+        (["actor:", "    loss: 1", "  loss: 2"], [{"actor/loss": 1}, {"actor/loss": 2}]),
+        (["actor:", "words between", "  loss: 1"], [{"loss": 1}]),
+        (["loss: 1", "speed: 2"], [{"loss": 1}]),
+    ],
+)  # fmt: skip
+def test_numbers_below_a_heading_are_named_by_what_stands_above_them(
+    lines: list[str], values: list[dict[str, float]]
+) -> None:
+    assert nested(*lines) == [(4, found) for found in values]
+
+
+EPOCHS = "epoch {}: {}/4 [00:01<00:02, 1.2it/s, loss=0.{}]"
+
+
+@pytest.mark.parametrize(
+    ("bars", "steps"),
+    [
+        pytest.param([(0, 2), (0, 4), (1, 2), (1, 4)], [2, 4, 6, 8], id="a bar each"),
+        pytest.param([(0, 4), (1, 4), (2, 4)], [4, 8, 12], id="at its end alone"),
+        pytest.param([(0, 3), (1, 1), (2, 1)], [3, 5], id="of a shorter one the last counts"),
+        pytest.param([(0, 2), (1, 2), (1, 4)], [2, 4], id="an epoch within the bar"),
+        pytest.param([(0, 2), (1, 3), (1, 4)], [2, 3, 4], id="a bar over all epochs"),
+        pytest.param([(0, 4), (0, 4)], [4], id="the end of a bar, printed twice"),
+        pytest.param([(1, 2), (0, 1), (0, 2)], [2, 1], id="an epoch before"),
+    ],
+)
+def test_bars_of_epochs_go_on_where_the_last_one_ended(
+    bars: list[tuple[int, int]], steps: list[int]
+) -> None:
+    log = PrintedLog(lambda keys: True)
+    for number, (epoch, place) in enumerate(bars, start=1):
+        log.add(number, EPOCHS.format(epoch, place, number))
+    found = {record.step: record.values["loss"] for record in log.records()}
+    assert sorted(found) == sorted(steps)
+    assert max(found.values()) == len(bars) / 10, "the last is there"
