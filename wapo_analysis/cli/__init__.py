@@ -57,6 +57,17 @@ EvalDataOption = Annotated[
     str | None, typer.Option(help="Held-out problems.  [default: a part of --data]")
 ]
 Format = Literal["text", "json", "markdown"]
+FormatOption = Annotated[Format, typer.Option("--format", "-f", help="Output format.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: torch's own]")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-run", help="Run code that the run's manifest names; read it first.")
+]
+FoldersArgument = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
+]
 
 
 def say(text: str) -> None:

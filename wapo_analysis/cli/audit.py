@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from wapo_analysis.cli import Format, MapOption, log_settings, open_one, show
+from wapo_analysis.cli import FormatOption, MapOption, log_settings, open_one, show
 
 
 def audit(
@@ -13,7 +13,7 @@ def audit(
         Path, Argument(help="Run folder, or somebody's table of tokens.", metavar="RUN")
     ],
     steps: Annotated[int, Option(help="Steps with token rows to look at.", min=1)] = 10,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
     map: MapOption = None,
 ) -> None:
     """Tell from the recorded tokens what a trainer really computes.

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Option, echo
 
-from wapo_analysis.cli import Format
+from wapo_analysis.cli import FormatOption
 
 
 def bench(
@@ -20,7 +20,7 @@ def bench(
     device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="Where to measure.")] = "auto",
     threads: Annotated[int, Option(help="CPU threads of torch.", min=1)] = 1,
     seconds: Annotated[float, Option(help="How long to measure, about.", min=0)] = 40.0,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
 ) -> None:
     """Measure what watching a training run costs on this machine.
 

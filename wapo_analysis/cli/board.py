@@ -3,14 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option, echo
+from typer import Option, echo
+
+from wapo_analysis.cli import FoldersArgument
 
 
 def board(
-    folders: Annotated[
-        list[Path] | None,
-        Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
-    ] = None,
+    folders: FoldersArgument = None,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8765,
     token: Annotated[

@@ -1,16 +1,11 @@
 """``wapo check``: verify a run folder."""
 
-from typing import Annotated
+from typer import Exit
 
-from typer import Exit, Option
-
-from wapo_analysis.cli import Format, RunArgument, show
+from wapo_analysis.cli import FormatOption, RunArgument, show
 
 
-def check(
-    run: RunArgument,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
-) -> None:
+def check(run: RunArgument, format: FormatOption = "text") -> None:
     """Verify a run folder: checksums, gaps, duplicates, what is lost.
 
     Every byte of the tables is read. Exit code 0 if the run is whole, 1 if something is damaged or

@@ -5,13 +5,13 @@ from typing import Annotated
 
 from typer import Option, echo
 
-from wapo_analysis.cli import Format, MapOption, RunsArgument, log_settings, open_runs, show
+from wapo_analysis.cli import FormatOption, MapOption, RunsArgument, log_settings, open_runs, show
 from wapo_analysis.cli.figures import write_figures
 
 
 def compare(
     runs: RunsArgument,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
     out: Annotated[
         Path | None, Option(help="Also write figures and report here.  [default: not written]")
     ] = None,

@@ -9,7 +9,7 @@ from typer import Exit, Option, echo
 
 from wapo_analysis.cli import (
     ChosenRun,
-    Format,
+    FormatOption,
     MapOption,
     RunsArgument,
     log_settings,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def diagnose(
     runs: RunsArgument,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
     fail_on: Annotated[
         Literal["warning", "critical"] | None,
         Option(help="Exit with code 1 if a finding is at least this severe.  [default: never]"),

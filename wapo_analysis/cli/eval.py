@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Exit, Option
 
-from wapo_analysis.cli import Format, RunArgument, console_error, say
+from wapo_analysis.cli import FormatOption, RunArgument, TrustOption, console_error, say
 from wapo_analysis.cli import show as render
 
 
@@ -29,11 +29,9 @@ def eval(
     threads: Annotated[
         int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
     ] = None,
-    trust_run: Annotated[
-        bool, Option("--trust-run", help="Run code that the run's manifest names; read it first.")
-    ] = False,
+    trust_run: TrustOption = False,
     show: Annotated[int, Option(min=0, help="Completions to print.")] = 0,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
 ) -> None:
     """Grade a checkpoint on held-out prompts: pass@k and more.
 

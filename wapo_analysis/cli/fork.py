@@ -5,8 +5,17 @@ from typing import Annotated
 
 from typer import Exit, Option, echo
 
-from wapo_analysis.cli import Format, RunArgument, console_error, next_commands, say, show
-from wapo_analysis.cli.train import MAX_THREADS, as_settings, shown_progress
+from wapo_analysis.cli import (
+    FormatOption,
+    RunArgument,
+    ThreadsOption,
+    TrustOption,
+    console_error,
+    next_commands,
+    say,
+    show,
+)
+from wapo_analysis.cli.train import as_settings, shown_progress
 from wapo_analysis.declare import assigned
 from wapo_analysis.errors import printable
 
@@ -31,13 +40,9 @@ def fork(
     out: Annotated[
         Path | None, Option(help="Folder of the fork.  [default: RUN-fork-STEP-CHANGE]")
     ] = None,
-    threads: Annotated[
-        int | None, Option(min=1, max=MAX_THREADS, help="CPU threads.  [default: torch's own]")
-    ] = None,
-    trust_run: Annotated[
-        bool, Option("--trust-run", help="Run code that the run's manifest names; read it first.")
-    ] = False,
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    threads: ThreadsOption = None,
+    trust_run: TrustOption = False,
+    format: FormatOption = "text",
 ) -> None:
     """Train the rest of a run again with one thing changed.
 

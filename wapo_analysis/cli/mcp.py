@@ -1,17 +1,11 @@
 """``wapo mcp``."""
 
 from pathlib import Path
-from typing import Annotated
 
-from typer import Argument
+from wapo_analysis.cli import FoldersArgument
 
 
-def mcp(
-    folders: Annotated[
-        list[Path] | None,
-        Argument(help="Folders that hold runs.  [default: runs]", metavar="FOLDER"),
-    ] = None,
-) -> None:
+def mcp(folders: FoldersArgument = None) -> None:
     """Let an assistant read runs (Model Context Protocol).
 
     The assistant starts it and talks to it over standard input and output (docs/mcp.md). Tools:

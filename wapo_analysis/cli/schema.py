@@ -1,16 +1,13 @@
 """``wapo schema``."""
 
 import json
-from typing import Annotated
 
-from typer import Option, echo
+from typer import echo
 
-from wapo_analysis.cli import Format
+from wapo_analysis.cli import FormatOption
 
 
-def schema(
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
-) -> None:
+def schema(format: FormatOption = "text") -> None:
     """Show every table of a run, with columns, units and meaning."""
     from dataclasses import asdict
 

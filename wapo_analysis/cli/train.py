@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Exit, Option, echo
 
-from wapo_analysis.cli import console_error, drop_output, next_commands, progress, say
+from wapo_analysis.cli import (
+    ThreadsOption,
+    console_error,
+    drop_output,
+    next_commands,
+    progress,
+    say,
+)
 from wapo_analysis.declare import Declared, assigned, declared_settings, settings_table
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.train.config import TrainConfig
@@ -19,7 +26,6 @@ from wapo_analysis.train.config import TrainConfig
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-MAX_THREADS = 1024
 #: A run that is not on a terminal prints about so many lines, a long one one of so many steps.
 LINES, STEPS_A_LINE = 20, 10
 Row = dict[str, float]
@@ -62,9 +68,7 @@ def train(
     out: Annotated[
         Path | None, Option(help="Run folder.  [default: runs/<objective>-<seed>]")
     ] = None,
-    threads: Annotated[
-        int | None, Option(min=1, max=MAX_THREADS, help="CPU threads.  [default: torch's own]")
-    ] = None,
+    threads: ThreadsOption = None,
     other: Annotated[
         list[str] | None,
         Option("--set", metavar="NAME=VALUE", help="Any setting; repeatable.  [default: none]"),

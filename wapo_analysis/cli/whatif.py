@@ -4,7 +4,7 @@ from typing import Annotated
 
 from typer import Option
 
-from wapo_analysis.cli import Format, RunArgument, show
+from wapo_analysis.cli import FormatOption, RunArgument, show
 
 
 def whatif(
@@ -12,7 +12,7 @@ def whatif(
     exclude_bins: Annotated[
         str, Option(help="Classes to take out, e.g. neg_peak or pos_valley,neg (comma-separated).")
     ],
-    format: Annotated[Format, Option("--format", "-f", help="Output format.")] = "text",
+    format: FormatOption = "text",
 ) -> None:
     """Estimate how entropy would have gone without some classes.
 

@@ -23,6 +23,7 @@ from wapo_analysis.record.recorder import Recorder, TokenPass
 from wapo_analysis.record.tokens import repetition
 from wapo_analysis.record.topk import TopTokens
 from wapo_analysis.stats import TokenStats
+from wapo_analysis.table import Array
 from wapo_analysis.train.config import BATCHED, TrainConfig
 from wapo_analysis.train.policy import Policy, Prompt
 from wapo_analysis.train.rollout import Rollouts, sample, sample_batched
@@ -43,13 +44,13 @@ class Batch:
     rollouts: Rollouts
     completions: list[str]
     #: (B,).
-    rewards: np.ndarray[Any, np.dtype[np.float64]]
-    advantages: np.ndarray[Any, np.dtype[np.float64]]
+    rewards: Array
+    advantages: Array
     #: (B,): prompt of each rollout, 0..P-1.
-    group: np.ndarray[Any, np.dtype[np.int64]]
+    group: Array
 
     @cached_property
-    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def lengths(self) -> Array:
         """Completion tokens of each rollout, shape (B,)."""
         return np.asarray(self.rollouts.mask.sum(dim=1).cpu().numpy())
 
@@ -106,7 +107,7 @@ def encode_problems(
 
 def graded_texts(
     policy: Policy, task: Task, rollouts: Rollouts, problems: list[Problem]
-) -> tuple[list[str], np.ndarray[Any, np.dtype[np.float64]]]:
+) -> tuple[list[str], Array]:
     """Completion and reward of each rollout; ``problems`` are theirs."""
     ids, lengths = rollouts.completion_ids.tolist(), rollouts.mask.sum(dim=1).tolist()
     texts = [policy.decode(row[:n]) for row, n in zip(ids, lengths, strict=True)]
@@ -163,7 +164,7 @@ class MiniBatch:
     #: (B,): group of every rollout of the step.
     groups: Tensor
     #: (b, 2): tokens of prompt and completion of each rollout, known to the host.
-    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    lengths: Array
 
     def split(self, size: int | None, tokens: int | None = None) -> "list[MiniBatch]":
         """Micro-batches: rollouts in order, or by length.
@@ -179,7 +180,7 @@ class MiniBatch:
         parts = map(self._some, by_length(self.lengths, tokens))
         return [replace(p, rollouts=p.rollouts.cut(*p.lengths.max(axis=0).tolist())) for p in parts]
 
-    def _some(self, places: np.ndarray[Any, np.dtype[np.int64]]) -> "MiniBatch":
+    def _some(self, places: Array) -> "MiniBatch":
         part = sent(torch.from_numpy(places), self.rows.device)
         return replace(
             self,
@@ -216,9 +217,7 @@ class MiniBatch:
         )
 
 
-def by_length(
-    lengths: np.ndarray[Any, np.dtype[np.int64]], tokens: int
-) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+def by_length(lengths: Array, tokens: int) -> list[Array]:
     """Rollouts in parts of like length whose padded tokens stay within a number, longest first.
 
     ``lengths`` (b, 2): tokens of prompt and completion; ``tokens``: most tokens of a part; one that

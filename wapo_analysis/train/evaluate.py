@@ -15,6 +15,7 @@ import torch
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Block, Grid, Result, Say, Section, plain
+from wapo_analysis.table import Array
 from wapo_analysis.train.batch import encode_problems, graded_texts
 from wapo_analysis.train.checkpoint import naming, only_data, resume_point, settings_of
 from wapo_analysis.train.config import TrainConfig
@@ -75,7 +76,7 @@ class Evaluation(Result):
 
     problems: list[Problem]
     completions: list[str]
-    rewards: np.ndarray[Any, np.dtype[np.float64]]
+    rewards: Array
     entropy: float
     length: float
     truncated: float
@@ -84,7 +85,7 @@ class Evaluation(Result):
     run: str = ""
     checkpoint: int = 0
 
-    def passes(self) -> dict[int, np.ndarray[Any, np.dtype[np.float64]]]:
+    def passes(self) -> dict[int, Array]:
         """For every number of tries k, pass@k of each prompt, shape (P,)."""
         samples = self.rewards.shape[1]
         right = (self.rewards >= 1).sum(axis=1).tolist()
