@@ -293,12 +293,13 @@ class HeadReader(Guarded):
 
     def _agrees(self, logp: Tensor, wanted: Tensor) -> bool:
         away = float((logp - wanted).abs().mean()) if len(wanted) else 0.0
-        if away > MATCH:
+        agrees = away <= MATCH
+        if not agrees:
             self.reason = (
                 "the model's logits do not give the loss's log-probabilities at temperature "
                 f"{self._temperature:g}, {away:.2g} nats away on average (head=model says whose)"
             )
-        return away <= MATCH
+        return agrees
 
     def _places(
         self, logp: Tensor, mask: Tensor, place: tuple[Tensor, ...], reading: Reading

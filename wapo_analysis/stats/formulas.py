@@ -51,8 +51,8 @@ def finish(reduced: Reduced, temperature: float) -> Columns:
     throughout. ``log_z`` is the log of the normaliser relative to the largest logit.
     """
     chosen, highest, origin, sum_e, sum_ex, sum_e2, sum_e2x = reduced.numbers.double().unbind(1)
-    # Not finite times 0 is NaN, and what is NaN here is NaN in every statistic.
-    highest = highest + (highest + sum_e) * 0
+    # What is NaN here is NaN in every statistic.
+    highest = highest.masked_fill(~(highest + sum_e).isfinite(), torch.nan)
     x_target = (chosen - highest) / temperature
     shift = ((origin - highest) / temperature).clamp(min=_NOTHING)
     weight, top1 = shift.exp(), x_target == 0

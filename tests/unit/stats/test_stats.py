@@ -21,6 +21,7 @@ from tests.support.exact_stats import (
 )
 from wapo_analysis import UserError
 from wapo_analysis.stats import fused_head_stats, token_stats
+from wapo_analysis.stats.formulas import Reduced, finish
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -360,3 +361,18 @@ def test_numbers_of_rows_do_what_a_mask_does() -> None:
     by_number = token_stats(logits, targets, kept=mask.reshape(-1).nonzero()[:, 0])
     for one, other in zip(by_mask[:5], by_number[:5], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("at", "value"), [(1, torch.nan), (1, torch.inf), (3, torch.nan)])
+def test_a_row_with_a_number_that_is_not_finite_is_missing_throughout(
+    at: int, value: float
+) -> None:
+    """Also where a kernel's maximum passes a NaN over, which its sums do not."""
+    numbers = torch.tensor([[2.0, 2.0, 1.0, 1.5, -0.5, 1.0, -0.25]]).repeat(2, 1)
+    numbers[1, at] = value
+    done = finish(Reduced(numbers, numbers[:, :1], torch.zeros(2, 1, dtype=torch.long)), 1.0)
+    for column in (*done[:4], *done[5:7]):
+        assert column.isnan().tolist() == [False, True]
+    assert done.top1.tolist() == [True, False]
+    assert done.top_ids is not None
+    assert done.top_ids.tolist() == [[0], [-1]]
