@@ -360,6 +360,8 @@ def test_parts_of_statistics_are_joined_and_changed_together() -> None:
     joined = TokenStats.concat([first, second])
     assert [part.tolist() for part in joined[:5]] == [[n, n, n + 10] for n in range(5)]
     assert joined.top_ids is None
+    for one, same in zip(TokenStats.concat([first])[:5], first[:5], strict=True):
+        assert torch.equal(one, same)
     assert TokenStats.measured() == (
         "logp", "entropy", "collision_rest", "collision_logp_rest", "top1"
     )  # fmt: skip
