@@ -10,16 +10,19 @@ import pytest
 from tests.support.step_logs import (
     Flows,
     finding,
+    found_by,
     judge,
     noisy,
     ramp,
     reopened,
+    seen,
     write_flows,
     write_steps,
 )
 from wapo_analysis.diagnose import DETECTORS, Diagnosis, Finding, detectors, diagnose
 from wapo_analysis.diagnose.context import Context
-from wapo_analysis.diagnose.detectors import Detector
+from wapo_analysis.diagnose.detectors import Detector, lasting, risen
+from wapo_analysis.series import Series
 from wapo_analysis.store import RunWriter, open_run
 
 STEPS = 60
@@ -108,6 +111,85 @@ def test_positive_mass_can_outweigh_too_and_is_an_info_if_the_reward_rose(tmp_pa
 )
 def test_how_a_run_is_built_is_no_finding(tmp_path: Path, masses: Flows) -> None:
     assert not massed(tmp_path, masses).findings
+
+
+# ---- conditions that last ------------------------------------------------------------------------
+
+WAVE = np.random.default_rng(5).normal(0, 1, STEPS)
+
+
+def series(*values: float) -> Series:
+    return Series(np.arange(1, len(values) + 1), np.array(values, float))
+
+
+def then(before: float | np.ndarray, after: float) -> Series:
+    return series(*np.where(np.arange(STEPS) < 30, before, after))
+
+
+@pytest.mark.parametrize(
+    ("mask", "begin"),
+    [
+        ([0, 1, 1, 1, 0, 0, 1, 1, 1], 6),
+        ([0, 1, 1, 1, 1, 1, 1, 1, 1], 1),
+        ([1, 1, 1, 1, 1, 1, 1, 1, 1], 0),
+        ([0, 1, 1, 1, 0, 0, 0, 1, 1], None),  # two are too few
+        ([1, 1, 1, 1, 1, 1, 1, 1, 0], None),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0], None),
+    ],
+)
+def test_what_lasts_to_the_end(mask: list[int], begin: int | None) -> None:
+    assert lasting(series(*mask), np.array(mask, bool)) == begin
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "least", "absolute", "begin"),
+    [
+        (0.25, 0.5, 0.25, 0.9, 30),  # by what counts
+        (0.25, 0.499, 0.25, 0.9, None),
+        (0.75, 0.9, 0.25, 0.9, 30),  # to what is high in itself
+        (0.75, 0.899, 0.25, 0.9, None),
+        (0.9, 0.9, 0.25, 0.9, 0),
+        (0.4, 0.5, 0.25, 0.3, 30),  # which is twice the rise that counts, at least
+        (0.4, 0.499, 0.25, 0.3, None),
+        (0.1875 + 0.05 * (WAVE - np.median(WAVE[:5])), 0.55, 0.01, 2.0, 30),  # six times its noise
+        (0.1875 + 0.05 * (WAVE - np.median(WAVE[:5])), 0.54, 0.01, 2.0, None),
+        (0.125 + 0.1 * (WAVE - np.median(WAVE[:5])), 0.63, 0.01, 2.0, 30),  # but half at most
+        (0.125 + 0.1 * (WAVE - np.median(WAVE[:5])), 0.62, 0.01, 2.0, None),
+    ],
+)
+def test_a_share_that_has_risen(
+    before: float | np.ndarray, after: float, least: float, absolute: float, begin: int | None
+) -> None:
+    assert risen(then(before, after), least, absolute) == begin
+
+
+@pytest.mark.parametrize(("records", "told"), [(8, True), (7, False)])
+def test_eight_records_are_judged_and_seven_are_not(
+    tmp_path: Path, records: int, told: bool
+) -> None:
+    columns = {"lr": np.full(records, 1e-2), "clip_low": np.full(records, 0.5)}
+    assert bool(found_by("lr_far_off", seen(tmp_path / "run", columns))) is told
+
+
+@pytest.mark.parametrize(("records", "told"), [(8, True), (7, False)])
+def test_each_column_that_a_check_needs_must_be_long_enough(
+    tmp_path: Path, records: int, told: bool
+) -> None:
+    reward = [0.3] * records + [None] * (STEPS - records)
+    columns = {"reward": reward, "groups_all_wrong": np.ones(STEPS)}
+    assert bool(found_by("stalled", seen(tmp_path / "run", columns))) is told
+
+
+def test_what_is_evidence_stands_beside_the_level(tmp_path: Path) -> None:
+    seen(tmp_path / "run", {"grad_norm": np.repeat([1.0, 0.01], 30)})
+    write_mass(tmp_path / "run", {(1, 1): np.full(STEPS, 3.0), (-1, 1): np.full(STEPS, 1.0)})
+    (found,) = found_by("gradient_level", Context(open_run(tmp_path / "run")))
+    assert found.evidence == {
+        "start": 1.0, "end": 0.01, "heaviest_class": "pos_peak", "share": 0.75,
+    }  # fmt: skip
+    assert found.message == (
+        "The gradient all but vanishes from step 31 on (1 at first, 0.01 at the end)."
+    )
 
 
 # ---- every detector -----------------------------------------------------------------------------
