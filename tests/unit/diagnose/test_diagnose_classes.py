@@ -69,7 +69,7 @@ FLOW_BOUNDS: dict[
     str, tuple[str, str, str, Callable[[float], tuple[Columns, Flows]], float, float]
 ] = {
     "four fifths dominate": ("one_class_dominates", "info", FLOW,
-        lambda x: ({"reward": GAINS}, {PEAK: x * ONE, NEG_PEAK: (x - 1) * ONE}), 0.7999, 0.8001),
+        lambda x: ({"reward": GAINS}, {PEAK: x * ONE, NEG_PEAK: (x - 1) * ONE}), 0.7999, 0.8),
     "over the last quarter of the run": ("one_class_dominates", "info", FLOW,
         lambda x: ({"reward": GAINS}, lately(x, 0.9, 0.1)), 7, 8),
     "a rise that is unpaid alarms from half more": ("one_class_dominates", "warning", FLOW,
@@ -195,6 +195,24 @@ def test_a_class_that_dominates_alarms_where_the_entropy_goes_its_way_unpaid(
     found = told(flowed(tmp_path / "run", steps, UP, FLOW), "one_class_dominates")
     assert found is not None
     assert found.severity == severity
+
+
+@pytest.mark.parametrize(
+    ("entropy", "name", "net"),
+    [
+        (ramp(0.4, 1, N, 10, 49), "entropy_explosion", sum(range(19, 44))),  # steps 20 to 44
+        (levels((20, 0.5), (40, 0.75)), "entropy_rise", sum(range(16, 21))),  # five up to 21
+    ],
+)
+def test_the_predicted_change_is_that_up_to_the_warning_or_the_verdict(
+    tmp_path: Path, entropy: np.ndarray, name: str, net: float
+) -> None:
+    steps = {"reward": FLAT, "entropy": entropy}
+    rising = {PEAK: 2 * np.arange(N), NEG_PEAK: -np.arange(N)}
+    found = told(flowed(tmp_path / "run", steps, rising, FLOW), name)
+    assert found is not None
+    assert found.evidence["predicted_net_dentropy"] == pytest.approx(net)
+    assert "pos_peak tokens account for 100% of the predicted rise" in found.message
 
 
 def test_an_entropy_that_ends_at_nothing_alarms_too(tmp_path: Path) -> None:

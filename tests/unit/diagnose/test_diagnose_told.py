@@ -509,6 +509,13 @@ def test_a_loss_that_is_clear_needs_no_other_warning(
     assert [(f.name, f.step) for f in found] == [*lost, ("clip_saturation_low", 1)]
 
 
+def test_an_entropy_that_is_logged_after_the_loss_alone_did_not_fall_before(tmp_path: Path) -> None:
+    entropy = np.r_[np.full(75, np.nan), levels((10, 0.4), (15, 0.15))]
+    names = [f.name for f in judge(tmp_path, reward=LOST, entropy=entropy).findings]
+    assert "entropy_fall" in names
+    assert "entropy_collapse" not in names
+
+
 def test_a_function_that_varies_within_a_step_is_not_silent(tmp_path: Path) -> None:
     columns = functions(FLAT, a=FLAT, b=FLAT + 0.1 * WAVE)
     d = judge(tmp_path, **columns, **{"rewards/a/std": np.full(N, 0.1)})

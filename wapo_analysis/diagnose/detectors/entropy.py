@@ -98,11 +98,11 @@ def find_entropy_rise(context: Context) -> list[Finding]:
     low = paid and series.end <= SOUND
     if gone.crossed is None or (low and gone.ongoing):
         severity: Severity = "info" if low else "warning"
-        return [_entropy_finding(context, gone, 1, "entropy_rise", severity)]
+        return [_entropy_finding(context, gone, True, "entropy_rise", severity)]
     if not gone.ongoing:
-        return [_entropy_finding(context, gone, 1, "entropy_excursion", "warning")]
+        return [_entropy_finding(context, gone, True, "entropy_excursion", "warning")]
     name = "entropy_rise" if paid else "entropy_explosion"
-    return [_entropy_finding(context, gone, 1, name, "warning" if paid else "critical")]
+    return [_entropy_finding(context, gone, True, name, "warning" if paid else "critical")]
 
 
 @detector("entropy_collapse", Need("steps", "entropy"))
@@ -119,26 +119,27 @@ def find_entropy_fall(context: Context) -> list[Finding]:
     if gone is None:
         return []
     if not gone.ongoing:
-        return [_entropy_finding(context, gone, -1, "entropy_excursion", "warning")]
+        return [_entropy_finding(context, gone, False, "entropy_excursion", "warning")]
     if _paid_lately(context, series, gone) and degenerate_since(context.sameness) is None:
-        return [_entropy_finding(context, gone, -1, "entropy_decline", "info")]
+        return [_entropy_finding(context, gone, False, "entropy_decline", "info")]
     if gone.crossed is None:
-        return [_entropy_finding(context, gone, -1, "entropy_fall", "warning")]
-    return [_entropy_finding(context, gone, -1, "entropy_collapse", "critical")]
+        return [_entropy_finding(context, gone, False, "entropy_fall", "warning")]
+    return [_entropy_finding(context, gone, False, "entropy_collapse", "critical")]
 
 
 def _before_loss(entropy: Series, reward: RewardState) -> bool:
     """The reward was lost, the entropy was below half of its baseline by then, and stays there."""
-    if not reward.lost or reward.loss is None or reward.loss.crossed is None:
+    loss = reward.loss if reward.lost else None
+    if loss is None or loss.crossed is None:
         return False
-    soon = len(reward.series) - reward.loss.crossed < CALM_STEPS
+    soon = len(reward.series) - loss.crossed < CALM_STEPS
     if soon or entropy.smooth[-2 * entropy.persist :].max() > FALL_LOST * entropy.level:
         return False  # a dip on the way to an explosion looks the same
-    fell = reward.series.step(max(reward.loss.onset - 1, 0))
+    fell = reward.series.step(max(loss.onset - 1, 0))
     then = min(int(np.searchsorted(entropy.steps, fell)), len(entropy) - 1)
     if entropy.end > entropy.smooth[then]:
         return False  # it rises since the reward falls: what it lost before, the reward paid for
-    lost = reward.series.step(reward.loss.crossed) + LATE * np.ptp(entropy.steps)
+    lost = reward.series.step(loss.crossed) + LATE * np.ptp(entropy.steps)
     seen = entropy.smooth[entropy.steps <= lost]
     return len(seen) > 0 and bool(seen.min() <= FALL[0] * entropy.level)
 
@@ -193,14 +194,14 @@ _ENTROPY_TAIL = {
 
 
 def _entropy_finding(
-    context: Context, gone: Departure, direction: int, name: str, severity: Severity
+    context: Context, gone: Departure, rose: bool, name: str, severity: Severity
 ) -> Finding:
     series, reward = context.series("entropy"), context.reward
     onset, last = gone.onset, gone.warned if gone.crossed is None else gone.crossed
+    direction, verb = (1, "rose") if rose else (-1, "fell")
     drivers = entropy_drivers(context, series.step(onset), series.step(last), direction)
-    extreme = series.smooth[onset:].max() if direction > 0 else series.smooth[onset:].min()
+    extreme = series.smooth[onset:].max() if rose else series.smooth[onset:].min()
     there = series.end if gone.ongoing else float(extreme)
-    verb = "rose" if direction > 0 else "fell"
     clauses = [
         f"Entropy {verb} from {series.level:.3g} to {there:.3g} nats"
         f"{_times(there, series.level)} from step {series.step(onset)} "
@@ -224,7 +225,7 @@ def _entropy_finding(
             **(reward.evidence() if reward is not None else {}),
         },
         advice=_DECLINE if name == "entropy_decline" else driver_advice(drivers),
-        reference=EXPLOSION_REFERENCE if direction > 0 else COLLAPSE_REFERENCE,
+        reference=EXPLOSION_REFERENCE if rose else COLLAPSE_REFERENCE,
         warned=series.step(gone.warned),
         until=None if gone.crossed is None else series.step(gone.crossed),
     )
