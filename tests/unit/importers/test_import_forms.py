@@ -10,6 +10,7 @@ from tests.support.logged import read
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.console import holds_reward
 from wapo_analysis.importers.detect import _copies, _told_copies
+from wapo_analysis.importers.jsonl import as_number
 from wapo_analysis.importers.logs import _is_reward, _reach
 from wapo_analysis.importers.packed import notebook_text, page_text, wrapped_by
 from wapo_analysis.importers.printed import line_of
@@ -318,3 +319,25 @@ def test_names_and_numbers_side_by_side_are_two_at_least(
 ) -> None:
     found = line_of(line)
     assert (found and found.values) == values
+
+
+@pytest.mark.parametrize(
+    ("cells", "values", "told"),
+    [
+        (["1,234", "50%"], [1234, 0.5], ["percent are read as shares", "separators of thousands"]),
+        (["1,5", "50%"], [1.5, 0.5], ["percent are read as shares", "decimal points"]),
+        (["1.234,5", "7,5%"], [1234.5, 0.075], ["decimal points", "percent are read as shares"]),
+        (["1,234", "2,5"], [1.234, 2.5], ["decimal points"]),
+        (["1.5", "x,y"], [1.5, None], []),
+    ],
+)  # fmt: skip
+def test_how_a_table_with_semicolons_spells_its_numbers(
+    cells: list[str], values: list[float | None], told: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text(f"step;reward;speed\n1;{';'.join(cells)}\n")
+    report = fresh()
+    ((_, frame),) = csv_frames(tmp_path / "t.csv", report)
+    found = [as_number(frame[name][0]) for name in ("reward", "speed")]
+    assert found == pytest.approx(values) if None not in values else found == values
+    assert all(any(what in said for said in report.events) for what in told)
+    assert len(report.events) == len(told)

@@ -171,3 +171,67 @@ def test_single_exported_file_and_numbered_parts_of_a_stream(tmp_path: Path) -> 
     told = import_run(tmp_path / "m", tmp_path / "three")
     assert told.rollouts == 4 * STEPS - 7
     assert any("1 sealed parts" in note for note in told.notes)
+
+
+def node(content: str, ids: list[int], mask: list[bool], **more: Any) -> dict[str, Any]:
+    return {"message": {"content": content}, "token_ids": ids, "mask": mask, **more}
+
+
+def test_a_branch_that_was_trained_gives_its_sampled_tokens_and_the_longest_the_length(
+    tmp_path: Path,
+) -> None:
+    """Two answers to one question, the first with a second turn; the second was not trained on."""
+    nodes = [
+        node("ask", [1, 2], [False, False]),
+        node("say", [3, 4, 5], [True] * 3, logprobs=[-1.0, -2.0, -3.0], parent=0),
+        node("go on", [6], [False], parent=1),
+        node("more", [7, 8], [True, True], logprobs=[-4.0], parent=2),
+        node("other", [9], [True], logprobs=[-5.0], parent=0),
+    ]
+    trace = {"id": "t", "nodes": nodes,
+             "rewards": {"a": {"score": 1.0, "weight": 0.5}, "b": {"score": 0.25}}}  # fmt: skip
+    monitor = tmp_path / "monitors" / "file" / "traces"
+    write_lines(monitor / "stream.jsonl", [{"id": "e", "traces": [trace]}])
+    trained = [None, None, -1.5, -2.5, None, None, -4.5, -5.5]
+    write_lines(monitor / "annotations" / "trainer.jsonl", [
+        {"trace_id": "t", "info": {"train": {"trained_at_step": 3}, "advantage": 0.25},
+         "branches": [{"trainer_logprobs": trained, "entropies": [1.0] * 3}]},
+        {"trace": "x"},
+    ])  # fmt: skip
+    report = import_run(tmp_path / "monitors", tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    rows = run.tokens([3], derived=False)
+    assert rows["token_id"].tolist() == [3, 4, 7, 8], "the fifth has no log-probability"
+    assert rows["logp"].tolist() == [-1.5, -2.5, -4.5, -5.5]
+    np.testing.assert_array_equal(rows["logp_old"], [-1, -2, -4, np.nan])
+    np.testing.assert_array_equal(rows["entropy"], [1.0, np.nan, np.nan, np.nan])
+    assert rows["advantage"].tolist() == [0.25] * 4
+    (done,) = run.rollouts.to_dict("records")
+    assert (done["prompt"], done["completion"]) == ("ask", "say\ngo on\nmore\nother")
+    assert (done["reward"], done["length"], done["advantage"]) == (0.75, 5, 0.25)
+    assert np.isnan(done["finish_reason"])
+    assert report.broken == ["trainer.jsonl:2: no trace_id"]
+
+
+def test_an_exported_completion_has_the_last_of_its_rewards_and_its_sampled_length(
+    tmp_path: Path,
+) -> None:
+    lists = {"token_ids": [1, 2, 3], "loss_mask": [False, True, True], "advantages": [0.5] * 3,
+             "trainer_logprobs": [-1.0] * 3}  # fmt: skip
+    rows = [
+        {"step": 9, "export_step": 2, "rank": 1, "micro_step": 3, **lists, "rewards": [None, 0.25]},
+        {"step": 2, **lists, "rewards": ["x"]},
+        {"step": 2, **lists, "env": "sums"},
+        {**lists},
+    ]
+    file = write_lines(tmp_path / "token_exports" / "step_2" / "rank_0.jsonl", rows)
+    report = import_run(file, tmp_path / "out")
+    run = open_run(tmp_path / "out")
+    tokens = run.tokens([2], derived=False)
+    assert tokens["rank"].tolist() == [1, 1, 0, 0, 0, 0]
+    assert tokens["minibatch"].tolist() == [3, 3, 0, 0, 0, 0]
+    assert tokens["rollout"].nunique() == 3
+    done = run.rollouts
+    assert done[["step", "rank", "reward", "length"]].to_numpy().tolist() == [[2, 1, 0.25, 2]]
+    assert report.broken == ["rank_0.jsonl:4: no step"]
+    assert dict(report.unknown_keys) == {"env": 1}

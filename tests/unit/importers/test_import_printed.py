@@ -1,7 +1,11 @@
 """Lines that people print, one by one: which numbers, of which step, below which heading."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.support.logged import read
+from wapo_analysis.errors import UserError
 from wapo_analysis.importers.printed import PrintedLog, line_of
 
 
@@ -105,3 +109,49 @@ def test_bars_of_epochs_go_on_where_the_last_one_ended(
     found = {record.step: record.values["loss"] for record in log.records()}
     assert sorted(found) == sorted(steps)
     assert max(found.values()) == len(bars) / 10, "the last is there"
+
+
+@pytest.mark.parametrize(
+    ("line", "steps", "told"),
+    [
+        ("step={0} reward=0.{0} entropy=0.4", 8, []),
+        ("{{'reward': 0.{0}, 'entropy': 0.4, 'step': {0}}}", 8, []),
+        ("iter {0}: {{'reward': 0.{0}, 'entropy': 0.4}}", 8, []),
+        ("step:{0} - actor/entropy:0.4 - critic/score/mean:0.{0}", 8, []),
+        ("{{'reward': 0.{0}, 'entropy': 0.4}}", 8,
+         ["the 8 printed records carry no step, so they are counted from 1: with logging_steps = n "
+          "a step here is n of the trainer's"]),
+        ("reward=0.{0} entropy=0.4", 8,
+         ["the 8 printed records carry no step, so they are counted from 1"]),
+    ],
+)  # fmt: skip
+def test_each_printed_record_is_a_line_and_a_step(
+    line: str, steps: int, told: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "t.log").write_text("".join(line.format(n) + "\n" for n in range(1, steps + 1)))
+    rows, report = read(tmp_path / "t.log", tmp_path / "out")
+    assert rows["reward"].tolist() == pytest.approx([n / 10 for n in range(1, steps + 1)])
+    assert rows.index.tolist() == list(range(1, steps + 1))
+    assert (report.files, report.lines, report.events) == (1, steps, told)
+
+
+@pytest.mark.parametrize("records", [29, 30])
+def test_a_number_printed_alone_is_a_log_of_thirty_of_them(records: int, tmp_path: Path) -> None:
+    (tmp_path / "t.log").write_text("reward = 0.5\n" * records)
+    if records < 30:
+        with pytest.raises(UserError, match="nothing to import|no known file"):
+            read(tmp_path / "t.log", tmp_path / "out")
+    else:
+        assert len(read(tmp_path / "t.log", tmp_path / "out")[0]) == records
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [("", True), ("step=9 reward=0.9 entropy=0.4\n", False), ("some words\n", True)],
+)
+def test_a_log_that_ends_in_an_error_says_so(after: str, told: bool, tmp_path: Path) -> None:
+    lines = "".join(f"step={n} reward=0.{n} entropy=0.4\n" for n in range(1, 9))
+    error = "torch.cuda.OutOfMemoryError: CUDA out of memory"
+    (tmp_path / "t.log").write_text(f"{lines}{error}\n{after}")
+    _, report = read(tmp_path / "t.log", tmp_path / "out")
+    assert report.events == ([f"t.log ends in an error (line 9): {error}"] if told else [])
