@@ -93,7 +93,9 @@ class Coefficient:
 
     def weight(self, seen: Evidence) -> Array | None:
         """What the mean multiplies the loss of each row with, shape (N,); None if not known."""
-        kind, scale = self.form or ("", 0.0)
+        if self.form is None:
+            return None
+        kind, scale = self.form
         if kind == "seq":
             lengths: Array = np.bincount(seen.units)[seen.units]
             return scale / lengths
@@ -119,7 +121,7 @@ def read_coefficient(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
     ``settings``: numbers of the losses: ``bounds``, ``cap`` (CISPO), ``sapo`` and ``vespo``.
     """
     found = _read(seen, settings)
-    if found.fits or not len(found.pushed) or found.why_not is None or not found.pushed.any():
+    if found.fits or not found.pushed.any():
         return found
     # Before the first update a KL term has no gradient, if the reference is where training began.
     first = (seen["step"] == seen["step"].min()) & (seen["minibatch"] == 0)

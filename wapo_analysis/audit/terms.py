@@ -125,10 +125,10 @@ def _line(advantage: Array, push: Array, passes: Array, error: float) -> tuple[f
         if len(np.unique(np.round(x, 4))) < 3:
             continue
         away = x - x.mean()
-        slope = float((away * (y - y.mean())).sum() / (away**2).sum())
+        slope = float((away * y).sum() / (away**2).sum())
         start = float(y.mean() - slope * x.mean())
-        bound = 8 * error * (np.abs(slope * x) + abs(start)).max() + 1e-30
-        if (np.abs(y - slope * x - start) > bound).any() or abs(start) < 20 * bound:
+        bound = 8 * error * (np.abs(slope * x) + abs(start)).max()
+        if (np.abs(y - slope * x - start) > bound).any() or abs(start) <= 20 * bound:
             return None
         blind = abs(slope) * float(np.abs(x).max()) < 20 * bound
         found.append((np.sign(start) if blind else start / slope, blind))

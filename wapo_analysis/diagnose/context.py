@@ -101,8 +101,8 @@ class Context:
     @cached_property
     def held_out(self) -> Series:
         """Score on held-out problems, over the steps with an evaluation."""
-        found = [self.series(name) for name in HELD_OUT]
-        return next((s for s in found if len(s)), found[0])
+        imported, own = map(self.series, HELD_OUT)
+        return imported if len(imported) else own
 
     @cached_property
     def held_out_sets(self) -> dict[str, Series]:

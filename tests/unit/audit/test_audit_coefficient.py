@@ -393,7 +393,7 @@ def test_without_coefficients_nothing_is_known() -> None:
     rows = batch()
     found = read(rows | {"coef": np.full(len(MOVED), NAN)})
     assert found.why_not == "no coefficients were recorded"
-    assert not found.pushed.any()
+    assert (len(found.pushed), found.offset, found.against) == (0, 0, 0.0)
 
 
 @pytest.mark.parametrize(("left", "known"), [(7, False), (8, True)])
@@ -439,6 +439,8 @@ def test_the_first_pass_alone_may_tell() -> None:
         "no known loss gives these coefficients from advantage, ratio and lengths"
     )
     assert found.pushed.tolist() == [True] * len(MOVED) + [False] * len(MOVED)
+    stopped = second | {"coef": np.where(np.arange(len(MOVED)) < 2, 0.0, second["coef"])}
+    assert read(joined(first, stopped)).only_first
     for later in (second | {"minibatch": np.zeros(len(MOVED), int), "step": np.full(len(MOVED), 2)},
                   second):  # fmt: skip
         assert read(joined(first, later)).only_first
@@ -484,3 +486,10 @@ def test_evidence_of_some_rows_keeps_the_rest() -> None:
     assert isinstance(some, Evidence)
     assert (some.rounding, some.manifest) == (2.0**-8, seen.manifest)
     assert len(some) == LENGTHS[LEVELS > 0].sum()
+
+
+def test_hardly_a_token_with_gradient_asks_no_first_pass() -> None:
+    rows = joined(batch(), batch(minibatch=1))
+    rows["coef"][7:] = 0
+    found = read(rows)
+    assert (found.only_first, found.pushed.sum()) == (None, 7)

@@ -50,6 +50,13 @@ def test_the_error_of_a_ratio_is_that_of_both_its_logs() -> None:
     assert seen.ratio_error == pytest.approx(bound, rel=1e-9)
 
 
+@pytest.mark.parametrize(("x", "one"), [(0.99, True), (1.0, True), (1.01, False), (NAN, True)])
+def test_a_ratio_is_1_up_to_four_times_its_error(x: float, one: bool) -> None:
+    bound = 4 * 3e-6 / (1 - 4 * 1.1 * 2.0**-16) * (1 - 1e-12)
+    rows = token_rows([2], logp=0.0, log_ratio=np.array([x, -x]) * bound)
+    assert evidence(rows).at_one.tolist() == [one, one]
+
+
 def test_the_ratio_is_of_the_proximal_policy_where_there_is_one() -> None:
     seen = evidence(token_rows([1, 1], logp=-1.0, logp_old=-3.0, logp_prox=[-1.5, NAN]))
     assert seen.log_ratio.tolist() == [0.5, 2.0]

@@ -145,7 +145,8 @@ SOME = "only some of the rollouts were recorded"
 
 
 def test_without_rollouts_no_rule_is_told() -> None:
-    assert read_advantages(evidence(token_rows([2]))).why_not == NO_REWARD
+    none = read_advantages(evidence(token_rows([2])))
+    assert (none.why_not, none.rollouts, none.rules) == (NO_REWARD, 0, set())
     table = pd.DataFrame({"step": [1] * 12, "rollout": range(12), "group": GROUP, "reward": REWARD})
     assert read_advantages(evidence(token_rows([2]), table)).why_not == NO_REWARD
     assert advantages(np.full(12, NAN)).why_not == NO_REWARD
@@ -259,6 +260,22 @@ def test_blocks_are_as_large_as_the_largest_group() -> None:
     assert found.turned == (
         "groups were formed from neighbouring rollouts, not from rollouts of a prompt"
     )
+
+
+def test_pairs_have_one_other_each() -> None:
+    group = np.arange(12) // 2
+    made = centred(REWARD, group) * 2
+    assert advantages(made, group=group).rules == {"leave one out"}
+
+
+@pytest.mark.parametrize(("spread", "counts"), [(1.5e-3, True), (0.9e-3, False)])
+def test_groups_whose_rewards_hardly_differ_say_nothing_of_the_divisor(
+    spread: float, counts: bool
+) -> None:
+    reward = np.r_[REWARD[:8], 0.5 + spread * np.array([1.0, -1.0, 1.0, -1.0])]
+    made = centred(reward) / std(reward, 0) * np.where(GROUP == 2, 0.5, 1.0)
+    found = advantages(made, reward, store_bits=30)
+    assert ("group mean, population std" in found.rules) is not counts
 
 
 def test_groups_of_one_rollout_have_no_others() -> None:

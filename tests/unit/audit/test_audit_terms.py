@@ -208,11 +208,11 @@ def test_rollouts_without_any_push_are_not_counted() -> None:
 
 
 def constant(
-    c: float | tuple[float, float], slope: float = 1.0, mean: str = "seq", levels: Any = LEVELS
+    c: float | tuple[float, ...], slope: float = 1.0, mean: str = "seq", levels: Any = LEVELS
 ) -> Findings:
-    """Two gradient passes with coef = w (slope A + c), c of each pass."""
+    """Gradient passes with coef = w (slope A + c), c of each pass."""
     parts = []
-    for number, more in enumerate(np.broadcast_to(c, 2)):
+    for number, more in enumerate(np.atleast_1d(c)):
         lengths = np.arange(3, 3 + len(levels))
         weight = np.repeat(1 / (lengths if mean == "seq" else np.full(len(lengths), 37)), lengths)
         rows = token_rows(lengths, advantage=levels, minibatch=number)
@@ -236,7 +236,7 @@ def test_the_same_push_on_every_token_is_told_in_units_of_the_advantage(
         f"beside its advantage, every token is pushed {way} by the same amount, that of an "
         f"advantage of {c:.2g}"
     )  # fmt: skip
-    assert told.tokens == "all tokens of 12 rollouts, at ratio 1"
+    assert told.tokens == "all tokens of 6 rollouts, at ratio 1"
     assert told.cause.startswith(cause)
 
 
@@ -272,9 +272,16 @@ def test_the_push_is_the_same_in_every_pass(second: float, told: bool) -> None:
     assert bool(constant((0.1, second)).deviations) is told
 
 
+def test_the_push_of_three_passes_is_that_of_each() -> None:
+    assert only(constant((0.1, 0.1, 0.1))).tokens == "all tokens of 18 rollouts, at ratio 1"
+    assert not constant((0.1, 0.1, 0.2)).deviations
+
+
 def test_two_advantages_make_no_line_and_a_bent_one_is_none() -> None:
     assert not constant(0.25, levels=np.resize([0.7, -0.9], 6)).deviations
     assert constant(0.25, levels=np.resize([0.7, -0.9, 0.1], 6)).deviations
+    assert not constant(0.25, levels=np.resize([0.7, 0.70001, -0.9], 6)).deviations
+    assert constant(0.25, levels=np.resize([0.7, 0.7002, -0.9], 6)).deviations
     lengths = np.arange(3, 9)
     rows = token_rows(lengths, advantage=LEVELS)
     bent = (LEVELS + 0.25) * (1 + np.array([0.0, 0.0, 0.002, 0.0, 0.0, 0.0]))

@@ -45,6 +45,12 @@ def test_the_checkpoint_before_a_step_still_behaved_as_before(tmp_path: Path) ->
     assert "No checkpoint from before step 1 is left" in str(context.go_back(1))
 
 
+def test_a_checkpoint_earns_what_its_policy_earned_in_the_next_step(tmp_path: Path) -> None:
+    context = Context(open_run(write_steps(tmp_path, {"reward": 0.01 * np.arange(1, 21)})))
+    earned = [context.earned_by(saved) for saved in (0, 5, 9, 19, 30)]
+    assert earned == pytest.approx([0.015, 0.06, 0.1, 0.195, 0.195])
+
+
 @pytest.mark.parametrize(("step", "said"), [(1, "Start again"), (2, "the last checkpoint before")])
 def test_without_a_checkpoint_one_starts_again_or_looks_for_one(
     tmp_path: Path, step: int, said: str
