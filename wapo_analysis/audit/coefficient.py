@@ -146,7 +146,7 @@ def _read(seen: Evidence, settings: dict[str, Any]) -> Coefficient:
         found.why_not = f"only {int(found.pushed.sum())} tokens with an advantage carry gradient"
         return found
     push = seen.where(found.pushed)
-    found.against = float((push["coef"] * push["advantage"] < 0).mean())
+    found.against = float((np.sign(push["coef"]) != np.sign(push["advantage"])).mean())
     if OUTLIERS < found.against < 1 - OUTLIERS:
         found.why_not = (
             f"{found.against:.0%} of the tokens are pushed against their advantage, so the loss "

@@ -317,8 +317,7 @@ def entropy_drivers(
     if flows.empty:
         return ()
     total = flows.sum()
-    way = direction or (1 if total.sum() >= 0 else -1)
-    toward = way * total
+    toward = total if (direction or total.sum()) >= 0 else -total
     gross = float(toward.clip(lower=0).sum())
     alone = _counterfactual(context, flows.index.to_numpy())
     drivers = [

@@ -377,6 +377,17 @@ def test_a_coefficient_is_held_to_the_rounding_of_the_record(by: float, fits: bo
     assert (Core("plain") in read(rows).fits) is fits
 
 
+def test_the_rounding_of_a_sum_grows_with_its_tokens() -> None:
+    lengths = np.tile([20, 90], 4)
+    x = np.resize(0.1 * MOVED, lengths.sum())
+    rows = batch(Core("plain", "sum"), 1 / (lengths * 8), x, lengths)
+    assert read(rows).fits == {Core("plain", "sum"): {"seq"}}
+    off = rows | {"logp_old": rows["logp_old"] - 1.5e-5}
+    assert Core("plain", "sum") in read(off).fits
+    far = rows | {"logp_old": rows["logp_old"] - 1.5e-4}
+    assert Core("plain", "sum") not in read(far).fits
+
+
 @pytest.mark.parametrize(("off", "fits"), [(2, True), (3, False)])
 def test_two_tokens_of_a_thousand_may_lie_beyond(off: int, fits: bool) -> None:
     lengths = np.full(10, 100)
@@ -446,6 +457,13 @@ def test_the_first_pass_alone_may_tell() -> None:
         assert read(joined(first, later)).only_first
     assert not read(second | {"minibatch": np.zeros(len(MOVED), int)}).fits
     assert not read(joined(second | {"minibatch": first["minibatch"]}, second)).fits
+
+
+def test_without_old_log_probabilities_a_ratio_counts_as_1() -> None:
+    rows = halves(weight=EVEN, x=0.0) | {"logp_old": np.full(len(MOVED), NAN)}
+    found = read(rows)
+    assert found.fits[Core("plain")] == found.fits[Core("none")] == {"batch"}
+    assert not found.ratio_moves
 
 
 def test_where_a_ratio_fits_all_passes_the_first_is_not_asked() -> None:
