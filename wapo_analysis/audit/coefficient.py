@@ -312,8 +312,7 @@ class _Units:
 
     def _spread(self, values: Array, bound: Array, index: Array) -> bool:
         """Whether values are constant within each number of the index, up to their bounds."""
-        count = int(index.max()) + 1
-        mean, slack = by_unit(values, index, count), by_unit(bound, index, count)
+        mean, slack = by_unit(values, index), by_unit(bound, index)
         beyond = np.abs(values - mean[index]) > 2 * (bound + slack[index])
         return bool(beyond.mean() <= OUTLIERS)
 

@@ -211,7 +211,7 @@ def first_of(index: Array) -> Array:
     return np.unique(index, return_index=True)[1]
 
 
-def by_unit(values: Array, index: Array, count: int) -> Array:
+def by_unit(values: Array, index: Array, count: int = 0) -> Array:
     """Mean of values per number of ``index``; NaN where there is none."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(

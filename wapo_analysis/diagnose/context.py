@@ -332,7 +332,7 @@ def _window(flows: pd.DataFrame, first: int | None, last: int | None) -> pd.Data
     """Rows of the window; the rows before it too if it holds fewer than ``MIN_WINDOW``."""
     until = flows if last is None else flows[flows.index <= last]
     inside = until if first is None else until[until.index >= first]
-    return inside if len(inside) >= MIN_WINDOW else until.tail(MIN_WINDOW)
+    return until.tail(max(len(inside), MIN_WINDOW))
 
 
 def _counterfactual(context: Context, steps: np.ndarray) -> dict[str, float]:
@@ -351,10 +351,10 @@ def driver_words(drivers: tuple[Driver, ...], direction: int) -> str:
     """One clause on the class that predicts most of the change; empty without drivers."""
     if not drivers:
         return ""
-    way = "rise" if direction > 0 else "fall"
+    way, other = ("rise", "fall") if direction == 1 else ("fall", "rise")
     said = f"{drivers[0].cls} tokens account for {drivers[0].share:.0%} of the predicted {way}"
     if direction * sum(driver.predicted_dentropy for driver in drivers) < 0:
-        said += f", though all classes together predict a {'fall' if direction > 0 else 'rise'}"
+        said += f", though all classes together predict a {other}"
     return said
 
 

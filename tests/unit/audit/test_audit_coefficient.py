@@ -209,6 +209,14 @@ def test_part_of_a_token_is_no_offset(c: float) -> None:
     assert not read(halves(weight=1 / (LENGTHS + c) / 8)).fits
 
 
+@pytest.mark.parametrize(("c", "told"), [(1.0, True), (1.3, False), (-1.3, False)])
+def test_an_offset_of_long_rollouts_is_a_whole_number(c: float, told: bool) -> None:
+    lengths = np.array([500, 700, 900, 1100])
+    x = np.resize(MOVED, lengths.sum())
+    found = read(batch(weight=1 / (lengths + c) / 4, lengths=lengths, levels=LEVELS[:4], x=x))
+    assert ("offset" in found.means) is told
+
+
 def test_an_offset_needs_rollouts_of_four_lengths() -> None:
     for lengths, told in (([3, 5, 7, 3, 5, 7, 3, 5], False), ([3, 5, 7, 9, 5, 7, 3, 5], True)):
         x = np.resize(MOVED, sum(lengths))
@@ -256,6 +264,14 @@ def test_groups_of_steps_and_of_processes_of_a_loop_are_their_own(steps: list[in
               rank=int(steps[0] == steps[1])),
     ]  # fmt: skip
     assert "group" in read(joined(*parts)).fits[Core("plain")]
+
+
+def test_each_rollout_counts_once_in_its_group_whatever_its_passes() -> None:
+    size = int(LENGTHS[:4].sum())
+    again = batch(weight=1 / 19 / 2, lengths=LENGTHS[:4], levels=LEVELS[:4], x=MOVED[:size],
+                  minibatch=1)  # fmt: skip
+    found = read(joined(batch(weight=1 / PER_GROUP / 2), again))
+    assert found.fits == {Core("plain"): {"group"}}
 
 
 # ---- passes, steps, processes -------------------------------------------------------------------
@@ -386,6 +402,16 @@ def test_the_rounding_of_a_sum_grows_with_its_tokens() -> None:
     assert Core("plain", "sum") in read(off).fits
     far = rows | {"logp_old": rows["logp_old"] - 1.5e-4}
     assert Core("plain", "sum") not in read(far).fits
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.9, True), (24.0, False)])
+def test_the_rounding_of_a_steep_loss_is_wide_where_it_is_steep(share: float, fits: bool) -> None:
+    """SAPO falls as the sixth power of a ratio of 7."""
+    n = LENGTHS.sum()
+    rows = batch(Core("sapo"), x=np.full(n, 2.0) + 0.01 * np.resize([1, -1, 2], n), logp=-20.0)
+    bound = 1.1 * 2.0**-16 * 42 + 3e-6
+    rows["logp_old"] = rows["logp_old"] + share * bound * np.resize([1.0, -1.0], n)
+    assert (Core("sapo") in read(rows).fits) is fits
 
 
 @pytest.mark.parametrize(("off", "fits"), [(2, True), (3, False)])

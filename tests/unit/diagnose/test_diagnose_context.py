@@ -314,6 +314,8 @@ def test_classes_that_all_predict_the_opposite_drive_nothing(tmp_path: Path) -> 
     context = flowing(tmp_path, {(1, 1): np.full(20, -1.0), (1, 0): np.zeros(20)})
     assert entropy_drivers(context, None, None, 1) == ()
     assert [d.cls for d in entropy_drivers(context, None, None, -1)] == ["pos_peak"]
+    small = flowing(tmp_path / "small", {(1, 1): np.full(20, 1e-6), (1, 0): np.full(20, 0.05)})
+    assert [d.cls for d in entropy_drivers(small, None, None, 1)] == ["pos_valley", "pos_peak"]
     bare = Context(open_run(write_steps(tmp_path / "bare", {"reward": FLAT})))
     assert entropy_drivers(bare, None, None, 1) == ()
 
@@ -323,6 +325,7 @@ def test_classes_that_all_predict_the_opposite_drive_nothing(tmp_path: Path) -> 
     [
         (None, None, 2**20 - 1),
         (None, 3, 0b111),
+        (15, None, 2**20 - 2**14),
         (16, None, 2**20 - 2**15),
         (17, None, 2**20 - 2**15),  # four steps are widened to five
         (6, 10, 2**10 - 2**5),
@@ -364,6 +367,7 @@ def test_what_a_class_does_alone_is_summed_over_the_window(tmp_path: Path) -> No
     [
         ((3.0, -1.0), 1, "neg_peak tokens account for 75% of the predicted rise"),
         ((-3.0, 1.0), -1, "neg_peak tokens account for 75% of the predicted fall"),
+        ((0.3, 0.1), 1, "neg_peak tokens account for 75% of the predicted rise"),
         ((1.0, -1.0), 1, "neg_peak tokens account for 75% of the predicted rise"),
         ((1.0, -3.0), 1, "neg_peak tokens account for 75% of the predicted rise, though all "
          "classes together predict a fall"),
