@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.support.logged import read
@@ -24,7 +25,9 @@ from wapo_analysis.importers.readers import (
     unique_names,
 )
 from wapo_analysis.importers.report import ImportReport
+from wapo_analysis.importers.run import _named
 from wapo_analysis.importers.shapes import json_rows, text_tables, told_apart, unwrapped
+from wapo_analysis.importers.sink import StepTotals
 
 
 def fresh() -> ImportReport:
@@ -341,3 +344,37 @@ def test_how_a_table_with_semicolons_spells_its_numbers(
     assert found == pytest.approx(values) if None not in values else found == values
     assert all(any(what in said for said in report.events) for what in told)
     assert len(report.events) == len(told)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen", "read"),
+    [
+        (["a.log", "b.log"], None, ["a.log", "b.log"]),
+        (["a.log", "b.log"], "a.log", ["a.log"]),
+        (["a.log", "ab.log"], "a", ["a.log"]),
+        (["seed-1.log", "seed-2.log"], "2", ["seed-2.log"]),
+        (["seed-1.log", "seed-2.log"], "seed", ["seed-1.log", "seed-2.log"]),
+        (["a.log", "b.log"], "x", ["a.log", "b.log"]),
+        (["a.log"], "x", ["a.log"]),
+    ],
+)
+def test_of_several_files_the_chosen_one_is_read(
+    names: list[str], chosen: str | None, read: list[str]
+) -> None:
+    files = tuple(Path("logs") / name for name in names)
+    assert [file.name for file in _named(files, chosen)] == read
+    assert _named(files, "logs/a.log") == (files[:1] if names[0] == "a.log" else files)
+
+
+def test_tokens_of_a_step_add_up_over_the_blocks_they_come_in() -> None:
+    rows = pd.DataFrame({"advantage": [1.0, -1, 1, 0], "logp": [-1.0, -2, -0.5, -0.1],
+                         "logp_old": [-1.1, -2, -0.5, -0.2], "entropy": [1.0, 2, 3, 4],
+                         "kept": [True, True, False, True],
+                         "clipped": [True, False, False, False]})  # fmt: skip
+    whole, parts = StepTotals(), StepTotals()
+    whole.add_tokens(1, rows)
+    for part in (rows[:1], rows[1:]):
+        parts.add_tokens(1, part)
+    columns = whole.columns()[1]
+    assert parts.columns()[1] == pytest.approx(columns)
+    assert (columns["tokens"], columns["kept_tokens"], columns["entropy"]) == (4, 3, 2.5)
