@@ -346,6 +346,8 @@ def test_what_looks_like_a_column_is_taken_by_the_first_it_fits() -> None:
     assert nearest(["rewad"], ("reward",)) == {"reward": "rewad"}
     assert nearest(["xyz"], ("reward",)) == {}
     assert nearest(["bert"], ("reward",)) == {}
+    assert nearest(["comment"], ("entropy",)) == nearest(["silence"], ("length",)) == {}
+    assert nearest(["my_len"], ("length",)) == {"length": "my_len"}
 
 
 @pytest.mark.parametrize(
