@@ -211,6 +211,13 @@ def test_a_clip_that_is_logged_by_sides_is_told_by_sides(tmp_path: Path) -> None
     assert (low.message[:14], high.message[:14]) == ("The lower clip", "The upper clip")
 
 
+def test_a_clip_is_judged_from_eight_records_on(tmp_path: Path) -> None:
+    for count, names in ((7, []), (8, ["clip_saturation"])):
+        columns = {"reward": FLAT[:10], "clip_any": np.where(np.arange(10) < count, 0.3, np.nan)}
+        found = judge(tmp_path / str(count), **columns).findings
+        assert [f.name for f in found if f.name.startswith("clip")] == names
+
+
 # ---- completions
 
 

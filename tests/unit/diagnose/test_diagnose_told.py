@@ -516,6 +516,15 @@ def test_an_entropy_that_is_logged_after_the_loss_alone_did_not_fall_before(tmp_
     assert "entropy_collapse" not in names
 
 
+def test_a_fall_that_is_paid_is_judged_from_eight_records_on(tmp_path: Path) -> None:
+    reward, entropy = np.linspace(0.2, 0.8, 9), levels((3, 0.4), (6, 0.06))
+    for count in (8, 9):
+        d = judge(tmp_path / str(count), reward=reward[:count], entropy=entropy[:count])
+        (found,) = [f for f in d.findings if f.name.startswith("entropy")]
+        assert (found.name, found.severity) == ("entropy_decline", "info")
+        assert str(found.advice).startswith("Normal while the reward rises")
+
+
 def test_a_function_that_varies_within_a_step_is_not_silent(tmp_path: Path) -> None:
     columns = functions(FLAT, a=FLAT, b=FLAT + 0.1 * WAVE)
     d = judge(tmp_path, **columns, **{"rewards/a/std": np.full(N, 0.1)})

@@ -141,7 +141,7 @@ def _before_loss(entropy: Series, reward: RewardState) -> bool:
         return False  # it rises since the reward falls: what it lost before, the reward paid for
     lost = reward.series.step(loss.crossed) + LATE * np.ptp(entropy.steps)
     seen = entropy.smooth[entropy.steps <= lost]
-    return len(seen) > 0 and bool(seen.min() <= FALL[0] * entropy.level)
+    return bool((seen <= FALL[0] * entropy.level).any())
 
 
 def _home(series: Series) -> Array:
@@ -156,8 +156,8 @@ def _paid_lately(context: Context, entropy: Series, gone: Departure) -> bool:
     if reward is None or reward.lost:
         return False
     count = len(reward.series)
-    ends = range(count, max(count - 1 - LATELY, CALM_STEPS - 1), -1)
-    states = (reward_state(reward.series.head(n), reward.solved) for n in ends)
+    ends = (count - back for back in range(LATELY + 1))
+    states = (reward_state(reward.series.head(n), reward.solved) for n in ends if n >= CALM_STEPS)
     return any(_paid_for(state, entropy, gone) for state in states)
 
 
@@ -257,10 +257,10 @@ SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 def find_dominance(context: Context) -> list[Finding]:
     """One class makes up four fifths of the predicted dH, up or down, to the end."""
     flows = context.flows.abs()
-    flows = flows[flows.sum(axis=1) > 0]
+    flows = flows[(flows > 0).any(axis=1)]
     if flows.empty:
         return []
-    top = str(flows.tail(max(3, len(flows) // 4)).sum().idxmax())
+    top = str(flows.tail(max(3, len(flows) // 4)).mean().idxmax())
     series = _share(flows, (top,))
     begin = lasting(series, series.smooth >= DOMINANT)
     if begin is None:
@@ -293,7 +293,7 @@ def find_takeover(context: Context) -> list[Finding]:
     mass = _known(context.gradient_mass)
     if mass.empty:
         return []
-    top = str(mass.tail(max(3, len(mass) // 10)).sum().idxmax())
+    top = str(mass.tail(max(3, len(mass) // 10)).mean().idxmax())
     series = _share(mass, (top,))
     one_sign = not {"pos", "neg"} <= context.situation.facts
     return level_finding(
@@ -323,7 +323,7 @@ def find_imbalance(context: Context) -> list[Finding]:
     light = lasting(series, series.smooth <= min(1 - ONE_SIGN, series.level - SHARE_RISE))
     side = "negative" if heavy is not None else "positive"
     names = negative if heavy is not None else tuple(set(tax.CLASSES) - set(negative))
-    top = str(mass[list(names)].tail(max(3, len(mass) // 10)).sum().idxmax())
+    top = str(mass[list(names)].tail(max(3, len(mass) // 10)).mean().idxmax())
     return level_finding(
         series,
         heavy if heavy is not None else light,
@@ -348,7 +348,7 @@ def find_imbalance(context: Context) -> list[Finding]:
 
 def _known(mass: pd.DataFrame) -> pd.DataFrame:
     """Steps at which any class has gradient."""
-    return mass[mass.sum(axis=1) > 0]
+    return mass[(mass > 0).any(axis=1)]
 
 
 def _share(table: pd.DataFrame, names: tuple[str, ...]) -> Series:

@@ -251,8 +251,7 @@ def find_staleness(context: Context) -> list[Finding]:
         least = max(LAG, LAG_GROWTH * lag.level)
         return _stale(lag, lasting(lag, lag.smooth >= least), "updates behind", {})
     k3 = _series(context, "k3")
-    off = k3.smooth >= max(FIRST_PASS_K3, GROWTH * k3.level)
-    begin = lasting(k3, off) if len(k3) and not off[0] else None
+    begin = lasting(k3, k3.smooth >= max(FIRST_PASS_K3, GROWTH * k3.level))
     return _stale(k3, begin, "k3 in nats", _gap_evidence(context) if begin is not None else {})
 
 
