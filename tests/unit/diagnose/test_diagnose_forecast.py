@@ -219,9 +219,9 @@ SAID_EARLY: dict[str, tuple[float, Flows, str, int, float | None]] = {
         "at this rate; pos_peak tokens account for 100% of the predicted fall.", 1, -123,
     ),
     "totals of one step alone": (
-        0.06, {PEAK: np.where(np.arange(26) == 23, 2.0, np.nan)},
+        0.06, {PEAK: np.where(np.arange(26) == 23, 0.5, np.nan)},
         "Entropy rises steadily at step 24 (0.4 to 0.479 nats) and leaves its band within 8 steps "
-        "at this rate; pos_peak tokens account for 100% of the predicted rise.", 1, 2,
+        "at this rate; pos_peak tokens account for 100% of the predicted rise.", 1, 0.5,
     ),
     "no totals near": (
         0.06, {PEAK: np.where(np.arange(26) < 5, 2.0, np.nan)},

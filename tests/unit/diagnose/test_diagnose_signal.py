@@ -315,6 +315,9 @@ STALLS: dict[str, tuple[np.ndarray, dict[str, np.ndarray], int | None]] = {
     "while the reward rose": (ramp(1, 2, N, 25, 10), {"grad_norm": QUIET}, None),
     "while the reward fell": (ramp(2, 1.5, N, 25, 10), {"grad_norm": QUIET}, None),
     "won, on its own scale": (CLIMB, {"grad_norm": QUIET}, None),
+    # A quarter of what counts as a change, 0.022, may be lost from its best, 2.99.
+    "won, and a little back": (CLIMB - ramp(0, 0.032, N, 17, 3), {"grad_norm": QUIET}, None),
+    "won, and back by more": (CLIMB - ramp(0, 0.034, N, 17, 3), {"grad_norm": QUIET}, 21),
     "won, but for a function that varies": (
         CLIMB, {"grad_norm": QUIET, "rewards/tone/std": FLAT}, 21
     ),
