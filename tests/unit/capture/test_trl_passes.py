@@ -298,3 +298,15 @@ def test_a_mask_of_the_loss_is_kept_with_its_pass(inputs: Any, current: bool, ke
     assert watcher._keep_mask(lambda: mask) is mask
     assert len(seen.masks) == kept
     assert not any(one.requires_grad for one in seen.masks)
+
+
+@pytest.mark.parametrize("scored", [(None, None), (torch.zeros(2, 3), None)])
+def test_a_scoring_without_a_graph_has_no_rows(scored: Any) -> None:
+    """Nor is one that returns no log-probabilities; nothing is asked of the recorder."""
+    watcher, whole = bare(saw_tokens=None, stats=None, recorder=None), SeenPass(lambda: None)
+    watcher._take_pass({}, scored, whole)
+    assert (whole.tokens, watcher._saw_tokens) == (None, None)
+    seen = seen_pass()
+    watcher._take_second({}, seen, scored, None)
+    assert seen.tokens is not None
+    assert seen.tokens.coef is None
