@@ -195,9 +195,9 @@ def _whole(values: Array) -> Array:
 
 def _numbered(keys: Sequence[Array]) -> Array:
     """Number of each row's combination of keys, from 0, in the order of the keys."""
-    if not len(keys[0]):
-        return np.zeros(0, np.int64)
-    code = np.zeros(len(keys[0]), np.int64)
+    code = np.zeros_like(keys[0], np.int64)
+    if not len(code):
+        return code
     for key in keys:
         values = np.asarray(key, np.int64)
         values = values - values.min()

@@ -198,6 +198,42 @@ def test_what_the_weights_sum_to_is_kept_for_two_means_alone() -> None:
     assert read(halves(weight=1 / PER_GROUP / 2)).summed is None
 
 
+@pytest.mark.parametrize(
+    ("length", "constant"),
+    [(16.003, True), (16.0036, False), (3000.19, True), (3000.21, False), (9.0, True),
+     (8.0, False)],
+)  # fmt: skip
+def test_a_constant_length_is_whole_and_no_rollout_is_longer(length: float, constant: bool) -> None:
+    means = read(batch(weight=1 / (8 * length))).means
+    assert ("constant" in means and "batch" not in means) is constant
+
+
+def test_a_constant_length_is_the_same_in_every_step() -> None:
+    first = halves(weight=1 / (8 * 16))
+    same, other = (halves(weight=1 / (8 * c), step=2) for c in (16, 17))
+    assert read(joined(first, same)).means == {"constant"}
+    assert read(joined(first, other)).means == {"batch", "constant", "sum"}
+
+
+def test_groups_without_an_advantage_may_be_left_out_of_a_constant_length() -> None:
+    levels = np.where(np.arange(8) < 4, 0.0, LEVELS)
+    assert read(batch(weight=1 / (4 * 17), levels=levels)).means == {"constant"}
+    assert "batch" in read(batch(weight=1 / (4 * 17), levels=LEVELS)).means
+
+
+@pytest.mark.parametrize(
+    ("counted", "known"), [(8, True), (6, True), (4, True), (7, True), (5, False), (3, False)]
+)
+def test_a_mean_over_rollouts_may_leave_out_those_without_effect(counted: int, known: bool) -> None:
+    """Two have no advantage, two more a negative one, and of one no token is kept."""
+    levels = np.array([-1.3, 0.0, 0.4, 1.1, 0.0, -0.2, 1.7, 0.6])
+    rows = batch(weight=1 / (LENGTHS * counted), levels=levels)
+    rows["kept"] = rows["rollout"] != 4
+    found = read(rows)
+    assert found.fits == {Core("plain"): {"seq"}}
+    assert bool(found.scale) is not known
+
+
 @pytest.mark.parametrize("c", [-2, -1, 1, 2, 7])
 def test_a_whole_number_that_is_counted_too_is_told(c: int) -> None:
     found = read(halves(weight=1 / (LENGTHS + c) / 8))
