@@ -275,12 +275,12 @@ def _stat(pid: int) -> list[str]:
 
 def _born(pid: int) -> int:
     found = _stat(pid)
-    return int(found[19]) if len(found) > 19 else 0
+    return int(found[19]) if found else 0
 
 
 def _runs(pid: int, born: int) -> bool:
     found = _stat(pid)
-    if len(found) > 19:
+    if found:
         return found[0] not in ("Z", "X") and (not born or int(found[19]) == born)
     try:
         os.kill(pid, 0)
