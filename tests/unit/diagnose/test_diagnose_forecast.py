@@ -198,9 +198,9 @@ def test_the_early_warning_begins_with_the_trend(tmp_path: Path, case: str) -> N
 
 SAID_EARLY: dict[str, tuple[float, Flows, str, int, float | None]] = {
     "with the flow": (
-        0.06, {PEAK: np.arange(26.0), (-1, 0): np.full(26, -1.0)},
+        0.06, {PEAK: np.where(np.arange(26) == 18, 9.0, 0.0), (-1, 0): np.ones(26)},
         "Entropy rises steadily at step 24 (0.4 to 0.479 nats) and leaves its band within 8 steps "
-        "at this rate; pos_peak tokens account for 100% of the predicted rise.", 1, 123 - 6,
+        "at this rate; pos_peak tokens account for 60% of the predicted rise.", 1, 15,
     ),
     "against it": (
         0.06, {PEAK: np.arange(26.0) - 26.0},
