@@ -143,15 +143,15 @@ FLOWED = {
         "of its range from step 29 on (50% at first, 90% at the end).",
         {"start": 0.5, "end": 0.9, "class": "neg_valley"},
     ),
-    "the other sign, and its class of late": (
+    "the other sign, and its class over a tenth of the run": (
         {"reward": FLAT},
         {NEG_PEAK: 1 - ramp(0.5, 0.9, N, 20, 10),
-         PEAK: np.repeat([0.6, 0.1], [56, 4]) * ramp(0.5, 0.9, N, 20, 10),
-         VALLEY: np.repeat([0.4, 0.9], [56, 4]) * ramp(0.5, 0.9, N, 20, 10)}, MASS,
+         PEAK: np.repeat([0.8, 0.1], [58, 2]) * ramp(0.5, 0.9, N, 20, 10),
+         VALLEY: np.repeat([0.2, 0.9], [58, 2]) * ramp(0.5, 0.9, N, 20, 10)}, MASS,
         "positive_mass_outweighs", "warning", 29,
         "Tokens of positive advantage carry almost all of the gradient; the negative share is out "
         "of its range from step 29 on (50% at first, 10% at the end).",
-        {"start": 0.5, "end": 0.1, "class": "pos_valley"},
+        {"start": 0.5, "end": 0.1, "class": "pos_peak"},
     ),
 }  # fmt: skip
 

@@ -218,6 +218,17 @@ def test_a_clip_is_judged_from_eight_records_on(tmp_path: Path) -> None:
         assert [f.name for f in found if f.name.startswith("clip")] == names
 
 
+def test_a_length_that_the_training_reward_alone_pays_for_is_not_fine(tmp_path: Path) -> None:
+    columns = {"reward": GAINS, "length": then(40, 100, 160)}
+    fine = told(judge(tmp_path / "fine", **columns), "length_drift")
+    alone = judge(tmp_path / "alone", **columns, eval_reward=np.full(N, 0.4))
+    warned = told(alone, "length_drift")
+    assert fine is not None
+    assert warned is not None
+    assert str(fine.advice).startswith("Fine while the reward rises")
+    assert str(warned.advice).startswith("Read the longest completions")
+
+
 # ---- completions
 
 
