@@ -257,7 +257,7 @@ class _Units:
         if core.kind not in ("sapo", "vespo"):
             return error
         steep = max(*settings["sapo"], *settings["vespo"])
-        error = error * (1 + steep * (1 + np.exp(np.minimum(x, 20))))
+        error = error * steep * (1 + np.exp(np.minimum(x, 20)))
         if core.kind == "vespo":
             return np.asarray(error)
         # Autograd has sigmoid (1 - sigmoid), whose second factor loses its digits near 1.
@@ -344,7 +344,7 @@ def _forms(
     member_first = first_of(member)
     visits = np.bincount(member[first_all])
     sizes = np.bincount(member) / np.maximum(visits, 1)
-    owner = group[member_first] + 1
+    owner = np.unique(group[member_first], return_inverse=True)[1]
     active = np.bincount(member, pushed) > 0
     per_group = np.bincount(owner, sizes)
     active_group = np.bincount(owner, sizes * active)

@@ -276,6 +276,17 @@ def test_kept_tokens_are_what_a_mean_may_count() -> None:
         assert read(rows | {"coef": rows["coef"] * 3.3}).fits[Core("plain")] >= {mean}
 
 
+def test_kept_tokens_of_a_group_are_those_of_a_pass() -> None:
+    """Which tokens are kept may change from update to update."""
+    owner = np.repeat(np.arange(8), LENGTHS)
+    kept = (owner + np.arange(LENGTHS.sum())) % 4 != 0
+    counts, turn = np.bincount(owner, kept), np.arange(8) % 2
+    cells = 2 * turn + np.arange(8) // 4
+    rows = halves(weight=1 / np.bincount(cells, counts)[cells])
+    rows |= {"kept": kept, "coef": np.where(kept, rows["coef"], 0.0)}
+    assert read(rows).fits == {Core("plain"): {"group"}}
+
+
 def test_rollouts_without_push_may_be_left_out_of_a_group() -> None:
     levels = np.where(np.arange(8) % 4 == 1, 0.0, LEVELS)
     active = np.repeat([LENGTHS[[0, 2, 3]].sum(), LENGTHS[[4, 6, 7]].sum()], 4)
