@@ -45,6 +45,12 @@ def test_minus_zero_ties_with_zero() -> None:
     assert stats.top_ids.tolist() == [[1, 2, 3, 0]]
 
 
+def test_the_smallest_difference_decides() -> None:
+    logits = torch.tensor([[0.0, 1e-30, 2e-30, -1e-30, -2e-30]])
+    stats = token_stats(logits, torch.tensor([0]), topk=5)
+    assert stats.top_ids.tolist() == [[2, 1, 0, 3, 4]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_a_large_vocabulary_in_any_block(dtype: torch.dtype) -> None:
     logits = drawn(40, 151_936, 1).to(dtype)
