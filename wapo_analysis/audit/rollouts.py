@@ -315,17 +315,15 @@ def check_duplicates(seen: Evidence, found: Findings) -> None:
     order = rows[np.lexsort((seen["position"][rows], seen.units[rows]))]
     unit = np.unique(seen.units[order], return_inverse=True)[1]
     first = first_of(unit)
-    place = np.arange(len(unit)) - first[unit]
-    with np.errstate(over="ignore"):
-        mixed = (token[order] + 1) * (place * 2 + 1) * np.int64(2654435761) + place**3
-        mixed = (mixed ^ (mixed >> 17)) * np.int64(40503)
-    code = np.zeros(len(first), np.int64)
-    np.add.at(code, unit, mixed)
+    names: dict[bytes, int] = {}
+    texts = np.split(token[order], first[1:])
+    code = np.array([names.setdefault(text.tobytes(), len(names)) for text in texts])
     odds = np.bincount(unit, np.nan_to_num(seen["logp"][order], nan=0.0))
     groups = seen.groups[order][first]
     sizes = np.bincount(unit)
-    keys = np.stack([groups, code, sizes])
-    _, index, counts = np.unique(keys, axis=1, return_inverse=True, return_counts=True)
+    _, index, counts = np.unique(
+        np.stack([groups, code]), axis=1, return_inverse=True, return_counts=True
+    )
     pairs = np.bincount(groups)[groups] ** 2 * len(np.unique(groups))
     copies = (counts[index.reshape(-1)] > 1) & (odds + np.log(pairs) < math.log(_CHANCE))
     if copies.sum() >= 2:
