@@ -54,12 +54,12 @@ def flowed(
 def shift(start: float, end: float) -> dict[tuple[int, int], np.ndarray]:
     """Gradient mass that goes to the negative sign, or from it."""
     share = ramp(start, end, N, 20, 10)
-    return {PEAK: 1 - share, NEG_PEAK: share}
+    return {PEAK: 4 * (1 - share), NEG_PEAK: 4 * share}
 
 
-def lately(count: float, early: float, late: float) -> dict[tuple[int, int], np.ndarray]:
+def lately(count: float, early: float, late: float, records: int = N) -> Flows:
     """A share of one class, another one for the last records."""
-    share = np.repeat([early, late], [N - int(count), int(count)])
+    share = np.repeat([early, late], [records - int(count), int(count)])
     return {PEAK: share, NEG_PEAK: 1 - share}
 
 
@@ -72,6 +72,8 @@ FLOW_BOUNDS: dict[
         lambda x: ({"reward": GAINS}, {PEAK: x * ONE, NEG_PEAK: (x - 1) * ONE}), 0.7999, 0.8),
     "over the last quarter of the run": ("one_class_dominates", "info", FLOW,
         lambda x: ({"reward": GAINS}, lately(x, 0.9, 0.1)), 7, 8),
+    "or over three records": ("one_class_dominates", "info", FLOW,
+        lambda x: ({"reward": GAINS[:10]}, lately(x, 0.9, 0.1, 10)), 2, 3),
     "a rise that is unpaid alarms from half more": ("one_class_dominates", "warning", FLOW,
         lambda x: ({"reward": FLAT, "entropy": ramp(0.5, x, N, 20, 10)}, UP), 0.7499, 0.75),
     "and a fall from half": ("one_class_dominates", "warning", FLOW,
@@ -85,6 +87,8 @@ FLOW_BOUNDS: dict[
         lambda x: ({"reward": FLAT}, shift(0.4, 1 - x)), 0.799, 0.801),
     "over a tenth of the run": ("one_class_takes_the_gradient", "warning", MASS,
         lambda x: ({"reward": FLAT}, lately(x, 0.9, 0.1)), 3, 4),
+    "or over three of its records": ("one_class_takes_the_gradient", "warning", MASS,
+        lambda x: ({"reward": FLAT[:24]}, lately(x, 0.9, 0.1, 24)), 2, 3),
     "four fifths outweigh": ("negative_mass_outweighs", "warning", MASS,
         lambda x: ({"reward": FLAT}, shift(0.5, x)), 0.799, 0.801),
     "and a fifth more than at first, of a sign": ("negative_mass_outweighs", "warning", MASS,
@@ -163,6 +167,20 @@ def test_all_that_is_told_of_a_class(tmp_path: Path, case: str) -> None:
     assert found is not None
     assert (found.severity, found.step, found.message) == (severity, step, message)
     assert found.evidence == pytest.approx(numbers)
+
+
+def test_the_class_of_a_sign_is_that_of_three_records_at_least(tmp_path: Path) -> None:
+    share = ramp(0.5, 0.9, 24, 8, 4)
+    flows = {
+        PEAK: 1 - share,
+        NEG_PEAK: np.repeat([0.8, 0.1], [22, 2]) * share,
+        NEG_VALLEY: np.repeat([0.2, 0.9], [22, 2]) * share,
+    }
+    found = told(
+        flowed(tmp_path / "run", {"reward": FLAT[:24]}, flows, MASS), "negative_mass_outweighs"
+    )
+    assert found is not None
+    assert found.evidence["class"] == "neg_valley"
 
 
 @pytest.mark.parametrize("column", [FLOW, MASS])
