@@ -129,3 +129,24 @@ def test_a_calm_run_gets_no_remark_on_a_move_of_nothing(tmp_path: Path) -> None:
     assert d.verdict == "healthy"
     assert [driver.cls for driver in d.drivers] == ["pos_peak"]
     assert "All classes" not in d.sentence
+
+
+@pytest.mark.parametrize(
+    ("entropy", "first"),
+    [
+        (None, "pos_peak"),
+        (np.full(30, 0.4), "pos_peak"),
+        (np.linspace(0.4, 0.45, 30), "pos_valley"),
+        (np.linspace(0.4, 0.35, 30), "pos_peak"),
+    ],
+)
+def test_a_calm_run_ranks_its_classes_by_the_way_its_entropy_went(
+    tmp_path: Path, entropy: np.ndarray | None, first: str
+) -> None:
+    """Without one, or where it did not move, by the sign of what they predict together."""
+    columns = {"reward": np.full(30, 0.5)} | ({} if entropy is None else {"entropy": entropy})
+    path = write_steps(tmp_path / "run", columns)
+    write_flows(path, {(1, 1): np.full(30, -1.0), (1, 0): np.full(30, 0.5)})
+    d = diagnose(open_run(path))
+    assert d.verdict == "healthy"
+    assert d.drivers[0].cls == first
