@@ -7,6 +7,7 @@ waits for the next pass, so no line is lost and none is read twice.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -211,7 +212,7 @@ class JsonLines:
         """
         try:
             with open_regular(self.path) as stream:
-                size = stream.seek(0, 2)
+                size = stream.seek(0, os.SEEK_END)
                 if size < self.offset:
                     raise UserError(
                         f"{self.path} became shorter while it was read; was it replaced?"

@@ -136,7 +136,7 @@ class _WholeLines(io.RawIOBase):
 
     def __init__(self, file: Path, report: ImportReport, fields: int, delimiter: str) -> None:
         self._stream = open_regular(file)
-        size = self._stream.seek(0, 2)
+        size = self._stream.seek(0, io.SEEK_END)
         self._left = self._last_feed(size)
         if self._left and self._whole(fields, delimiter):
             self._left = size

@@ -155,3 +155,11 @@ def test_a_log_that_ends_in_an_error_says_so(after: str, told: bool, tmp_path: P
     (tmp_path / "t.log").write_text(f"{lines}{error}\n{after}")
     _, report = read(tmp_path / "t.log", tmp_path / "out")
     assert report.events == ([f"t.log ends in an error (line 9): {error}"] if told else [])
+
+
+def test_the_last_line_is_named_by_its_number_also_without_a_line_feed(tmp_path: Path) -> None:
+    lines = [f"{{'reward': 0.{n}, 'entropy': 0.4, 'step': {n}}}" for n in range(1, 9)]
+    lines.append("{'reward': 0.5, 'entropy': 0.4, 'step': -1}")
+    (tmp_path / "t.log").write_text("\n".join(lines))
+    rows, report = read(tmp_path / "t.log", tmp_path / "out")
+    assert (len(rows), report.broken) == (8, ["t.log:9: no step"])
