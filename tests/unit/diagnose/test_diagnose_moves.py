@@ -229,6 +229,26 @@ def test_a_length_that_the_training_reward_alone_pays_for_is_not_fine(tmp_path: 
     assert str(warned.advice).startswith("Read the longest completions")
 
 
+def test_what_the_reward_gained_before_the_distance_was_half_pays_for_nothing(
+    tmp_path: Path,
+) -> None:
+    columns = {"reward": then(30, 0.2, 0.5), "kl_ref": np.repeat([0.1, 0.5, 1.0], 20)}
+    found = told(judge(tmp_path, **columns), "kl_drift")
+    assert found is not None
+    assert found.severity == "warning"
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("off_policy_drift", {"kl_old": then(40, 0.001, 0.01)}),
+        ("length_drift", {"length": then(40, 0.9, 2)}),
+    ],
+)
+def test_just_so_much_is_told(tmp_path: Path, name: str, columns: Columns) -> None:
+    assert told(judge(tmp_path, reward=FLAT, **columns), name) is not None
+
+
 # ---- completions
 
 
@@ -386,6 +406,7 @@ UNEVEN = [1.0] * 999
         ([[x, *UNEVEN] for x in [11.7] * 9], "train_inference_mismatch", 1),
         (alike(*[0.0005] * 6, *[0.0098] * 6), None, 0),
         (alike(*[0.0005] * 6, *[0.0102] * 6), "staleness", 7),
+        ([[1.0, 1.0], *alike(*[0.015] * 11)], None, 0),
         (alike(*[0.002] * 6, *[0.0195] * 6), None, 0),
         (alike(*[0.002] * 6, *[0.0205] * 6), "staleness", 7),
     ],
