@@ -170,11 +170,10 @@ def _candidates(b: _Batch) -> dict[str, list[tuple[Array, Array | None]]]:
 
 def _fits(b: _Batch, numerator: Array, scale: Array | None) -> bool:
     """Whether A = numerator / (scale + offset) for one small offset, up to rounding."""
-    error = b.rounding * (np.abs(b.advantage) + np.abs(b.reward).max())
     flat = np.abs(numerator) <= 1e-6 * max(float(np.abs(b.reward).max()), 1e-30)
     if scale is None:
+        error = b.rounding * (np.abs(b.advantage) + np.abs(b.reward).max())
         return bool((np.abs(b.advantage - numerator) <= error).all())
-    error = b.rounding * (np.abs(b.advantage) + 1)
     # A flat group has 0 / offset: whatever rounding left there may be large, or the group gets 0.
     if (flat & (np.abs(b.advantage) > 1e-2)).any():
         return False

@@ -539,6 +539,13 @@ def test_without_old_log_probabilities_a_ratio_counts_as_1() -> None:
     assert not found.ratio_moves
 
 
+def test_a_token_without_a_log_probability_widens_no_bound() -> None:
+    rows = halves(x=0.0) | {"logp": np.where(np.arange(len(MOVED)) == 9, NAN, -0.5)}
+    assert Core("plain") in read(rows).fits
+    rows["coef"][10] *= 1.3  # of the same rollout
+    assert Core("plain") not in read(rows).fits
+
+
 def test_where_a_ratio_fits_all_passes_the_first_is_not_asked() -> None:
     rows = joined(batch(), batch(x=MOVED[::-1], minibatch=1))
     found = read(rows)
