@@ -49,6 +49,13 @@ def test_settings_are_called_as_the_trainer_calls_them(trainer: str | None, text
     assert told(LOWER_LR, trainer) == text
 
 
+def test_a_sentence_that_begins_with_a_setting_begins_with_a_capital() -> None:
+    advice = Advice("{temperature} is too low.")
+    assert told(advice, "trl") == "Temperature is too low."
+    assert told(advice, None) == "The sampling temperature is too low."
+    assert told(Advice("wapo is meant."), None) == "wapo is meant."
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_no_trainer_is_told_of_another_ones_settings(trainer: str) -> None:
     foreign = {
