@@ -17,6 +17,8 @@ CALM_STEPS = 8
 GAINING = 2.5
 #: Standard deviations of the rise over the whole run that are more than chance.
 RISING = 1.5
+#: Standard deviations of a smoothed value within which a reward stands.
+STANDS_SIGMAS = 3.5
 #: Share of the whole gain that the last third must add for it to be still gaining.
 LEAST_GAIN = 0.1
 #: Noise of a smoothed value, as a share of its range, from which on its extremes are not told.
@@ -102,7 +104,7 @@ class RewardState:
         """It ends above its baseline, or went up over the run, by more than chance."""
         if self._no_gain:
             return False
-        rise, noise = _straight_rise(self.series.values)
+        rise, noise = straight_rise(self.series.values)
         ends = self.series.end - self.series.level
         return ends > self.margin / 3 or rise > RISING * noise
 
@@ -128,16 +130,20 @@ class RewardState:
         if self._no_gain:
             return False
         count = max(CALM_STEPS, len(self.series) // 3)
-        rise, noise = _straight_rise(self.series.values[-count:])
+        rise, noise = straight_rise(self.series.values[-count:])
         rounding = 1e-9 * abs(self.peak)  # a reward that never moves has no other noise
         return rise > max(GAINING * noise, LEAST_GAIN * (self.peak - self.series.level), rounding)
 
     @cached_property
     def stands_from(self) -> int:
-        """Index from which it stays near its end, by noise or by a tenth of its gain."""
+        """Index from which it stays near its last third, by noise or by a tenth of its gain.
+
+        The last value alone is noisy itself: half of a long run would lie outside by chance.
+        """
         s = self.series
-        near = max(3 * s.smooth_noise, LEAST_GAIN * (self.peak - s.level))
-        away = np.flatnonzero(np.abs(s.smooth - s.end) > near)
+        near = max(STANDS_SIGMAS * s.smooth_noise, LEAST_GAIN * (self.peak - s.level))
+        level = s.values[-max(CALM_STEPS, len(s) // 3) :].mean()
+        away = np.flatnonzero(np.abs(s.smooth - level) > near)
         return min(int(away[-1]) + 1, len(s) - 1) if len(away) else 0
 
     @cached_property
@@ -325,7 +331,7 @@ def _differ(series: Series) -> bool:
     return bool(abs(last.mean() - first.mean()) > max(FALLEN * noise, 0.02 * abs(series.level)))
 
 
-def _straight_rise(values: np.ndarray) -> tuple[float, float]:
+def straight_rise(values: np.ndarray) -> tuple[float, float]:
     """Rise of the straight line through values, first to last, and its standard deviation.
 
     Three values at least.

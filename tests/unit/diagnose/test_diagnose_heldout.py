@@ -51,7 +51,20 @@ FALLS: dict[str, tuple[Columns, tuple[int, float, float] | None]] = {
     "by more than its noise": (
         {"eval_reward": moved(0.8, 0.58) + 0.03 * SAW}, (19, 0.81, 0.59)
     ),
-    "within its noise": ({"eval_reward": moved(0.8, 0.63) + 0.03 * SAW}, None),
+    "within its noise": ({"eval_reward": np.repeat([0.8, 0.66], [52, 8]) + 0.03 * SAW}, None),
+    # Seven evaluations on a line of four times the error of its rise are a fall all the same.
+    "steadily, within its noise": (
+        {"eval_reward": moved(0.8, 0.63) + 0.03 * SAW}, (19, 0.81, 0.64)
+    ),
+    "in more noise": (
+        {"eval_reward": ramp(0.8, 0.6, N, 10, 40) + 0.1 * SAW}, (9, 2.5 / 3, 1.9 / 3)
+    ),
+    "in too much": ({"eval_reward": ramp(0.8, 0.6, N, 10, 40) + 0.12 * SAW}, None),
+    "in seven evaluations": (
+        {"eval_reward": np.array([0.5, 0.8, 0.8, 0.79, 0.72, 0.74, 0.65, 0.67, 0.6])},
+        (3, 2.39 / 3, 0.64),
+    ),
+    "in six": ({"eval_reward": np.array([0.5, 0.8, 0.8, 0.72, 0.74, 0.65, 0.67, 0.6])}, None),
     "as the reward does": ({"eval_reward": moved(0.8, 0.5), "reward": moved(0.6, 0.4)}, None),
     "while the reward stands": ({"eval_reward": moved(0.8, 0.5), "reward": FLAT}, (20, 0.8, 0.5)),
     "beside a reward that is lost": (

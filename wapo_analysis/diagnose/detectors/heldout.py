@@ -8,6 +8,7 @@ from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors import detector, lasting
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.diagnose.reward import straight_rise
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -24,6 +25,8 @@ UNEARNED = 0.3
 #: Part of the answers lost, and share of rewarded completions without one, that leave no doubt.
 GONE, MOSTLY = 0.5, 0.6
 FALL_SIGMAS = 4.0
+#: Evaluations, from the best on, whose straight line down is a fall though each is noisy.
+STEADY = 7
 #: Part of its best that the held-out score must lose.
 FALL_SHARE = 0.15
 #: Fall of a score that is worth a word; near zero the rest is a handful of answers.
@@ -100,7 +103,11 @@ def _fall(score: Series) -> _Fall | None:
     near = _near(score)
     best = len(near) - 1 - int(np.argmax(near[::-1]))  # the last: there the score still stood
     top, end = float(near[best]), float(near[-1])
-    if top - end < max(FALL_SIGMAS * _noise(score), FALL_SHARE * abs(top), LEAST_FALL):
+    if top - end < max(FALL_SHARE * abs(top), LEAST_FALL):
+        return None
+    since = score.values[best + 1 :]
+    rise, chance = straight_rise(since) if len(since) >= STEADY else (0.0, 1.0)
+    if top - end < FALL_SIGMAS * _noise(score) and -rise < FALL_SIGMAS * chance:
         return None
     return _Fall(score.step(best + 1), top, end)
 
