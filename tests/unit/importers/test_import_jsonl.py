@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.importers import import_run, jsonl
+from wapo_analysis.importers import import_run, jsonl, readers
 from wapo_analysis.importers.jsonl import JsonLines
+from wapo_analysis.importers.readers import json_records, json_value
+from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.store import open_run
 
 
@@ -188,3 +190,27 @@ def test_1_2_gigabytes_beside_a_writer_in_constant_memory(tmp_path: Path) -> Non
     assert (tmp_path / "h.jsonl").stat().st_size > 1_200_000_000
     assert total == 1_000_000 * 999_999 // 2
     assert peak < 12_000_000
+
+
+def test_what_is_written_meanwhile_is_read_in_two_more_passes(tmp_path: Path) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(line(0))
+    found = []
+    for number, values in json_records(file, ImportReport("table", "t")):
+        found.append((number, values["n"]))
+        with file.open("ab") as more:
+            more.write(line(number))
+    assert found == [(1, 0), (2, 1), (3, 2)]
+
+
+def test_a_json_value_may_be_as_large_as_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, report = tmp_path / "t.json", ImportReport("table", "t")
+    file.write_text('{"a": 1, "a": 2}')
+    monkeypatch.setattr(readers, "MAX_JSON_BYTES", 16)
+    assert json_value(file, report) == {"a": 2}
+    assert report.places == {jsonl.DOUBLED: ["t.json:1"]}
+    monkeypatch.setattr(readers, "MAX_JSON_BYTES", 15)
+    with pytest.raises(UserError, match="is larger than 1 GiB"):
+        json_value(file, report)
