@@ -138,11 +138,14 @@ class RewardState:
     def stands_from(self) -> int:
         """Index from which it stays near its last third, by noise or by a tenth of its gain.
 
-        The last value alone is noisy itself: half of a long run would lie outside by chance.
+        The last value alone is noisy itself: half of a long run would lie outside by chance. What
+        it gained is no standing, however large the noise.
         """
         s = self.series
         near = max(STANDS_SIGMAS * s.smooth_noise, LEAST_GAIN * (self.peak - s.level))
         level = s.values[-max(CALM_STEPS, len(s) // 3) :].mean()
+        if self.improved:
+            near = min(near, (level - s.level) / 2)
         away = np.flatnonzero(np.abs(s.smooth - level) > near)
         return min(int(away[-1]) + 1, len(s) - 1) if len(away) else 0
 

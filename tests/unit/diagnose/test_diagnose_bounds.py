@@ -166,7 +166,7 @@ BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
     "stood in a run of forty": ("plateau", "info",
         lambda x: {"reward": ramp(0.2, 0.6, int(x), 3, 8)}, 39, 40),
     "stood, but for noise": ("plateau", "info",
-        lambda x: {"reward": ramp(0.2, 0.6, 100, 5, 20) + x * LONG}, 0.0875, 0.0868),
+        lambda x: {"reward": ramp(0.2, 0.6, 100, 5, 20) + x * LONG}, 0.134, 0.133),
     "not solved by the reward": ("stalled", "critical",
         lambda x: flat(np.full(N, x), 0.95), 0.8, 0.799),
     "not solved held out": ("stalled", "critical",

@@ -475,6 +475,7 @@ NOTHING_TOLD = {
         functions(FLAT, format=then(40, 0.2, 0.8), correct=then(40, 0.2, 0.8), sql=FLAT)),
     "a plateau that is solved": ("plateau", {"reward": ramp(0.2, 0.9, 100, 5, 20)}),
     "a reward that never rose": ("plateau", {"reward": np.full(100, 0.4)}),
+    "a first record below all others": ("plateau", {"reward": np.r_[0.2, np.full(99, 0.6)]}),
     "a reward that fell a little": (
         "plateau",
         {"reward": np.r_[ramp(0.2, 0.7, 140, 5, 15), np.full(60, 0.66)] + CALM}),

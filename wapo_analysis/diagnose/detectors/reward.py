@@ -128,8 +128,8 @@ def find_plateau(context: Context) -> list[Finding]:
     if reward is None or reward.solved or not reward.improved or reward.gaining or context.fall:
         return []
     series, begin = reward.series, reward.stands_from
-    if len(series) - begin < PLATEAU_SHARE * len(series):
-        return []
+    if not 0 < begin <= (1 - PLATEAU_SHARE) * len(series):
+        return []  # from the first record on: then noise hides where it rose
     step = series.step(begin)
     return [
         Finding(
