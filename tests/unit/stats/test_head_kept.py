@@ -18,12 +18,17 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("largest", [0, 2])
 def test_logits_that_are_kept_give_what_logits_made_again_give(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows up to certainty, single columns far above all others; the backward pass twice."""
+    """Rows up to certainty, single columns far above all others; the backward pass twice.
+
+    A processor may add up the products of a narrower block in another order, so the two ways may
+    differ by what rounding the largest logit does to its probability.
+    """
     *inputs, targets = problem(60, 300, 16, dtype=dtype)
-    inputs[0].data[40:] *= torch.logspace(0, 2, 20).unsqueeze(1).to(dtype)
+    inputs[0].data[40:] *= torch.logspace(0, largest, 20).unsqueeze(1).to(dtype)
     upstream = torch.linspace(-1, 1, 60, dtype=dtype)
     hidden, weight, bias = inputs
 
@@ -37,11 +42,13 @@ def test_logits_that_are_kept_give_what_logits_made_again_give(
     kept = both()
     monkeypatch.setattr(head, "memory", lambda: 0)
     again = both()
+    summed = (hidden.abs() @ weight.abs().T + bias.abs()).max() / 0.8
+    rounding = summed.item() * torch.finfo(dtype).eps
     assert torch.equal(kept[0], again[0])
     for ours, theirs in zip(kept[1], again[1], strict=True):
         assert not torch.equal(ours, theirs)  # two ways, each with its own rounding
         away = (ours - theirs).norm() / theirs.norm()
-        assert away <= (2e-6 if dtype == torch.float32 else 1e-14)
+        assert away <= rounding
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
