@@ -5,17 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.step_logs import finding, judge, names, noisy, ramp, reopened, write_steps
 from wapo_analysis.diagnose import diagnose
 from wapo_analysis.diagnose.samples import (
     SAMPLED_STEPS,
+    _steps,
+    answer_shares,
     completion_rows,
     evenly,
     first_pass_gap,
     is_noise,
     length_pay,
+    noise_share,
     shared_answers,
 )
 from wapo_analysis.schema import ROLLOUTS, TOKENS
@@ -339,3 +343,38 @@ def test_drift_within_the_batch_is_judged_against_its_beginning(tmp_path: Path) 
     d = judge(tmp_path, kl_old=ramp(0.002, 0.1, STEPS, 20, 20), reward=reward)
     assert 20 < finding(d, "off_policy_drift").step <= 40
     assert not judge(tmp_path / "always", kl_old=np.full(STEPS, 0.1), reward=reward).findings
+
+
+def test_steps_are_read_evenly_and_the_nearest_to_a_window() -> None:
+    assert evenly(np.arange(5), 5) == [0, 1, 2, 3, 4]
+    assert evenly(np.arange(6), 2) == [0, 5]
+    assert evenly(np.arange(100), 3) == [0, 50, 99]
+    recorded = [1, 5, 20, 21, 22, 23]
+    assert _steps(recorded, 20, 23) == [20, 21, 22], "three at most"
+    assert _steps(recorded, 6, 9) == [5]
+    assert _steps(recorded, 33, 40) == [23]
+    assert _steps(recorded, 34, 40) == []
+    assert _steps([], 1, 2) == []
+
+
+def test_shares_of_completions() -> None:
+    rows = pd.DataFrame(
+        {
+            "step": [1, 1, 1, 1, 2, 2, 3],
+            "group": [0, 0, 1, 1, 0, 1, 0],
+            "prompt": ["p", "p", "q", "q", "p", "p", None],
+            "completion": ["a", "b", "a", "c", "d", "d", "!" * 16],
+            "answer": ["a", "x", " A ", "", "d", "e", None],
+            "reward": [1.0, 1.0, 0.0, 1.0, 1.0, 0.5, 1.0],
+        }
+    )
+    shared = shared_answers(rows)
+    assert (shared.steps.tolist(), shared.values.tolist()) == ([1], [0.5])
+    assert not len(shared_answers(rows.assign(completion=None)))
+    noise = noise_share(rows)
+    assert (noise.steps.tolist(), noise.values.tolist()) == ([1, 2, 3], [0, 0, 1])
+    held, missed = answer_shares(rows)
+    assert held.values.tolist() == pytest.approx([2 / 3, 0.5])
+    assert (missed.steps.tolist(), missed.values.tolist()) == ([1, 2], [0.5, 0.0])
+    late = rows.assign(completion=["a" + " " * 100] + ["xay"] * 6)
+    assert answer_shares(late)[0].values.tolist() == [0, 0]
