@@ -202,7 +202,7 @@ class Rows:
         """Row numbers as a slice, if they follow each other and asking costs no wait."""
         if self.kept is None:
             return slice(start, stop)
-        if self.kept.device.type != "cpu":
+        if self.kept.device.type != "cpu" or stop <= start:
             return None
         first, last = int(self.kept[start]), int(self.kept[stop - 1])
         return slice(first, last + 1) if last - first == stop - 1 - start else None
