@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import JsonLines, parse_json
+from wapo_analysis.importers.jsonl import BLOCK_BYTES, JsonLines, parse_json
 from wapo_analysis.importers.mapping import NameTable
 from wapo_analysis.importers.report import shown
 from wapo_analysis.store.files import open_regular
@@ -23,6 +23,7 @@ from wapo_analysis.store.files import open_regular
 MAX_UNPACKED = 4 << 30
 MAX_PAGE_BYTES = 1 << 30
 _HEAD, _FIRST = 1 << 16, 512
+_GZIP = 31  # of zlib: the largest window, behind a header of gzip
 _WRAPPED = (b"{", b"s", b'"', b"\xef")
 _TABLES = (".csv", ".tsv")
 #: What is read as the text that it shows.
@@ -45,8 +46,9 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
     table, how = file.suffix in _TABLES, None
     if wide is None and (table or start[:1] in _WRAPPED):
         how = wrapped_by(head_of(file), table)
-    if file == source and file.suffix in PAGES and unpacked is not None:
+    if wide is None and file == source and file.suffix in PAGES and unpacked is not None:
         text = unpacked / file.name
+        text.parent.mkdir(parents=True, exist_ok=True)
         with text.open("wb") as out:
             whole = shown_text(file, out)
         if not whole:
@@ -77,8 +79,11 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
         if not target.stat().st_size:
             raise UserError(f"{printable(shown(file))} cannot be unpacked")
     shutil.copystat(file, target)
-    inner = target.parent / "inside" / target.name  # of a packed file that is UTF-16
-    return target if wide or how else plain_file(target, target, inner.parent, told) or target
+    if how:
+        return target
+    # What was packed or UTF-16 may be another of these itself.
+    below = target if file == source else target.parent
+    return plain_file(target, below, target.parent / "inside", told)
 
 
 def wide_encoding(head: bytes) -> str | None:
@@ -104,7 +109,7 @@ def widened(file: Path, encoding: str, out: BinaryIO) -> bool:
     decoder = codecs.getincrementaldecoder(encoding)("replace")
     try:
         with open_regular(file) as wide:
-            while data := wide.read(1 << 20):
+            while data := wide.read(BLOCK_BYTES):
                 out.write(decoder.decode(data).encode("utf-8", "replace"))
     except OSError as error:
         raise UserError(f"cannot read {printable(shown(file))}: {error.strerror}") from error
@@ -154,12 +159,15 @@ def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:
     """Write the text that a file holds as :func:`wrapped_by` says."""
-    if how in ("sep", "returns"):
+    if how == "sep":
         with open_regular(file) as table:
-            if how == "sep":
-                table.readline()
-            while data := table.read(1 << 20):
-                out.write(data if how == "sep" else data.replace(b"\r", b"\n"))
+            table.readline()
+            shutil.copyfileobj(table, out)
+        return True
+    if how == "returns":
+        with open_regular(file) as table:
+            while data := table.read(BLOCK_BYTES):
+                out.write(data.replace(b"\r", b"\n"))
         return True
     for record in JsonLines(file).records():
         text = record.values.get(how)
@@ -170,17 +178,17 @@ def unwrapped_into(file: Path, how: str, out: BinaryIO) -> bool:
 
 def unpacked_into(file: Path, out: BinaryIO) -> bool:
     """Unpack gzip as far as it goes, as of a file that is still being written; whether it ended."""
-    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    reader = zlib.decompressobj(_GZIP)
     try:
         with open_regular(file) as packed:
-            while data := packed.read(1 << 20):
+            while data := packed.read(BLOCK_BYTES):
                 while data:
-                    out.write(reader.decompress(data, 1 << 20))
+                    out.write(reader.decompress(data, BLOCK_BYTES))
                     if out.tell() > MAX_UNPACKED:
                         raise UserError(f"{printable(shown(file))} is larger than 4 GiB unpacked")
                     data = reader.unused_data if reader.eof else reader.unconsumed_tail
                     if reader.eof and data:
-                        reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+                        reader = zlib.decompressobj(_GZIP)
     except zlib.error:
         return False
     except OSError as error:

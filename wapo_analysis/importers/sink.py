@@ -107,7 +107,7 @@ class Sink:
     #: Which key is which column.
     names: NameTable
     #: Softmax temperature of the statistics.
-    temperature: float = 1.0
+    temperature: float
     _tokens: list[pd.DataFrame] = field(default_factory=list)
     _token_rows: int = 0
     _rollouts: list[dict[str, Any]] = field(default_factory=list)
@@ -181,24 +181,28 @@ class Sink:
 
     def _log_rows(self) -> dict[int, dict[str, Any]]:
         """Rows of the source's own log; records without a step are counted if none has one."""
-        if not self.log and self._unstepped and len(self._stepless) > 1:
+        if not self.log and len(self._stepless) > 1:
             self.step_candidates = self._unstepped.step_candidates()
-            known = self.names.feeds(self._unstepped.names)
             files = {file for file, _ in self._stepless}
             counter = next((n for n in COUNTERS if self._unstepped.counts(n, len(files))), None)
-            if counter is not None and known.keys() & set(VITAL):
-                self.report.told(f"no record has a step: {counter} is read as the step")
-                self._unstepped.count_by(counter)
-                return self._unstepped.finish(self.names)
-            if not self.step_candidates and known.keys() & set(VITAL):
-                count = len(self._stepless)
-                self.report.told(f"no record has a step, so the {count} records are counted from 1")
+            if self.knows_any and (counter is not None or not self.step_candidates):
+                self._tell_counted(counter)
                 return self._unstepped.finish(self.names)
         for place in self._stepless:
             self.report.bad_line(*place, "no step")
         for file, (first, last) in self._file_steps.items():
             self.log.end_of_file(file, first, last)
         return self.log.finish(self.names)
+
+    def _tell_counted(self, counter: str | None) -> None:
+        count = len(self._stepless)
+        if count > MAX_STEPLESS:
+            self.report.told(f"of {count} records without a step the first {MAX_STEPLESS} are read")
+        if counter is None:
+            self.report.told(f"no record has a step, so the {count} records are counted from 1")
+        else:
+            self.report.told(f"no record has a step: {counter} is read as the step")
+            self._unstepped.count_by(counter)
 
     @property
     def stepless(self) -> int:

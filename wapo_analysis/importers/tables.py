@@ -5,7 +5,7 @@ lists, a completion's tokens), a completion with a reward a rollout, anything el
 line of a metrics log. CSV and Parquet are read in blocks, so memory does not grow with the file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -17,6 +17,7 @@ import pandas as pd
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.boards import pick
 from wapo_analysis.importers.jsonl import MAX_STEP, as_number, as_step, message_text
+from wapo_analysis.importers.mapping import NameTable
 from wapo_analysis.importers.readers import (
     csv_frames,
     json_records,
@@ -52,40 +53,73 @@ def read_tables(
     """Read plain tables into a run, of several runs the chosen one.
 
     Raises UserError if a file is broken as a whole, or no row has a step and columns of ours, or a
-    column names several runs and none was chosen.
+    column names several runs and none was chosen, or the chosen one is not there.
     """
+    if chosen is not None and (runs := _runs_in(files, sink.names)):
+        chosen = pick(runs, chosen, files[0].parent if len(files) > 1 else files[0])
     for file in files:
         feed = TableFeed(sink, report, file, chosen)
-        kind = table_kind(file)
-        if kind == "lines":
-            for number, values in json_records(file, report):
-                feed.record(values, number)
-        elif kind in ("parquet", "csv"):
-            frames = parquet_frames if kind == "parquet" else csv_frames
-            for first, frame in frames(file, report):
-                feed.frame(frame, first)
-        elif kind == "text":
-            rows = list(text_tables(text_lines(file)))
-            logged = [row for row in rows if sink.names.step_key(tuple(row[1])) is not None]
-            for number, values in logged or rows:  # beside a log other tables are other things
-                report.lines += 1
-                feed.record(values, number)
-            report.files += 1
-        else:
-            found = json_rows(json_value(file, report), report.told)
-            if found is None:
-                raise UserError(
-                    f"{printable(shown(file))} holds no records: looked for a list of objects, "
-                    "lists of numbers by name, numbers by step, and what pandas writes with names"
-                )
-            report.files += 1
-            if len(found) == 1 and len(files) > 1 and sink.names.step_key(tuple(found[0])) is None:
-                report.note(f"{shown(file.name)} holds settings, no log")
-                continue
-            report.lines += len(found)
-            for number, values in enumerate(found, start=1):
-                feed.record(values, number)
+        for number, part in _parts(file, sink.names, report, beside=len(files) > 1):
+            if isinstance(part, pd.DataFrame):
+                feed.frame(part, number)
+            else:
+                feed.record(part, number)
         feed.close()
+
+
+def _parts(
+    file: Path, names: NameTable, report: ImportReport, beside: bool
+) -> Iterator[tuple[int, pd.DataFrame | Mapping[str, Any]]]:
+    """Rows of a table with their numbers, or blocks of rows with the number of the first."""
+    kind = table_kind(file)
+    if kind == "lines":
+        yield from json_records(file, report)
+    elif kind == "parquet":
+        yield from parquet_frames(file, report)
+    elif kind == "csv":
+        yield from csv_frames(file, report)
+    elif kind == "text":
+        rows = list(text_tables(text_lines(file)))
+        logged = [row for row in rows if names.step_key(tuple(row[1])) is not None]
+        rows = logged or rows  # beside a log other tables are other things
+        report.files += 1
+        report.lines += len(rows)
+        yield from rows
+    else:
+        found = json_rows(json_value(file, report), report.told)
+        if found is None:
+            raise UserError(
+                f"{printable(shown(file))} holds no records: looked for a list of objects, "
+                "lists of numbers by name, numbers by step, and what pandas writes with names"
+            )
+        report.files += 1
+        if beside and len(found) == 1 and names.step_key(tuple(found[0])) is None:
+            report.note(f"{shown(file.name)} holds settings, no log")
+            return
+        report.lines += len(found)
+        yield from enumerate(found, start=1)
+
+
+def _runs_in(files: tuple[Path, ...], names: NameTable) -> list[str]:
+    """Names of the runs of all rows. A row alone does not tell whether a later one fits better."""
+    found: dict[str | None, None] = {}
+    for file in files:
+        for _, part in _parts(file, names, ImportReport("table", ""), beside=False):
+            runs = _run_names(part) if isinstance(part, pd.DataFrame) else [_run_name(part)]
+            found |= dict.fromkeys(runs)
+    return [name for name in found if name is not None]
+
+
+def _run_names(frame: pd.DataFrame) -> list[str | None]:
+    columns = [name for name in RUN_KEYS if name in frame]
+    if not columns:
+        return [None] * len(frame)
+    return [_run_name(values) for values in frame[columns].to_dict("records")]
+
+
+def _run_name(values: Mapping[Any, Any]) -> str | None:
+    """Name of the run that a row is of."""
+    return next((str(values[key]) for key in RUN_KEYS if is_name(values.get(key))), None)
 
 
 @dataclass
@@ -105,7 +139,7 @@ class TableFeed:
     def record(self, values: Mapping[str, Any], number: int) -> None:
         """Take one row; its number is named if it cannot be used."""
         with self.report.record(self.file, number):
-            if not self._mine(values):
+            if not self._mine(_run_name(values)):
                 return
             values = told_apart(unwrapped(values))
             keys = tuple(values)
@@ -121,10 +155,10 @@ class TableFeed:
         """Take rows of a data frame, the first of them with this number."""
         keys = tuple(str(name) for name in frame.columns)
         kind, taken = self._kind(keys)
-        if kind == "tokens" and any(name in frame for name in RUN_KEYS):
-            frame = frame[[self._mine(values) for values in frame.to_dict("records")]]
         if kind == "tokens" and not any(_has_lists(frame[name]) for name in taken.values()):
-            self._tokens(frame, keys, taken, first)
+            mine = [self._mine(name) for name in _run_names(frame)]
+            numbered = frame.set_axis(range(first, first + len(frame)))
+            self._tokens(numbered.loc[mine], keys, taken)
             return
         for number, values in enumerate(frame.to_dict("records"), start=first):
             self.record({str(k): plain(v) for k, v in values.items()}, number)
@@ -132,25 +166,23 @@ class TableFeed:
     def close(self) -> None:
         """Hand over what is held.
 
-        Raises UserError if there are rows of several runs and none was chosen, or the chosen one is
-        not there.
+        Raises UserError if there are rows of several runs and none was chosen.
         """
         if len(self._runs) > 1 and max(self._runs.values()) <= _SUMMED and self.sink.stepless:
             raise UserError(
                 f"{printable(shown(self.file))} holds {len(self._runs)} runs, a row or two of each "
                 "and no step: a summary of runs, not the log of one"
             )
-        if self._runs:
-            pick(list(self._runs), self.chosen, self.file)
+        if self._runs and self.chosen is None:
+            pick(list(self._runs), None, self.file)
         self._flush()
 
-    def _mine(self, values: Mapping[Any, Any]) -> bool:
-        """Whether a row belongs to the run that is read; notes the runs there are."""
-        name = next((str(values[k]) for k in RUN_KEYS if is_name(values.get(k))), None)
-        if name is None:
+    def _mine(self, run: str | None) -> bool:
+        """Whether a row of a run is read, as one of none is; notes the runs there are."""
+        if run is None:
             return True
-        self._runs[name] = self._runs.get(name, 0) + 1
-        return self.chosen is None or name == self.chosen or self.chosen in name
+        self._runs[run] = self._runs.get(run, 0) + 1
+        return self.chosen in (None, run)
 
     def _kind(self, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
         tokens, _ = self.sink.names.plan("tokens", keys)
@@ -198,18 +230,15 @@ class TableFeed:
             held, self._held = self._held, []
             frame = pd.DataFrame({key: pd.Series([row[key] for row in held], dtype=object)
                                   for key in held[0]})  # fmt: skip
-            self._tokens(frame, self._keys, self._kind(self._keys)[1], 0)
+            self._tokens(frame, self._keys, self._kind(self._keys)[1])
 
-    def _tokens(
-        self, frame: pd.DataFrame, keys: tuple[str, ...], taken: dict[str, str], first: int
-    ) -> None:
+    def _tokens(self, frame: pd.DataFrame, keys: tuple[str, ...], taken: dict[str, str]) -> None:
+        """Rows of tokens; the index is their number in the file."""
         self._note_names("tokens", keys, len(frame))
         named = pd.DataFrame({ours: frame[theirs] for ours, theirs in taken.items()})
-        steps = [as_step(value) for value in named["step"]]
-        for place, step in enumerate(steps):
-            if step is None:
-                self.report.count(_NO_STEP, self.file, first + place)
-        named["step"] = pd.Series(steps, index=named.index, dtype="float64")
+        named["step"] = [as_step(value) for value in named["step"]]
+        for number in named.index[named["step"].isna()]:
+            self.report.count(_NO_STEP, self.file, number)
         named = named.dropna(subset="step").astype({"step": "int64"})
         self.sink.add_tokens(self._codes.apply(named))
 

@@ -162,7 +162,7 @@ def test_one_of_several_runs_is_chosen_by_its_name_or_a_part_of_it() -> None:
 
 def sink_of(folder: Path) -> Sink:
     writer = RunWriter(folder / "run", {"source": "import"})
-    return Sink(writer, ImportReport("table", "t"), NameTable({}))
+    return Sink(writer, ImportReport("table", "t"), NameTable({}), 1.0)
 
 
 def test_a_column_without_a_finite_number_is_not_held(tmp_path: Path) -> None:

@@ -187,10 +187,10 @@ def test_a_step_of_no_number_is_a_broken_line_of_its_table(tmp_path: Path) -> No
 # ---- rows of tables
 
 
-def feed_of(folder: Path, chosen: str | None = None) -> TableFeed:
+def feed_of(folder: Path) -> TableFeed:
     writer = RunWriter(folder / "run", {"source": "import"})
-    sink = Sink(writer, fresh(), NameTable({}))
-    return TableFeed(sink, sink.report, Path("t.jsonl"), chosen)
+    sink = Sink(writer, fresh(), NameTable({}), 1.0)
+    return TableFeed(sink, sink.report, Path("t.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -240,19 +240,6 @@ def test_rows_without_a_step_are_named_by_their_number_in_the_file(tmp_path: Pat
     feed.frame(pd.DataFrame([TOKEN, TOKEN | {"step": None}, TOKEN | {"step": 1.5}, TOKEN]), 7)
     assert feed.report.places == {"token rows without a step left out": ["t.jsonl:8", "t.jsonl:9"]}
     assert feed.sink._token_rows == 2
-
-
-@pytest.mark.parametrize(
-    ("chosen", "read"), [(None, 4), ("seed-1", 3), ("seed", 4), ("seed-2", 2), ("x", 1)]
-)
-def test_rows_of_the_chosen_run_and_of_none_are_read(
-    chosen: str | None, read: int, tmp_path: Path
-) -> None:
-    rows = [TOKEN | {"run": name} for name in ("seed-1", "seed-2", "seed-12", None)]
-    feed = feed_of(tmp_path, chosen)
-    feed.frame(pd.DataFrame(rows), 1)
-    assert feed.sink._token_rows == read
-    assert feed._runs == {"seed-1": 1, "seed-2": 1, "seed-12": 1}
 
 
 def test_codes_of_the_512_steps_seen_last_are_remembered() -> None:
