@@ -222,7 +222,6 @@ class MicroStep:
     def _token_pass(self, stats: TokenStats, kept: Tensor, clipped: Tensor) -> TokenPass:
         rollouts = torch.arange(len(self.mask), device=self.mask.device)
         return TokenPass.of_rollouts(
-            self.mask,
             stats,
             group=torch.zeros_like(rollouts),
             rollout=rollouts,
@@ -231,6 +230,8 @@ class MicroStep:
             logp_old=self.logp_old,
             clipped=clipped,
             kept=kept,
+            minibatch=0,
+            at=self.mask.reshape(-1).nonzero().squeeze(1),
         )
 
     def _end_step(self, watcher: Watcher) -> None:

@@ -62,7 +62,6 @@ class TokenPass:
     @classmethod
     def of_rollouts(
         cls,
-        mask: Tensor,
         stats: TokenStats,
         *,
         group: Tensor,
@@ -72,22 +71,19 @@ class TokenPass:
         logp_old: Tensor,
         clipped: Tensor,
         kept: Tensor,
-        minibatch: int = 0,
-        at: Tensor | None = None,
+        minibatch: int,
+        at: Tensor,
     ) -> "TokenPass":
-        """Pick the tokens of B rollouts of T positions that a mask wants.
+        """Pick N tokens of B rollouts of T positions, those that ``stats`` are of.
 
         Parameters
         ----------
-        mask : Tensor of bool, shape (B, T)
         group, rollout, advantage : Tensor, shape (B,)
         token_id, logp_old, clipped, kept : Tensor, shape (B, T)
-        at : Tensor of int64, shape (N,), optional
-            Numbers of the tokens in (B T), ascending, if they are known: a GPU must be waited for
-            to find them.
+        at : Tensor of int64, shape (N,)
+            Numbers of the tokens in (B T), ascending.
         """
-        at = mask.reshape(-1).nonzero().squeeze(1) if at is None else at
-        row, position = at // mask.shape[1], at % mask.shape[1]
+        row, position = at // token_id.shape[1], at % token_id.shape[1]
         return cls(
             group=group[row],
             rollout=rollout[row],

@@ -203,7 +203,6 @@ class MiniBatch:
         """Rows of the token table for the N completion tokens. ``kept``, ``clipped`` (b, T)."""
         rollouts = self.rollouts
         return TokenPass.of_rollouts(
-            rollouts.mask,
             stats,
             group=self.group,
             rollout=self.rows,

@@ -57,6 +57,8 @@ def test_a_reward_at_the_mean_is_exactly_zero() -> None:
     assert group_advantages("centered", rewards, group, official=True)[1] != 0
     # Of large rewards the residue is as much larger: here it is 2.8e-14.
     assert group_advantages("centered", [200.1, 200.2, 200.3], group)[1] == 0
+    # The largest reward of the group decides, here of one in which another earned nothing.
+    assert group_advantages("centered", [0.0, 0.7, 1.4], group)[1] == 0
 
 
 def test_a_small_real_difference_is_not_rounded_away() -> None:

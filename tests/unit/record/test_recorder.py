@@ -133,6 +133,10 @@ def test_what_a_step_holds(tmp_path: Path) -> None:
     run = open_run(tmp_path / "r")
     assert run.classes.tokens.sum() == 3 * 2 * ROWS, "written before the end"
     assert run.token_steps() == [1, 3]
+    assert [part.name for part in sorted((run.path / "tokens").iterdir())] == [
+        "part-00000001-0.parquet",
+        "part-00000003-0.parquet",
+    ], "no file of a step without token rows"
     assert 0 < len(run.tokens()) < 2 * 2 * ROWS
     assert run.steps.token_fraction.tolist() == [0.5, 0.0, 0.5]
     assert (run.steps.seconds_writer > 0).all()
@@ -255,6 +259,7 @@ def test_coef_is_minus_the_gradient_of_the_loss(tmp_path: Path) -> None:
         assert recorder.failure is None
         found = open_run(tmp_path / name).tokens()
         assert found["coef"].tolist() == weight[mask.bool()].tolist()
+        assert (found["minibatch"] == 0).all(), "counted from 0 where nobody gives it"
 
 
 def test_a_recorder_without_a_folder_takes_everything_and_keeps_nothing(tmp_path: Path) -> None:
