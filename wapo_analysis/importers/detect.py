@@ -120,7 +120,7 @@ def detect(
     names : NameTable, optional
         Names of the user's, by which a table is known as a log.
     """
-    if wanted != "auto" and wanted not in FORMATS:
+    if wanted not in ("auto", *FORMATS):
         raise unknown_name("format", wanted, ("auto", *FORMATS))
     name = printable(shown(source))
     if not source.exists():
@@ -201,10 +201,10 @@ def _files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if not hidden and file.is_file():
-            yield file
             count += 1
-            if count >= MAX_FILES:
+            if count > MAX_FILES:
                 raise UserError(f"{folder} holds more than {MAX_FILES} files; name a part of it")
+            yield file
 
 
 def _kinds(files: list[Path], named: bool) -> dict[Path, str]:
@@ -219,11 +219,11 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
     data = {file for file in tables if not may_be_log(file, names)}
     data = data if len(data) < len(kinds) else set()
     printed = [file for file, kind in kinds.items() if kind == "console"]
-    if len(printed) > 1 and len(kinds) - len(data) == len(printed):
+    if len(kinds) - len(data) == len(printed):
         poor = {f for f in printed if not console.holds_reward(console.console_lines(f))}
         if 0 < len(poor) < len(printed):
             data |= poor
-            few = ", ".join(shown(file.name) for file in sorted(poor)[:4])
+            few = ", ".join(shown(file.name) for file in sorted(poor)[:_TOLD_FILES])
             told.append(f"also there, without a reward, not read: {few}")
     return {file: kind for file, kind in kinds.items() if file not in data}
 
@@ -368,7 +368,7 @@ def _json_kind(file: Path, head: str) -> str | None:
     if file.name == "trainer_state.json":
         return "state"
     if whole and head.startswith("{"):
-        if '"log_history"' in head or b'"log_history"' in head_of(file, _SEARCHED):
+        if b'"log_history"' in head_of(file, _SEARCHED):
             return "state"
     if whole and _SCALARS.match(head):
         return "download"

@@ -212,7 +212,7 @@ class JsonLines:
         """
         try:
             with open_regular(self.path) as stream:
-                size = stream.seek(0, os.SEEK_END)
+                size = os.fstat(stream.fileno()).st_size
                 if size < self.offset:
                     raise UserError(
                         f"{self.path} became shorter while it was read; was it replaced?"
@@ -224,13 +224,10 @@ class JsonLines:
 
     def _whole(self, stream: Any, size: int) -> Iterator[Line]:
         pieces: list[bytes] = []
-        held = read = 0
-        begin = self.offset
-        while begin + read < size:
-            block = stream.read(min(BLOCK_BYTES, size - begin - read))
-            if not block:
-                return
-            read += len(block)
+        held = 0
+        left = size - self.offset
+        while block := stream.read(min(BLOCK_BYTES, left)):
+            left -= len(block)
             *ends, rest = block.split(b"\n")
             for end in ends:
                 data = b"".join([*pieces, end])

@@ -87,13 +87,12 @@ def _pandas(value: Mapping[str, Any]) -> Rows | None:
 
 def _indexed(rows: Rows, index: Any) -> Rows:
     """Rows with their index as the step, where it counts something that no column does."""
-    keys = NameTable({})
     if not isinstance(index, list) or len(index) != len(rows):
         return rows
     numbers = [n for label in index if (n := as_step(label)) is not None]
     if len(numbers) < len(rows) or numbers == list(range(len(rows))):
         return rows
-    if any(keys.step_key(tuple(row)) for row in rows[:1]):
+    if NameTable({}).step_key(tuple(rows[0])) is not None:
         return rows
     return [{"step": n, **row} for n, row in zip(numbers, rows, strict=True)]
 
@@ -127,7 +126,7 @@ def _series(value: Mapping[str, Any]) -> Rows | None:
     ClearML's scalars are such by two names, with "x" and "y".
     """
     found = dict(_all_pairs(value, "", 0))
-    if not found or None in found.values():
+    if None in found.values():
         return None
     return [
         {"step": step, name: number}
