@@ -140,7 +140,7 @@ def _all_pairs(
 ) -> Iterator[tuple[str, list[tuple[Any, Any]] | None]]:
     for name, part in value.items():
         pairs = _step_pairs(part)
-        if pairs is None and isinstance(part, dict) and part and depth < 2:
+        if pairs is None and isinstance(part, dict) and part and depth < _DEEP:
             yield from _all_pairs(part, f"{before}{name}/", depth + 1)
         else:
             yield f"{before}{name}", pairs
@@ -290,7 +290,7 @@ def text_tables(lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, dict[st
                 )
                 continue
         barred = bool(_BARS.search(line))
-        indexed = not barred or cells[0] == ""  # pandas prints an index without a name
+        indexed = not barred or cells[:1] == [""]  # pandas prints an index without a name
         cells = cells[1:] if barred and indexed else cells
         names = len(cells) > 1 and len(set(cells)) == len(cells) and all(map(_WORD.match, cells))
         header = cells if names and all(as_number(cell) is None for cell in cells) else []

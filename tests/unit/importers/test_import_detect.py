@@ -324,3 +324,19 @@ def test_states_of_the_official_trainer_are_told_by_a_name_of_its_own(
         pd.DataFrame(COMPLETIONS).to_parquet(tmp_path / "f" / "completions_00001.parquet")
     found = detect(tmp_path / "f")
     assert (found.format, len(found.files)) == (format, 2 + completions)
+
+
+def test_states_beside_the_official_trainer_s_arrays_are_its_own_unless_trl_kept_more(
+    tmp_path: Path,
+) -> None:
+    arrays = tmp_path / "f" / "data" / "rewards"
+    arrays.mkdir(parents=True)
+    (arrays / "reward_step_0.npy").write_bytes(b"an array")
+    for step in (5, 10):
+        state = {"log_history": [{"step": step, "loss": 0.5}]}
+        write_lines(tmp_path / "f" / f"checkpoint-{step}" / "trainer_state.json", [state])
+    found = detect(tmp_path / "f")
+    assert (found.format, names(found.files)) == ("official", ["reward_step_0.npy"])
+    pd.DataFrame(COMPLETIONS).to_parquet(tmp_path / "f" / "completions_00001.parquet")
+    with pytest.raises(UserError, match="mixes formats: .* is trl, .* is official"):
+        detect(tmp_path / "f")

@@ -1,10 +1,22 @@
 """Records of a JSON value in every shape that is read, and values that just miss one."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from wapo_analysis.importers.shapes import json_rows, text_tables, told_apart, unwrapped
+from tests.support.import_sources import write_lines
+from wapo_analysis.importers.mapping import NameTable
+from wapo_analysis.importers.shapes import (
+    holds_table,
+    json_rows,
+    may_be_log,
+    text_lines,
+    text_tables,
+    told_apart,
+    unwrapped,
+)
 
 R2 = [{"step": 1, "r": 0.1}, {"step": 2, "r": 0.2}]
 BARE = [{"r": 0.1}, {"r": 0.2}]
@@ -51,6 +63,11 @@ def split(names: list[str], data: Any, **more: Any) -> dict[str, Any]:
                      [*R2, {"step": 1, "q": 5}, {"step": 2, "q": 6}], id="points"),
         pytest.param({"a": {"b": {"r": {"x": [1], "y": [2]}}}}, [{"step": 1, "a/b/r": 2}],
                      id="two levels down"),
+        pytest.param({"a": {"b": {"c": {"d": {"r": {"x": [1], "y": [2]}}}}}},
+                     [{"step": 1, "a/b/c/d/r": 2}], id="four levels down"),
+        pytest.param({"a": {"b": {"c": {"d": {"e": {"r": {"x": [1], "y": [2]}}}}}}},
+                     [{"a": {"b": {"c": {"d": {"e": {"r": {"x": [1], "y": [2]}}}}}}}],
+                     id="five levels down"),
         # lists by name
         pytest.param({"step": [1, 2], "r": [0.1, 0.2]}, R2, id="lists"),
         pytest.param({"step": [1], "r": [0.1]}, R2[:1], id="lists of one"),
@@ -64,6 +81,38 @@ def split(names: list[str], data: Any, **more: Any) -> dict[str, Any]:
         pytest.param({"r": [1], "note": "x"}, [{"r": [1], "note": "x"}], id="a list of one number"),
         pytest.param({"r": ["a", "b"], "q": {"x": ["c", "d"]}, "n": 1}, [{"r": "a"}, {"r": "b"}],
                      id="texts count at the top alone"),
+        pytest.param({"m": {"b": {"c": {"d": {"r": [1, 2]}}}}, "n": {"q": [5, 6]}},
+                     [{"m/b/c/d/r": 1, "n/q": 5}, {"m/b/c/d/r": 2, "n/q": 6}], id="four down"),
+        pytest.param({"m": {"b": {"c": {"d": {"e": {"r": [1, 2]}}}}}, "n": {"q": [5, 6]}},
+                     [{"q": 5}, {"q": 6}], id="five down"),
+        pytest.param({"r": [0.1, 0.2], "r/x": [5, 6], "n": "x"},
+                     [{"r": 0.1, "r/x": 5}, {"r": 0.2, "r/x": 6}], id="a name with a slash"),
+        pytest.param({"r": [1, 2], "m": [1, {"x": 2}], "n": 3}, [{"r": 1}, {"r": 2}],
+                     id="a list with a record in it is none of numbers"),
+        pytest.param({"m": {"r": [1, "x"]}, "k": {"q": [5, 6]}},
+                     [{"m/r": 1, "k/q": 5}, {"m/r": "x", "k/q": 6}], id="a text among numbers"),
+        pytest.param({"a": [], "b": []}, [{"a": [], "b": []}], id="empty lists"),
+        # what just misses a shape
+        pytest.param({"schema": {}, "data": [R2[0], 3]}, [{"schema": {}, "data": [R2[0], 3]}],
+                     id="a table whose rows are not all records"),
+        pytest.param({"columns": ["a"], "data": 3}, [{"columns": ["a"], "data": 3}],
+                     id="split without rows"),
+        pytest.param({"columns": 3, "data": [[1]]}, [{"columns": 3, "data": [[1]]}],
+                     id="split without names"),
+        pytest.param({"r": {"1": 0.1, "x": 0.2}}, [{"r": {"1": 0.1, "x": 0.2}}],
+                     id="numbers by step and by name"),
+        pytest.param({"r": {"steps": [1], "values": 3}}, [{"r": {"steps": [1], "values": 3}}],
+                     id="steps without values"),
+        pytest.param({"r": {"steps": 3, "values": [1]}}, [{"r": {"steps": 3, "values": [1]}}],
+                     id="values without steps"),
+        pytest.param({"r": {"steps": [1, 2, 3], "values": [0.1]}},
+                     [{"steps": 1}, {"steps": 2}, {"steps": 3}], id="more steps than values"),
+        pytest.param({"r": [[1, 0.1]]}, [{"r": [1, 0.1]}], id="one pair"),
+        pytest.param({"r": [[1, 0.1], [2]]}, [{"r": [1, 0.1]}, {"r": [2]}], id="not all pairs"),
+        pytest.param({"r": [[1, 2, 3], [4, 5, 6]]}, [{"r": [1, 2, 3]}, {"r": [4, 5, 6]}],
+                     id="triples"),
+        pytest.param({"r": [{"step": 1, "value": 0.1}, {"step": 2}]},
+                     [{"step": 1, "value": 0.1}, {"step": 2}], id="not all points"),
         # records below a name
         pytest.param({"history": R2, "config": {"lr": 1}}, R2, id="below a name"),
         pytest.param({"a": {"b": {"c": {"d": {"e": R2}}}}, "n": 1}, R2, id="five names down"),
@@ -86,6 +135,8 @@ def test_records_of_a_json_value(value: Any, rows: list[dict[str, Any]] | None) 
          ["lists of 2 numbers are read; c, d have another length, so their steps are unknown"]),
         ({"a": [1, 2], "b": [3, 4, 5]},
          ["lists of 3 numbers are read; a has another length, so their steps are unknown"]),
+        ({"a": [1, 2], "b": [3, 4], "e": [], "n": "x"}, []),
+        ({"data": R2}, ["data of the file is read"]),
         ({"log": R2, "n": 1}, ["log of the file is read"]),
         ({"eval": R2, "log": [*R2, *R2], "n": 1}, ["log of the file is read; not eval"]),
         ({"eval": R2, "log": R2, "n": 1}, ["eval of the file is read; not log"]),
@@ -155,6 +206,11 @@ ROWS = [{"step": "1", "r": "0.1"}, {"step": "2", "r": "0.2"}]
         pytest.param("| step | r |\n| 1 | - |\n| 2 |  |", [{"step": "1"}, {"step": "2"}],
                      id="cells without a number"),
         pytest.param("step r\none two\n2 0.2", [{"one": "2", "two": "0.2"}], id="other names"),
+        pytest.param("5\n7\n9\nstep r\n1 0.1", ROWS[:1], id="numbers alone before it"),
+        pytest.param("step note\n1 ok", [{"step": "1", "note": "ok"}], id="a text among numbers"),
+        pytest.param("**|\nstep r\n1 0.1", ROWS[:1], id="a bar behind marks"),
+        pytest.param("step | r\n1 | 0.1\n2 | 0.2", ROWS, id="bars between cells alone"),
+        pytest.param("| step | r\n| 1 | 0.1\n| 2 | 0.2", ROWS, id="bars before cells"),
         pytest.param("| **step** | `r` |\n| 1 | 0.1 |", ROWS[:1], id="marked names"),
     ],
 )  # fmt: skip
@@ -164,3 +220,59 @@ def test_tables_in_a_text(text: str, rows: list[dict[str, Any]]) -> None:
 
 def test_rows_of_a_table_in_a_text_have_the_number_of_their_line() -> None:
     assert [number for number, _ in tables("hello\nstep r\n-----\n1 0.1\n2 0.2")] == [4, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("kind size\na 1\nb 2\n\nstep reward\n1 0.5\n", True), ("kind size\na 1\n", False),
+        ("reward speed\n0.5 2\n", True), ("words\n", False),
+    ],
+)  # fmt: skip
+def test_a_table_of_a_text_says_something_of_a_run_by_one_known_name(
+    text: str, held: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_text(text)
+    lines = list(text_lines(tmp_path / "t.txt"))
+    assert lines == list(enumerate(text.splitlines(), start=1))
+    assert holds_table(lines) is held
+    assert may_be_log(tmp_path / "t.txt", NameTable({})) is held
+
+
+RECORDS = [
+    ({"step": 1, "x": 2}, True), ({"reward": 1, "x": 2}, True), ({"tag": "x", "y": 2}, True),
+    ({"x": 1, "y": 2}, False), ({"x": 1, "mine": 2}, True), ({"metrics": {"step": 1}}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "log"), RECORDS)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_a_table_may_be_a_log_by_its_step_a_known_number_or_names_of_numbers(
+    record: dict[str, Any], log: bool, suffix: str, tmp_path: Path
+) -> None:
+    file = tmp_path / f"t.{suffix}"
+    other = {"x": 1, "z": 3}
+    if suffix == "jsonl":
+        file.write_text(json.dumps(record) + "\n" + json.dumps(other) + "\n")
+    elif suffix == "json":
+        file.write_text(json.dumps([other, record]))
+    elif suffix == "csv":
+        flat = record.get("metrics", record)
+        file.write_text(f"{','.join(flat)}\n{','.join(map(str, flat.values()))}\n")
+    else:
+        file.write_bytes(b"PAR1")
+    assert may_be_log(file, NameTable({"entropy": "mine"})) is (log or suffix == "parquet")
+
+
+def test_what_no_table_can_be_read_of_may_be_a_log_and_is_named_later(tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text("{")
+    assert may_be_log(tmp_path / "t.json", NameTable({}))
+    (tmp_path / "t.json").write_text("[1, 2]")
+    assert not may_be_log(tmp_path / "t.json", NameTable({}))
+
+
+def test_a_table_is_known_as_a_log_by_its_first_fifty_records(tmp_path: Path) -> None:
+    for place, log in ((50, True), (51, False)):
+        rows = [{"x": n} for n in range(place - 1)] + [{"reward": 1}]
+        file = write_lines(tmp_path / f"{place}.jsonl", rows)
+        assert may_be_log(file, NameTable({})) is log
