@@ -5,9 +5,9 @@ lists, a completion's tokens), a completion with a reward a rollout, anything el
 line of a metrics log. CSV and Parquet are read in blocks, so memory does not grow with the file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class TableFeed:
         """Take rows of a data frame, the first of them with this number."""
         keys = tuple(str(name) for name in frame.columns)
         kind, taken = self._kind(keys)
-        if kind == "tokens" and not any(_has_lists(frame[name]) for name in taken.values()):
+        if kind == "tokens" and not _has_lists([frame[name] for name in taken.values()]):
             mine = [self._mine(name) for name in _run_names(frame)]
             numbered = frame.set_axis(range(first, first + len(frame)))
             self._tokens(numbered.loc[mine], keys, taken)
@@ -289,11 +289,10 @@ class TableFeed:
 _NO_STEP = "token rows without a step left out"
 
 
-def _has_lists(values: pd.Series) -> bool:
-    """Whether any cell of a column holds a list; a missing first one says nothing."""
-    return values.dtype == object and any(
-        isinstance(value, list | np.ndarray | tuple) for value in values
-    )
+def _has_lists(columns: Iterable[pd.Series]) -> bool:
+    """Whether any cell of some columns holds a list; a missing first one says nothing."""
+    cells = chain.from_iterable(column for column in columns if column.dtype == object)
+    return any(isinstance(cell, list | np.ndarray | tuple) for cell in cells)
 
 
 @dataclass
@@ -358,7 +357,7 @@ def _are_codes(values: pd.Series) -> bool:
         numbers = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError, OverflowError):
         return False
-    return bool(((numbers == np.floor(numbers)) & (numbers >= 0) & (numbers <= MAX_STEP)).all())
+    return bool(((numbers == np.rint(numbers)) & (numbers >= 0) & (numbers <= MAX_STEP)).all())
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -385,12 +384,4 @@ def expanded(values: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 def sequence_rows(values: Mapping[str, Any]) -> pd.DataFrame:
     """The same as a data frame."""
-    columns = expanded(values)
-    return pd.DataFrame(
-        {name: pd.Series(c, dtype=object if _mixed(c) else None) for name, c in columns.items()}
-    )
-
-
-def _mixed(values: list[Any]) -> bool:
-    """Whether a list holds anything but numbers, flags and None."""
-    return not all(v is None or isinstance(v, int | float) for v in values)
+    return pd.DataFrame(expanded(values))
