@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ PSEUDO_TOKENS = ("prob", "prob_old", "collision", "loss_mask")
 VITAL = ("reward", "entropy", "length", "grad_norm", "loss")
 
 _TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
-_MAX_PLANS = 256
 _FUNCTIONS = [row for row in ALIASES if row.column in PER_FUNCTION]
 _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
 # Names that anybody would choose; they tell no trainer.
@@ -62,8 +61,8 @@ def parse_mapping(items: Iterable[str]) -> dict[str, str]:
     """
     mapping: dict[str, str] = {}
     for item in items:
-        ours, sign, theirs = (part.strip() for part in item.partition("="))
-        if not sign or not ours or not theirs:
+        ours, _, theirs = (part.strip() for part in item.partition("="))
+        if not ours or not theirs:
             raise UserError(f"--map wants ours=theirs, such as logp=my_logprob; got {item!r}")
         if ours in mapping:
             raise UserError(f"--map gives {ours!r} twice")
@@ -108,19 +107,17 @@ class NameTable:
 
     mapping: Mapping[str, str]
     seen: set[str] = field(default_factory=set)
-    _plans: dict[tuple[str, tuple[str, ...]], Plan] = field(default_factory=dict)
-    _step_keys: dict[tuple[str, ...], str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Records of a log come in a few shapes, again and again.
+        self._plan = lru_cache(self._make)
+        self._step_key = lru_cache(self._counter)
 
     def plan(self, table: str, keys: Sequence[str]) -> Plan:
         """Which key feeds which column of a table of rows ("tokens" or "rollouts")."""
-        known = (table, tuple(keys))
-        if known not in self._plans:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            self._plans[known] = self._make(table, keys)
-        return self._plans[known]
+        return self._plan(table, tuple(keys))
 
-    def _make(self, table: str, keys: Sequence[str]) -> Plan:
+    def _make(self, table: str, keys: tuple[str, ...]) -> Plan:
         by_name = _plain(keys)
         taken: dict[str, str] = {}
         columns = [column.name for column in _TABLES[table].stored]
@@ -143,20 +140,16 @@ class NameTable:
 
     def step_key(self, keys: Sequence[str]) -> str | None:
         """Key that counts the steps of a log, None if none is known."""
-        known = tuple(keys)
-        if known not in self._step_keys:
-            if len(self._step_keys) >= _MAX_PLANS:
-                self._step_keys.clear()
-            wanted = self.mapping.get("step")
-            if wanted is not None:
-                self.seen.update({wanted} & set(keys))
-                self._step_keys[known] = wanted if wanted in keys else None
-            else:
-                by_name = _plain(keys)
-                names = next(row.names for row in rows_of("steps") if row.column == "step")
-                found = (by_name.get(name) for name in names)
-                self._step_keys[known] = next((key for key in found if key), None)
-        return self._step_keys[known]
+        return self._step_key(tuple(keys))
+
+    def _counter(self, keys: tuple[str, ...]) -> str | None:
+        wanted = self.mapping.get("step")
+        if wanted is not None:
+            self.seen.update({wanted} & set(keys))
+            return wanted if wanted in keys else None
+        by_name = _plain(keys)
+        names = next(row.names for row in rows_of("steps") if row.column == "step")
+        return next((by_name[name] for name in names if name in by_name), None)
 
     def feeds(self, keys: Sequence[str]) -> dict[str, Feed]:
         """What feeds the step columns, among all names of a log."""
@@ -228,7 +221,7 @@ def _means(by_name: Mapping[str, str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, key in by_name.items():
         bare = _MEAN.sub("", name)
-        if bare and bare != name and bare not in by_name:
+        if bare not in by_name:
             found.setdefault(bare, key)
     return found
 
@@ -354,10 +347,10 @@ def drop_impossible(
     signed = {ours: feeds[ours] for ours in ("kl_ref", "entropy") if ours in feeds}
     known = {ours: np.array([v for name in feed.names for v in columns[name].values()])
              for ours, feed in signed.items() if not feed.negative}  # fmt: skip
-    if np.nansum(known.get("kl_ref", 0.0)) < 0:
+    if np.nansum(known.get("kl_ref", ())) < 0:
         feed = feeds.pop("kl_ref")
         report.note(f"{feed.names[0]} is negative on average: a log-ratio, not a KL divergence")
-    if len(values := known.get("entropy", np.array([]))) and np.nanmax(values, initial=-np.inf) < 0:
+    if np.fmax.reduce(known.get("entropy", ()), initial=np.nan) < 0:
         feed = feeds.pop("entropy")
         report.told(
             f"{feed.names[0]} is negative, so it is a loss term and not the entropy; if it is "

@@ -163,7 +163,7 @@ def _check(report: ImportReport, sink: Sink) -> None:
 
     Raises UserError if there is no row at all, or a name of the user's mapping does not occur.
     """
-    if not (report.steps or report.token_rows or report.rollouts):
+    if not (report.steps or report.token_rows):  # completions make steps
         raise UserError(_nothing(report, sink))
     if lost := sink.names.never_seen():
         raise UserError(
