@@ -54,6 +54,10 @@ def test_a_later_pass_looks_at_no_rollout_twice() -> None:
     assert reader.wants(1), "two of four rollouts are left to find"
     assert reader.choose(1, (row, position), row, position, 1) is None, "the second epoch"
     assert reader.size_at(1) == 8
+    other = 2 + torch.arange(2 * T) // 3  # a micro-batch of the rollouts 2 to 5
+    second = reader.choose(1, (row, position), other, position, 2)
+    assert second is not None
+    assert len(set(second.rollout.tolist())) == TOPK_ROLLOUTS - 2, "four of a step in all"
     assert not TopReader(8, 10, 1.0, 1.0).wants(2)
     assert TopReader(8, 10, 1.0, 1.0).size_at(2) == 0
 
