@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_DEPTH, JsonLines, as_number, parse_json, reason_of
-from wapo_analysis.importers.packed import PAGES
+from wapo_analysis.importers.packed import PAGES, head_of
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.store.files import open_regular
 
 PASSES = 3
 MAX_JSON_BYTES = 1 << 30
 _BLOCK = 4 << 20
+_LINE_BYTES = 1 << 20
+_TAIL_BYTES = 1 << 16  # of a table, read backwards until a line ends
 _ROWS = 8192
 _TOLD_DOUBLES = 5
 _SWALLOWED = 3  # lines; a completion may hold a line or two that look like a row
@@ -53,8 +55,7 @@ def table_kind(file: Path) -> str:
              ".ndjson": "lines", **dict.fromkeys(PAGES, "text")}  # fmt: skip
     if file.suffix in known:
         return known[file.suffix]
-    with open_regular(file) as stream:
-        head = stream.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+    head = head_of(file).removeprefix(codecs.BOM_UTF8)
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.lstrip().startswith((b"{", b"[")) or file.suffix == ".json":
@@ -65,8 +66,8 @@ def table_kind(file: Path) -> str:
 def is_json_lines(file: Path) -> bool:
     """Whether the first line is a JSON object by itself, and not the last."""
     with open_regular(file) as stream:
-        first = stream.readline(1 << 20)
-        more = stream.read(1 << 12)
+        first = stream.readline(_LINE_BYTES)
+        more = stream.read(_LINE_BYTES)
     try:
         return isinstance(parse_json(first), dict) and bool(more.strip())
     except ValueError:
@@ -149,9 +150,9 @@ class _WholeLines(io.RawIOBase):
     def _last_feed(self, size: int) -> int:
         end = size
         while end:
-            start = max(0, end - 65536)
+            start = max(0, end - _TAIL_BYTES)
             self._stream.seek(start)
-            found = self._stream.read(end - start).rfind(b"\n")
+            found = self._stream.read(_TAIL_BYTES).rfind(b"\n")
             if found >= 0:
                 return start + found + 1
             end = start
@@ -159,10 +160,11 @@ class _WholeLines(io.RawIOBase):
 
     def _whole(self, fields: int, delimiter: str) -> bool:
         """Whether what follows the last line feed has all fields, the last one no shorter."""
-        start = max(0, self._left - 65536)
+        start = max(0, self._left - _TAIL_BYTES)
         self._stream.seek(start)
-        *before, last = self._stream.read(self._left - start + 65536).decode("latin-1").split("\n")
-        cells = [line.rstrip("\r").split(delimiter) for line in before[1 if start else 0 :]]
+        *before, _ = self._stream.read(self._left - start).decode("latin-1").split("\n")
+        last = self._stream.read(_TAIL_BYTES).decode("latin-1")
+        cells = [line.rstrip("\r").split(delimiter) for line in before]
         ends = [len(row[-1]) for row in cells[-200:] if len(row) == fields]
         mine = last.split(delimiter)
         if len(mine) != fields or len(ends) < 2:
@@ -182,16 +184,16 @@ class _WholeLines(io.RawIOBase):
         return len(piece)
 
     def _clean(self, text: str) -> bytes:
-        if not text.isascii() and _NOT_UTF8.search(text):
-            for place, line in enumerate(text.split("\n")):
+        begun = self._line
+        self._line += text.count("\n")
+        try:
+            return text.encode()
+        except UnicodeEncodeError:
+            for number, line in enumerate(text.split("\n"), start=begun):
                 if _NOT_UTF8.search(line):
                     what = "lines with bytes that are not UTF-8, now U+FFFD"
-                    self._report.count(what, self._file, self._line + place)
-            text_out = _NOT_UTF8.sub("\ufffd", text)
-        else:
-            text_out = text
-        self._line += text.count("\n")
-        return text_out.encode()
+                    self._report.count(what, self._file, number)
+            return _NOT_UTF8.sub("\ufffd", text).encode()
 
     def close(self) -> None:
         self._stream.close()
@@ -326,7 +328,7 @@ def _sample(values: pd.Series) -> list[str]:
 def csv_header(file: Path) -> tuple[list[str], str]:
     """Names in the first line of a table, and the character between them."""
     with open_regular(file) as stream:
-        line = stream.readline(1 << 20).decode("utf-8-sig", "replace").rstrip("\r\n")
+        line = stream.readline(_LINE_BYTES).decode("utf-8-sig", "replace").rstrip("\r\n")
     delimiter = max("\t,;", key=line.count) if file.suffix != ".tsv" else "\t"
     delimiter = delimiter if line.count(delimiter) else ","
     try:
