@@ -18,6 +18,7 @@ from typing import Any
 from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
 from wapo_analysis.importers.mapping import VITAL, NameTable, is_supervised
 from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
+from wapo_analysis.importers.readers import LINE_BYTES
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import trainer_names, unwrapped
 from wapo_analysis.importers.sink import Sink
@@ -28,7 +29,7 @@ MAX_DICT_LINES = 400
 MAX_TELLING = 20_000
 #: So many numbers of one name, without a step, may be anything that was printed.
 FEW = 30
-_MARKS = re.compile(rb"""[{:\['"=|]|tep |ter |Error$|Exception$""")
+_MARKS = re.compile(rb"""[{}:\['"=|]|tep |ter |Error$|Exception$""")
 _RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
@@ -61,8 +62,8 @@ def tells(lines: Iterator[str]) -> bool:
     names, held = NameTable({}), []
 
     def kept() -> Iterator[tuple[int, str]]:
-        for number, line in enumerate(lines, start=1):
-            if number <= MAX_TELLING:
+        for number, line in enumerate(lines):
+            if number < MAX_TELLING:
                 held.append(line)
             yield number, line
 
@@ -92,12 +93,12 @@ def console_lines(file: Path, report: ImportReport | None = None) -> Iterator[tu
     for number, _, data in log.lines():
         for part in data.split(b"\r"):
             if _MARKS.search(part) or b"\xe2\x94" in part:
-                text = _RAY.sub("", _COLOUR.sub("", part.decode("utf-8", "replace")), count=1)
+                text = _RAY.sub("", _COLOUR.sub("", part.decode("utf-8", "replace")))
                 last = text if _TAIL.search(text) else last
                 yield number, text
     with open_regular(file) as stream:
         stream.seek(log.offset)
-        *bars, rest = stream.read(1 << 20).rstrip().split(b"\r")
+        *bars, rest = stream.read(LINE_BYTES).rstrip().split(b"\r")
     for part in bars:  # of a bar that is not done yet there is no line feed
         yield log.line + 1, _COLOUR.sub("", part.decode("utf-8", "replace"))
     text = _COLOUR.sub("", rest.decode("utf-8", "replace"))
@@ -119,7 +120,7 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
     """Read the records that a trainer printed."""
     for file in files:
         stepless: list[tuple[int, dict[str, Any], int | None]] = []
-        stepped = 0
+        stepped = False
         printed = PrintedLog(lambda keys: bool(sink.names.feeds(keys)))
         errors: list[tuple[int, str]] = []
         last = 0
@@ -132,7 +133,7 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
             elif sink.names.step_key(tuple(record)) is None:
                 stepless.append((number, named, bar))
                 continue
-            stepped += 1
+            stepped = True
             report.lines += 1
             with report.record(file, number):
                 sink.add_log(named, "console", (file, number))
@@ -234,7 +235,7 @@ def _records(
             text += "\n" + line
             if (end := _end_of(text)) is None and number - open_at < MAX_DICT_LINES:
                 continue
-            record, text = _dict(text[: end or 0]), ""
+            record, text = _dict(text[:end]), ""
             if record is not None:
                 yield open_at, bar, record, _step_before(before)
             continue

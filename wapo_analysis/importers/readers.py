@@ -25,8 +25,9 @@ from wapo_analysis.store.files import open_regular
 
 PASSES = 3
 MAX_JSON_BYTES = 1 << 30
+#: More of a line is not looked at to tell what it is.
+LINE_BYTES = 1 << 20
 _BLOCK = 4 << 20
-_LINE_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 16  # of a table, read backwards until a line ends
 _ROWS = 8192
 _TOLD_DOUBLES = 5
@@ -66,8 +67,8 @@ def table_kind(file: Path) -> str:
 def is_json_lines(file: Path) -> bool:
     """Whether the first line is a JSON object by itself, and not the last."""
     with open_regular(file) as stream:
-        first = stream.readline(_LINE_BYTES)
-        more = stream.read(_LINE_BYTES)
+        first = stream.readline(LINE_BYTES)
+        more = stream.read(LINE_BYTES)
     try:
         return isinstance(parse_json(first), dict) and bool(more.strip())
     except ValueError:
@@ -328,7 +329,7 @@ def _sample(values: pd.Series) -> list[str]:
 def csv_header(file: Path) -> tuple[list[str], str]:
     """Names in the first line of a table, and the character between them."""
     with open_regular(file) as stream:
-        line = stream.readline(_LINE_BYTES).decode("utf-8-sig", "replace").rstrip("\r\n")
+        line = stream.readline(LINE_BYTES).decode("utf-8-sig", "replace").rstrip("\r\n")
     delimiter = max("\t,;", key=line.count) if file.suffix != ".tsv" else "\t"
     delimiter = delimiter if line.count(delimiter) else ","
     try:
