@@ -219,12 +219,34 @@ def test_what_the_reward_gained_before_the_distance_was_half_pays_for_nothing(
     assert found.severity == "warning"
 
 
-@pytest.mark.parametrize(
-    ("name", "columns"),
-    [
-        ("off_policy_drift", {"kl_old": then(40, 0.001, 0.01)}),
-        ("length_drift", {"length": then(40, 0.9, 2)}),
-    ],
-)
-def test_just_so_much_is_told(tmp_path: Path, name: str, columns: Columns) -> None:
-    assert told(judge(tmp_path, reward=FLAT, **columns), name) is not None
+PARTS = ("kl_positional/0", "kl_positional/1", "kl_positional/2", "kl_positional/3")
+JUST_SO_MUCH: dict[str, tuple[str, str, Columns]] = {
+    "ten times the drift": ("off_policy_drift", "warning", {"kl_old": then(40, 0.001, 0.01)}),
+    "lengths of a token or two": ("length_drift", "warning", {"length": then(40, 0.9, 2)}),
+    "half again as long": ("length_drift", "warning", {"length": then(40, 100, 150)}),
+    "two thirds of the length": ("length_drift", "warning", {"length": then(40, 150, 100)}),
+    "a fifth is clipped": ("clip_saturation", "warning", {"clip_any": np.full(N, 0.2)}),
+    "five times as far": ("kl_drift", "warning", {"kl_ref": then(40, 0.125, 0.625)}),
+    "far": ("kl_drift", "warning", {"kl_ref": then(40, 0.01, 0.5)}),
+    "far, which is paid": ("kl_drift", "info", {"reward": GAINS, "kl_ref": then(40, 0.01, 1)}),
+    "too far": ("kl_drift", "warning", {"reward": GAINS, "kl_ref": then(40, 0.01, 2)}),
+    "a gain of just what counts pays for nothing": ("kl_drift", "warning",
+        {"reward": then(60, 150, 153, 200), "kl_ref": then(50, 0.01, 0.75, 200)}),
+    "five times as far in one part": ("kl_by_position", "warning",
+        dict(zip(PARTS[:3], [then(40, 0.125, 0.625), *[np.full(N, 0.125)] * 2], strict=True))),
+    "far in one part": ("kl_by_position", "warning",
+        dict(zip(PARTS[:3], [then(40, 0.01, 0.2), *[np.full(N, 0.01)] * 2], strict=True))),
+    "four times as far as in the others": ("kl_by_position", "warning",
+        dict(zip(PARTS, [then(40, 0.01, 1), *[np.full(N, 0.25)] * 3], strict=True))),
+    "four updates behind": ("staleness", "warning", {"staleness": then(40, 1, 4)}),
+    "twice as far behind": ("staleness", "warning", {"staleness": then(40, 3, 6)}),
+    "a KL of two engines": ("train_inference_mismatch", "warning", {"engine_kl": 0 * FLAT + 0.01}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", JUST_SO_MUCH)
+def test_just_so_much_is_told(tmp_path: Path, case: str) -> None:
+    name, severity, columns = JUST_SO_MUCH[case]
+    found = told(judge(tmp_path, **({"reward": FLAT} | dict(columns))), name)
+    assert found is not None
+    assert found.severity == severity

@@ -92,6 +92,24 @@ def test_what_is_told_of_a_reward_that_pays_for_length(tmp_path: Path) -> None:
     assert told(none, "reward_pays_for_length") is None
 
 
+@pytest.mark.parametrize(
+    ("reward", "length", "grown", "severity"),
+    [
+        ((1, -1, 0, 0), (1, 0, -1, 0), 160, "warning"),  # 1/2 decides
+        ((-3, -1, 0, 1, 3), (-3, 3, 1, 0, -1), 160, "info"),  # 3/20 pays
+    ],
+)
+def test_a_correlation_just_at_its_bound_counts(
+    tmp_path: Path, reward: tuple[int, ...], length: tuple[int, ...], grown: int, severity: str
+) -> None:
+    group = {"reward": 10 + np.array(reward), "length": 100 + np.array(length)}
+    steps = {"reward": FLAT, "length": then(30, 100, grown)}
+    found = told(rolled(tmp_path, steps, dict.fromkeys(range(1, N + 1), group)),
+                 "reward_pays_for_length")  # fmt: skip
+    assert found is not None
+    assert found.severity == severity
+
+
 def answered(path: Path, shared: int, reward: np.ndarray = FLAT) -> Diagnosis:
     """Of twenty completions to each of two prompts some are the same, in the last third."""
     made = {}
