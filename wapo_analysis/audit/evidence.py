@@ -195,11 +195,10 @@ def _whole(values: Array) -> Array:
 
 def _numbered(keys: Sequence[Array]) -> Array:
     """Number of each row's combination of keys, from 0, in the order of the keys."""
-    code = np.zeros_like(keys[0], np.int64)
+    code, *more = (np.asarray(key, np.int64) for key in keys)
     if not len(code):
         return code
-    for key in keys:
-        values = np.asarray(key, np.int64)
+    for values in more:
         values = values - values.min()
         code = code * (int(values.max()) + 1) + values
     present = np.unique(code)

@@ -207,7 +207,7 @@ def _drivers(context: Context, main: Finding | None) -> tuple[tuple[Driver, ...]
     drivers = entropy_drivers(context, first, last, way)
     if drivers or not (drivers := entropy_drivers(context, first, last, 0)) or main is None:
         return drivers, ""
-    return drivers, " " + AGAINST.format(*(("fall", "rose") if way > 0 else ("rise", "fell")))
+    return drivers, " " + AGAINST.format(*(("fall", "rose") if way == 1 else ("rise", "fell")))
 
 
 def _culprits(

@@ -1,6 +1,5 @@
 """The verdict of an audit on made-up batches: which losses fit, and what differs."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +7,9 @@ import pandas as pd
 import pytest
 
 from tests.support.audit_rows import evidence, token_rows
-from tests.support.step_logs import reopened, write_steps
-from wapo_analysis import schema
-from wapo_analysis.audit import Audit, _gated, _odd, _ratio_cause, audit, first_audit, judge
+from wapo_analysis.audit import Audit, _gated, _odd, _ratio_cause, judge
 from wapo_analysis.audit.coefficient import Core
 from wapo_analysis.audit.rollouts import RULES
-from wapo_analysis.store import Run, open_run
-from wapo_analysis.table import Records
 
 NAN = np.nan
 LENGTHS = np.array([3, 5, 4, 7, 6, 8, 5, 9])
@@ -328,30 +323,6 @@ def test_a_gate_is_seen_on_eight_tokens_near_ratio_1(
 # ---- words and forms ----------------------------------------------------------------------------
 
 
-def test_a_run_without_token_rows_is_told_why() -> None:
-    rows = {name: values[:0] for name, values in token_rows([2]).items()}
-    found = judge(evidence(rows, objective={"name": "grpo"}), "r")
-    why = "no token rows were recorded (token_every, attach, or an import of token tables)"
-    assert found.summary == f"cannot be audited: {why}"
-    assert found.missing == {"everything": why}
-    assert (found.steps, found.tokens, found.fits) == ((), 0, ())
-    assert "No deviation found." not in found.to_text()
-    assert "no steps, 0 tokens" in found.to_text()
-
-
-@pytest.mark.parametrize(
-    ("steps", "said"), [([1], "step 1"), ([1, 2], "2 steps from 1 to 2"), ([3, 7, 9],
-                                                                           "3 steps from 3 to 9")]
-)  # fmt: skip
-def test_the_page_says_what_was_looked_at(steps: list[int], said: str) -> None:
-    rows = token_rows([2] * len(steps), step=np.array(steps))
-    found = judge(evidence(rows), "my run")
-    assert f"Audit of my run, {said}, {2 * len(steps)} tokens" in found.to_text()
-    assert found.summary.startswith("the objective cannot be told, because only")
-    assert "No deviation found." in found.to_text()
-    assert "not available here, because" in found.to_text()
-
-
 def test_a_line_names_deviations_and_a_page_their_places() -> None:
     found = judged(TOKENS, name="grpo")
     assert found.line == f"{found.summary}; deviations: another mean"
@@ -377,29 +348,3 @@ def test_ratios_of_1_say_which_ratio_cannot_be_told() -> None:
     )
     assert found.fits[0] == "grpo"
     assert not found.deviations
-
-
-def recorded(path: Path, steps: int, **columns: Any) -> Run:
-    """A loop's run with token rows of some steps."""
-    write_steps(path, {"reward": [0.5] * max(steps, 1)}, source="loop")
-    writer = reopened(path)
-    for step in range(1, steps + 1):
-        rows = token_rows([4, 4], step=step) | columns
-        writer.write_part(Records.build(schema.TOKENS, rows), step)
-    writer.close("finished")
-    return open_run(path)
-
-
-def test_ten_steps_are_looked_at_and_three_beside_other_things(tmp_path: Path) -> None:
-    run = recorded(tmp_path / "run", 12)
-    assert audit(run).steps == tuple(range(1, 11))
-    assert audit(run, 2).steps == (1, 2)
-    first = first_audit(run)
-    assert first is not None
-    assert first.steps == (1, 2, 3)
-
-
-def test_without_token_rows_or_gradients_there_is_no_first_audit(tmp_path: Path) -> None:
-    assert first_audit(recorded(tmp_path / "none", 0)) is None
-    assert first_audit(recorded(tmp_path / "bare", 2, coef=np.full(8, NAN))) is None
-    assert audit(recorded(tmp_path / "empty", 0)).summary.startswith("cannot be audited")
