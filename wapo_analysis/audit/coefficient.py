@@ -22,6 +22,7 @@ from wapo_analysis.audit.evidence import (
     by_unit,
     exponential,
     first_of,
+    numbered,
 )
 from wapo_analysis.table import Array
 
@@ -171,6 +172,7 @@ class _Units:
 
     def __init__(self, seen: Evidence, push: Evidence, pushed: Array) -> None:
         self._push, self._pushed = push, pushed
+        self._positive = push["advantage"] > 0
         known = np.unique(seen.units[pushed])
         self._unit = np.searchsorted(known, seen.units[pushed])
         self._count = len(known)
@@ -178,7 +180,7 @@ class _Units:
         self._totals = Totals(seen)
         self._step = np.searchsorted(self._totals.steps, seen["step"][first])
         self._pass = np.unique(seen.passes[first], return_inverse=True)[1]
-        ratio = np.nan_to_num(seen.log_ratio, nan=0.0, posinf=0.0, neginf=0.0)
+        ratio = _finite(seen.log_ratio)
         lengths = np.bincount(seen.units)
         mean = np.bincount(seen.units, ratio) / lengths
         self._log_ratio = {
@@ -187,7 +189,7 @@ class _Units:
             "sum": (mean * lengths)[seen.units[pushed]],
         }
         self._clipped = _clipped_means(seen, ratio, lengths)
-        error = np.nan_to_num(seen.ratio_error[pushed], nan=0.0)
+        error = _finite(seen.ratio_error[pushed])
         sums = by_unit(error, self._unit, self._count)[self._unit]
         self._error = {"token": error, "mean": sums, "sum": sums * lengths[known][self._unit]}
         self._noise = push.coef_error + 2.2 * seen.rounding
@@ -209,19 +211,16 @@ class _Units:
         size = np.log(np.abs(self._push["coef"]))
         size = size if core.kind == "unit" else size - np.log(np.abs(self._push["advantage"]))
         left = size - log_factor
-        if not np.isfinite(left).all():
-            return set()
         constant = by_unit(left, self._unit, self._count)
         bound = by_unit(noise, self._unit, self._count)
-        beyond = np.abs(left - constant[self._unit]) > 2 * (noise + bound[self._unit])
-        if beyond.mean() > OUTLIERS:
+        near = np.abs(left - constant[self._unit]) <= 2 * (noise + bound[self._unit])
+        if (~near).mean() > OUTLIERS:
             return set()
         return self._named_means(core, constant, bound)
 
     def _factor(self, core: Core, settings: dict[str, Any]) -> Array | None:
         """Ln f(ratio) of each row, shape (N,)."""
         x = self._log_ratio[core.level]
-        positive = self._push["advantage"] > 0
         if core.kind in ("none", "unit"):
             return np.zeros_like(x)
         if core.kind == "plain":
@@ -240,13 +239,14 @@ class _Units:
                 z = self._sapo_argument(core, settings)
                 return np.asarray(np.log(4) - np.logaddexp(0, -z) - np.logaddexp(0, z) + x)
             k_pos, l_pos, k_neg, l_neg = settings["vespo"]
-            k, rate = np.where(positive, k_pos, k_neg), np.where(positive, l_pos, l_neg)
+            k = np.where(self._positive, k_pos, k_neg)
+            rate = np.where(self._positive, l_pos, l_neg)
             held = np.clip(x, np.log(1e-8), 20)
             return np.asarray(rate + k * held - rate * np.exp(held))
 
     def _sapo_argument(self, core: Core, settings: dict[str, Any]) -> Array:
-        heat = np.where(self._push["advantage"] > 0, *settings["sapo"])
-        return np.asarray(heat * np.expm1(np.minimum(self._log_ratio[core.level], 30)))
+        heat = np.where(self._positive, *settings["sapo"])
+        return np.asarray(heat * (exponential(self._log_ratio[core.level]) - 1))
 
     def _rounding(self, core: Core, settings: dict[str, Any]) -> Array:
         """Bound on what the rounding of the ratio does to ln f."""
@@ -257,13 +257,13 @@ class _Units:
         if core.kind not in ("sapo", "vespo"):
             return error
         steep = max(*settings["sapo"], *settings["vespo"])
-        error = error * steep * (1 + np.exp(np.minimum(x, 20)))
+        error = error * steep * (1 + exponential(x))
         if core.kind == "vespo":
             return np.asarray(error)
-        # Autograd has sigmoid (1 - sigmoid), whose second factor loses its digits near 1.
-        return np.asarray(
-            error + 3e-7 * np.exp(np.minimum(self._sapo_argument(core, settings), 30))
-        )
+        # Autograd has sigmoid (1 - sigmoid), whose second factor loses its digits near 1 and is 0
+        # in float32 beyond 17: what has a gradient there is of another loss.
+        z = self._sapo_argument(core, settings)
+        return np.asarray(error + 3e-7 * np.exp(np.minimum(z, 17)))
 
     def _named_means(self, core: Core, constant: Array, bound: Array) -> set[str]:
         """Names of the means whose weights the units' constants follow."""
@@ -293,8 +293,8 @@ class _Units:
 
     def _counted_too(self, constant: Array, bound: Array) -> int:
         """Whole number c for which weights go as 1 / (length + c); 0 if there is none."""
-        size = exponential(-constant)
         steps = len(self._totals.steps)
+        size = exponential(by_unit(constant, self._step, steps)[self._step] - constant)
         size = size / by_unit(size, self._step, steps)[self._step]
         lengths = self._lengths.astype(float)
         if len(np.unique(lengths)) < 4:
@@ -302,9 +302,7 @@ class _Units:
         # size = (length + c) / (mean length + c) in each step, so c solves a linear equation.
         middle = by_unit(lengths, self._step, steps)[self._step]
         away = size - 1
-        guess = float(
-            ((lengths - middle - away * middle) * away).sum() / max((away**2).sum(), 1e-30)
-        )
+        guess = float(((lengths - middle - away * middle) * away).sum() / (away**2).sum())
         c = round(guess)
         if not c or abs(guess - c) > 0.2 or (lengths + c <= 0).any():
             return 0
@@ -313,8 +311,13 @@ class _Units:
     def _spread(self, values: Array, bound: Array, index: Array) -> bool:
         """Whether values are constant within each number of the index, up to their bounds."""
         mean, slack = by_unit(values, index), by_unit(bound, index)
-        beyond = np.abs(values - mean[index]) > 2 * (bound + slack[index])
-        return bool(beyond.mean() <= OUTLIERS)
+        near = np.abs(values - mean[index]) <= 2 * (bound + slack[index])
+        return bool((~near).mean() <= OUTLIERS)
+
+
+def _finite(values: Array) -> Array:
+    """What is not known, or is the log of 0, counts as 0."""
+    return np.where(np.isfinite(values), values, 0.0)
 
 
 def _clipped_means(seen: Evidence, ratio: Array, lengths: Array) -> Any:
@@ -343,13 +346,13 @@ def _forms(
     member, group = seen.members, seen.groups
     member_first = first_of(member)
     visits = np.bincount(member[first_all])
-    sizes = np.bincount(member) / np.maximum(visits, 1)
+    sizes = np.bincount(member) / visits
     owner = np.unique(group[member_first], return_inverse=True)[1]
     active = np.bincount(member, pushed) > 0
     per_group = np.bincount(owner, sizes)
     active_group = np.bincount(owner, sizes * active)
     # Which tokens are kept may change from update to update.
-    both = passes * (int(owner.max()) + 1) + owner[member[first_all]]
+    both = numbered([passes, owner[member[first_all]]])
     kept_group = np.bincount(both, kept_lengths)[both[known]]
     mine = owner[member[first]]
     forms = {
@@ -362,9 +365,8 @@ def _forms(
         "padded": longest[passes[known]],
     }
     if len(np.unique(seen["rank"])) > 1:
-        process = np.unique(np.stack([seen["step"], seen["rank"]]), axis=1, return_inverse=True)[1]
         # Each token once, whatever the number of passes.
-        here = process.reshape(-1)[first_all]
+        here = numbered([seen["step"], seen["rank"]])[first_all]
         shares = np.bincount(here, lengths / visits[member[first_all]])
         forms["rank"] = shares[here[known]]
     if (group[pushed] >= 0).all():

@@ -102,13 +102,17 @@ class Evidence:
     @cached_property
     def log_ratio(self) -> Array:
         """Ln of the loss's ratio, shape (N,), nats; NaN without old log-probabilities."""
-        old = np.where(np.isnan(self["logp_prox"]), self["logp_old"], self["logp_prox"])
-        return np.asarray(self["logp"] - old)
+        with np.errstate(invalid="ignore"):  # both may be logs of 0
+            return np.asarray(self["logp"] - self._old)
+
+    @cached_property
+    def _old(self) -> Array:
+        return np.where(np.isnan(self["logp_prox"]), self["logp_old"], self["logp_prox"])
 
     @cached_property
     def ratio_error(self) -> Array:
         """Bound on what rounding does to `log_ratio`, shape (N,), nats."""
-        size = np.abs(self["logp"]) + np.abs(np.nan_to_num(self["logp"] - self.log_ratio))
+        size = np.abs(self["logp"]) + np.where(np.isnan(self._old), 0, np.abs(self._old))
         return np.asarray(1.1 * self.rounding * size + 3e-6)
 
     @cached_property
@@ -134,17 +138,17 @@ class Evidence:
     @cached_property
     def units(self) -> Array:
         """Number of each row's unit, one rollout in one gradient pass; shape (N,)."""
-        return _numbered([self["step"], self["rank"], self["minibatch"], self["rollout"]])
+        return numbered([self["step"], self["rank"], self["minibatch"], self["rollout"]])
 
     @cached_property
     def passes(self) -> Array:
         """Number of each row's gradient pass of one process; shape (N,)."""
-        return _numbered([self["step"], self["rank"], self["minibatch"]])
+        return numbered([self["step"], self["rank"], self["minibatch"]])
 
     @cached_property
     def members(self) -> Array:
         """Number of each row's rollout, whatever the pass; shape (N,)."""
-        return _numbered([self["step"], self["rank"], self["rollout"]])
+        return numbered([self["step"], self["rank"], self["rollout"]])
 
     @cached_property
     def groups(self) -> Array:
@@ -152,7 +156,7 @@ class Evidence:
         keys = [self["step"], self["group"]]
         if self.source not in OWN_SOURCES:  # processes of a loop count groups on their own
             keys.append(self["rank"])
-        return np.where(self["group"] >= 0, _numbered(keys), -1)
+        return np.where(self["group"] >= 0, numbered(keys), -1)
 
     @cached_property
     def derived(self) -> dict[str, Array]:
@@ -193,16 +197,13 @@ def _whole(values: Array) -> Array:
     return np.nan_to_num(numbers, nan=-1.0).astype(np.int64)
 
 
-def _numbered(keys: Sequence[Array]) -> Array:
+def numbered(keys: Sequence[Array]) -> Array:
     """Number of each row's combination of keys, from 0, in the order of the keys."""
-    code, *more = (np.asarray(key, np.int64) for key in keys)
-    if not len(code):
-        return code
-    for values in more:
-        values = values - values.min()
-        code = code * (int(values.max()) + 1) + values
-    present = np.unique(code)
-    return np.searchsorted(present, code)
+    order = np.lexsort(keys[::-1])
+    new = np.any([np.diff(key[order]) != 0 for key in keys], axis=0)
+    numbers = np.zeros(len(order), np.int64)
+    numbers[order[1:]] = np.cumsum(new)
+    return numbers
 
 
 def first_of(index: Array) -> Array:
@@ -267,7 +268,7 @@ class Totals:
         rollouts = [np.bincount(step, c, minlength=count) for c in chosen]
         tokens = [np.bincount(step, c * sizes, minlength=count) for c in chosen]
         per_group = [self._groups(groups, step, c, count) for c in chosen]
-        size = rollouts[0] / np.maximum(per_group[0], 1)
+        size = rollouts[0] / per_group[0]
         self._lengths = [rollouts[0], *(size * g for g in per_group[1:])]
         self._bases = {
             "seq": rollouts, "padded": rollouts, "sum": rollouts, "batch": tokens,
@@ -319,9 +320,10 @@ class Totals:
         there = np.isfinite(scale)
         for base in self._lengths:
             for factor in self._factors:
-                length = factor[there] / (scale[there] * np.maximum(base[there], 1))
-                whole = np.round(length)
-                near = np.abs(length - whole) < np.minimum(2e-4 * length, 0.2)
+                with np.errstate(divide="ignore", invalid="ignore"):  # nothing may be counted
+                    length = factor[there] / (scale[there] * base[there])
+                    whole = np.round(length)
+                    near = np.abs(length - whole) < np.minimum(2e-4 * length, 0.2)
                 if (near & (whole >= self.longest)).all() and len(set(whole)) <= 1:
                     return True
         return False

@@ -170,7 +170,7 @@ def _candidates(b: _Batch) -> dict[str, list[tuple[Array, Array | None]]]:
 
 def _fits(b: _Batch, numerator: Array, scale: Array | None) -> bool:
     """Whether A = numerator / (scale + offset) for one small offset, up to rounding."""
-    flat = np.abs(numerator) <= 1e-6 * max(float(np.abs(b.reward).max()), 1e-30)
+    flat = np.abs(numerator) <= 1e-6 * np.abs(b.reward).max()
     if scale is None:
         error = b.rounding * (np.abs(b.advantage) + np.abs(b.reward).max())
         return bool((np.abs(b.advantage - numerator) <= error).all())

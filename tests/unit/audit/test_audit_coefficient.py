@@ -148,6 +148,37 @@ def test_the_rounding_of_a_whole_rollout_is_wide_where_the_loss_is_steep(
     assert (Core("vespo", "sum") in read(rows).fits) is fits
 
 
+@pytest.mark.parametrize(("by", "fits"), [(0.03, True), (0.045, False)])
+def test_one_minus_a_gate_next_to_1_has_lost_its_digits(by: float, fits: bool) -> None:
+    """A ratio of 11 has the gate 1 - e^-10, of which float32 keeps three digits."""
+    rows = batch(Core("sapo"), 1 / 32, np.full(32, np.log(11)), np.full(8, 4), np.abs(LEVELS),
+                 logp=0.0)  # fmt: skip
+    rows["coef"] = rows["coef"] * np.exp(by * np.resize([1.0, -1.0], 32))
+    assert (Core("sapo") in read(rows).fits) is fits
+
+
+def test_the_rounding_is_as_wide_as_the_settings_make_a_loss_steep() -> None:
+    settings = settings_of({"config": {"vespo_lambda_pos": 12.0}})
+    x = np.full(24, np.log(7) / 3)
+    rows = batch(x=x, lengths=np.full(8, 3), levels=np.abs(LEVELS), logp=-20.0)
+    made = np.exp(12 + 2 * np.log(7) - 12 * 7)
+    rows["coef"] = rows["advantage"] * made / 24
+    bound = 1.1 * 2.0**-16 * 40 + 3e-6
+    rows["logp_old"] = rows["logp_old"] + 0.9 * bound * np.repeat([1.0, -1.0] * 4, 3)
+    assert Core("vespo", "sum") in read_coefficient(evidence(rows), settings).fits
+
+
+@pytest.mark.parametrize("total", [-18.0, -19.0, -25.0])
+def test_vespo_holds_a_ratio_that_is_next_to_nothing(total: float) -> None:
+    """At 1e-8: it goes on as the square of the ratio, and no further."""
+    x = np.resize(0.1 * MOVED, 24)
+    x[:3] = total / 3
+    rows = batch(x=x, lengths=np.full(8, 3), levels=np.abs(LEVELS))
+    held = np.maximum(np.bincount(rows["rollout"], x), np.log(1e-8))[rows["rollout"]]
+    rows["coef"] = rows["advantage"] * np.exp(3 + 2 * held - 3 * np.exp(held)) / 24
+    assert set(read(rows).fits) == {Core("vespo", "sum")}
+
+
 @pytest.mark.parametrize(("off", "fits"), [(2, True), (3, False)])
 def test_two_tokens_of_a_thousand_may_lie_beyond(off: int, fits: bool) -> None:
     lengths = np.full(10, 100)
@@ -226,11 +257,15 @@ def test_without_old_log_probabilities_a_ratio_counts_as_1() -> None:
     assert not found.ratio_moves
 
 
-def test_a_token_without_a_log_probability_widens_no_bound() -> None:
-    rows = halves(x=0.0) | {"logp": np.where(np.arange(len(MOVED)) == 9, NAN, -0.5)}
+@pytest.mark.parametrize("name", ["logp", "logp_old"])
+@pytest.mark.parametrize("nothing", [NAN, -np.inf])
+def test_a_token_without_a_log_probability_widens_no_bound(name: str, nothing: float) -> None:
+    """Such a token counts as one of ratio 1."""
+    rows = halves(x=0.0) | {name: np.where(np.arange(len(MOVED)) == 9, nothing, -0.5)}
     assert Core("plain") in read(rows).fits
+    assert Core("plain", "sum") in read(rows).fits
     rows["coef"][10] *= 1.3  # of the same rollout
-    assert Core("plain") not in read(rows).fits
+    assert not read(rows).fits
 
 
 def test_where_a_ratio_fits_all_passes_the_first_is_not_asked() -> None:

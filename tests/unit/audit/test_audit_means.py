@@ -94,9 +94,18 @@ def test_a_constant_length_is_whole_and_no_rollout_is_longer(length: float, cons
 
 def test_a_constant_length_is_the_same_in_every_step() -> None:
     first = halves(weight=1 / (8 * 16))
-    same, other = (halves(weight=1 / (8 * c), step=2) for c in (16, 17))
-    assert read(joined(first, same)).means == {"constant"}
-    assert read(joined(first, other)).means == {"batch", "constant", "sum"}
+    for length, means in (
+        (16, {"constant"}),
+        (17, {"batch", "constant", "sum"}),
+        (16.3, {"batch", "constant", "sum"}),
+    ):
+        second = halves(weight=1 / (8 * length), step=2)
+        assert read(joined(first, second)).means == means
+
+
+def test_a_constant_length_is_of_rollouts_that_are_counted() -> None:
+    """No advantage is positive, and none divides by the number of those that are."""
+    assert read(halves(weight=1 / 16, levels=-np.abs(LEVELS))).means == {"batch", "constant", "sum"}
 
 
 def test_groups_without_an_advantage_may_be_left_out_of_a_constant_length() -> None:
@@ -122,6 +131,10 @@ def test_a_mean_over_rollouts_may_leave_out_those_without_effect(counted: int, k
 def test_a_whole_number_that_is_counted_too_is_told(c: int) -> None:
     found = read(halves(weight=1 / (LENGTHS + c) / 8))
     assert (found.fits, found.offset) == ({Core("plain"): {"offset"}}, c)
+
+
+def test_an_offset_leaves_something_of_each_rollout() -> None:
+    assert not read(halves(weight=1 / (LENGTHS - 3 + 1e-9) / 8)).fits
 
 
 @pytest.mark.parametrize("c", [0.5, 1.5])
@@ -203,6 +216,14 @@ def test_each_rollout_counts_once_in_its_group_whatever_its_passes() -> None:
                   minibatch=1)  # fmt: skip
     found = read(joined(batch(weight=1 / PER_GROUP / 2), again))
     assert found.fits == {Core("plain"): {"group"}}
+
+
+@pytest.mark.parametrize(("off", "fits"), [(1, True), (2, False)])
+def test_one_rollout_of_five_hundred_may_weigh_something_else(off: int, fits: bool) -> None:
+    weight = np.where(np.arange(500) < off, 1.05, 1.0) / 1000
+    rows = batch(weight=weight, lengths=np.full(500, 2), levels=np.resize(LEVELS, 500),
+                 x=np.resize(MOVED, 1000))  # fmt: skip
+    assert bool(read(rows).fits) is fits
 
 
 # ---- passes, steps, processes -------------------------------------------------------------------

@@ -109,6 +109,13 @@ def test_a_group_of_equal_rewards_says_nothing_of_the_std(flat: float) -> None:
     assert not advantages(below, reward).rules
 
 
+def test_rewards_are_equal_also_where_their_mean_is_not_exact() -> None:
+    reward, group = np.r_[[0.7] * 3, REWARD[:9]], np.repeat([0, 1, 2, 3], 3)
+    made = centred(reward, group) / (std(reward, 0, group) + 1e-6)
+    for flat, rules in ((0.0, {"group mean, population std"}), (0.011, set())):
+        assert advantages(np.where(group == 0, flat, made), reward, group).rules == rules
+
+
 def test_one_rollout_off_the_rule_is_off() -> None:
     for rule, made in MADE.items():
         spoiled = made.copy()
