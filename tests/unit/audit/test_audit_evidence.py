@@ -57,6 +57,11 @@ def test_a_ratio_is_1_up_to_four_times_its_error(x: float, one: bool) -> None:
     assert evidence(rows).at_one.tolist() == [one, one]
 
 
+def test_a_ratio_to_a_probability_of_0_counts_as_1() -> None:
+    assert evidence(token_rows([2], logp_old=-inf)).at_one.tolist() == [True, True]
+    assert evidence(token_rows([2], logp=-inf, logp_old=-inf)).at_one.all()
+
+
 def test_the_ratio_is_of_the_proximal_policy_where_there_is_one() -> None:
     seen = evidence(token_rows([1, 1], logp=-1.0, logp_old=-3.0, logp_prox=[-1.5, NAN]))
     assert seen.log_ratio.tolist() == [0.5, 2.0]
