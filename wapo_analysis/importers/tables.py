@@ -56,7 +56,7 @@ def read_tables(
     column names several runs and none was chosen, or the chosen one is not there.
     """
     if chosen is not None and (runs := _runs_in(files, sink.names)):
-        chosen = pick(runs, chosen, files[0].parent if len(files) > 1 else files[0])
+        chosen = pick(runs, chosen, Path(report.source))
     for file in files:
         feed = TableFeed(sink, report, file, chosen)
         for number, part in _parts(file, sink.names, report, beside=len(files) > 1):
