@@ -7,7 +7,7 @@ line of a metrics log. CSV and Parquet are read in blocks, so memory does not gr
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, compress
+from itertools import chain, compress, count
 from pathlib import Path
 from typing import Any
 
@@ -338,10 +338,7 @@ class Codes:
 
     @staticmethod
     def _free(used: set[int]) -> int:
-        free = len(used)
-        while free in used:
-            free += 1
-        return free
+        return next(number for number in count(len(used)) if number not in used)
 
     def _of(self, name: str, step: int) -> tuple[dict[Any, int], set[int]]:
         key = (name, step)
