@@ -306,6 +306,16 @@ def test_a_huge_ratio_stays_finite_and_passes_no_gradient() -> None:
     assert out.loss.isfinite()
     assert gradient.tolist() == [[0.0, 1.0]]
     assert out.clipped.tolist() == [[True, False]]
+    assert out.ratio[0, 0].item() == pytest.approx(np.exp(20))
+
+
+def test_a_log_ratio_at_its_bound_still_passes_its_gradient() -> None:
+    logp = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old, mask = torch.tensor([[-21.0, -21.5]]), torch.ones(1, 2, dtype=torch.bool)
+    out = policy_loss(config_of("grpo"), logp, old, torch.tensor([-1.0]), mask, mask, torch.ones(1))
+    (gradient,) = torch.autograd.grad(out.loss, logp)
+    assert gradient[0].tolist() == [pytest.approx(np.exp(20)), 0.0]
+    assert out.clipped.tolist() == [[False, True]]
 
 
 def test_gspo_excluded_tokens_give_the_ratio_its_value_but_get_no_gradient(
