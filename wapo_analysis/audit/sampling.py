@@ -110,10 +110,10 @@ def _slope(first: Evidence) -> tuple[float, float]:
     x, away = first.log_ratio, first["logp"] + first["entropy"]
     known = np.isfinite(x) & np.isfinite(away)
     x, away = x[known], away[known]
-    if len(x) < 50 or not (away**2).sum():
+    if len(x) < 50 or not away.any() or not x.any():
         return 0.0, 0.0
     slope = float((x * away).sum() / (away**2).sum())
-    left = float(((x - slope * away) ** 2).sum() / max(float((x**2).sum()), 1e-300))
+    left = float(((x - slope * away) ** 2).sum() / (x**2).sum())
     return slope, 1 - left
 
 
@@ -196,8 +196,8 @@ def _chance(prob: Array, expected: Array) -> tuple[float, float]:
     """Mean of p - S, and a bound on the chance of such a mean."""
     away = float((prob - expected).sum())
     variance = float((expected**1.5 - expected**2).sum())
-    chance = 2 * math.exp(-(away**2) / (2 * (variance + abs(away) / 3) + 1e-12))
-    return away / max(len(prob), 1), chance
+    spread = 2 * (variance + abs(away) / 3)
+    return (away / len(prob), 2 * math.exp(-(away**2) / spread)) if spread else (0.0, 2.0)
 
 
 def _whatever_the_reward(seen: Evidence, rows: Array, shift: float) -> bool:
@@ -210,7 +210,7 @@ def _whatever_the_reward(seen: Evidence, rows: Array, shift: float) -> bool:
     expected = np.clip(seen.derived["collision"][rows], 0, 1)
     advantage = seen["advantage"][rows]
     halves = [_chance(prob[side], expected[side]) for side in (advantage > 0, advantage < 0)]
-    return all(part * shift > 0 and chance < _HALF for part, chance in halves)
+    return all(np.sign(part) == np.sign(shift) and chance < _HALF for part, chance in halves)
 
 
 def _declared_noise(seen: Evidence) -> str | None:
@@ -256,8 +256,7 @@ def check_weights_move(seen: Evidence, found: Findings) -> None:
     after = seen["logp_after"]
     known = np.isfinite(after)
     if known.sum() >= 50:
-        moved_after = np.abs(after - seen["logp"]) > seen.ratio_error
-        if (moved_after & known).any():
+        if (np.abs(after - seen["logp"]) > seen.ratio_error).any():
             found.facts[name] = "log-probabilities change with the update"
         elif pushed:
             _still(seen, found, int(known.sum()), "with the update")
@@ -298,9 +297,8 @@ def _recurring(seen: Evidence) -> tuple[int, int]:
         return 0, 0
     keys = np.stack([seen["token_id"][first], seen["logp"][first], seen["entropy"][first]])
     steps = seen["step"][first]
-    _, index = np.unique(keys, axis=1, return_inverse=True)
-    index = index.reshape(-1)
-    count = int(index.max()) + 1
+    alike, index = np.unique(keys, axis=1, return_inverse=True)
+    index, count = index.reshape(-1), alike.shape[1]
     low, high = np.full(count, steps.max()), np.full(count, steps.min())
     np.minimum.at(low, index, steps)
     np.maximum.at(high, index, steps)

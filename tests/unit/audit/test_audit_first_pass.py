@@ -176,6 +176,14 @@ def test_a_slope_of_three_hundredths_may_be_noise() -> None:
 
 def test_tokens_that_are_all_alike_have_no_temperature() -> None:
     assert told(first_pass(both_ways(0.1))) == ["first pass is off"]
+    still = np.where(np.arange(100) < 50, 0.0, 0.2 * AWAY)
+    assert told(first_pass(still, np.where(still == 0, AWAY, NAN))) == ["first pass is off"]
+
+
+def test_a_token_or_two_of_ratio_1_or_of_the_mean_have_a_temperature_all_the_same() -> None:
+    x, away = 0.1 * AWAY, AWAY.copy()
+    x[0] = away[1] = 0.0
+    assert told(first_pass(x, away)) == [COLD]
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_a_shift_of_less_than_a_hundredth_and_a_half_is_not_worth_a_word(
         (0.6, 0.5, "more", "a sampling temperature below"),
         (0.4, 0.5, "less", "a sampling temperature above"),
         (0.26, 0.5, "less", "a sampling temperature above"),
+        (0.25, 0.5, "less", "a sampling temperature above"),
         (0.24, 0.5, "far less", "log-probabilities of other tokens"),
     ],
 )
@@ -149,6 +150,18 @@ def test_either_half_is_off_at_odds_of_a_thousand(few: int, sure: bool) -> None:
     assert bool(told(sampled(0.6, 0.5, advantage=-advantage))) is sure
 
 
+def test_odds_that_no_float_holds_are_told_as_the_least_one() -> None:
+    assert only(sampled(0.05, 0.5, 2000)).tokens.endswith("chance of it 1e-300")
+
+
+def test_tokens_without_an_advantage_are_of_neither_half() -> None:
+    n = 18_000
+    advantage = np.where(np.arange(n) < 3000, np.resize([1.0, -1.0], n), 0.0)
+    prob = np.where(advantage == 0, 0.5, 0.6)
+    rows = token_rows([n], advantage=advantage, logp=np.log(prob), collision_rest=0.5 - prob**2)
+    assert told(checked(sampling.check_sampling, evidence(rows))) == [NO_SAMPLES]
+
+
 # ---- tokens after the end -----------------------------------------------------------------------
 
 PAD = 9
@@ -177,9 +190,11 @@ def padded(
         ([6, 8, 6, 3], 6.0, False),
         ([6, 8, 6, 4], 4.9, False),  # the policy would not be so surprised
         ([6, 8, 6, 4], 5.1, True),
+        ([6, 8, 6, 4], 5.0, True),
         ([6, 6, 6, 6, 6], 6.0, False),  # ends of one length are a template
         ([11] * 5 + [12], 2.1, True),
         ([11] * 5 + [12], 1.9, False),
+        ([11] * 5 + [12], 2.0, True),
         ([1, 6, 8, 6, 5], 6.0, True),
     ],
 )

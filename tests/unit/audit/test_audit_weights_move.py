@@ -93,6 +93,17 @@ def test_a_ratio_that_stays_1_while_tokens_move_is_told(last: bool) -> None:
     assert not told(checked(sampling.check_weights_move, evidence(unknown)))
 
 
+@pytest.mark.parametrize(("n", "told_of"), [(1000, False), (1001, True)])
+def test_one_ratio_of_a_thousand_that_leaves_1_is_enough(n: int, told_of: bool) -> None:
+    parts = []
+    for number in range(2):
+        logp = np.full(n, -0.5 + 0.1 * number)
+        old = logp - 0.1 * (np.arange(n) == 0)
+        parts.append(token_rows([n], logp=logp, logp_old=old, minibatch=number, coef=0.1))
+    found = checked(sampling.check_weights_move, evidence(joined(*parts)))
+    assert bool(told(found)) is told_of
+
+
 def test_visits_are_of_one_token_of_one_rollout() -> None:
     """Passes over other rollouts, or over other places, are no second visits."""
     one = token_rows([60], coef=0.1)
