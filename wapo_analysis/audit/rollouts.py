@@ -197,7 +197,8 @@ def _interleaved(b: _Batch) -> _Batch:
 
 def _blocks(b: _Batch) -> _Batch:
     """Groups as they were if rollouts of a group stood one behind the other."""
-    return b.turned(group=np.arange(len(b.group)) // np.bincount(b.group - b.group.min()).max())
+    largest = np.unique(b.group, return_counts=True)[1].max()
+    return b.turned(group=np.arange(len(b.group)) // largest)
 
 
 #: Faults by which a rule fits all the same.
