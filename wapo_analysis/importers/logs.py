@@ -81,7 +81,8 @@ def _one_run(files: Sequence[Path]) -> None:
 def _reach(records: Records) -> int:
     """Last step of a log."""
     keys = ("step", "global_step/max_steps", "current_steps")
-    return max((as_step(r.get(key)) or 0 for _, r in records for key in keys), default=0)
+    steps = (as_step(record.get(key)) for _, record in records for key in keys)
+    return max((step for step in steps if step is not None), default=0)
 
 
 def newest_state(states: Iterable[Path], report: ImportReport) -> list[tuple[Path, Records]]:
@@ -90,7 +91,6 @@ def newest_state(states: Iterable[Path], report: ImportReport) -> list[tuple[Pat
     Raises UserError if the only state is broken.
     """
     best: list[tuple[Path, Records]] = []
-    most = -1
     files = list(states)
     for file in files:
         report.files += 1
@@ -104,8 +104,7 @@ def newest_state(states: Iterable[Path], report: ImportReport) -> list[tuple[Pat
             report.bad_line(file, 1, "not a trainer state")
             continue
         report.lines += len(log)
-        if _reach(records) > most:
-            best, most = [(file, records)], _reach(records)
+        best = [max([*best, (file, records)], key=lambda state: _reach(state[1]))]
     return best
 
 

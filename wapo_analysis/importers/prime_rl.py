@@ -67,9 +67,8 @@ def read_prime_rl(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> 
 def _read_exports(files: list[Path], sink: Sink, report: ImportReport) -> None:
     codes = Codes()
     # A file named alone is the user's choice; in the layout a step counts once it is marked.
-    marked = any((file.parent / "STABLE").exists() for file in files) or len(files) > 1
     for file in files:
-        if marked and not (file.parent / "STABLE").exists():
+        if len(files) > 1 and not (file.parent / "STABLE").exists():
             report.note(f"{file.parent.name} has no STABLE mark, so it is unfinished and left out")
             continue
         for number, values in json_records(file, report):

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,7 +193,7 @@ class ImportReport:
             lines.append(f"not in the run: {_names(self.unknown_keys)}")
         lines += [f"note: {text}" for text in self.notes]
         if self.cannot_feed:
-            names = _names(Counter(dict.fromkeys(self.cannot_feed, 1)))
+            names = _names(self.cannot_feed)
             lines.append(f"{len(self.cannot_feed)} figures need what is not here: {names}")
         return "\n".join(printable(line) for line in lines)
 
@@ -202,7 +202,7 @@ def _files(count: int) -> str:
     return f"{count} {'file' if count == 1 else 'files'}"
 
 
-def _names(keys: Counter[str]) -> str:
+def _names(keys: Iterable[str]) -> str:
     """Names in the order of the alphabet; a long list ends with how many more there are."""
     names = sorted(keys)
     more = len(names) - _SHOWN_KEYS

@@ -235,3 +235,78 @@ def test_an_exported_completion_has_the_last_of_its_rewards_and_its_sampled_leng
     assert done[["step", "rank", "reward", "length"]].to_numpy().tolist() == [[2, 1, 0.25, 2]]
     assert report.broken == ["rank_0.jsonl:4: no step"]
     assert dict(report.unknown_keys) == {"env": 1}
+
+
+def test_of_several_exports_only_steps_that_are_marked_whole_are_read(tmp_path: Path) -> None:
+    source = write_prime_exports(tmp_path / "run", steps=2)
+    (source / "token_exports" / "step_1" / "STABLE").unlink()
+    report = import_run(source, tmp_path / "a")
+    assert open_run(tmp_path / "a").token_steps() == [0]
+    assert any("step_1 has no STABLE mark" in note for note in report.notes)
+    with pytest.raises(UserError, match="step_1 has no STABLE mark"):
+        import_run(source / "token_exports" / "step_1", tmp_path / "b")
+    (source / "token_exports" / "step_1" / "rank_1.jsonl").unlink()
+    import_run(source / "token_exports" / "step_1", tmp_path / "b")
+    assert open_run(tmp_path / "b").token_steps() == [1], "a file alone is the user's choice"
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_an_export_feeds_is_told(masked: bool, tmp_path: Path) -> None:
+    lists: dict[str, Any] = {"token_ids": [1, 2], "loss_mask": [True, True],
+                             "advantages": [0.5] * 2, "trainer_logprobs": [-1.0] * 2}  # fmt: skip
+    if masked:
+        lists["is_masked"] = [False, True]
+    file = tmp_path / "token_exports" / "step_2" / "rank_0.jsonl"
+    report = import_run(write_lines(file, [{"step": 2, **lists}]), tmp_path / "out")
+    assert report.mapped == {
+        "token_id": "token_ids", "loss_mask": "loss_mask", "advantage": "advantages",
+        "logp": "trainer_logprobs",
+    } | ({"clipped": "is_masked"} if masked else {})  # fmt: skip
+    assert any("clipped is prime-rl's is_masked" in note for note in report.notes) is masked
+
+
+def monitor(root: Path, *nodes: dict[str, Any], **branch: Any) -> Path:
+    """One trained trace in the file monitor's layout."""
+    traces = root / "monitors" / "file" / "traces"
+    trace = {"id": "t", "nodes": nodes, "rewards": {"a": {"score": 1.0}}}
+    write_lines(traces / "stream.jsonl", [{"id": "e", "traces": [trace]}])
+    note = {"trace_id": "t", "info": {"train": {"trained_at_step": 3}}, "branches": [branch]}
+    write_lines(traces / "annotations" / "trainer.jsonl", [note])
+    return root / "monitors"
+
+
+def test_indexes_and_live_copies_of_streams_are_not_read(tmp_path: Path) -> None:
+    source = monitor(tmp_path, node("say", [1], [True]), extra=[1], more=[2])
+    traces = source / "file" / "traces"
+    write_lines(traces / "stream.index.jsonl", [{"line": 1}] * 2)
+    write_lines(traces / "live" / "stream.jsonl", [{"id": "e", "traces": [{"id": "u"}]}])
+    report = import_run(source, tmp_path / "out")
+    assert (report.rollouts, report.broken_lines) == (1, 0)
+    assert not report.counts
+    assert dict(report.unknown_keys) == {"extra": 1, "more": 1}
+
+
+def test_a_completion_begins_with_the_first_text_that_was_sampled_in_part(tmp_path: Path) -> None:
+    nodes = [node("ask", [1, 2], [False, False]), node("say", [3, 4], [False, True], parent=0)]
+    import_run(monitor(tmp_path, *nodes), tmp_path / "out")
+    (done,) = open_run(tmp_path / "out").rollouts.to_dict("records")
+    assert (done["prompt"], done["completion"], done["length"]) == ("ask", "say", 1)
+
+
+def test_a_trace_without_a_sampled_token_has_no_length(tmp_path: Path) -> None:
+    import_run(monitor(tmp_path, node("ask", [1], [False])), tmp_path / "out")
+    (done,) = open_run(tmp_path / "out").rollouts.to_dict("records")
+    assert np.isnan(done["length"])
+
+
+@pytest.mark.parametrize("parent", [2, 3, -1, 1, "0", None])
+def test_a_parent_that_is_no_node_is_none(parent: Any, tmp_path: Path) -> None:
+    nodes = [node("ask", [1], [False]), node("say", [2, 3], [True] * 2, parent=parent)]
+    streams = {"trainer_logprobs": [-0.5, -1.5], "advantages": [0.5, 0.5]}
+    report = import_run(monitor(tmp_path, *nodes, index=1, **streams), tmp_path / "out")
+    assert (report.broken_lines, report.rollouts) == (0, 1)
+    if parent == 1:  # its own parent: no branch ends there
+        assert report.token_rows == 0
+    else:
+        tokens = open_run(tmp_path / "out").tokens([3], derived=False)
+        assert tokens["token_id"].tolist() == [2, 3]

@@ -163,3 +163,36 @@ def test_the_last_line_is_named_by_its_number_also_without_a_line_feed(tmp_path:
     (tmp_path / "t.log").write_text("\n".join(lines))
     rows, report = read(tmp_path / "t.log", tmp_path / "out")
     assert (len(rows), report.broken) == (8, ["t.log:9: no step"])
+
+
+def taken(known: str, *lines: str) -> list[tuple[int | None, dict[str, float]]]:
+    log = PrintedLog(lambda keys: known in keys)
+    for number, line in enumerate(lines, start=1):
+        log.add(number, line)
+    return [(record.step, record.values) for record in log.records()]
+
+
+def test_records_of_unknown_names_count_where_no_others_are() -> None:
+    lines = [f"step={n} a={n} b=1" for n in (1, 2)]
+    assert taken("reward", *lines) == [(1, {"a": 1, "b": 1}), (2, {"a": 2, "b": 1})]
+    assert taken("reward", *lines, "step=3 reward=1 c=2") == [(3, {"reward": 1, "c": 2})]
+    assert taken("reward", "=== Step 1/9 ===", "a = 1") == [], "below a heading known ones alone"
+    assert taken("reward", "a = 1") == []
+
+
+@pytest.mark.parametrize("headings", [2, 3])
+def test_many_lines_of_a_name_below_a_heading_are_of_its_step_if_three_have_them(
+    headings: int,
+) -> None:
+    lines = []
+    for step in range(1, headings + 1):
+        lines += [f"=== Step {step}/9 ===", *(f"reward: 0.{n}" for n in range(1, 5))]
+    steps = [step for step, _ in taken("reward", *lines)]
+    each = [step for step in range(1, headings + 1) for _ in range(4)]
+    assert steps == (each if headings > 2 else [None] * 8)
+
+
+def test_bars_of_one_batch_between_longer_ones_are_records_too() -> None:
+    bar = "{0}/{0} [00:01<00:02, 1.2it/s, reward=0.{1}]"
+    lines = [bar.format(1 + n % 2, n + 1) for n in range(6)]
+    assert taken("reward", *lines) == [(None, {"reward": n / 10}) for n in range(1, 7)]

@@ -174,3 +174,26 @@ def test_three_updates_of_the_one_batch_there_is_are_at_its_step() -> None:
     assert "train/step counts updates, 3 a batch: they are at the step of their batch" in (
         log.report.events
     )
+
+
+def test_the_last_update_and_the_last_batch_of_any_name_tell_how_many_there_are() -> None:
+    log = StepLog(ImportReport("table", "logs"))
+    for name, last in (("rollout/a", 2), ("rollout/b", 4), ("rollout/c", 1)):
+        log.add({name: 0.5}, last - 1, "table", (LOG, 1), step_key="rollout/step")
+    for name, last in (("train/x", 4), ("train/loss", 8), ("train/y", 2)):
+        for n in range(last):
+            log.add({name: n}, n, "table", (LOG, n), step_key="train/step")
+    rows = log.finish(NameTable({}))
+    assert {step: row["loss"] for step, row in rows.items()} == {0: 0.5, 1: 2.5, 2: 4.5, 3: 6.5}
+    assert any("counts updates, 2 a batch" in text for text in log.report.events)
+
+
+def test_each_step_is_compared_with_itself() -> None:
+    nan = float("nan")
+    steps = np.array([1, 1, 2, 2, 3, 3])
+    found = _Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.2, nan, nan]))
+    assert found is not None
+    assert found.differing.tolist() == []
+    found = _Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.1, nan, 0.1]))
+    assert found is not None
+    assert found.differing.tolist() == [2, 3]

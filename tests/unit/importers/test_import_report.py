@@ -261,3 +261,14 @@ def test_records_without_a_step_are_counted_where_there_are_two_and_a_known_numb
     found, report = read(file, tmp_path / "out")
     assert found.index.tolist() == steps
     assert any(told in text for text in [*report.events, *report.broken])
+
+
+def test_of_all_broken_lines_of_several_files_the_first_twenty_are_named(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        lines = [{"step": s, "reward": rank / 2} for s in range(1, 5)]
+        file = write_lines(tmp_path / "t" / f"rank_{rank}.jsonl", lines)
+        file.write_text("oops\n" * 15 + file.read_text())
+    _, report = read(tmp_path / "t", tmp_path / "out")
+    assert (report.broken_lines, len(report.broken)) == (30, 20)
+    names = [text.split(":")[0] for text in report.broken]
+    assert names == ["rank_0.jsonl"] * 15 + ["rank_1.jsonl"] * 5

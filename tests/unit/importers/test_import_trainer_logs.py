@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support.import_sources import write_lines
@@ -167,3 +169,32 @@ def test_a_verl_metrics_line_needs_a_step_and_its_data(tmp_path: Path) -> None:
     report = import_run(file, tmp_path / "out", ImportSettings(format="verl"))
     assert open_run(tmp_path / "out").steps["step"].tolist() == [1, 3]
     assert report.broken == [f"m.jsonl:{n}: no step or no data" for n in (2, 3)]
+
+
+def test_a_log_without_a_step_reaches_none(tmp_path: Path) -> None:
+    rows = [trl(s) | {"global_step/max_steps": f"{s}/99"} for s in (1, 2)]
+    write_lines(tmp_path / "t" / "logging.jsonl", rows)
+    for name, log in (("a", []), ("b", [{"loss": 0.5}])):
+        file = tmp_path / "t" / "trainer_state.json"
+        file.write_text(json.dumps({"log_history": log}))
+        steps, report = read(tmp_path / "t", tmp_path / name)
+        assert len(steps) == 2
+        assert "trainer_state.json holds the same log up to step 0: not read" in report.notes
+
+
+@pytest.mark.parametrize("name", ["completions_00001.parquet", "completions.jsonl"])
+def test_completions_are_one_file_and_their_rows_count_from_one(name: str, tmp_path: Path) -> None:
+    rows = {"step": [1] * 3, "prompt": ["p"] * 3, "completion": ["a", "b", "c"],
+            "exact": [1.0, None, 0.5]}  # fmt: skip
+    file = tmp_path / "t" / name
+    file.parent.mkdir()
+    if file.suffix == ".parquet":
+        pq.write_table(pa.table(rows), file)
+    else:
+        single = {key: values[0] for key, values in rows.items()} | {"completion": "d"}
+        write_lines(file, [rows, single])
+    report = import_run(tmp_path / "t", tmp_path / "out")
+    place = 2 if file.suffix == ".parquet" else 1
+    assert (report.files, report.broken) == (1, [f"{name}:{place}: no step or no reward"])
+    found = open_run(tmp_path / "out").rollouts["completion"].tolist()
+    assert found == (["a", "c"] if file.suffix == ".parquet" else ["a", "c", "d"])
