@@ -44,6 +44,8 @@ def split(names: list[str], data: Any, **more: Any) -> dict[str, Any]:
         pytest.param(split(["r"], [[0.1], [0.2]], index=["a", 2]), BARE, id="index of names"),
         pytest.param(split(["r"], [[0.1], [0.2]], index=[1, 2, 3]), BARE, id="longer index"),
         pytest.param(split(["step", "r"], [[1, 0.1], [2, 0.2]], index=[7, 8]), R2, id="two steps"),
+        pytest.param(split(["r"], [[0.1]], index=[5]), [{"step": 5, "r": 0.1}], id="one row"),
+        pytest.param({"5": {"r": 0.1}}, [{"step": 5, "r": 0.1}], id="one record by step"),
         pytest.param({"schema": {}, "data": R2}, R2, id="table"),
         pytest.param({"0": BARE[0], "1": BARE[1]}, BARE, id="by row"),
         pytest.param({"1": BARE[0], "2": BARE[1]}, R2, id="by step"),
