@@ -100,10 +100,11 @@ def test_a_log_is_read_whatever_its_suffix_but_where_it_is_none_the_suffix_says_
 
 
 def test_three_tools_in_a_folder_are_told_by_the_first_two(tmp_path: Path) -> None:
-    write_trl(tmp_path / "logs" / "a")
-    write_verl(tmp_path / "logs" / "b")
+    write_verl(tmp_path / "logs" / "a")
+    write_trl(tmp_path / "logs" / "b")
     write_prime_exports(tmp_path / "logs" / "c", steps=1)
-    with pytest.raises(UserError, match=r"is trl, 1\.jsonl is verl; name one of the two"):
+    told = r"formats: 1\.jsonl is verl, trainer_state\.json is trl; name one of the two"
+    with pytest.raises(UserError, match=told):
         detect(tmp_path / "logs")
 
 
