@@ -6,8 +6,10 @@ and written at the end, with what tokens and rollouts say about a step filled in
 own log does not.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,9 @@ class Sink:
     _token_rows: int = 0
     _rollouts: list[dict[str, Any]] = field(default_factory=list)
     _text: int = 0
-    _parts: dict[tuple[str, int], int] = field(default_factory=dict)
+    _parts: defaultdict[tuple[str, int], "count[int]"] = field(
+        default_factory=lambda: defaultdict(count)
+    )
     _waiting: dict[tuple[str, int], dict[int, Records]] = field(default_factory=dict)
     _waiting_rows: int = 0
     _steps: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -195,11 +199,11 @@ class Sink:
         return self.log.finish(self.names)
 
     def _tell_counted(self, counter: str | None) -> None:
-        count = len(self._stepless)
-        if count > MAX_STEPLESS:
-            self.report.told(f"of {count} records without a step the first {MAX_STEPLESS} are read")
+        many = len(self._stepless)
+        if many > MAX_STEPLESS:
+            self.report.told(f"of {many} records without a step the first {MAX_STEPLESS} are read")
         if counter is None:
-            self.report.told(f"no record has a step, so the {count} records are counted from 1")
+            self.report.told(f"no record has a step, so the {many} records are counted from 1")
         else:
             self.report.told(f"no record has a step: {counter} is read as the step")
             self._unstepped.count_by(counter)
@@ -250,8 +254,7 @@ class Sink:
     def write_records(self, records: Records, step: int) -> None:
         """Rows of a step of a table; what comes for it later has another part number."""
         name = records.table.name
-        number = self._parts.get((name, step), 0)
-        self._parts[name, step] = number + 1
+        number = next(self._parts[name, step])
         self._waiting.setdefault((name, number), {})[step] = records
         known = self.held.setdefault(name, set())
         known |= {n for n, v in records.columns.items() if n not in known and holds(v)}
