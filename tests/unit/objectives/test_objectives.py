@@ -148,6 +148,15 @@ def test_a_ratio_on_the_bound_passes_its_whole_gradient() -> None:
     assert not out.clipped.any()
 
 
+def test_a_loss_without_a_ratio_reports_it() -> None:
+    """How far the policy has moved is told, though RAFT's loss does not hold it."""
+    logp, old = torch.tensor([[-1.0, -3.0, -0.5]]), torch.tensor([[-2.0, -1.0, -90.0]])
+    mask, one = torch.ones(1, 3, dtype=torch.bool), torch.ones(1)
+    out = policy_loss(config_of("raft"), logp.requires_grad_(), old, one, mask, mask, one)
+    np.testing.assert_allclose(out.ratio, np.exp([[1.0, -2.0, MAX_LOG_RATIO]]), rtol=1e-6)
+    assert not out.clipped.any()
+
+
 def test_registry_matches_the_published_table() -> None:
     rows = {
         name: (o.advantage, o.level, o.default_clip_eps, o.positive_only)
