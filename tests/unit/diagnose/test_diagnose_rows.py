@@ -88,8 +88,9 @@ def test_what_is_told_of_a_reward_that_pays_for_length(tmp_path: Path) -> None:
         "they are shorter (100 to 90 tokens)."
     )
     assert found.evidence == pytest.approx({"correlation": -0.3, "start": 100, "end": 90}, abs=1e-6)
-    none = pays(tmp_path / "none", then(30, 0, 90), np.full(N, -0.3))
-    assert told(none, "reward_pays_for_length") is None
+    for way, pay in (("shorter", -0.3), ("longer", 0.3)):  # of lengths that were not counted
+        none = pays(tmp_path / way, then(30, 0, 90), np.full(N, pay))
+        assert told(none, "reward_pays_for_length") is None
 
 
 @pytest.mark.parametrize(
