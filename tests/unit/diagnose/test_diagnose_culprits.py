@@ -8,9 +8,10 @@ import pytest
 import wapo_taxonomy as tax
 
 from tests.support.builders import write_fake_run
-from tests.support.step_logs import names, ramp, write_flows, write_steps
+from tests.support.step_logs import finding, names, ramp, write_flows, write_steps
 from wapo_analysis.cli import run as wapo
 from wapo_analysis.diagnose import diagnose
+from wapo_analysis.diagnose.detectors.forecast import TREND_WINDOW
 from wapo_analysis.diagnose.samples import find_culprits
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store import RunWriter, open_run
@@ -132,6 +133,18 @@ def test_an_early_warning_names_them_where_the_flow_agrees(tmp_path: Path, flow:
         return
     assert d.culprits.finding == "early_warning"
     assert d.culprits.tokens == (("\n\n", 1.0),)
+
+
+def test_before_an_early_warning_the_steps_of_its_trend_are_read(tmp_path: Path) -> None:
+    entropy = 0.4 * 1.05 ** np.clip(np.arange(40) - 30, 0, None)
+    path = write_steps(tmp_path / "run", {"entropy": entropy, "reward": np.full(40, 0.5)})
+    write_flows(path, {(-1, 1): np.full(40, 1.0)})
+    warned = finding(diagnose(open_run(path)), "early_warning").step
+    for step in (warned - TREND_WINDOW, warned - TREND_WINDOW + 1, warned, warned + 1):
+        write_tokens(path, step, [(14, 7, -3.0)])
+    culprits = diagnose(open_run(path)).culprits
+    assert culprits is not None
+    assert culprits.steps == (warned - TREND_WINDOW + 1, warned)
 
 
 @pytest.mark.parametrize("direction", [1, -1])
