@@ -349,8 +349,8 @@ def reward_columns(reward: Array, group: Array | None) -> dict[str, float]:
     """Columns of the steps table that the rewards of all rollouts of a step decide.
 
     ``reward`` (rollouts,): NaN is left out. ``group`` (rollouts,), optional: prompt of each
-    rollout, negative where it is unknown. Shares of groups need to know one, and a group of more
-    than one rollout.
+    rollout, negative or NaN where it is unknown. Shares of groups need to know one, and a group of
+    more than one rollout.
     """
     known = np.isfinite(reward)
     if not known.any():

@@ -47,13 +47,12 @@ class StepTotals:
 
     def add_rollouts(self, frame: pd.DataFrame) -> None:
         """Add rollouts, columns of the ``rollouts`` table."""
-        group = pd.to_numeric(frame.get("group", pd.Series(-1, frame.index)), errors="coerce")
         ends = frame.get("finish_reason", pd.Series(None, frame.index))
         cut = np.where(ends.notna(), ends == "length", np.nan)
         self._rollouts.append(
             {
                 "step": frame["step"].to_numpy(np.int64),
-                "group": group.fillna(-1).to_numpy(np.int64),
+                "group": numbers(frame.get("group"), len(frame)),
                 "reward": numbers(frame["reward"], len(frame)),
                 "length": numbers(frame.get("length"), len(frame)),
                 "truncated": cut.astype(np.float64),
