@@ -46,6 +46,8 @@ def test_later_passes_and_unknown_ratios_are_no_first_pass() -> None:
     late = np.r_[np.zeros(19, int), np.ones(30, int)]
     assert "first pass" in first_pass(both_ways(0.3, 49), minibatch=late).missing
     assert "first pass" in first_pass(np.r_[np.zeros(19), np.full(30, NAN)]).missing
+    some = first_pass(np.r_[np.zeros(20), np.full(30, NAN)])
+    assert some.facts == {"first pass": "ratio 1 on every token before the first update"}
     assert first_pass(np.full(30, NAN)).missing == {
         "first pass": "no old log-probabilities were recorded"
     }

@@ -89,6 +89,12 @@ def test_advantages_of_another_loss_name_that_loss() -> None:
     assert judged(source="built-in", name="grpo").fits == ("grpo",)
 
 
+def test_advantages_of_no_loss_leave_the_one_that_is_declared() -> None:
+    found = judged(levels=REWARD - REWARD.mean(), source="built-in", name="grpo")
+    assert found.fits == ("grpo",)
+    assert told(found) == ["another advantage"]
+
+
 def test_a_loss_of_no_known_kind_is_told_so() -> None:
     found = judged(power=-1.0, name="grpo")
     assert told(found) == ["another ratio", "ratio inverted"][::-1]

@@ -180,6 +180,7 @@ BATCH = replace(KNOWN, name="dapo", means=frozenset({"batch"}))
     [
         ([0.9, 0.8], BATCH, True),
         ([0.998, 0.8], BATCH, True),
+        ([0.999, 0.8], BATCH, True),
         ([0.9995, 0.8], BATCH, False),  # one step is whole
         ([0.9], BATCH, False),
         ([0.9, 0.9005], BATCH, False),  # the same share in every step is a scale
