@@ -160,6 +160,14 @@ def test_ratios_that_follow_logp_and_entropy_are_of_another_temperature(
         )
 
 
+def test_ratios_of_just_two_thousandths_on_average_are_looked_at() -> None:
+    x = np.where(np.arange(100) < 50, 2.0**-8, 0.0)
+    x[50] = 0.2 - x.sum()
+    assert x.mean() == 0.002
+    rows = token_rows([100], logp=0.0, log_ratio=x, entropy=x / 0.05)
+    assert told(checked(sampling.check_first_pass, evidence(rows))) == [COLD]
+
+
 @pytest.mark.parametrize(
     ("n", "known", "cold"), [(100, 100, True), (98, 98, False), (100, 50, True), (100, 48, False)]
 )
