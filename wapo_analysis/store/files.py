@@ -145,7 +145,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
     """
     try:
         with open_regular(path, limit) as stream:
-            return parse_json(stream.read(limit + 1).decode("utf-8"))
+            return parse_json(stream.read(limit).decode("utf-8"))
     except (UserError, FileNotFoundError):
         raise
     except (ValueError, OSError) as error:
