@@ -272,3 +272,10 @@ def test_of_all_broken_lines_of_several_files_the_first_twenty_are_named(tmp_pat
     assert (report.broken_lines, len(report.broken)) == (30, 20)
     names = [text.split(":")[0] for text in report.broken]
     assert names == ["rank_0.jsonl"] * 15 + ["rank_1.jsonl"] * 5
+
+
+def test_a_report_begins_with_nothing() -> None:
+    told = ImportReport("table", "t").to_dict()
+    for name in ("files", "steps", "token_rows", "rollouts", "broken_lines"):
+        assert told[name] == 0, name
+    assert told["said"] == ["table:  from 0 files of t"]
