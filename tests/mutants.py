@@ -238,7 +238,8 @@ def near(mutant: Mutant, reach: dict) -> list[list[str]]:
         reached = {test for tests in lines.values() for test in tests}
     files = {test.split("::")[0] for test in reached}
     rest = [test for test in seconds if test.split("::")[0] in files and test not in reached]
-    return [sorted(reached, key=lambda test: seconds[test])[:400], rest]
+    quick_first = sorted(reached, key=lambda test: seconds[test])
+    return [quick_first[:400], quick_first[400:], rest]
 
 
 def _statement(mutant: Mutant) -> tuple[int, int]:
