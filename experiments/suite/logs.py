@@ -116,7 +116,7 @@ def entropy_explosion(d: Draw) -> None:
 
 
 def too_hard(d: Draw) -> None:
-    """Hardly any problem is ever solved."""
+    """Hardly any problem is ever solved; where nine groups in ten are flat, that is a stall."""
     sound(d)
     rate = np.full(d.records, d.uniform(0.01, 0.04))
     d.columns |= {"reward": d.share(rate), "groups_flat": d.share(flat_share(rate, 8))}
@@ -307,7 +307,7 @@ KINDS: Mapping[str, Kind] = {
     "entropy_explosion": Kind(
         entropy_explosion, ("entropy_explosion",), ("entropy_explosion", "reward_collapse")
     ),
-    "too_hard": Kind(too_hard, ("zero_signal_too_hard",)),
+    "too_hard": Kind(too_hard, ("zero_signal_too_hard", "stalled")),
     "too_easy": Kind(too_easy, ("zero_signal_too_easy",), ("healthy",), loud=False),
     "plateau": Kind(plateau, ("plateau",), ("healthy",), loud=False),
     "format_takes_over": Kind(format_takes_over, ("one_reward_takes_over",)),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from wapo_analysis.errors import UserError
 from wapo_analysis.stats.formulas import LOG2_E, Reduced
 from wapo_analysis.stats.rows import BLOCK, Rows, block_maxima, top_columns, upper_end
 
@@ -179,7 +180,10 @@ def _sums(x: Tensor, e: Tensor, scale: float) -> tuple[Tensor, ...]:
 def reduce_compiled(
     rows: Rows, targets: Tensor, temperature: float, topk: int = 0, chunk_rows: int | None = None
 ) -> Reduced:
-    """Reduce N rows as `reduce_rows` does, in two sweeps that store nothing: maxima and sums."""
+    """Reduce N rows as `reduce_rows` does, in two sweeps that store nothing: maxima and sums.
+
+    Raises UserError where nothing can be compiled.
+    """
     scale = torch.tensor(LOG2_E / temperature, dtype=rows.dtype, device=rows.logits.device)
     size = block_rows(rows, chunk_rows or _COMPILED_ROWS)
     on_cpu = rows.logits.device.type == "cpu"
@@ -203,7 +207,11 @@ def reduce_compiled(
         found: Tensor = _kernel(_compiled_maxima)(*_dynamic(block))
         return found
 
-    return reduce_by(sums, rows, targets, topk, size, None, maxima)
+    try:
+        return reduce_by(sums, rows, targets, topk, size, None, maxima)
+    except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, a folder with a space
+        why = str(error).strip().split("\n")[0]
+        raise UserError(f"backend 'compile' cannot run here: {why}") from error
 
 
 def _dynamic(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -235,6 +235,11 @@ WHY: dict[str, tuple[np.ndarray, dict[str, np.ndarray], str]] = {
         "there is no difference in reward within the groups; reward did not clearly change (0.30 "
         "to 0.30)",
     ),
+    "hardly any difference": (
+        FLAT, {"groups_flat": np.where(LATE, 0.93, 0)},
+        "93% of the groups have no difference in reward; reward did not clearly change (0.30 to "
+        "0.30)",
+    ),
     "nothing earned": (0 * FLAT, GONE, "the gradient is zero; no completion earns a reward"),
     "a penalty all along": (
         0 * FLAT - 1, GONE, "the gradient is zero; no completion earns a reward",

@@ -20,6 +20,10 @@ from wapo_analysis.stats import logits as backends
 ROOT = Path(__file__).parents[3]
 # torch.compile uses what torch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("c++") is None or " " in torch.__file__,
+    reason="torch.compile needs a C++ compiler, and torch in a folder without a space",
+)
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 INTERPRETED = """
@@ -109,7 +113,7 @@ def test_quick_sums_are_the_careful_ones_of_finite_rows() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_compiled_kernel_equals_float64(dtype: torch.dtype, finite: bool) -> None:
@@ -132,7 +136,7 @@ def test_the_compiled_kernel_equals_float64(dtype: torch.dtype, finite: bool) ->
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_the_compiled_kernel_has_the_same_gradient_and_takes_masks() -> None:
     logits = drawn(12, 300, 1, 5.0).view(3, 4, 300)[:, 1:].float().requires_grad_()
     targets, mask = torch.arange(9).view(3, 3), torch.eye(3, dtype=torch.bool)
@@ -171,3 +175,14 @@ def test_the_kernel_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) 
     there_too = SimpleNamespace(is_cuda=True, dtype=torch.float32)
     for name, chosen in (("eager", eager.reduce_rows), ("compile", eager.reduce_compiled)):
         assert backends.reducer(name, there_too) is chosen, "asked for by name"  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_where_nothing_can_be_compiled_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    with pytest.raises(UserError, match="backend 'compile' cannot run here: .*ompiler"):
+        token_stats(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), backend="compile")

@@ -253,7 +253,12 @@ def _why(context: Context, found: dict[str, int], all_cut: bool) -> str:
         )
     parts = []
     if "flat_groups" in found:
-        parts.append("there is no difference in reward within the groups")
+        flat = context.flat_groups
+        share = float(flat.values[flat.steps >= found["flat_groups"]].mean())
+        some = f"{share:.0%} of the groups have no difference in reward"
+        parts.append(
+            "there is no difference in reward within the groups" if share >= 0.995 else some
+        )
         varying = _varying(context).get("functions_that_vary")
         if varying:
             parts[0] += f", although {varying} varies between prompts"
