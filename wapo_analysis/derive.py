@@ -31,7 +31,7 @@ def probability_bin(prob: Any) -> Any:
     """Index of the half-open bin of PROB_EDGES of ndarray or Tensor; p = 1 is in the last."""
     if isinstance(prob, np.ndarray):
         return np.searchsorted(PROB_EDGES[1:-1], prob, side="right").astype(np.int8)
-    return sum((~(prob < edge)) * 1 for edge in PROB_EDGES[1:-1])
+    return sum(~(prob < edge) for edge in PROB_EDGES[1:-1])
 
 
 @np.errstate(over="ignore", invalid="ignore")  # impossible input gives NaN, not a warning

@@ -122,6 +122,13 @@ def test_the_side_of_a_clip_is_that_of_the_ratio_not_of_the_advantage(
     assert row["kept_tokens"] == 4
 
 
+def test_a_stopped_token_whose_ratio_is_one_is_on_neither_side() -> None:
+    one = {name: np.array([value]) for name, value in (("advantage", 1.0), ("logp", -1.0))}
+    stopped = {"logp_old": one["logp"], "kept": np.ones(1), "clipped": np.ones(1)}
+    row = step_columns(token_sums(one | stopped))
+    assert (row["clip_low"], row["clip_high"]) == (0, 0)
+
+
 @every_source
 def test_a_number_that_is_not_finite_is_left_out_and_counted(
     source: Source, tmp_path: Path

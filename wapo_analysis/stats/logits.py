@@ -158,11 +158,10 @@ class _FromLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, *_ = ctx.saved_tensors
+        logits, _, kept, *_ = ctx.saved_tensors
         if grads[0] is None:
             return (None,) * 7
-        whole = ctx.saved_tensors[2] is None
-        out = (torch.empty if whole else torch.zeros)(
+        out = (torch.empty if kept is None else torch.zeros)(
             logits.shape, dtype=logits.dtype, device=logits.device
         )
         for rows, start, stop, slope in _slopes(ctx):

@@ -135,7 +135,7 @@ class RunLock:
         self._dropped.atexit = False
 
     def _create(self, take_over: bool) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         while True:
             with suppress(FileExistsError):
                 return os.open(self._path / LOCK, flags, 0o644)

@@ -121,8 +121,9 @@ def test_the_last_positions_are_read_and_padding_is_not(keep: int, padded: bool)
     if padded:
         logp = torch.where(mask, logp, logp[0, 1])  # of another place that was read
         assert reader.take(logp, torch.ones(2, count)) is None, "padding was not read"
-    assert reader.take(logp + 0.2, mask) is None
-    assert "0.2 nats away on average" in reader.reason
+    assert reader.take(logp + 0.11, mask) is None
+    assert "0.11 nats away on average" in reader.reason
+    assert reader.take(logp + 0.09, mask) is not None, "half precision may be that far away"
     reader.close()
 
 

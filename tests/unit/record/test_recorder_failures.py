@@ -358,3 +358,15 @@ def test_a_forked_child_writes_nothing_and_does_not_hang(ended: Path) -> None:
     run = open_run(ended / "forked")
     assert run.steps.step.tolist() == [1, 2, 3, 4, 5]
     assert run.manifest["status"] == "finished"
+
+
+@pytest.mark.parametrize(("away", "refused"), [(0.09, False), (0.11, True)])
+def test_logits_may_be_as_far_from_the_loss_as_half_precision_is(
+    away: float, refused: bool, tmp_path: Path
+) -> None:
+    ids, mask = torch.tensor([[1, 2, 0]]), torch.ones(1, 3)
+    logits = torch.linspace(-1, 1, 12).view(1, 3, 4)
+    logp = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0]
+    with Recorder(tmp_path / "r") as recorder:
+        recorder.watch((logp + away).requires_grad_(), ids, mask, torch.ones(1), logits=logits)
+        assert (recorder.failure is not None) is refused

@@ -177,7 +177,6 @@ def test_the_kernel_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) 
         assert backends.reducer(name, there_too) is chosen, "asked for by name"  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
 def test_where_nothing_can_be_compiled_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 

@@ -213,6 +213,16 @@ def test_a_damaged_lock_is_judged_by_its_age(tmp_path: Path, content: bytes) -> 
     RunWriter(tmp_path / "r", {}, resume_after=0).close("finished")
 
 
+def test_whoever_may_read_the_run_may_read_who_writes_it(tmp_path: Path) -> None:
+    own = os.umask(0o022)
+    try:
+        writer = RunWriter(tmp_path / "r", {})
+        assert (tmp_path / "r" / LOCK).stat().st_mode & 0o777 == 0o644
+        writer.close("finished")
+    finally:
+        os.umask(own)
+
+
 def test_a_writer_that_is_dropped_lets_go(tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "r", {})
     writer.append_step({"step": 1})
