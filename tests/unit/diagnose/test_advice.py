@@ -196,6 +196,8 @@ def test_the_best_checkpoint_before_a_failure_is_named_though_a_later_one_earned
 ) -> None:
     reward = np.r_[np.linspace(0.2, 0.6, 35), np.full(25, 0.05)]
     run = write_steps(tmp_path / "r", {"entropy": ramp(0.4, 2.0, 60, 25, 10), "reward": reward})
+    words = diagnose(open_run(run)).best_words
+    assert words == "The reward was best at step 35 (0.59).", "no word of checkpoints: it has none"
     (run / "checkpoints" / "step-00000033").mkdir(parents=True)
     failed = diagnose(open_run(run))
     assert failed.onset_step is not None
