@@ -60,17 +60,19 @@ def step_data(run: Run, step: int) -> Json:
 def alternatives(run: Run, step: int) -> tuple[Json, Array]:
     """Most probable tokens of a few rollouts: ``[id, p, p after]`` by rollout and position.
 
-    ``p after`` is None where the tokens were not scored again. Also returned: the ids.
+    ``p after`` is None where the tokens were not scored again; positions whose logits were not
+    finite have none. Also returned: the ids.
     """
     rows = run.topk([step])
     rows = rows.sort_values(["minibatch", "place"])
     rows = rows.drop_duplicates(["rollout", "position", "place"])
     rows = rows.sort_values(["rollout", "position"], kind="stable")
+    rows = rows[np.isfinite(rows["prob"])]
     columns = (rows[name].tolist() for name in _TOP)
     found: Json = {}
     for rollout, position, token, p, after in zip(*columns, strict=True):
         of_rollout = found.setdefault(str(rollout), {})
-        told = [token, _short(p), None if np.isnan(after) else _short(after)]
+        told = [token, _short(p), _short(after) if np.isfinite(after) else None]
         of_rollout.setdefault(str(position), []).append(told)
     return found, rows["token_id"].unique()
 

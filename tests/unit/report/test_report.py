@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tests.support.builders import write_fake_run
 from wapo_analysis import Recorder
@@ -106,6 +107,23 @@ def test_a_step_travels_whole(run: Run) -> None:
     got = np.asarray(words, "<u4").view("<f4")
     assert form == "f3"
     np.testing.assert_allclose(got, rows["pred_dentropy"], rtol=1e-3, atol=1e-12)
+
+
+def test_a_step_whose_logits_were_not_finite_travels_without_their_alternatives(
+    tmp_path: Path,
+) -> None:
+    ids, logits = torch.tensor([[1, 2, 0]]), torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    logits = logits.expand(1, 3, 4).clone()
+    logits[0, 1] = torch.nan
+    with Recorder(tmp_path / "r", topk=2) as recorder:
+        logp = logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].requires_grad_()
+        recorder.watch(logp, ids, torch.ones(1, 3), torch.ones(1), None, logits=logits)
+        logp.nansum().backward()
+        recorder.finish_step(1)
+    assert recorder.failure is None
+    data = step_data(open_run(tmp_path / "r"), 1)
+    assert data["top"] == {"0": {n: [[0, 0.5, None], [1, 0.25, None]] for n in ("0", "2")}}
+    assert block(data)
 
 
 def test_passes_of_a_token_become_one_row_with_the_sum_of_what_they_did() -> None:
