@@ -1,7 +1,7 @@
 """Run folders written from columns: a step log, class totals."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from wapo_analysis.table import Records
 
 Columns = Mapping[str, Sequence[float] | np.ndarray]
 Flows = Mapping[tuple[int, int], np.ndarray]
+#: Finding, its severity, columns by a number, a number inside the bound and one beyond it.
+Bound = tuple[str, str, Callable[[float], Columns], float, float]
 
 
 def write_steps(
@@ -34,6 +36,13 @@ def write_steps(
 
 def judge(tmp_path: Path, **columns: Sequence[float] | np.ndarray) -> Diagnosis:
     return diagnose(open_run(write_steps(tmp_path / "run", columns)))
+
+
+def said_on_both_sides(tmp_path: Path, case: Bound) -> list[bool]:
+    """Whether the finding is there, with its severity, inside a bound and beyond it."""
+    name, severity, columns, inside, beyond = case
+    runs = (judge(tmp_path / str(x), **columns(x)) for x in (inside, beyond))
+    return [(name, severity) in {(f.name, f.severity) for f in run.findings} for run in runs]
 
 
 def seen(

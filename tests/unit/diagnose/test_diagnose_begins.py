@@ -1,6 +1,5 @@
 """Where what is told of a reward or an entropy begins, and of which courses nothing is told."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,13 @@ from tests.support.courses import (
     then,
     told,
 )
-from tests.support.step_logs import Columns, judge, ramp
+from tests.support.step_logs import Bound, Columns, judge, ramp, said_on_both_sides
 
 LONG = np.random.default_rng(7).normal(0, 1, 100)
 LOST = levels((60, 0.6), (40, 0.1))
 SLOWLY_LOST = np.r_[np.full(40, 0.6), ramp(0.6, 0.1, 60, 0, 20)]
 # A finding, its severity, a log with one number in it, a value just inside and one just beyond.
-BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
+BOUNDS: dict[str, Bound] = {
     "form rises by four sigma": ("form_rises_alone", "warning",
         lambda x: functions(FLAT + 0.2, format=then(40, 0.2, 0.2 + x) + 0.1 * WAVE,
                             correct=FLAT + 0.2), 0.108, 0.109),
@@ -124,12 +123,7 @@ BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
 
 @pytest.mark.parametrize("case", BOUNDS)
 def test_it_begins_at_its_bound(tmp_path: Path, case: str) -> None:
-    name, severity, columns, inside, beyond = BOUNDS[case]
-    within = told(judge(tmp_path / "inside", **columns(inside)), name)
-    found = told(judge(tmp_path / "beyond", **columns(beyond)), name)
-    assert within is None or within.severity != severity
-    assert found is not None
-    assert found.severity == severity
+    assert said_on_both_sides(tmp_path, BOUNDS[case]) == [False, True]
 
 
 LATE_LOSS = np.r_[np.full(88, 0.6), 0.1, 0.1]

@@ -1,12 +1,11 @@
 """Where findings begin, in noise and beside other columns: one number moved, just enough or not."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.step_logs import Columns, judge, ramp
+from tests.support.step_logs import Bound, Columns, judge, ramp, said_on_both_sides
 
 N = 60
 FLAT = np.full(N, 0.3)
@@ -50,7 +49,7 @@ def flat(reward: np.ndarray, share: float | np.ndarray, **more: np.ndarray) -> C
     return {"reward": reward, "groups_flat": np.zeros(N) + share, **more}
 
 
-BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
+BOUNDS: dict[str, Bound] = {
     "slower than its noise": ("steps_slow_down", "info",
         lambda x: {"reward": FLAT, "seconds": moved(10, x) + 3 * WAVE}, 23.3, 23.7),
     "slower, but for a first step": ("steps_slow_down", "info",
@@ -204,12 +203,7 @@ BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
 
 @pytest.mark.parametrize("case", BOUNDS)
 def test_a_finding_begins_at_its_bound(tmp_path: Path, case: str) -> None:
-    name, severity, columns, inside, beyond = BOUNDS[case]
-    told = [
-        (name, severity) in {(f.name, f.severity) for f in judge(tmp_path / str(x), **c).findings}
-        for x, c in ((x, columns(x)) for x in (inside, beyond))
-    ]
-    assert told == [False, True]
+    assert said_on_both_sides(tmp_path, BOUNDS[case]) == [False, True]
 
 
 @pytest.mark.parametrize("side", ["clip_low", "clip_high"])

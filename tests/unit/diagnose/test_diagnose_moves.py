@@ -1,13 +1,12 @@
 """What step columns tell of completions and of how far the policy moves: bounds, words, numbers."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.support.courses import FLAT, GAINS, WAVE, N, then, told
-from tests.support.step_logs import Columns, judge, ramp
+from tests.support.step_logs import Bound, Columns, judge, ramp, said_on_both_sides
 
 
 def by_position(count: int, top: int, high: np.ndarray, low: float) -> Columns:
@@ -148,7 +147,7 @@ def test_nothing_is_told_of_it(tmp_path: Path, columns: Columns) -> None:
 
 
 # A finding, its severity, a log with one number in it, a value just inside and one just beyond.
-BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
+BOUNDS: dict[str, Bound] = {
     "half are cut, wherever it began": ("truncation_drift", "warning",
         lambda x: {"reward": FLAT, "truncated": ramp(0.4, x, N, 30, 10)}, 0.499, 0.5),
     "half repeat themselves, wherever it began": ("repetition_drift", "warning",
@@ -172,12 +171,7 @@ BOUNDS: dict[str, tuple[str, str, Callable[[float], Columns], float, float]] = {
 
 @pytest.mark.parametrize("case", BOUNDS)
 def test_it_begins_at_its_bound(tmp_path: Path, case: str) -> None:
-    name, severity, columns, inside, beyond = BOUNDS[case]
-    within = told(judge(tmp_path / "inside", **columns(inside)), name)
-    found = told(judge(tmp_path / "beyond", **columns(beyond)), name)
-    assert within is None or within.severity != severity
-    assert found is not None
-    assert found.severity == severity
+    assert said_on_both_sides(tmp_path, BOUNDS[case]) == [False, True]
 
 
 def test_a_clip_that_is_logged_by_sides_is_told_by_sides(tmp_path: Path) -> None:
