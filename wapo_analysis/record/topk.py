@@ -165,7 +165,7 @@ class TopReader:
         stats: TokenStats | None,
     ) -> None:
         """Choose rows of a pass and read them off its logits, or the statistics of its N tokens."""
-        if logits is None and (stats is None or stats.top_ids is None or stats.top_logp is None):
+        if logits is None and (stats is None or stats.top_ids is None):
             return
         tokens.top = top = self.choose(
             step, place, tokens.rollout, tokens.position, tokens.minibatch
