@@ -257,7 +257,7 @@ class _Units:
         if core.kind not in ("sapo", "vespo"):
             return error
         steep = max(*settings["sapo"], *settings["vespo"])
-        error = error * steep * (1 + exponential(x))
+        error = error * steep * (1 + np.exp(np.minimum(x, 20)))  # the ratio is held at e^20
         if core.kind == "vespo":
             return np.asarray(error)
         # Autograd has sigmoid (1 - sigmoid), whose second factor loses its digits near 1 and is 0

@@ -153,7 +153,7 @@ class _WholeLines(io.RawIOBase):
         while end:
             start = max(0, end - _TAIL_BYTES)
             self._stream.seek(start)
-            found = self._stream.read(_TAIL_BYTES).rfind(b"\n")
+            found = self._stream.read(end - start).rfind(b"\n")  # not beyond: it may grow
             if found >= 0:
                 return start + found + 1
             end = start

@@ -26,6 +26,7 @@ BY_POSITION = ("kl_positional",)
 MOST_PARTS = 64
 Rows = list[dict[str, Any]]
 _DEEP = 4
+_PARTS = 2  # deeper steps and values lie in something (history, run) that is opened first
 _FIRST_ROWS = 50
 
 
@@ -140,7 +141,7 @@ def _all_pairs(
 ) -> Iterator[tuple[str, list[tuple[Any, Any]] | None]]:
     for name, part in value.items():
         pairs = _step_pairs(part)
-        if pairs is None and isinstance(part, dict) and part and depth < _DEEP:
+        if pairs is None and isinstance(part, dict) and part and depth < _PARTS:
             yield from _all_pairs(part, f"{before}{name}/", depth + 1)
         else:
             yield f"{before}{name}", pairs

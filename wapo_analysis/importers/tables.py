@@ -104,7 +104,7 @@ def _runs_in(files: tuple[Path, ...], names: NameTable) -> list[str]:
     """Names of the runs of all rows. A row alone does not tell whether a later one fits better."""
     found: dict[str | None, None] = {}
     for file in files:
-        for _, part in _parts(file, names, ImportReport("table", ""), beside=False):
+        for _, part in _parts(file, names, ImportReport("table", ""), len(files) > 1):
             runs = _run_names(part) if isinstance(part, pd.DataFrame) else [_run_name(part)]
             found |= dict.fromkeys(runs)
     return [name for name in found if name is not None]

@@ -39,6 +39,14 @@ def test_each_ratio_is_told_from_the_others(core: Core) -> None:
     assert found.form == ("seq", pytest.approx(1 / 8))
 
 
+@pytest.mark.parametrize("kind", ["plain", "none"])
+def test_rollouts_that_moved_far_as_a_whole_are_not_vespo_s(kind: str) -> None:
+    """VESPO holds a rollout's ratio at e^20, so no rounding beyond it explains other losses."""
+    lengths = np.arange(120, 200, 10)
+    rows = batch(Core(kind), 1 / (8 * lengths), np.full(lengths.sum(), 0.15), lengths)
+    assert "vespo" not in {core.kind for core in read(rows).fits}
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_a_mean_of_clipped_log_ratios_is_told_where_its_bounds_are_known(held: bool) -> None:
     rows = batch()

@@ -123,3 +123,12 @@ def test_a_few_rows_of_each_run_and_no_step_are_a_summary(
         return
     of(source, None)
     assert open_run(tmp_path / "out").steps["reward"].tolist() == [0.125, 0.25]
+
+
+def test_settings_beside_a_table_name_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "f"
+    folder.mkdir()
+    rows = [{"step": step, "reward": 0.1, "run": "exp1-seed1"} for step in range(4)]
+    as_csv(folder / "log", rows)
+    (folder / "config.json").write_text('{"run_name": "exp1", "entropy": 0.01, "reward": 1}')
+    assert of(folder, "exp1").steps == 4
