@@ -19,7 +19,8 @@ BESIDE_TRAINING: Final = frozenset(
         "seed", "data_seed", "label", "name", "device", "log_to", "checkpoint_every",
         "keep_checkpoints", "eval_every", "eval_prompts", "eval_samples", "token_every",
         "token_fraction", "store_bits", "capture_mode", "rescore_every", "probe_every",
-        "probe_rows", "microbatch_size", "sample_batch_size", "gradient_checkpointing",
+        "probe_rows", "microbatch_size", "sample_batch_size", "gradient_checkpointing", "topk",
+        "audit", "on_warning", "on_critical", "eval_data",
     }
 )  # fmt: skip
 _MANIFEST: Final = ("trainer", "model", "task", "temperature")

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
+from wapo_analysis.engines import COUNTERPARTS
 from wapo_analysis.settings import recorded_settings, setting_labels, settings_of, shown_value
 from wapo_analysis.store import Run
 from wapo_analysis.store.manifest import Manifest
+
+WATCH = ("attach", "the first process")
 
 
 def run(label: str, seed: int = 0, **manifest: Any) -> Run:
@@ -26,6 +29,12 @@ def test_seeds_and_what_only_watches_the_run_do_not_part_it() -> None:
     ]
     (setting,) = settings_of(runs)
     assert (setting.label, setting.places, setting.differs) == ("GRPO", (0, 1), ())
+    assert setting_labels(runs) == ["GRPO", "GRPO"]
+
+
+@pytest.mark.parametrize("name", [n for n, to in COUNTERPARTS.items() if to in WATCH])
+def test_no_setting_of_recording_or_evaluation_parts_seeds(name: str) -> None:
+    runs = [run("GRPO", seed, **config(lr=1e-4, **{name: seed})) for seed in range(2)]
     assert setting_labels(runs) == ["GRPO", "GRPO"]
 
 

@@ -18,23 +18,22 @@ from wapo_analysis.train.config import TrainConfig
 #: Folder of a run that holds TRL's checkpoints.
 STATE = "trl"
 _OBJECTIVE, _RECORDING, _DATA = "use_objective", "attach", "train_dataset"
-_MODEL, _RUN, _EVALUATION, _NONE = "model", "the run folder", "the first process", ""
+_MODEL, _RUN, _EVALUATION = "model", "the run folder", "the first process"
 
-#: Each setting of ours: where it goes on this engine; empty where there is no counterpart.
+#: Where a setting of ours goes on this engine; one that is not here is refused off its default.
 COUNTERPARTS: Final[Mapping[str, str]] = {
     "objective": _OBJECTIVE, "clip_eps": _OBJECTIVE, "mask_ratio_low": _OBJECTIVE,
     "mask_ratio_high": _OBJECTIVE, "use_importance_sampling": _OBJECTIVE,
     "include_bins": _OBJECTIVE, "exclude_bins": _OBJECTIVE, "loss_mean_level": _OBJECTIVE,
     "mask_negative_advantages": _OBJECTIVE, "mask_positive_advantages": _OBJECTIVE,
-    "max_seq_len": _OBJECTIVE, "normalize_by_kept_tokens": _NONE, "official": _NONE,
+    "max_seq_len": _OBJECTIVE,
     "task": "train_dataset, reward_funcs", "data": _DATA, "eval_data": _DATA,
     "eval_fraction": _DATA, "context_words": _DATA, "prompts_per_step": "generation_batch_size",
     "model": _MODEL, "lora_rank": _MODEL, "lora_alpha": _MODEL, "lora_targets": _MODEL,
     "precision": "bf16", "deterministic": "full_determinism",
     "gradient_checkpointing": "gradient_checkpointing", "device": "use_cpu",
     "chat": _DATA, "system_prompt": _DATA, "max_prompt_tokens": _DATA,
-    "stop": _NONE, "sampler": _NONE, "sample_batch_size": _NONE, "temperature": "temperature",
-    "max_new_tokens": "max_completion_length", "steps": "max_steps",
+    "temperature": "temperature", "max_new_tokens": "max_completion_length", "steps": "max_steps",
     "rollouts_per_prompt": "num_generations", "epochs": "num_iterations",
     "minibatches": "steps_per_generation", "microbatch_size": "per_device_train_batch_size",
     "lr": "learning_rate", "lr_schedule": "create_scheduler", "warmup_steps": "create_scheduler",
@@ -45,7 +44,7 @@ COUNTERPARTS: Final[Mapping[str, str]] = {
     "eval_every": _EVALUATION, "eval_prompts": _EVALUATION, "eval_samples": _EVALUATION,
     "token_every": _RECORDING, "token_fraction": _RECORDING, "rescore_every": _RECORDING,
     "probe_every": _RECORDING, "probe_rows": _RECORDING, "capture_mode": _RECORDING,
-    "store_bits": _NONE, "topk": _RECORDING, "audit": _RECORDING,
+    "topk": _RECORDING, "audit": _RECORDING,
     "on_warning": _RECORDING, "on_critical": _RECORDING,
 }  # fmt: skip
 _TOLD: Final = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -82,9 +81,8 @@ def check_gpus(config: TrainConfig, processes: int) -> None:
 
 def check_counterparts(config: TrainConfig) -> None:
     """Refuse settings that this engine has no counterpart of."""
-    declared = declared_settings(TrainConfig)
-    for name, place in COUNTERPARTS.items():
-        if place == _NONE and getattr(config, name) != declared[name].default:
+    for name, declared in declared_settings(TrainConfig).items():
+        if name not in COUNTERPARTS and getattr(config, name) != declared.default:
             raise UserError(f"{name} has no counterpart on engine trl; leave it at its default")
     if config.capture_mode == "auto":
         raise UserError("capture_mode auto is of the built-in trainer; set passive or replace")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.derive import reward_columns
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.logs import newest_state, read_log
@@ -281,8 +282,7 @@ def _rewards(tree: OfficialTree, sink: Sink, report: ImportReport) -> dict[int, 
         step, name = step_of(file) + 1, file.name.split("_step_")[0]
         if name == "reward":
             sizes[step] = len(values)
-            own = {"reward": float(values.mean()), "reward_std": float(values.std())}
-            sink.add_step(step, {"pass_rate": float((values >= 1).mean()), **own})
+            sink.add_step(step, reward_columns(values, None))
         else:
             sink.add_step(step, {f"reward/{name}": float(values.mean())})
     return sizes
