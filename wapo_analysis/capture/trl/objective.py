@@ -1,4 +1,4 @@
-"""Our objectives for trl's GRPOTrainer: one call, and the trainer's loss is one of the nine.
+"""Our objectives for trl's GRPOTrainer: one call, and the trainer's loss is one of them.
 
 Shapes: B rollouts of a gradient pass, T completion positions, N tokens of the loss mask.
 """
@@ -42,7 +42,7 @@ _MULTIMODAL = (
 
 
 def use_objective(trainer: Any, config: ObjectiveConfig) -> Patches:
-    """Train a trl GRPOTrainer with one of the nine objectives, bins included.
+    """Train a trl GRPOTrainer with an objective of ours, bins included.
 
     The loss of a gradient pass is that of `wapo_analysis.objectives.loss.policy_loss`; advantages
     and the weights of the rollouts are those of the whole generated batch, over all processes, by
