@@ -62,7 +62,10 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: torch's own]")
 ]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-run", help="Run code that the run's manifest names; read it first.")
+    bool,
+    typer.Option(
+        "--trust-run", help="Run code that the run's manifest names; read it first.  [default: off]"
+    ),
 ]
 FoldersArgument = Annotated[
     list[Path] | None,

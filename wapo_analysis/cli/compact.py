@@ -15,7 +15,11 @@ def compact(
     ],
     take_over: Annotated[
         bool,
-        Option("--take-over", "--force", help="Also a run that another process seems to write."),
+        Option(
+            "--take-over",
+            "--force",
+            help="Also a run that another process seems to write.  [default: off]",
+        ),
     ] = False,
 ) -> None:
     """Merge the part files of finished or crashed runs.

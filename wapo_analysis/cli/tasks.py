@@ -23,7 +23,8 @@ def tasks(
     ] = 800,
     show: Annotated[int, Option(min=0, help="Problems to print.")] = 0,
     held_out: Annotated[
-        bool, Option("--held-out", help="Print held-out problems, not those trained on.")
+        bool,
+        Option("--held-out", help="Print held-out problems, not those trained on.  [default: off]"),
     ] = False,
     seed: Annotated[int, Option(min=0, help="Decides which problems are printed.")] = 0,
 ) -> None:

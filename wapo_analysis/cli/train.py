@@ -77,7 +77,9 @@ def train(
         Path | None,
         Option(help="TOML file of settings; options given here win over it.  [default: none]"),
     ] = None,
-    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue the run in --out.  [default: off]")
+    ] = False,
     checkpoint: Annotated[
         int | None,
         Option(min=1, help="Step of the checkpoint to resume from.  [default: the last]"),
@@ -85,15 +87,22 @@ def train(
     take_over: Annotated[
         bool,
         Option(
-            "--take-over", help="With --resume: also if another process still seems to write it."
+            "--take-over",
+            help="With --resume: also if another process still seems to write it.  [default: off]",
         ),
     ] = False,
     trust_run: Annotated[
         bool,
-        Option("--trust-run", help="With --resume: run code that the manifest names; read it."),
+        Option(
+            "--trust-run",
+            help="With --resume: run code that the manifest names; read it.  [default: off]",
+        ),
     ] = False,
     settings: Annotated[
-        bool, Option("--settings", help="Print every setting with its default and limits.")
+        bool,
+        Option(
+            "--settings", help="Print every setting with its default and limits.  [default: off]"
+        ),
     ] = False,
     **given: Any,
 ) -> None:
