@@ -138,8 +138,11 @@ def open_source(source: str | Path, settings: ImportSettings | None = None) -> R
 
 
 def _forget(entry: Path, kept: Path) -> None:
-    """Drop older states of a source, and sources that nobody looked at for long."""
-    old = [state for state in entry.iterdir() if state != kept]
+    """Drop older states of a source, and sources that nobody looked at for long.
+
+    A name that begins with a dot is what another process is writing.
+    """
+    old = [state for state in entry.iterdir() if state != kept and state.name[:1] != "."]
     for other in entry.parent.iterdir():
         try:
             ours = _ENTRY.fullmatch(other.name) and other != entry

@@ -129,7 +129,10 @@ def _into(target: Path, write: Callable[[Path], ImportReport]) -> ImportReport:
     try:
         beside.chmod(0o755)
         report = write(beside)
-        os.replace(beside, target)
+        try:
+            os.replace(beside, target)
+        except OSError as error:  # another process may have been faster
+            raise UserError(f"cannot write {target}: {error.strerror}") from error
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise

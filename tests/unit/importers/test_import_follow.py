@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def test_a_source_is_read_again_only_if_it_has_changed(tmp_path: Path, cache: Pa
     assert not first.path.exists(), "one state of a source is kept"
     (entry,) = cache.iterdir()
     assert entry == second.path.parent
+
+
+def test_several_may_open_one_source_at_once(tmp_path: Path, cache: Path) -> None:
+    source, together = log(tmp_path / "train.jsonl", 200), threading.Barrier(6)
+
+    def opened(_: int) -> int:
+        together.wait()
+        return len(open_source(source).steps)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(opened, range(6))) == [200] * 6
+    (entry,) = cache.iterdir()
+    assert len(list(entry.iterdir())) == 1, "what the slower ones wrote is gone"
 
 
 def test_sources_nobody_looked_at_for_long_are_dropped(tmp_path: Path, cache: Path) -> None:
