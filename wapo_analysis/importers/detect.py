@@ -140,7 +140,8 @@ def detect(
     if source.is_dir() and wanted == "auto":
         printed = {file for file, kind in kinds.items() if kind == "console"}
         kinds = _without_data(kinds, names or NameTable({}), told)
-        told += _told_odd([file for file in files if file not in printed], kinds)
+        if "official" not in kinds.values():  # whose reader finds its files by their place
+            told += _told_odd([file for file in files if file not in printed], kinds)
     copies = _copies([file for file, kind in kinds.items() if kind in _ONCE])
     kinds = {file: kind for file, kind in kinds.items() if file not in copies}
     told += _told_copies(copies)
