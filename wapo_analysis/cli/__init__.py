@@ -17,9 +17,10 @@ from importlib import import_module
 from inspect import cleandoc
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from wapo_analysis import __version__
 from wapo_analysis.errors import UserError, closest, printable
@@ -62,10 +63,7 @@ ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=1024, help="CPU threads.  [default: torch's own]")
 ]
 TrustOption = Annotated[
-    bool,
-    typer.Option(
-        "--trust-run", help="Run code that the run's manifest names; read it first.  [default: off]"
-    ),
+    bool, typer.Option("--trust-run", help="Run code that the run's manifest names; read it first.")
 ]
 FoldersArgument = Annotated[
     list[Path] | None,
@@ -225,6 +223,17 @@ def root(
     """Attach the global options."""
 
 
+class _Command(TyperCommand):
+    """A command whose flags show their default as its other options do: off."""
+
+    def __init__(self, *args: Any, **given: Any) -> None:
+        super().__init__(*args, **given)
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.is_flag and option.help:
+                told = "[default: " in option.help
+                option.help += "" if told else "  [default: off]"
+
+
 @cache
 def application(command: str | None = None) -> typer.Typer:
     """The application with all commands, or with one: only its module is loaded then."""
@@ -243,7 +252,9 @@ def application(command: str | None = None) -> typer.Typer:
     for name in COMMANDS:
         if command in (None, name):
             word = "import_" if name == "import" else name  # which Python keeps for itself
-            app.command(name)(getattr(import_module(f"wapo_analysis.cli.{word}"), word))
+            app.command(name, cls=_Command)(
+                getattr(import_module(f"wapo_analysis.cli.{word}"), word)
+            )
     for registered in app.registered_commands:
         registered.help = verbatim_examples(registered.callback.__doc__ or "")
     return app

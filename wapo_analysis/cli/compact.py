@@ -15,11 +15,7 @@ def compact(
     ],
     take_over: Annotated[
         bool,
-        Option(
-            "--take-over",
-            "--force",
-            help="Also a run that another process seems to write.  [default: off]",
-        ),
+        Option("--take-over", "--force", help="Also a run that another process seems to write."),
     ] = False,
 ) -> None:
     """Merge the part files of finished or crashed runs.

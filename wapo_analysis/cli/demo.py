@@ -34,12 +34,8 @@ def demo(
     seeds: Annotated[int, Option(help="Runs of GRPO and of WAPO each.", min=1)] = 3,
     task: Annotated[str, Option(help="Embedded task: chain-sum or two-hop.")] = "chain-sum",
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
-    smoke: Annotated[
-        bool, Option("--smoke", help="Six steps, one seed: does it work?  [default: off]")
-    ] = False,
-    force: Annotated[
-        bool, Option("--force", help="Delete an old demo in --out first.  [default: off]")
-    ] = False,
+    smoke: Annotated[bool, Option("--smoke", help="Six steps, one seed: does it work?")] = False,
+    force: Annotated[bool, Option("--force", help="Delete an old demo in --out first.")] = False,
 ) -> None:
     """Watch a run explode beside healthy ones, and read why.
 

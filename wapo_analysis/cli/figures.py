@@ -45,9 +45,7 @@ def figures(
     ] = None,
     format: Annotated[ImageFormat, Option("--format", "-f", help="Image format.")] = "png",
     out: Annotated[Path, Option(help="Folder for the images.")] = Path("figures-out"),
-    show_list: Annotated[
-        bool, Option("--list", help="List all figures and stop.  [default: off]")
-    ] = False,
+    show_list: Annotated[bool, Option("--list", help="List all figures and stop.")] = False,
     map: MapOption = None,
     chosen: ChosenRun = None,
 ) -> None:

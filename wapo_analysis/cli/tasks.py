@@ -23,8 +23,7 @@ def tasks(
     ] = 800,
     show: Annotated[int, Option(min=0, help="Problems to print.")] = 0,
     held_out: Annotated[
-        bool,
-        Option("--held-out", help="Print held-out problems, not those trained on.  [default: off]"),
+        bool, Option("--held-out", help="Print held-out problems, not those trained on.")
     ] = False,
     seed: Annotated[int, Option(min=0, help="Decides which problems are printed.")] = 0,
 ) -> None:

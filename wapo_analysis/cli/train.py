@@ -77,9 +77,7 @@ def train(
         Path | None,
         Option(help="TOML file of settings; options given here win over it.  [default: none]"),
     ] = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Continue the run in --out.  [default: off]")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     checkpoint: Annotated[
         int | None,
         Option(min=1, help="Step of the checkpoint to resume from.  [default: the last]"),
@@ -87,22 +85,15 @@ def train(
     take_over: Annotated[
         bool,
         Option(
-            "--take-over",
-            help="With --resume: also if another process still seems to write it.  [default: off]",
+            "--take-over", help="With --resume: also if another process still seems to write it."
         ),
     ] = False,
     trust_run: Annotated[
         bool,
-        Option(
-            "--trust-run",
-            help="With --resume: run code that the manifest names; read it.  [default: off]",
-        ),
+        Option("--trust-run", help="With --resume: run code that the manifest names; read it."),
     ] = False,
     settings: Annotated[
-        bool,
-        Option(
-            "--settings", help="Print every setting with its default and limits.  [default: off]"
-        ),
+        bool, Option("--settings", help="Print every setting with its default and limits.")
     ] = False,
     **given: Any,
 ) -> None:

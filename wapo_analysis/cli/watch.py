@@ -10,13 +10,9 @@ from wapo_analysis.cli import ChosenRun, MapOption, holds_runs, log_settings
 
 def watch(
     run: Annotated[Path, Argument(help="Run folder, or any trainer's log.", metavar="RUN")],
-    once: Annotated[
-        bool, Option("--once", help="Print a snapshot and stop.  [default: off]")
-    ] = False,
+    once: Annotated[bool, Option("--once", help="Print a snapshot and stop.")] = False,
     interval: Annotated[float, Option(help="Seconds between two looks.")] = 2.0,
-    wait: Annotated[
-        bool, Option("--wait", help="Wait for a run that is not there yet.  [default: off]")
-    ] = False,
+    wait: Annotated[bool, Option("--wait", help="Wait for a run that is not there yet.")] = False,
     webhook: Annotated[
         str | None,
         Option(help="Post each new finding to this address, once, as JSON.  [default: none]"),

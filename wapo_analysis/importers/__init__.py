@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -140,18 +141,20 @@ def open_source(source: str | Path, settings: ImportSettings | None = None) -> R
 def _forget(entry: Path, kept: Path) -> None:
     """Drop older states of a source, and sources that nobody looked at for long.
 
-    A name that begins with a dot is what another process is writing.
+    A name that begins with a dot is what another process is writing, or died of writing long ago.
     """
-    old = [state for state in entry.iterdir() if state != kept and state.name[:1] != "."]
-    for other in entry.parent.iterdir():
-        try:
-            ours = _ENTRY.fullmatch(other.name) and other != entry
-            if ours and time() - other.stat().st_mtime > KEPT_SECONDS:
-                old.append(other)
-        except OSError:
-            continue
+    states = [state for state in entry.iterdir() if state != kept]
+    old = [state for state in states if state.name[:1] != "." or _idle(state)]
+    others = [other for other in entry.parent.iterdir() if _ENTRY.fullmatch(other.name)]
+    old += [other for other in others if other != entry and _idle(other)]
     for folder in old:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _idle(folder: Path) -> bool:
+    with suppress(OSError):  # another process may have dropped it
+        return time() - folder.stat().st_mtime > KEPT_SECONDS
+    return False
 
 
 def account(run: Run) -> list[str]:

@@ -66,6 +66,19 @@ def test_several_may_open_one_source_at_once(tmp_path: Path, cache: Path) -> Non
     assert len(list(entry.iterdir())) == 1, "what the slower ones wrote is gone"
 
 
+@pytest.mark.parametrize("days", [0, 40])
+def test_what_a_killed_import_left_is_dropped_once_nobody_can_be_writing_it(
+    days: int, tmp_path: Path
+) -> None:
+    source = log(tmp_path / "train.jsonl", 9)
+    left = open_source(source).path.parent / ".half-written"
+    left.mkdir()
+    os.utime(left, (time.time() - days * 86_400,) * 2)
+    log(source, 12, first=10)
+    open_source(source)
+    assert left.exists() is (days == 0)
+
+
 def test_sources_nobody_looked_at_for_long_are_dropped(tmp_path: Path, cache: Path) -> None:
     old = open_source(log(tmp_path / "old.jsonl", 3)).path.parent
     os.utime(old, (0, 0))

@@ -383,4 +383,6 @@ def test_completions_without_a_reward_are_counted_and_an_empty_file_is_the_last(
     said = "of the completions is empty, as the official trainer leaves its last one"
     assert [note for note in report.notes if said in note] == [f"step_3.json {said}"]
     assert report.files == 5
-    assert not [line for line in report.warnings() if "named like" in line], "it is read: it is empty"
+    assert not [line for line in report.warnings() if "named like" in line], (
+        "it is read: it is empty"
+    )
