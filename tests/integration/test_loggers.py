@@ -55,6 +55,17 @@ def test_a_resumed_run_replaces_what_was_logged_of_later_steps(
     assert [step for step, _ in scalars(tmp_path / "run")["train/reward"]] == [1, 2, 3, 4]
 
 
+def test_event_files_of_a_resumed_run_are_in_order_by_name(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    # TensorBoard reads them so, and of one second a tenth file would come before the ninth
+    pytest.importorskip("tensorboard", reason="extra tensorboard is not installed")
+    for after in (None, 1, 2):
+        loggers.open_loggers("tensorboard", tmp_path, tiny_config, after).close("finished")
+    seconds = [file.name.split(".")[3] for file in (tmp_path / "tensorboard").iterdir()]
+    assert len(set(seconds)) == 3
+
+
 @pytest.mark.slow
 def test_wandb_offline(tiny_config: TrainConfig, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("wandb", reason="extra wandb is not installed")

@@ -69,8 +69,7 @@ def read_tensorboard(
     read.
     """
     try:
-        from tensorboard.backend.event_processing import event_file_loader
-        from tensorboard.util import tensor_util
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     except ImportError as error:
         raise UserError(
             "TensorBoard's event files are read by its own library: "
@@ -78,22 +77,32 @@ def read_tensorboard(
         ) from error
     folders = {str(file.parent): [f for f in files if f.parent == file.parent] for file in files}
     folder = pick(sorted(folders), chosen, _common(folders))
+    begun: list[tuple[float, str, Path]] = []
     scalars: dict[Path, list[Scalar]] = {}
-    for file in sorted(folders[folder], key=lambda f: f.name):
+    for file in folders[folder]:
         with _listening("tensorboard") as remarks:
-            found = scalars[file] = [
-                (value.tag, event.step, number)
-                for event in event_file_loader.EventFileLoader(str(file)).Load()
-                for value in event.summary.value
-                if (number := _scalar(value, tensor_util)) is not None and event.step >= 0
-            ]
+            time, scalars[file] = _event_file(EventFileLoader(str(file)).Load())
         if any("Truncated record" in text for text in remarks):
-            last = max((step for _, step, _ in found), default=0)
+            last = max((step for _, step, _ in scalars[file]), default=0)
             report.told(f"{shown(file.name)} is cut or damaged after step {last}")
         report.files += 1
-    for file in _last_start(scalars, report):
+        begun.append((time, file.name, file))
+    # In time, not by name: by name, the tenth file of a second comes before its ninth.
+    for file in _last_start({file: scalars[file] for *_, file in sorted(begun)}, report):
         for tag, step, number in scalars[file]:
             sink.log.number(tag, step, number, "tensorboard")
+
+
+def _event_file(events: Iterable[Any]) -> tuple[float, list[Scalar]]:
+    """When an event file was begun, seconds since 1970, and its scalars of steps from 0 on."""
+    begun, found = 0.0, []
+    for event in events:
+        begun = begun or event.wall_time
+        for value in event.summary.value if event.step >= 0 else ():
+            number = _scalar(value)
+            if number is not None:
+                found.append((value.tag, event.step, number))
+    return begun, found
 
 
 def _last_start(scalars: Mapping[Path, Sequence[Scalar]], report: ImportReport) -> list[Path]:
@@ -123,10 +132,12 @@ def _last_start(scalars: Mapping[Path, Sequence[Scalar]], report: ImportReport) 
     return starts[best]
 
 
-def _scalar(value: Any, tensor_util: Any) -> float | None:
+def _scalar(value: Any) -> float | None:
     if value.HasField("simple_value"):
         return float(value.simple_value)
     if value.HasField("tensor") and value.metadata.plugin_data.plugin_name in ("", "scalars"):
+        from tensorboard.util import tensor_util
+
         array = tensor_util.make_ndarray(value.tensor)
         return float(array.item()) if array.size == 1 and array.dtype.kind in "fiu" else None
     return None

@@ -7,6 +7,7 @@ on.
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,8 +124,10 @@ class _TensorBoard:
     def __init__(self, run: Path, config: TrainConfig, after: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        folder = run / "tensorboard"
         purge = None if after is None else after + 1
-        self._writer = SummaryWriter(run / "tensorboard", purge_step=purge)
+        _await_later_name(folder)
+        self._writer = SummaryWriter(folder, purge_step=purge)
         if after is None:
             settings = "\n".join(f"    {k} = {v!r}" for k, v in config.to_dict().items())
             self._writer.add_text("settings", settings)
@@ -136,6 +139,18 @@ class _TensorBoard:
 
     def close(self, status: str) -> None:
         self._writer.close()
+
+
+def _await_later_name(folder: Path) -> None:
+    """Wait out the second in which the newest event file was begun.
+
+    TensorBoard reads event files in the order of their names, which begin with that second; of one
+    second, those of another process or its tenth file would come first, and the steps that a
+    resumed run replaces would stay.
+    """
+    stamps = [file.name.split(".")[3] for file in folder.glob("events.out.tfevents.*")]
+    if begun := [int(stamp) for stamp in stamps if stamp.isdigit()]:
+        time.sleep(min(max(max(begun) + 1 - time.time(), 0.0), 1.0))
 
 
 class _Wandb:

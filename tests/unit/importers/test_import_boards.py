@@ -182,6 +182,16 @@ def test_of_event_files_finite_scalars_of_steps_from_0_on_are_read(tmp_path: Pat
     assert f"{file.name} is cut or damaged after step 2" in report.events
 
 
+def test_event_files_of_one_second_are_read_in_the_order_they_were_begun(tmp_path: Path) -> None:
+    for number, steps in ((9, range(1, 10)), (10, range(7, 16))):
+        made = tmp_path / str(number)
+        (file,) = events(made, lambda _, part=number: {"reward": part / 10}, steps).iterdir()
+        (tmp_path / "tb").mkdir(exist_ok=True)
+        file.rename(tmp_path / "tb" / f"events.out.tfevents.1780000000.host.77.{number}")
+    steps, _ = read(tmp_path / "tb", tmp_path / "out")
+    assert steps["reward"].tolist() == pytest.approx([0.9] * 6 + [1.0] * 9)
+
+
 def starts(*firsts: int) -> dict[Path, list[tuple[str, int, float]]]:
     return {Path(f"f{n}"): [("reward", first + s, 0.5) for s in range(9)]
             for n, first in enumerate(firsts)}  # fmt: skip
