@@ -101,7 +101,7 @@ def test_flat_groups_are_hard_or_easy_at_twice_the_other(
 def test_the_latest_arrival_is_that_of_the_slow_end_of_the_interval(tmp_path: Path) -> None:
     entropy = 0.4 * np.exp(0.015 * np.clip(np.arange(N) - 40, 0, None))
     exact = finding(judge(tmp_path / "exact", reward=FLAT, entropy=entropy), "entropy_arrival")
-    assert exact.evidence["latest_step"] == exact.evidence["arrival_step"] == 88
+    assert exact.evidence["latest_step"] == exact.evidence["arrival_step"] == 87
     wavy = entropy * np.exp(0.01 * WAVE)
     rough = finding(judge(tmp_path / "wavy", reward=FLAT, entropy=wavy), "entropy_arrival")
     first, latest = rough.evidence["arrival_step"], rough.evidence["latest_step"]

@@ -172,18 +172,19 @@ def find_arrival(context: Context) -> list[Finding]:
     within as many steps again.
     """
     series = context.series("entropy")
-    now, level = float(series.smooth[-1]), series.level
-    if series.values.min() <= 0 or not FALL[0] * level < now < RISE[0] * level:
+    level = series.level
+    if series.values.min() <= 0 or not FALL[0] * level < series.smooth[-1] < RISE[0] * level:
         return []
     count = int(np.clip(len(series) // 4, MIN_ARRIVAL_STEPS, ARRIVAL_STEPS))
     logs, steps = np.log(series.values[-count:]), series.steps[-count:]
     slope, low, high = theil_sen(logs, steps, CONFIDENCE)
+    now = float(np.median(logs - slope * (steps - steps[-1])))  # the line at the last step
     up = slope > 0
     slow = low if up else high
     if slope * slow <= 0:
         return []
     target = (RISE[1] if up else FALL[1]) * level
-    way = float(np.log(target / now))
+    way = float(np.log(target)) - now
     due = way / slope
     spacing = float(np.median(np.diff(series.steps)))
     if due > len(series) * spacing:
