@@ -24,6 +24,7 @@ from torch import Tensor
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import ReadRows
+from wapo_analysis.results import Grid, Result, Say, Section
 from wapo_analysis.stats import TokenStats, token_stats
 from wapo_analysis.store import open_run
 from wapo_analysis.train.batch import Batch, draw_batch
@@ -61,7 +62,7 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Costs:
+class Costs(Result):
     """What watching adds to a training step (sampling not counted).
 
     Attributes
@@ -93,35 +94,21 @@ class Costs:
             name: share._asdict() for name, share in vars(self).items() if isinstance(share, Share)
         }
 
-    def to_text(self) -> str:
-        """The costs as aligned lines."""
-        lines = [
-            f"{what:30} {share:28} {setting}".rstrip() for what, share, setting in _table(self)
+    def page(self) -> Section:
+        """A table of what each adds, and the setting that changes it."""
+        stored = f"token rows, {self.bytes_per_token:.1f} bytes each"
+        rows = [
+            ("what", "adds to a step", "setting"),
+            ("class totals", str(self.class_totals), "always on"),
+            (stored, str(self.token_rows), "token_every, token_fraction, store_bits"),
+            ("tokens scored again", str(self.rescore), self.rescore.every("rescore_every")),
+            ("update decomposed by class", str(self.probe), self.probe.every("probe_every")),
         ]
-        return "\n".join([*_heading(self), "", *lines])
-
-    def to_markdown(self) -> str:
-        """The costs as a Markdown table."""
-        lines = [f"| {' | '.join(row)} |" for row in _table(self)]
-        return "\n".join([*_heading(self), "", lines[0], "|---|---|---|", *lines[1:]])
-
-
-def _heading(costs: Costs) -> tuple[str, str]:
-    return costs.what, (
-        f"A step without watching takes {costs.step_seconds:.2f} s (forward, backward, optimizer). "
-        "Median (least to greatest round):"
-    )
-
-
-def _table(costs: Costs) -> list[tuple[str, str, str]]:
-    stored = f"token rows, {costs.bytes_per_token:.1f} bytes each"
-    return [
-        ("what", "adds to a step", "setting"),
-        ("class totals", str(costs.class_totals), "always on"),
-        (stored, str(costs.token_rows), "token_every, token_fraction, store_bits"),
-        ("tokens scored again", str(costs.rescore), costs.rescore.every("rescore_every")),
-        ("update decomposed by class", str(costs.probe), costs.probe.every("probe_every")),
-    ]
+        plainly = (
+            f"A step without watching takes {self.step_seconds:.2f} s (forward, backward, "
+            "optimizer). Median (least to greatest round):"
+        )
+        return Section(self.what, [Say(plainly), Grid(rows, left=3)])
 
 
 def watching_costs(

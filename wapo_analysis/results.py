@@ -119,6 +119,43 @@ def percent(share: float) -> str:
     return "0%" if abs(share) < 0.005 else f"{share:.0%}"
 
 
+def few(names: Iterable[object], most: int = 8) -> str:
+    """Names for a sentence; a long list ends with how many more there are.
+
+    Examples
+    --------
+    >>> few(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    texts = list(map(str, names))
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def spans(steps: Iterable[int], most: int = 12) -> str:
+    """Steps as ranges, of many ranges the first few.
+
+    Examples
+    --------
+    >>> spans([1, 2, 3, 7])
+    '1 to 3, 7'
+    """
+    ranges: list[list[int]] = []
+    for step in (numbers := sorted(set(steps))):
+        if ranges and step == ranges[-1][1] + 1:
+            ranges[-1][1] = step
+        else:
+            ranges.append([step, step])
+    more = f", ... ({len(numbers):,} in all)" if len(ranges) > most else ""
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in ranges[:most]) + more
+
+
+def step_words(steps: Iterable[int], most: int = 12) -> str:
+    """Steps in a sentence: "step 3", "steps 1 to 3, 7"."""
+    text = spans(steps, most)
+    return f"step {text}" if text.isdigit() else f"steps {text}"
+
+
 def _text(block: Block, indent: str) -> list[str]:
     match block:
         case Say(text):

@@ -16,8 +16,11 @@ from wapo_analysis.results import (
     Say,
     Section,
     aligned,
+    few,
     plain,
     short,
+    spans,
+    step_words,
 )
 
 
@@ -112,3 +115,27 @@ def test_columns_of_words_stand_left_and_numbers_right() -> None:
         "a     bb   c",
         "long  b   10",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [([1], "1"), ([1, 2, 3, 7], "1 to 3, 7"), ([], ""), ([3, 1, 3], "1, 3"),
+     ([1, 2, 7, 9, 10], "1 to 2, 7, 9 to 10"),
+     (list(range(0, 24, 2)), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22"),
+     (list(range(0, 26, 2)), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, ... (13 in all)")],
+)  # fmt: skip
+def test_steps_as_ranges(steps: list[int], said: str) -> None:
+    assert spans(steps) == said
+
+
+def test_one_step_and_several_in_a_sentence() -> None:
+    assert step_words([8]) == "step 8"
+    assert step_words([8, 9, 12]) == "steps 8 to 9, 12"
+    assert step_words(range(0, 40, 2), most=2) == "steps 0, 2, ... (20 in all)"
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, ""), (1, "0"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 more")]
+)
+def test_a_long_list_of_names_ends_with_how_many_more_there_are(count: int, said: str) -> None:
+    assert few(range(count), most=3) == said

@@ -147,8 +147,10 @@ def open_one(path: Path, log: "ImportSettings | None" = None) -> "Run":
     """Open the one run at or below a path, or of a log; several are an error that lists them."""
     opened = open_runs([path], log)
     if len(opened) > 1:
-        names = ", ".join(str(run.path) for run in opened[:6])
-        raise UserError(f"{path} holds {len(opened)} runs; name one, such as {names}")
+        from wapo_analysis.results import few
+
+        names = few((run.path for run in opened), 6)
+        raise UserError(f"{path} holds {len(opened)} runs; name one of: {names}")
     return opened[0]
 
 

@@ -1,11 +1,10 @@
 """``wapo bench``: what watching costs on this machine."""
 
-import json
 from typing import Annotated, Literal
 
-from typer import Option, echo
+from typer import Option
 
-from wapo_analysis.cli import FormatOption
+from wapo_analysis.cli import FormatOption, show
 
 
 def bench(
@@ -46,7 +45,4 @@ def bench(
         seconds=seconds,
         threads=threads,
     )
-    if format == "json":
-        echo(json.dumps(costs.to_dict(), indent=1))
-    else:
-        echo(costs.to_markdown() if format == "markdown" else costs.to_text())
+    show(costs, format)

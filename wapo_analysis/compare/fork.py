@@ -16,7 +16,7 @@ import pandas as pd
 from wapo_analysis.compare.table import EDGE, Interval
 from wapo_analysis.diagnose import VERDICT_WORDS, diagnose
 from wapo_analysis.errors import UserError
-from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, plain, short
+from wapo_analysis.results import Block, Grid, Items, Result, Say, Section, plain, short, step_words
 from wapo_analysis.settings import shown_value
 from wapo_analysis.store import Run
 
@@ -149,8 +149,7 @@ class ForkComparison(Result):
         )
 
     def _verdict(self) -> str:
-        first, last = self.steps.index[0], self.steps.index[-1]
-        span = f"steps {first} to {last}" if first != last else f"step {first}"
+        span = step_words(self.steps.index)
         if self.reward.n == 0:
             return f"Over {span} the rewards cannot be paired: a run has no prompts."
         paired = f"paired by {self.reward.n} prompts"
@@ -167,7 +166,7 @@ class ForkComparison(Result):
 
     def _rows(self) -> list[list[str]]:
         end, late = self.at_end, self.last
-        when = f"step {late[0]}" if len(late) == 1 else f"steps {late[0]} to {late[-1]}"
+        when = step_words(late)
         difference = self.reward_at_end
         shown = f"{difference.mean:+.3g}"
         if isfinite(difference.half):

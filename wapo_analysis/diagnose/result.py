@@ -18,6 +18,7 @@ from wapo_analysis.results import (
     percent,
     plain,
     short,
+    step_words,
 )
 
 Severity = Literal["info", "warning", "critical"]
@@ -130,9 +131,8 @@ class Culprits:
         parts = [f"tokens {tokens}"] if tokens else []
         if self.rollouts:
             parts.append(self._rollout_words(several))
-        when = f"step{'s' if several else ''} {', '.join(map(str, self.steps))}"
         return (
-            f"Predicted dH of {self.cls} at {when} comes from "
+            f"Predicted dH of {self.cls} at {step_words(self.steps)} comes from "
             f"{'; '.join(parts) or 'tokens that the source does not name'}."
         )
 

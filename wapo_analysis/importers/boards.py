@@ -21,6 +21,7 @@ from wapo_analysis.importers.readers import csv_frames, csv_header, json_value
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import text_lines
 from wapo_analysis.importers.sink import Sink
+from wapo_analysis.results import few
 from wapo_analysis.store.files import read_json
 
 #: Header of a scalar downloaded from TensorBoard.
@@ -40,9 +41,7 @@ def pick(runs: Sequence[str], chosen: str | None, where: Path) -> str:
 
     Raises UserError if there are several and none was chosen, or the chosen one is not there.
     """
-    names = ", ".join(printable(shown(run)) for run in runs[:8]) + (
-        ", ..." if len(runs) > 8 else ""
-    )
+    names = few(printable(shown(run)) for run in runs)
     if chosen is not None:
         fits = [run for run in runs if run == chosen] or [run for run in runs if chosen in run]
         if len(fits) == 1:
@@ -123,11 +122,10 @@ def _last_start(scalars: Mapping[Path, Sequence[Scalar]], report: ImportReport) 
     best = long[-1] if long else max(range(len(starts)), key=lambda n: (sizes[n], n))
     others = [f.name for n, files in enumerate(starts) for f in files if n != best and steps[f]]
     if others:
-        few = ", ".join(map(shown, others[:3])) + (", ..." if len(others) > 3 else "")
         report.told(
             f"{len(starts)} starts are in this folder; read is {shown(starts[best][-1].name)}, the "
             f"last with {min(sizes[best], _LONG_ENOUGH)} steps or more; name another file to read "
-            f"it: {few}"
+            f"it: {few(map(shown, others), 3)}"
         )
     return starts[best]
 

@@ -20,6 +20,7 @@ from wapo_analysis.importers.packed import PAGES, head_of, plain_file
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
 from wapo_analysis.importers.shapes import holds_table, may_be_log, text_lines
+from wapo_analysis.results import few
 from wapo_analysis.store import is_run
 from wapo_analysis.store.files import open_regular
 
@@ -224,28 +225,27 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
         poor = {f for f in printed if not console.holds_reward(console.console_lines(f))}
         if 0 < len(poor) < len(printed):
             data |= poor
-            few = ", ".join(shown(file.name) for file in sorted(poor)[:_TOLD_FILES])
-            told.append(f"also there, without a reward, not read: {few}")
+            names = few((shown(file.name) for file in sorted(poor)), _TOLD_FILES)
+            told.append(f"also there, without a reward, not read: {names}")
     return {file: kind for file, kind in kinds.items() if file not in data}
 
 
 def _told_copies(copies: set[Path]) -> list[str]:
     """Say which files are not read because another holds the same; of many only how many."""
-    few = sorted(shown(file.name) for file in copies)
-    if len(few) > _TOLD_FILES:
-        what = f"{len(few)} files hold the same bytes as another file, read once"
-        return [f"{what}: {', '.join(few[:_TOLD_FILES])}, ..."]
-    return [f"{name} holds the same bytes as another file: read once" for name in few]
+    names = sorted(shown(file.name) for file in copies)
+    if len(names) > _TOLD_FILES:
+        what = f"{len(names)} files hold the same bytes as another file, read once"
+        return [f"{what}: {few(names, _TOLD_FILES)}"]
+    return [f"{name} holds the same bytes as another file: read once" for name in names]
 
 
 def _told_odd(files: list[Path], kinds: Mapping[Path, str]) -> list[str]:
     """Say which files are not read though their names differ from read ones in digits alone."""
     read = {_DIGITS.sub("0", file.name) for file in kinds if _DIGITS.search(file.name)}
     odd = [file for file in files if file not in kinds and _DIGITS.sub("0", file.name) in read]
-    few = [shown(file.name) for file in odd if file.stat().st_size]
+    names = [shown(file.name) for file in odd if file.stat().st_size]
     what = "named like the files that are read, but no log of that kind: not read"
-    more = ", ..." if len(few) > _TOLD_FILES else ""
-    return [f"{', '.join(few[:_TOLD_FILES])}{more}: {what}"] if few else []
+    return [f"{few(names, _TOLD_FILES)}: {what}"] if names else []
 
 
 def _copies(files: list[Path]) -> set[Path]:

@@ -25,22 +25,15 @@ from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.logs import newest_state, read_log
 from wapo_analysis.importers.readers import json_records, json_value
-from wapo_analysis.importers.report import ImportReport, spans
+from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.rows import StepCounts, class_table, filled_records, numbers
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes
+from wapo_analysis.results import spans
 from wapo_analysis.schema import TOKENS
 from wapo_analysis.store.files import open_regular
 from wapo_analysis.table import Array
 
-LACKS = {
-    "classes.grad_mass": "the official files hold the (1 - p) proxy, not the exact norm",
-    "classes.coef_sum": "the official files hold w x ratio x A without clip and normaliser",
-    "classes.pred_dentropy_sum": "the official files hold no statistic of the whole distribution",
-    "tokens.pred_dentropy": "the official files hold no statistic of the whole distribution",
-    "tokens.dprob": "the official trainer does not score tokens again after the update",
-    "tokens.dentropy": "the official trainer does not score tokens again after the update",
-}
 SAMPLE_LIMIT = 10_000
 MAX_ARRAY_BYTES = 1 << 30
 #: Bins of p in the paper's files.

@@ -18,14 +18,6 @@ from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import Codes, sequence_rows
 
-LACKS = {
-    "classes.grad_mass": "prime-rl writes neither collision sums nor gradients",
-    "classes.coef_sum": "prime-rl writes no gradient coefficients",
-    "classes.pred_dentropy_sum": "prime-rl writes neither collision sums nor gradients",
-    "tokens.pred_dentropy": "prime-rl writes neither collision sums nor gradients",
-    "tokens.dprob": "prime-rl does not score tokens again after the update",
-    "tokens.dentropy": "prime-rl does not score tokens again after the update",
-}
 _COLUMNS = {
     "token_id": "token_ids",
     "loss_mask": "loss_mask",

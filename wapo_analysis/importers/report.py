@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from wapo_analysis.errors import UserError, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
+from wapo_analysis.results import Items, Result, Section, few
 
 _SHOWN_KEYS = 12
 #: Share of the lines that, when it is lost, makes an import an alarm.
@@ -24,7 +25,7 @@ def shown(path: Path | str) -> str:
 
 
 @dataclass
-class ImportReport:
+class ImportReport(Result):
     """Account of one import.
 
     Attributes
@@ -184,9 +185,9 @@ class ImportReport:
         text = f"{self.format}: {many} from {_files(self.files)} of {self.source}{whose}"
         return printable(text)
 
-    def to_text(self) -> str:
-        """Plain text for a terminal, one fact a line."""
-        lines = [self.headline(), *self.warnings()]
+    def page(self) -> Section:
+        """What was read, then one fact a line."""
+        lines = self.warnings()
         if self.kept_keys:
             lines.append(f"no column of ours, kept in steps.jsonl: {_names(self.kept_keys)}")
         if self.unknown_keys:
@@ -195,7 +196,7 @@ class ImportReport:
         if self.cannot_feed:
             names = _names(self.cannot_feed)
             lines.append(f"{len(self.cannot_feed)} figures need what is not here: {names}")
-        return "\n".join(printable(line) for line in lines)
+        return Section(self.headline(), [Items(lines)] if lines else [])
 
 
 def _files(count: int) -> str:
@@ -203,24 +204,9 @@ def _files(count: int) -> str:
 
 
 def _names(keys: Iterable[str]) -> str:
-    """Names in the order of the alphabet; a long list ends with how many more there are."""
     names = sorted(keys)
-    more = len(names) - _SHOWN_KEYS
-    text = ", ".join(names[:_SHOWN_KEYS])
-    return f"{text} and {more} more (all in manifest.json)" if more > 0 else text
-
-
-def spans(steps: Sequence[int]) -> str:
-    """Sorted steps as ranges: "1 to 3, 7"; of many ranges the first few."""
-    ranges: list[list[int]] = []
-    for step in steps:
-        if ranges and step == ranges[-1][1] + 1:
-            ranges[-1][1] = step
-        else:
-            ranges.append([step, step])
-    texts = [str(a) if a == b else f"{a} to {b}" for a, b in ranges[:_SHOWN_KEYS]]
-    more = f", ... ({len(steps)} in all)" if len(ranges) > _SHOWN_KEYS else ""
-    return ", ".join(texts) + more
+    text = few(names, _SHOWN_KEYS)
+    return f"{text} (all in manifest.json)" if len(names) > _SHOWN_KEYS else text
 
 
 def say_penalty(rows: Mapping[int, Mapping[str, Any]], report: ImportReport) -> None:

@@ -23,27 +23,9 @@ from wapo_analysis.importers.mapping import (
 from wapo_analysis.importers.report import MOST, ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import read_tables
-from wapo_analysis.store import Manifest, Need, RunWriter, open_run
+from wapo_analysis.results import few
+from wapo_analysis.store import Manifest, RunWriter, open_run
 from wapo_analysis.store.files import check_new
-
-_TRAINER_LACKS = {
-    "tokens": "TRL writes text and step averages, nothing per token; use wapo_analysis.attach",
-    "classes": "TRL writes nothing per token, so no class can be told; use wapo_analysis.attach",
-}
-_LOG_LACKS = {
-    "tokens": "a metrics log holds nothing per token",
-    "classes": "a metrics log holds nothing per token, so no class can be told",
-}
-_LACKS: Mapping[str, Mapping[str, str]] = {
-    "official": official.LACKS,
-    "prime-rl": prime_rl.LACKS,
-    "verl": {
-        "tokens": "verl writes text and metrics, nothing per token",
-        "classes": "verl writes nothing per token, so no class can be told",
-    },
-    "trl": _TRAINER_LACKS,
-    **dict.fromkeys(("tensorboard", "wandb", "mlflow", "console"), _LOG_LACKS),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +136,7 @@ def _write(
         if found.left:
             left = ", ".join(shown(file.name) for file in found.left[:4])
             report.told(f"also there, not read: {left}; name one to read it instead")
-        report.cannot_feed = _cannot_feed(folder, found.format, sink.held)
+        report.cannot_feed = _cannot_feed(folder, sink.held)
         writer.update_manifest(**{"import": report.to_dict(), "trainer": report.trainer})
     finally:
         writer.close("finished")
@@ -304,10 +286,10 @@ def _nothing(report: ImportReport, sink: Sink) -> str:
 
 def _some(report: ImportReport) -> str:
     names = sorted({*report.mapped.values(), *report.kept_keys, *report.unknown_keys})
-    return ", ".join(map(printable, names[:30])) + (", ..." if len(names) > 30 else "")
+    return few(map(printable, names), 30)
 
 
-def _cannot_feed(folder: Path, format: str, held: Mapping[str, Collection[str]]) -> dict[str, str]:
+def _cannot_feed(folder: Path, held: Mapping[str, Collection[str]]) -> dict[str, str]:
     """Figures the run cannot feed, each with the reason; ``held`` are its columns by table."""
     from wapo_analysis.plots import FIGURES, unavailable
 
@@ -316,17 +298,5 @@ def _cannot_feed(folder: Path, format: str, held: Mapping[str, Collection[str]])
         run.held[table] = frozenset(held[table]) if table in held else None
     if "logp_after" not in held.get("tokens", ()):
         run.held["tokens re-scored"] = None
-    reasons: dict[str, str] = {}
-    for name, spec in FIGURES.items():
-        lack = unavailable(spec, [run])
-        if lack is None:
-            continue
-        why = [_why(need, _LACKS.get(format, {})) for need in spec.needs]
-        told = next((reason for reason in why if reason), None)
-        reasons[name] = f"{lack} ({told})" if told else lack
-    return reasons
-
-
-def _why(need: Need, lacks: Mapping[str, str]) -> str | None:
-    """Reason of a format for a need, said of the column or of its table."""
-    return lacks.get(f"{need.table}.{need.column}") or lacks.get(need.table)
+    reasons = {name: unavailable(spec, [run]) for name, spec in FIGURES.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}

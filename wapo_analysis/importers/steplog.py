@@ -28,7 +28,8 @@ from wapo_analysis.importers.mapping import (
     set_names,
     shares_of_counts,
 )
-from wapo_analysis.importers.report import ImportReport, say_penalty, shown, spans
+from wapo_analysis.importers.report import ImportReport, say_penalty, shown
+from wapo_analysis.results import few, spans
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 
@@ -279,11 +280,10 @@ class StepLog:
         where = spans(differing)
         if later and (runs := self._several_runs()):
             place = Path(os.path.commonpath([file.parent for file in runs]))
-            names = ", ".join(printable(shown(file.relative_to(place))) for file in runs[:8])
+            names = few(printable(shown(file.relative_to(place))) for file in runs)
             raise UserError(
                 f"{len(runs)} files of {printable(shown(place))} hold different numbers for the "
                 f"same steps, so they look like {len(runs)} runs; name one of them: {names}"
-                + (", ..." if len(runs) > 8 else "")
             )
         if later:
             first = min(int(r.steps.min()) for r in repeats.values())

@@ -2,22 +2,20 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.results import Items, Result, Section
+from wapo_analysis.results import Items, Result, Section, step_words
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, log_lines
 from wapo_analysis.store.lock import probably_dead
 from wapo_analysis.store.manifest import Manifest, read_manifest
 from wapo_analysis.store.parquet import named, verify
 from wapo_analysis.store.parts import Key, list_parts, read_steps, read_vocab, settled
 
-#: Steps that one sentence names.
-_NAMED = 8
 #: Sources whose steps follow each other.
 _COUNTS_ON = ("built-in", "trl", "verl")
 
@@ -114,7 +112,7 @@ def _steps(log: Path, manifest: Manifest, found: Check) -> dict[int, Row]:
         found.damage.append(f"{log.name}: {found.lines:,} of {written:,} lines can be read")
     twice = [step for step, count in rows.items() if count > 1]
     if twice:
-        found.damage.append(f"{log.name}: two lines of {_listed(twice)}; the last counts")
+        found.damage.append(f"{log.name}: two lines of {step_words(twice)}; the last counts")
     return kept
 
 
@@ -140,8 +138,8 @@ def _table(folder: Path, found: Check) -> set[Key]:
     double = [step for (step, _), count in held.items() if count > 1]
     if double:
         found.notes.append(
-            f"{folder.name}: {_listed(double)} in two files, as an interrupted merge leaves them; "
-            "one is read"
+            f"{folder.name}: {step_words(double)} in two files, as an interrupted merge leaves "
+            "them; one is read"
         )
     return set(held)
 
@@ -169,7 +167,7 @@ def _compare(
         if gaps:
             certain = manifest.source in _COUNTS_ON
             (found.damage if certain else found.notes).append(
-                f"{STEP_LOG}: no line of {_listed(gaps)}"
+                f"{STEP_LOG}: no line of {step_words(gaps)}"
             )
     # A step line comes after its parts, and its token_fraction says which there were.
     shares = {step: row.get("token_fraction") for step, row in rows.items()}
@@ -180,24 +178,17 @@ def _compare(
     for name, there in expected.items():
         missing = [step for step in there if (step, 0) not in held[name]]
         if missing:
-            found.damage.append(f"{name}: no rows of {_listed(missing)}")
+            found.damage.append(f"{name}: no rows of {step_words(missing)}")
     for rank in sorted({rank for _, rank in held["classes"] if rank}):
         mine = {step for step, other in held["classes"] if other == rank}
         missing = [s for s in expected["classes"] if s in range(max(mine)) and s not in mine]
         if missing:
-            found.damage.append(f"classes: no rows of process {rank} of {_listed(missing)}")
+            found.damage.append(f"classes: no rows of process {rank} of {step_words(missing)}")
     later = {step for name in PART_TABLES for step, rank in held[name] if rank == 0} - set(rows)
     if later and steps:
-        found.notes.append(f"rows of {_listed(later)} without a line in {STEP_LOG}")
+        found.notes.append(f"rows of {step_words(later)} without a line in {STEP_LOG}")
 
 
 def _brief(error: UserError, run: Path) -> str:
     """What an error says of a file of the run, without the folder and the advice."""
     return str(error).replace(f"{run}{os.sep}", "").partition("; move it away")[0]
-
-
-def _listed(steps: Iterable[int]) -> str:
-    numbers = sorted(set(steps))
-    shown = ", ".join(map(str, numbers[:_NAMED]))
-    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
-    return f"step{'s' if len(numbers) > 1 else ''} {shown}{more}"

@@ -18,6 +18,7 @@ from wapo_analysis.compare.fork import ForkComparison, compare_fork
 from wapo_analysis.declare import declared_settings
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.results import step_words
 from wapo_analysis.settings import shown_value
 from wapo_analysis.store import Run, open_run
 from wapo_analysis.store.files import check_new
@@ -227,8 +228,7 @@ def _notes(
     """What the reader must know of how alike the two runs are, in sentences."""
     notes = []
     if rows:
-        first, last = (int(row["step"]) for row in (rows[0], rows[-1]))
-        span = f"steps {first} to {last}" if first != last else f"step {first}"
+        span = step_words([int(row["step"]) for row in rows])
         equal = _equal(original, rows)
         notes.append(
             f"The repeated {span} came out as recorded, to the last digit."

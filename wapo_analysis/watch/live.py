@@ -23,6 +23,7 @@ from rich.text import Text
 
 from wapo_analysis.diagnose import SEVERITIES, Diagnosis, Finding, diagnose
 from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.results import few
 from wapo_analysis.store import MANIFEST, Run, find_runs
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.view import one_line, render
@@ -170,8 +171,7 @@ def find_run(path: Path) -> Path:
     """Folder of the one run at or below a path. Raises UserError if there is none, or several."""
     found = find_runs(path)
     if len(found) > 1:
-        names = ", ".join(str(run) for run in found[:6])
-        raise UserError(f"{path} holds {len(found)} runs; name one of: {names}")
+        raise UserError(f"{path} holds {len(found)} runs; name one of: {few(found, 6)}")
     return found[0]
 
 

@@ -115,7 +115,7 @@ def test_what_has_no_number_is_not_named(tmp_path: Path) -> None:
     assert "Predicted dH of neg_peak at step 43 comes from tokens that the source" in d.to_text()
     write_tokens(path, 44, [(-1, 7, -4.0)])
     text = diagnose(open_run(path)).to_text()
-    assert "at steps 43, 44 comes from tokens '\\n\\n' 50%." in text
+    assert "at steps 43 to 44 comes from tokens '\\n\\n' 50%." in text
 
 
 @pytest.mark.parametrize("flow", [1.0, -1.0])

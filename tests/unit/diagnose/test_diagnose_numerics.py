@@ -42,7 +42,7 @@ BROKEN: dict[str, tuple[dict[str, Any], list[tuple[str, int, str]]]] = {
     "a loss of every second step": ({"loss": [0.5, NAN] * 10}, []),
     "a loss of every fifth step, and a gap": (
         {"loss": [*[0.5, *[NAN] * 4] * 2, *[NAN] * 5, 0.5, *[NAN] * 4], "reward": ONES},
-        [("nonfinite_step", 7, "At step 7, 8, 9, 10, 11, ... loss was not finite.")],
+        [("nonfinite_step", 7, "At steps 7 to 15 loss was not finite.")],
     ),
     "a second record without a loss": (
         {"loss": [0.5, NAN], "reward": [1.0, 1.0]},
@@ -54,18 +54,19 @@ BROKEN: dict[str, tuple[dict[str, Any], list[tuple[str, int, str]]]] = {
     "a loss that never was": ({"loss": [NAN] * 20, "reward": ONES}, []),
     "two columns": (
         {"loss": but(NAN, 7), "grad_norm": but(NAN, 7, 9)},
-        [("nonfinite_step", 8, "At step 8, 10 loss and grad_norm were not finite.")],
+        [("nonfinite_step", 8, "At steps 8, 10 loss and grad_norm were not finite.")],
     ),
     "an update that was skipped": (
         {"loss": but(NAN, 7), "skipped_updates": but(1, 7, 8, usual=0)},
-        [("nonfinite_step", 8, "At step 8, 9 loss was not finite, updates were skipped.")],
+        [("nonfinite_step", 8, "At steps 8 to 9 loss was not finite, updates were skipped.")],
     ),
     "tokens": (
         {"loss": but(0.5), "nonfinite": but(1, 3, usual=0)},
-        [("nonfinite_step", 4, "At step 4 tokens had a logp or entropy that was not finite.")],
+        [("nonfinite_step", 4, "At step 4 some tokens had a logp or entropy that was not finite.")],
     ),
     "two at the end": (
-        {"loss": but(NAN, 18, 19)}, [("nonfinite_step", 19, "At step 19, 20 loss was not finite.")],
+        {"loss": but(NAN, 18, 19)},
+        [("nonfinite_step", 19, "At steps 19 to 20 loss was not finite.")],
     ),
     "three at the end": (
         {"loss": but(NAN, 17, 18, 19)},
@@ -75,13 +76,13 @@ BROKEN: dict[str, tuple[dict[str, Any], list[tuple[str, int, str]]]] = {
         {"loss": but(NAN, 4, 17, 18, 19), "nonfinite": but(2, 5, 18, usual=0)},
         [
             ("diverged", 18, "From step 18 to the end (3 steps) loss was not finite."),
-            ("nonfinite_step", 5, "At step 5, 6 loss was not finite, tokens had a logp or entropy "
-             "that was not finite."),
+            ("nonfinite_step", 5, "At steps 5 to 6 loss was not finite, some tokens had a logp or "
+             "entropy that was not finite."),
         ],
     ),
     "tokens at the end": (
         {"loss": but(0.5), "nonfinite": but(1, 17, 18, 19, usual=0)},
-        [("nonfinite_step", 18, "At step 18, 19, 20 tokens had a logp or entropy that was not "
+        [("nonfinite_step", 18, "At steps 18 to 20 some tokens had a logp or entropy that was not "
           "finite.")],
     ),
     "all updates skipped": (
@@ -108,11 +109,11 @@ def test_broken_steps_are_counted_by_what_broke(tmp_path: Path) -> None:
     }  # fmt: skip
     diverged, before = check("nonfinite", tmp_path, columns)
     assert diverged.evidence == {
-        "steps": "18, 19, 20", "broken_steps": 3, "loss": 3, "grad_norm": 1, "skipped_updates": 1,
+        "steps": "18 to 20", "broken_steps": 3, "loss": 3, "grad_norm": 1, "skipped_updates": 1,
         "tokens_not_finite": 3.0,
     }  # fmt: skip
     assert before.evidence == {
-        "steps": "5, 6, 7, 8", "broken_steps": 4, "loss": 2, "grad_norm": 1, "skipped_updates": 1,
+        "steps": "5 to 8", "broken_steps": 4, "loss": 2, "grad_norm": 1, "skipped_updates": 1,
         "nonfinite": 2, "tokens_not_finite": 6.0,
     }  # fmt: skip
 

@@ -216,10 +216,10 @@ def test_of_many_broken_steps_five_are_named(tmp_path: Path) -> None:
     loss = np.full(40, 0.5)
     loss[[4, 8, 12, 16, 20]] = np.nan
     (found,) = judge(tmp_path / "five", loss=loss, reward=np.full(40, 0.3)).findings
-    assert found.message == "At step 5, 9, 13, 17, 21 loss was not finite."
+    assert found.message == "At steps 5, 9, 13, 17, 21 loss was not finite."
     loss[24] = np.inf
     (found,) = judge(tmp_path / "six", loss=loss, reward=np.full(40, 0.3)).findings
-    assert found.message == "At step 5, 9, 13, 17, 21, ... loss was not finite."
+    assert found.message == "At steps 5, 9, 13, 17, 21, ... (6 in all) loss was not finite."
     assert found.evidence["broken_steps"] == 6
 
 

@@ -144,8 +144,16 @@ def test_a_wandb_folder_without_its_library_gives_what_was_printed(
     ("runs", "chosen", "told"),
     [
         (8, None, "holds 8 runs; choose one with --run NAME: r1, r2, r3, r4, r5, r6, r7, r8"),
-        (9, None, "holds 9 runs; choose one with --run NAME: r1, r2, r3, r4, r5, r6, r7, r8, ..."),
-        (9, "r", "--run r is not one of the runs in logs: r1, r2, r3, r4, r5, r6, r7, r8, ..."),
+        (
+            9,
+            None,
+            "holds 9 runs; choose one with --run NAME: r1, r2, r3, r4, r5, r6, r7, r8 and 1 more",
+        ),
+        (
+            9,
+            "r",
+            "--run r is not one of the runs in logs: r1, r2, r3, r4, r5, r6, r7, r8 and 1 more",
+        ),
         (2, "x", "--run x is not one of the runs in logs: r1, r2"),
     ],
 )
@@ -205,7 +213,7 @@ def starts(*firsts: int) -> dict[Path, list[tuple[str, int, float]]]:
         ((1, 1, 1, 1), "4 starts are in this folder; read is f3, the last with 8 steps or more; "
          "name another file to read it: f0, f1, f2"),
         ((1, 1, 1, 1, 1), "5 starts are in this folder; read is f4, the last with 8 steps or more; "
-         "name another file to read it: f0, f1, f2, ..."),
+         "name another file to read it: f0, f1, f2 and 1 more"),
         ((1, 10, 5), None), ((1, 10, 1), "2 starts are in this folder; read is f2, the last with "
          "8 steps or more; name another file to read it: f0, f1"),
     ],

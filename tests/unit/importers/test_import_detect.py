@@ -135,7 +135,7 @@ def test_tables_that_are_no_log_are_left_out_of_a_folder_unless_they_are_asked_f
         ({"a__log": PRINTED, "b__log": "step=1 lr=0.5 loss=2\n" * 3, "x__csv": TABLE},
          ["x.csv"], None),
         ({"a__log": PRINTED, **{f"b{n}__log": "step=1 lr=0.5 loss=2\n" * 3 for n in range(5)}},
-         ["a.log"], "b0.log, b1.log, b2.log, b3.log"),
+         ["a.log"], "b0.log, b1.log, b2.log, b3.log and 1 more"),
     ],
 )  # fmt: skip
 def test_of_printed_logs_alone_those_with_a_reward_are_read(
@@ -149,7 +149,7 @@ def test_of_printed_logs_alone_those_with_a_reward_are_read(
 
 @pytest.mark.parametrize(
     ("odd", "told"), [(4, "9.jsonl, 91.jsonl, 92.jsonl, 93.jsonl: named"),
-                      (5, "9.jsonl, 91.jsonl, 92.jsonl, 93.jsonl, ...: named")],
+                      (5, "9.jsonl, 91.jsonl, 92.jsonl, 93.jsonl and 1 more: named")],
 )  # fmt: skip
 def test_of_files_named_like_the_others_that_are_no_log_four_are_named(
     odd: int, told: str, tmp_path: Path

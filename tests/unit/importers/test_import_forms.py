@@ -262,7 +262,8 @@ def test_copies_of_a_table_are_read_once(tmp_path: Path) -> None:
         f"{n}.csv holds the same bytes as another file: read once" for n in range(1, 5)
     ]
     assert _told_copies(set(files[1:6])) == [
-        "5 files hold the same bytes as another file, read once: 1.csv, 2.csv, 3.csv, 4.csv, ..."
+        "5 files hold the same bytes as another file, read once: "
+        "1.csv, 2.csv, 3.csv, 4.csv and 1 more"
     ]
 
 

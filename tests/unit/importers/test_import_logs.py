@@ -318,7 +318,7 @@ def test_names_nobody_knows(tmp_path: Path) -> None:
     (alarm,) = report.alarms
     assert "no column of reward, entropy" in alarm
     assert alarm.endswith("--map reward=my_return --map entropy=policy_ent")
-    assert report.to_text().splitlines()[1].startswith("! no column of reward")
+    assert report.to_text().splitlines()[1].startswith("  - ! no column of reward")
     steps, report = read(source, tmp_path / "b", step="iter_no", reward="my_return")
     assert steps["reward"].tolist() == [0.5] * STEPS
     assert not report.alarms

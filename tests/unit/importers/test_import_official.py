@@ -116,10 +116,10 @@ def test_completions_and_evaluation(imported: Run) -> None:
     assert steps.loc[3, "eval/reward"] == np.mean([row["reward"] for row in evaluated])
 
 
-def test_manifest_says_what_is_missing_and_why(imported: Run) -> None:
+def test_manifest_says_what_is_missing(imported: Run) -> None:
     told = imported.manifest["import"]
     assert imported.manifest["source"] == "import"
-    assert "(1 - p) proxy" in told["cannot_feed"]["gradient_mass"]
+    assert told["cannot_feed"]["gradient_mass"] == "run has no 'grad_mass' in its classes table"
     assert "class_share" not in told["cannot_feed"]
     assert "completions: exact_match" in told["unknown_keys"]
     assert "chi_squared" in told["kept_keys"]

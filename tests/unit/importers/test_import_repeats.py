@@ -87,7 +87,7 @@ def test_of_many_runs_in_a_folder_eight_are_named() -> None:
     names = ", ".join(f"{name}.jsonl" for name in "abcdefgh")
     with pytest.raises(UserError, match=f"8 runs; name one of them: {names}$"):
         of_files(*[[1, 2, 3]] * 8)
-    with pytest.raises(UserError, match=f"9 runs; name one of them: {names}, ...$"):
+    with pytest.raises(UserError, match=f"9 runs; name one of them: {names} and 1 more$"):
         of_files(*[[1, 2, 3]] * 9)
     with pytest.raises(UserError, match=r"3 runs; name one of them: a\.jsonl, b\.jsonl, c\.jsonl"):
         of_files([1, 2, 3, 4], [1, 2, 3, 4], [3, 4, 5, 6])

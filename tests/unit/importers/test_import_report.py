@@ -72,7 +72,7 @@ def test_a_long_list_of_names_ends_with_how_many_more_there_are() -> None:
     report.unknown_keys.update(f"k{n:02}" for n in range(12))
     names = ", ".join(f"k{n:02}" for n in range(12))
     assert report.to_text().splitlines() == [
-        "jsonl: 3 steps from 1 file of train.log (TRL's names)", f"not in the run: {names}",
+        "jsonl: 3 steps from 1 file of train.log (TRL's names)", f"  - not in the run: {names}",
     ]  # fmt: skip
     report.unknown_keys.update(["k12"])
     assert report.to_text().endswith(f"{names} and 1 more (all in manifest.json)")
@@ -149,7 +149,7 @@ def test_one_of_several_runs_is_chosen_by_its_name_or_a_part_of_it() -> None:
     assert pick(["only"], None, LOG) == "only"
     assert pick(runs, "seed-1", LOG) == "seed-1", "the name itself before seed-10"
     assert pick(runs, "10", LOG) == "seed-10"
-    with pytest.raises(UserError, match="holds 10 runs; choose one .*seed-7, seed-8, ...$"):
+    with pytest.raises(UserError, match="holds 10 runs; choose one .*seed-7, seed-8 and 2 more$"):
         pick(runs, None, LOG)
     with pytest.raises(UserError, match="--run seed is not one of the runs in logs/train.log"):
         pick(runs, "seed", LOG)

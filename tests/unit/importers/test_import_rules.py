@@ -13,7 +13,7 @@ from wapo_analysis.importers.console import _bars_count, _Counter, _dict, _end_o
 from wapo_analysis.importers.mapping import Feed, NameTable, likely_trainer, nearest
 from wapo_analysis.importers.official import OfficialTree, step_of
 from wapo_analysis.importers.printed import PrintedLog
-from wapo_analysis.importers.report import ImportReport, spans
+from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.run import _raise_alarms
 from wapo_analysis.importers.steplog import StepLog, _fed, _Repeats, _way
 
@@ -313,16 +313,6 @@ def test_what_is_a_chart_of_wandb(names: list[str], panel: bool) -> None:
 
 
 # ---- words, trainers, trees
-
-
-@pytest.mark.parametrize(
-    ("steps", "said"),
-    [([1], "1"), ([1, 2, 3, 7], "1 to 3, 7"), ([], ""), ([1, 3], "1, 3"),
-     (list(range(0, 24, 2)), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22"),
-     (list(range(0, 26, 2)), "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, ... (13 in all)")],
-)  # fmt: skip
-def test_steps_as_ranges(steps: list[int], said: str) -> None:
-    assert spans(steps) == said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers import ImportReport, import_run
-from wapo_analysis.importers.report import spans
 from wapo_analysis.importers.rows import _at_most_zero
 from wapo_analysis.importers.shapes import told_apart
 from wapo_analysis.store import find_runs, open_run
@@ -313,11 +312,6 @@ def test_each_held_out_set_is_kept_beside_their_mean(tmp_path: Path) -> None:
 
 
 def test_what_is_told_of_an_import_is_short_and_names_the_first(tmp_path: Path) -> None:
-    assert spans([1, 2, 3, 7, 9, 10]) == "1 to 3, 7, 9 to 10"
-    assert spans([]) == ""
-    apart = list(range(0, 24, 2))
-    assert spans(apart) == "0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22"
-    assert spans([*apart, 24]) == spans(apart) + ", ... (13 in all)"
     report = ImportReport("text", "log.txt")
     for number in range(1, 26):
         report.bad_line(tmp_path / "log.txt", number, "no number")

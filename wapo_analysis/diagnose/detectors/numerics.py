@@ -8,6 +8,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors import MIN_STEPS, detector, lasting, level_finding
 from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.results import spans, step_words
 from wapo_analysis.series import Series, episodes, robust_sigma, silent_since
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -117,7 +118,6 @@ def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice |
     counts = {name: int((mask & rows).sum()) for name, mask in parts.items()}
     counts = {name: count for name, count in counts.items() if count}
     diverged = isinstance(where, slice)
-    named = ", ".join(map(str, steps[:5])) + (", ..." if len(steps) > 5 else "")
     what = _what_broke(list(counts))
     return Finding(
         name="diverged" if diverged else "nonfinite_step",
@@ -126,10 +126,10 @@ def _nonfinite_finding(context: Context, parts: dict[str, Array], where: slice |
         message=(
             f"From step {steps[0]} to the end ({len(steps)} steps) {what}."
             if diverged
-            else f"At step {named} {what}."
+            else f"At {step_words(steps.tolist(), 5)} {what}."
         ),
         evidence={
-            "steps": named,
+            "steps": spans(steps.tolist(), 5),
             "broken_steps": len(steps),
             **counts,
             "tokens_not_finite": float(np.nansum(context.values("nonfinite")[rows])),
@@ -150,7 +150,7 @@ def _what_broke(names: list[str]) -> str:
     clauses = [
         f"{columns} {'were' if ' and ' in columns else 'was'} not finite" if columns else "",
         "updates were skipped" if "skipped_updates" in names else "",
-        "tokens had a logp or entropy that was not finite" if "nonfinite" in names else "",
+        "some tokens had a logp or entropy that was not finite" if "nonfinite" in names else "",
     ]
     return ", ".join(clause for clause in clauses if clause)
 
