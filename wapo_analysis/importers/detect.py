@@ -225,8 +225,8 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
         poor = {f for f in printed if not console.holds_reward(console.console_lines(f))}
         if 0 < len(poor) < len(printed):
             data |= poor
-            names = few((shown(file.name) for file in sorted(poor)), _TOLD_FILES)
-            told.append(f"also there, without a reward, not read: {names}")
+            left = few((shown(file.name) for file in sorted(poor)), _TOLD_FILES)
+            told.append(f"also there, without a reward, not read: {left}")
     return {file: kind for file, kind in kinds.items() if file not in data}
 
 
