@@ -108,7 +108,7 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
     return keep_labels(_with_share(frame[frame["cls"].isin(range(4))], "grad_mass"), runs)
 
 
-@each_label("share")
+@each_label("grad_mass")
 def _says_gradient_mass(label: str, rows: pd.DataFrame) -> str:
     """The class with most of the gradient, beside its part of the tokens, over the whole run."""
     sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
@@ -187,7 +187,7 @@ def prepare_bin_mass(runs: Sequence[Run]) -> pd.DataFrame:
 
 @each_label("exact")
 def _says_bin_mass(label: str, rows: pd.DataFrame) -> str:
-    top = largest(mean_over_runs(rows, ("sign", "prob_bin")), "exact")
+    top = largest(mean_over_runs(rows, ("sign", "prob_bin"), ("exact",)), "exact")
     return (
         f"{label}: {top['exact']:.0%} of the gradient is on tokens with "
         f"{SIGN_NAMES[int(top['sign'])]}, p in {bin_names(PAPER_EDGES)[int(top['prob_bin'])]}"
@@ -208,7 +208,7 @@ def plot_bin_mass(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArra
     Returns axes of shape (labels,).
     """
     labels, figure, axes = _bin_panels(frame, figure, 3.4)
-    means = mean_over_runs(frame, ("sign", "prob_bin"))
+    means = mean_over_runs(frame, ("sign", "prob_bin"), ("exact", "proxy"))
     for ax, _, part in label_parts(axes, means, labels):
         if not part["exact"].notna().any():
             note(ax, "nothing had a gradient,\nor the norm is unknown")
@@ -306,7 +306,7 @@ def _bin_panels(
     frame: pd.DataFrame, figure: Figure | None, panel: float
 ) -> tuple[list[str], Figure, AxesArray]:
     """:func:`label_row` with the paper's bins of p across."""
-    labels, figure, axes = label_row(frame, figure, panel)
+    labels, figure, axes = label_row(frame, figure, panel, columns=3)
     names = bin_names(PAPER_EDGES)
     for ax in axes:
         ax.set_xticks(range(len(names)), labels=names, fontsize=9)

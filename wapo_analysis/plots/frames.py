@@ -162,14 +162,21 @@ def _token_rows(run: Run, steps: tuple[int, ...]) -> pd.DataFrame:
     return rows
 
 
-def mean_over_runs(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+def mean_over_runs(
+    frame: pd.DataFrame, keys: Sequence[str], shares: Sequence[str] = ()
+) -> pd.DataFrame:
     """Mean over the runs of a label of every number in the frame, NaN left out.
 
     Returns ``label``, the keys and the means, labels in their first order. ``frame``: tidy frame
-    with ``RUN_KEYS``; ``keys``: keys to keep beside ``label``.
+    with ``RUN_KEYS``; ``keys``: keys to keep beside ``label``; ``shares``: columns of which a run
+    that has no row of some keys has nothing there, so that their means add up as its shares do.
     """
-    rest = frame.drop(columns=["seed", "run"])
-    return rest.groupby(["label", *keys], sort=False, as_index=False).mean()
+    rows = frame.drop(columns=["seed", "run"]).groupby(["label", *keys], sort=False)
+    means = rows.mean()
+    for name in shares:
+        runs = frame.dropna(subset=name).groupby("label")["run"].nunique()
+        means[name] = rows[name].sum(min_count=1).div(runs, level="label")
+    return means.reset_index()
 
 
 def keep_labels(frame: pd.DataFrame, runs: Sequence[Run]) -> pd.DataFrame:

@@ -18,12 +18,16 @@ from wapo_analysis.plots.style import (
     BAND_ALPHA,
     CLASS_COLORS,
     INK,
+    LEGEND_SIZE,
     MUTED,
     SIGN_COLORS,
     SIGN_NAMES,
     SIGNS,
+    WIDTH,
+    inches,
     label_styles,
     new_figure,
+    wrapped,
 )
 
 #: Array of matplotlib axes.
@@ -87,8 +91,17 @@ def label_figure(
                 axes[row, place].tick_params(which="both", labelleft=False)
             if row < rows - 1 and share_x:
                 axes[row, place].tick_params(labelbottom=False)
-        axes[0, place].set_title(label)
+        name_panel(axes[0, place], label)
     return labels, figure, axes
+
+
+def name_panel(ax: Axes, text: str, size: float = 10.5, beside: bool = False) -> None:
+    """Title of a panel, or what stands ``beside`` it, in lines that do not leave the panel."""
+    # Measured before the layout, which makes panels somewhat larger.
+    room = 1.15 * (ax.bbox.height if beside else ax.bbox.width) / ax.figure.dpi
+    weight = "normal" if beside else "bold"
+    lines = "\n".join(wrapped(line, room, size, weight) for line in text.split("\n"))
+    (ax.set_ylabel if beside else ax.set_title)(lines, fontsize=size)
 
 
 def label_row(
@@ -343,7 +356,19 @@ def label_legend(figure: Figure, ax: Axes) -> None:
     if ax.collections:
         handles.append(Patch(color=MUTED, alpha=BAND_ALPHA, label="from lowest to highest run"))
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+        texts = [wrapped(str(h.get_label()), WIDTH - 1, LEGEND_SIZE, "normal") for h in handles]
+        columns = _fitting_columns(texts, min(len(handles), MAX_COLUMNS))
+        figure.legend(handles, texts, loc="outside lower center", ncols=columns)
+
+
+def _fitting_columns(texts: Sequence[str], most: int) -> int:
+    """As many columns of a legend as fit the width of a figure."""
+    beside = 5 * LEGEND_SIZE / 72  # a line, and the gaps beside it
+    sizes = [beside + max(inches(line, LEGEND_SIZE) for line in t.split("\n")) for t in texts]
+    for count in range(most, 1, -1):
+        if sum(max(part) for part in np.array_split(sizes, count)) <= WIDTH - 0.2:
+            return count
+    return 1
 
 
 def sign_legend(figure: Figure, *extra: Line2D) -> None:

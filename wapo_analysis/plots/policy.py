@@ -25,6 +25,7 @@ from wapo_analysis.plots.panels import (
     label_lines,
     label_parts,
     label_row,
+    name_panel,
     note,
     sign_legend,
     step_axis,
@@ -122,7 +123,7 @@ def plot_train_vs_behaviour(frame: pd.DataFrame, figure: Figure | None = None) -
     for pair, label, part in label_parts(axes, frame, labels):
         for ax, sign in zip(pair, SIGNS, strict=True):
             _density(ax, part[part["sign"] == sign], sign)
-            ax.set_title(f"{label}, {SIGN_NAMES[sign]}", fontsize=10)
+            name_panel(ax, f"{label}, {SIGN_NAMES[sign]}", 10)
     for pair in axes[len(labels) :]:
         for ax in pair:
             ax.set_axis_off()
@@ -227,19 +228,19 @@ def plot_ratio_histogram(frame: pd.DataFrame, figure: Figure | None = None) -> A
     Returns axes of shape (labels,).
     """
     labels, figure, axes = label_row(frame, figure, 3.2)
-    means = mean_over_runs(frame, ("sign", "bin"))
+    means = mean_over_runs(frame, ("sign", "bin"), ("share",))
     lacks = "not available here:\nno logp_old"
     for ax, _, part in filled_parts(axes, means, labels, "bin", lacks):
         for sign in SIGNS:
             rows = part[part["sign"] == sign].set_index("bin")["share"]
             heights = rows.reindex(range(len(_RATIO_BINS) - 1)).to_numpy()
             ax.stairs(np.nan_to_num(heights), np.exp(_RATIO_BINS), color=SIGN_COLORS[sign])
-        for bound in part[["low", "high"]].iloc[0].dropna():
-            if not _RATIO_BINS[0] < np.log(bound) < _RATIO_BINS[-1]:
+        for side, bound in zip(("right", "left"), part[["low", "high"]].iloc[0], strict=True):
+            if not _RATIO_BINS[0] < np.log(bound) < _RATIO_BINS[-1]:  # nor where there is none
                 continue
             ax.axvline(bound, color=MUTED, linestyle="--", linewidth=1)
-            ax.annotate(f"{bound:g}", (bound, 1), xycoords=ax.get_xaxis_transform(), fontsize=8.5,
-                        ha="center", va="bottom")  # fmt: skip
+            ax.annotate(f" {bound:g} ", (bound, 0.99), xycoords=ax.get_xaxis_transform(),
+                        fontsize=8.5, ha=side, va="top")  # fmt: skip
     ticks = (0.25, 0.5, 1, 2, 4)
     for ax in axes:
         ax.set(xscale="log", yscale="log", xlabel="ratio p / p_old")

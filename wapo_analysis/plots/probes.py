@@ -17,6 +17,7 @@ from wapo_analysis.plots.panels import (
     filled_parts,
     label_parts,
     label_row,
+    name_panel,
     note,
     pair_legend,
 )
@@ -121,7 +122,7 @@ def _by_class(rows: pd.DataFrame) -> pd.DataFrame:
 def _says_mass_flow(label: str, rows: pd.DataFrame) -> str:
     """Of the class that moves most probability: a token's mean, and what moves against it."""
     means = rows.groupby(["cls", "goer"], sort=False)["measured"].mean().unstack()
-    counts = rows.groupby("cls", sort=False)["tokens"].first()
+    counts = rows[rows["goer"] == GOERS[0]].groupby("cls", sort=False)["tokens"].sum()
     means = means.reindex(columns=list(GOERS)).dropna(subset="sampled")
     known: dict[Any, Any] = means.to_dict("index")
     if not known:
@@ -156,7 +157,7 @@ def plot_mass_flow(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArr
     for row, label, part in label_parts(axes, frame, labels):
         for cls, ax in zip(CLASSES, row, strict=True):
             _goer_bars(ax, part[part["cls"] == cls], cls)
-        row[0].set_ylabel(label)
+        name_panel(row[0], label, 10, beside=True)
     for ax in axes[-1]:
         ax.set_xlabel("mean change of p")
     pair_legend(figure, "predicted (first order, one step size)", "measured")
@@ -180,8 +181,9 @@ def _goer_bars(ax: Axes, rows: pd.DataFrame, cls: str) -> None:
     biggest = float(np.nanmax(np.abs(means.to_numpy())))
     ax.set_xlim(-1.15 * biggest, 1.15 * biggest) if biggest else None
     ax.ticklabel_format(axis="x", style="sci", scilimits=(-2, 2))
+    tokens = int(rows.loc[rows["goer"] == GOERS[0], "tokens"].sum())
     ax.annotate(
-        f"{int(rows['tokens'].sum()):,} tokens", (0.98, 0.02), xycoords="axes fraction",
+        f"{tokens:,} tokens", (0.98, 0.02), xycoords="axes fraction",
         ha="right", fontsize=8, color=MUTED,
     )  # fmt: skip
 
@@ -242,7 +244,7 @@ def plot_calibration(frame: pd.DataFrame, figure: Figure | None = None) -> AxesA
     for row, label, part in label_parts(axes, frame, labels):
         _right_bars(row[0], part)
         _scatter(row[1], part)
-        row[0].set_title(label)
+        name_panel(row[0], label)
     axes[-1, 0].set_xlabel("updates with the predicted sign of dH")
     axes[-1, 1].set_xlabel("predicted dH of the class (nats)")
     coin = Line2D([], [], color=INK, linewidth=1, linestyle=":", label="a coin")
@@ -370,15 +372,14 @@ def _bars(ax: Axes, part: pd.DataFrame) -> None:
     ax.axvline(0, color=INK, linewidth=0.6)
     low, high = ax.dataLim.intervalx
     ax.set_xlim(low - 0.04 * (high - low), high + 0.22 * (high - low))
+    ax.locator_params(axis="x", nbins=6)
     names = [part_name(code) if code != UPDATE else "measured" for code in order]
     ax.set_yticks([-place for place in range(len(order))], labels=names)
     ax.grid(visible=False, axis="y")
     for code, tick in zip(order, ax.get_yticklabels(), strict=True):
         tick.set_color(CLASS_INK[CLASSES[code]] if code < len(CLASSES) else INK)
-    ax.set_xlabel(f"dH of all tokens (nats)\n{_span(part)}")
-
-
-def _span(part: pd.DataFrame) -> str:
-    runs, probes = part["run"].nunique(), int(part.groupby("run")["probes"].first().sum())
+    each = part.groupby("run")["probes"].first().astype(int)
+    probes = " to ".join(map(str, sorted({each.min(), each.max()})))
+    runs = f", mean of {len(each)} runs" if len(each) > 1 else ""
     steps = f"steps {int(part['first'].min())} to {int(part['last'].max())}"
-    return f"sum over {probes} probed updates, {steps}" + (f", mean of {runs} runs" * (runs > 1))
+    ax.set_xlabel(f"dH of all tokens (nats){runs}\nsum over {probes} probed updates, {steps}")

@@ -16,7 +16,14 @@ from wapo_taxonomy import CLASSES
 
 from wapo_analysis.plots import each_label, figure
 from wapo_analysis.plots.frames import keep_labels, labels_of, token_frame
-from wapo_analysis.plots.panels import AxesArray, label_parts, label_row, note, pair_legend
+from wapo_analysis.plots.panels import (
+    AxesArray,
+    label_parts,
+    label_row,
+    name_panel,
+    note,
+    pair_legend,
+)
 from wapo_analysis.plots.style import CLASS_COLORS, CLASS_INK, INK, MUTED, SIGN_COLORS, new_figure
 from wapo_analysis.probes import agreement
 from wapo_analysis.schema import axis_label
@@ -128,7 +135,7 @@ def _class_row(rows: pd.DataFrame, factor: float) -> dict[str, object]:
 
 
 def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
-    labels, figure, axes = label_row(frame, figure, 3.4, share_x=False, share_y=False)
+    labels, figure, axes = label_row(frame, figure, 3.4, share_x=False, share_y=False, columns=2)
     for ax, _, rows in label_parts(axes, frame, labels):
         part = rows[rows["tokens"] >= _FEW]
         _class_axis(ax, rows)
@@ -139,7 +146,7 @@ def _plot(frame: pd.DataFrame, kind: str, figure: Figure | None) -> AxesArray:
             _pair(ax, row)
         factor = part["factor"].iloc[0]
         scale = f"prediction x {factor:.3g}" if np.isfinite(factor) else "nothing predicted"
-        ax.set_title(scale, loc="right", fontsize=8.5, fontweight="normal", color=MUTED)
+        ax.set_xlabel(scale, fontsize=8.5, color=MUTED)
     axes[0].set_ylabel(axis_label("tokens", _SHIFTS[kind][1], _SHIFTS[kind][2]))
     pair_legend(figure, "predicted from the token's own update", "measured after the whole update")
     return axes
@@ -221,7 +228,7 @@ def plot_decile_shift(frame: pd.DataFrame, figure: Figure | None = None) -> Axes
             _deciles(
                 ax, part[part["advantage"] == place], SIGN_COLORS[-1 if place < _POSITIVE else 1]
             )
-        row[0].set_ylabel(f"{label}\nchange of p", fontsize=9)
+        name_panel(row[0], f"{label}\nchange of p", 9, beside=True)
     for ax, name in zip(axes[0], _ADVANTAGE_NAMES, strict=True):
         ax.set_title(name)
     for ax in axes[-1]:

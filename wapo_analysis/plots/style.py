@@ -6,6 +6,7 @@ blindness; objectives use purple and green, which no class uses.
 """
 
 import io
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import numpy as np
 from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager, get_font
+from matplotlib.textpath import text_to_path
 from wapo_taxonomy import CLASSES, NONE, UNKNOWN
 
 from wapo_analysis.errors import printable, unknown_name
@@ -50,7 +52,8 @@ MUTED = "#6A6A6A"
 BAND_ALPHA = 0.18
 FORMATS = ("png", "svg", "pdf")
 WIDTH = 10.0
-_TITLE_SIGNS = 9.6  # an inch, at the size of a title
+LEGEND_SIZE = 9.5
+_FEWEST = 8  # characters of a line, however narrow the room
 _WIDE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "PingFang SC",
                "Microsoft YaHei", "Arial Unicode MS")  # fmt: skip
 PNG_DPI = 120
@@ -179,7 +182,7 @@ def theme() -> dict[Any, Any]:
         "xtick.labelsize": 9,
         "ytick.labelsize": 9,
         "legend.frameon": False,
-        "legend.fontsize": 9.5,
+        "legend.fontsize": LEGEND_SIZE,
         "lines.linewidth": 1.8,
         "figure.titlesize": 12.5,
         "figure.titleweight": "bold",
@@ -207,9 +210,27 @@ def drawable(text: str) -> str:
     )
 
 
-def wrapped(text: str) -> str:
-    """Title in lines that fit the width of a figure."""
-    return textwrap.fill(text, int(_TITLE_SIGNS * WIDTH))
+def inches(text: str, size: float, weight: str = "normal") -> float:
+    """Width of a text, kerning left out; ``size`` in points."""
+    return sum(_advance(char, weight) for char in text) * size / _POINTS
+
+
+@cache
+def _advance(char: str, weight: str) -> float:
+    """Width of a character at one point."""
+    font = FontProperties(family=_fonts()[0], size=1, weight=weight)
+    width: float = text_to_path.get_text_width_height_descent(char, font, False)[0]
+    return width
+
+
+def wrapped(text: str, room: float = WIDTH - 0.2, size: float = 12.5, weight: str = "bold") -> str:
+    """Text in lines that fit into ``room`` inches; by default a title across a figure."""
+    text = re.sub(" ([<>=]) ", "\u00a0\\1\u00a0", text)  # a comparison stays in one line
+    lines, signs = [text], int(1.3 * len(text) * room / max(inches(text, size, weight), room))
+    while signs >= _FEWEST and any(inches(line, size, weight) > room for line in lines):
+        lines = textwrap.wrap(text, signs, break_on_hyphens=False)
+        signs -= 1
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
 class _Drawn(Figure):

@@ -18,6 +18,7 @@ from wapo_analysis.plots.panels import (
     label_lines,
     label_parts,
     label_row,
+    name_panel,
     note,
     step_axis,
 )
@@ -209,7 +210,7 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
 
     Returns axes of shape (labels,).
     """
-    labels, figure, axes = label_row(frame, figure, 3.0)
+    labels, figure, axes = label_row(frame, figure, 3.0, columns=3)
     means, styles = mean_over_runs(frame, ("edge",)), label_styles(labels)
     lacks = "not available here:\nno token entropy"
     for ax, label, part in filled_parts(axes, means, labels, "edge", lacks):
@@ -219,8 +220,8 @@ def plot_entropy_percentiles(frame: pd.DataFrame, figure: Figure | None = None) 
         line = float(part["threshold"].iloc[0])
         ax.axvline(line, color=INK, linestyle="--", linewidth=1.2)
         ax.annotate(
-            f" above {line:.2g} nats: 20% of the tokens", (line, 0.98), va="top", fontsize=8.5,
-            xycoords=ax.get_xaxis_transform(),
+            f" above {line:.2g} nats: 20% of the tokens ", (line, 0.98), va="top", fontsize=8.5,
+            ha="right" if 2 * line > edges[-1] else "left", xycoords=ax.get_xaxis_transform(),
         )  # fmt: skip
         ax.set_xlabel("entropy of the token (nats)")
     if frame["share"].gt(0).any():
@@ -281,7 +282,7 @@ def plot_top_tokens(frame: pd.DataFrame, figure: Figure | None = None) -> AxesAr
     for row, label, part in label_parts(axes, frame, labels):
         for code, ax in enumerate(row):
             _token_bars(ax, part[part["cls"] == code], CLASS_COLORS[CLASSES[code]])
-        row[0].set_ylabel(label)
+        name_panel(row[0], label, 10, beside=True)
     for code, name in enumerate(CLASSES):
         axes[0, code].set_title(name, color=CLASS_INK[name])
         axes[-1, code].set_xlabel("share of its gradient")
@@ -346,8 +347,8 @@ def _says_position_profile(label: str, rows: pd.DataFrame) -> str:
 )
 def plot_position_profile(frame: pd.DataFrame, figure: Figure | None = None) -> AxesArray:
     """Stacked bars of the gradient share by position and class; axes of shape (labels,)."""
-    labels, figure, axes = label_row(frame, figure, 3.0)
-    means = mean_over_runs(frame, ("cls", "place"))
+    labels, figure, axes = label_row(frame, figure, 3.0, columns=3)
+    means = mean_over_runs(frame, ("cls", "place"), ("share", "tokens"))
     width = float(means["width"].max()) if means["width"].notna().any() else 1.0
     places = np.arange(0, means["place"].max() + 1, width)
     lacks = "not available here:\nno gradient norm"

@@ -60,6 +60,19 @@ def test_the_title_names_class_and_goer(run: Run) -> None:
     assert len(render("mass_flow", [run]).axes) == 4
 
 
+def test_panels_and_title_count_the_tokens_of_all_runs(run: Run) -> None:
+    frame = prepare_mass_flow([run, run])
+    figure = render("mass_flow", [run, run])
+    tokens = frame[frame.goer == "sampled"].groupby("cls").tokens.sum()
+    assert tokens.sum() == 2 * B * T
+    shown = [text.get_text() for ax in figure.axes for text in ax.texts]
+    shown = [text for text in shown if text != "no token"]
+    assert sorted(shown) == sorted(f"{count} tokens" for count in tokens)
+    spec = get_figure("mass_flow")
+    assert spec.says is not None
+    assert any(f"(mean of {count})" in spec.says(frame) for count in tokens)
+
+
 def test_without_rescoring_it_says_why(tmp_path: Path) -> None:
     with Recorder(tmp_path / "r") as recorder:
         recorder.finish_step(1, reward=0.5)

@@ -127,6 +127,16 @@ def test_mean_over_runs_is_the_plain_mean(pair: list[Run]) -> None:
     assert got == pytest.approx(first)
 
 
+def test_shares_of_several_runs_add_up_to_one_where_some_have_no_row() -> None:
+    rows = [("A", 0, 0, 0.25), ("A", 0, 1, 0.75), ("A", 1, 1, 1.0), ("A", 2, 1, np.nan)]
+    frame = pd.DataFrame(rows, columns=["label", "run", "bin", "share"]).assign(seed=0, low=1.5)
+    means = mean_over_runs(frame, ["bin"], ["share"]).set_index("bin")
+    assert means["share"].to_dict() == {0: 0.125, 1: 0.875}, "a run without shares does not count"
+    assert (means["low"] == 1.5).all()
+    plain = mean_over_runs(frame, ["bin"]).set_index("bin")
+    assert plain["share"][0] == 0.25
+
+
 def test_no_runs_give_an_empty_frame() -> None:
     assert step_frame([], ("reward",)).empty
     assert token_frame([], ("prob",)).empty

@@ -211,6 +211,18 @@ def test_gradient_mass_of_punished_tokens_is_nothing_under_wapo(pair: list[Run])
     pd.testing.assert_series_equal(mine, total, check_names=False, check_index_type=False)
 
 
+def test_the_title_counts_the_tokens_of_steps_without_a_gradient(pair: list[Run]) -> None:
+    frame = classes.prepare_gradient_mass(pair[:1])
+    idle = frame["step"] > 8
+    frame = frame.assign(
+        grad_mass=frame["grad_mass"].mask(idle, 0.0), share=frame["share"].mask(idle)
+    )
+    said = classes._says_gradient_mass(frame)
+    name = said.split()[1]
+    cells = pair[0].classes.groupby("cls", observed=True)["tokens"].sum()
+    assert f"{cells[name] / cells.sum():.1%} of the tokens" in said
+
+
 def test_unknown_classes_are_not_taken_for_empty_ones(tmp_path: Path) -> None:
     run = open_run(write_fake_run(tmp_path / "a", steps=3, missing=("collision_rest",)))
     frame = classes.prepare_gradient_mass([run])
@@ -280,7 +292,7 @@ def test_shift_panels_show_outline_bar_and_share(pair: list[Run]) -> None:
     assert shown[2] == f"neg_peak\n{right:.0%} right"
     assert axes[1].get_xticklabels()[2].get_text() == "neg_peak\n-", "WAPO leaves it alone"
     assert "(probability)" in axes[0].get_ylabel()
-    assert f"{part['factor'].iloc[0]:.3g}" in axes[0].get_title("right")
+    assert f"{part['factor'].iloc[0]:.3g}" in axes[0].get_xlabel()
 
 
 def test_deciles_of_p_hold_the_measured_quartiles(pair: list[Run]) -> None:
