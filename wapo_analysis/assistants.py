@@ -14,7 +14,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, printable, unknown_name
 from wapo_analysis.results import plain
 from wapo_analysis.store import MANIFEST, Run, open_run, run_folders
 
@@ -73,8 +73,7 @@ class Library:
             return open_run(paths[name])
         log = self._log(name)
         if log is None:
-            known = ", ".join(list(paths)[:10]) or "none"
-            raise UserError(f"no run {printable(name[:200])!r}; there are: {known}")
+            raise unknown_name("run", name[:200], paths or ["none"])
         from wapo_analysis.importers import open_source
 
         self.check_links(log)

@@ -10,7 +10,7 @@ _UNSAFE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff"
     r"\ufeff\ufff9-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
-#: A longer list of names is not told whole where a close one is found.
+#: Names that an error lists at most; of more none where a close one is found.
 _MANY = 40
 
 
@@ -45,9 +45,22 @@ def unknown_name(kind: str, name: object, allowed: Iterable[object]) -> UserErro
     """
     names = [str(a) for a in allowed]
     like = closest(name, names)
-    listed = f"; allowed: {', '.join(names)}" if like is None or len(names) <= _MANY else ""
+    listed = f"; allowed: {few(names, _MANY)}" if like is None or len(names) <= _MANY else ""
     asked = f"; did you mean {like!r}?" if like is not None else ""
     return UserError(f"unknown {kind} {name!r}{listed}{asked}")
+
+
+def few(names: Iterable[object], most: int = 8) -> str:
+    """Names for a sentence; a long list ends with how many more there are.
+
+    Examples
+    --------
+    >>> few(["a", "b", "c", "d"], most=2)
+    'a, b and 2 more'
+    """
+    texts = list(map(str, names))
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 def printable(text: str, keep: str = "") -> str:

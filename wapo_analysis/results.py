@@ -119,19 +119,6 @@ def percent(share: float) -> str:
     return "0%" if abs(share) < 0.005 else f"{share:.0%}"
 
 
-def few(names: Iterable[object], most: int = 8) -> str:
-    """Names for a sentence; a long list ends with how many more there are.
-
-    Examples
-    --------
-    >>> few(["a", "b", "c", "d"], most=2)
-    'a, b and 2 more'
-    """
-    texts = list(map(str, names))
-    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
-
-
 def spans(steps: Iterable[int], most: int = 12) -> str:
     """Steps as ranges, of many ranges the first few.
 

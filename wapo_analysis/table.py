@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.schema import Table
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -32,10 +32,7 @@ class Records:
         """
         unknown = [name for name in columns if name not in table]
         if unknown:
-            raise UserError(
-                f"table {table.name!r} has no column {unknown[0]!r}; "
-                f"allowed: {', '.join(table.names)}"
-            )
+            raise unknown_name(f"column of table {table.name!r}", unknown[0], table.names)
         missing = [name for name in table.required if name not in columns]
         if missing:
             raise UserError(f"table {table.name!r} needs column {missing[0]!r}, which is missing")

@@ -17,6 +17,7 @@ Examples
 """
 
 from wapo_taxonomy.classes import (
+    BIN_NAMES,
     CLASS_CODES,
     CLASS_NAMES,
     CLASSES,
@@ -46,6 +47,7 @@ from wapo_taxonomy.simulate import Trajectory, simulate, simulate_class
 from wapo_taxonomy.vocabulary import VocabularyPrediction, predict
 
 __all__ = [
+    "BIN_NAMES",
     "CLASSES",
     "CLASS_CODES",
     "CLASS_NAMES",

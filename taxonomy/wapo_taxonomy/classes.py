@@ -32,8 +32,8 @@ CLASS_NAMES: dict[int, str] = {code: name for name, code in CLASS_CODES.items()}
 #: regime; float32 statistics carry a relative error of a few 1e-7.
 TIE_TOLERANCE = 1e-6
 
-_SIGNS = ("pos", "neg")
-_REGIMES = ("peak", "valley")
+#: What `expand_bins` takes.
+BIN_NAMES = (*CLASSES, "pos", "neg", "peak", "valley")
 
 
 def sign_code(advantage: Array) -> Array:
@@ -216,11 +216,10 @@ def expand_bins(names: Iterable[str] | str) -> tuple[str, ...]:
     >>> expand_bins(["valley", "pos"])
     ('pos_peak', 'pos_valley', 'neg_valley')
     """
-    allowed = (*CLASSES, *_REGIMES, *_SIGNS)
     wanted = (names,) if isinstance(names, str) else tuple(names)
     for name in wanted:
-        if name not in allowed:
-            raise ValueError(f"unknown bin {name!r}; allowed: {', '.join(allowed)}")
+        if name not in BIN_NAMES:
+            raise ValueError(f"unknown bin {name!r}; allowed: {', '.join(BIN_NAMES)}")
     return tuple(c for c in CLASSES if c in wanted or any(part in wanted for part in c.split("_")))
 
 

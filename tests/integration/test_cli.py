@@ -212,6 +212,12 @@ def test_schema_names_every_column(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["schema"]) == 0
     text = capfd.readouterr().out
     assert all(column.name in text for table in TABLES.values() for column in table)
+    assert run(["schema", "topk", "--format", "json"]) == 0
+    assert list(json.loads(capfd.readouterr().out)) == ["topk"]
+    assert run(["schema", "topk", "--format", "markdown"]) == 0
+    assert capfd.readouterr().out.count("## ") == 1
+    assert run(["schema", "toknes"]) == 2
+    assert capfd.readouterr().err.endswith("did you mean 'tokens'?\n")
 
 
 def test_verify_proves_the_identities(capfd: pytest.CaptureFixture[str]) -> None:

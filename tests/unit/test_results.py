@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wapo_analysis.errors import few
 from wapo_analysis.results import (
     Block,
     Command,
@@ -16,7 +17,6 @@ from wapo_analysis.results import (
     Say,
     Section,
     aligned,
-    few,
     plain,
     short,
     spans,

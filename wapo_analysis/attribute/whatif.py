@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.probes import complete, trust
 from wapo_analysis.results import Block, Command, Grid, Result, Say, Section, plain
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
@@ -208,10 +208,9 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     run of the built-in trainer with probes; ``exclude``: classes, regimes or signs, as
     ``exclude_bins`` takes them.
     """
-    try:
-        names = tax.expand_bins(tuple(exclude))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if unknown := [name for name in exclude if name not in tax.BIN_NAMES]:
+        raise unknown_name("bin", unknown[0], tax.BIN_NAMES)
+    names = tax.expand_bins(exclude)
     if not names:
         raise UserError(f"name the classes to exclude: {', '.join(tax.CLASSES)}, pos, neg, ...")
     probes = _usable_probes(run)

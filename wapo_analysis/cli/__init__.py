@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from wapo_analysis import __version__
-from wapo_analysis.errors import UserError, closest, printable
+from wapo_analysis.errors import UserError, closest, few, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -147,8 +147,6 @@ def open_one(path: Path, log: "ImportSettings | None" = None) -> "Run":
     """Open the one run at or below a path, or of a log; several are an error that lists them."""
     opened = open_runs([path], log)
     if len(opened) > 1:
-        from wapo_analysis.results import few
-
         names = few((run.path for run in opened), 6)
         raise UserError(f"{path} holds {len(opened)} runs; name one of: {names}")
     return opened[0]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, few, printable, unknown_name
 from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.jsonl import as_number, as_step, parse_json
 from wapo_analysis.importers.mapping import map_option, rows_of
@@ -21,7 +21,6 @@ from wapo_analysis.importers.readers import csv_frames, csv_header, json_value
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import text_lines
 from wapo_analysis.importers.sink import Sink
-from wapo_analysis.results import few
 from wapo_analysis.store.files import read_json
 
 #: Header of a scalar downloaded from TensorBoard.
@@ -41,19 +40,18 @@ def pick(runs: Sequence[str], chosen: str | None, where: Path) -> str:
 
     Raises UserError if there are several and none was chosen, or the chosen one is not there.
     """
-    names = few(printable(shown(run)) for run in runs)
+    fits, said = list(runs), ""
     if chosen is not None:
         fits = [run for run in runs if run == chosen] or [run for run in runs if chosen in run]
-        if len(fits) == 1:
-            return fits[0]
+        said = f" that fit {printable(chosen)}"
+        if not fits:
+            raise unknown_name(f"--run of {shown(where)}", chosen, map(shown, runs))
+    if len(fits) > 1:
+        names = few(printable(shown(run)) for run in fits)
         raise UserError(
-            f"--run {printable(chosen)} is not one of the runs in {shown(where)}: {names}"
+            f"{shown(where)} holds {len(fits)} runs{said}; choose one with --run NAME: {names}"
         )
-    if len(runs) > 1:
-        raise UserError(
-            f"{shown(where)} holds {len(runs)} runs; choose one with --run NAME: {names}"
-        )
-    return runs[0]
+    return fits[0]
 
 
 # ---- TensorBoard

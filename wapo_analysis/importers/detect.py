@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.errors import UserError, few, printable, unknown_name
 from wapo_analysis.importers import console
 from wapo_analysis.importers.boards import DOWNLOAD, is_panel
 from wapo_analysis.importers.jsonl import JsonLines
@@ -20,7 +20,6 @@ from wapo_analysis.importers.packed import PAGES, head_of, plain_file
 from wapo_analysis.importers.readers import csv_header, is_csv, is_json_lines
 from wapo_analysis.importers.report import shown
 from wapo_analysis.importers.shapes import holds_table, may_be_log, text_lines
-from wapo_analysis.results import few
 from wapo_analysis.store import is_run
 from wapo_analysis.store.files import open_regular
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, few, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
-from wapo_analysis.results import Items, Result, Section, few
+from wapo_analysis.results import Items, Result, Section
 
 _SHOWN_KEYS = 12
 #: Share of the lines that, when it is lost, makes an import an alarm.

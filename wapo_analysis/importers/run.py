@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wapo_analysis import __version__
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, few, printable, unknown_name
 from wapo_analysis.importers import boards, logs, official, prime_rl
 from wapo_analysis.importers.console import read_console
 from wapo_analysis.importers.detect import Found, detect
@@ -23,7 +23,6 @@ from wapo_analysis.importers.mapping import (
 from wapo_analysis.importers.report import MOST, ImportReport, shown
 from wapo_analysis.importers.sink import Sink
 from wapo_analysis.importers.tables import read_tables
-from wapo_analysis.results import few
 from wapo_analysis.store import Manifest, RunWriter, open_run
 from wapo_analysis.store.files import check_new
 
@@ -151,9 +150,8 @@ def _check(report: ImportReport, sink: Sink) -> None:
     if not (report.steps or report.token_rows):  # completions make steps
         raise UserError(_nothing(report, sink))
     if lost := sink.names.never_seen():
-        raise UserError(
-            f"--map {lost[0]}: no such name in {report.source}; names there: {_some(report)}"
-        )
+        name = lost[0].partition("=")[2]
+        raise unknown_name(f"name of {report.source} in --map", name, _names(report))
     _raise_alarms(report)
 
 
@@ -251,7 +249,7 @@ def _raise_alarms(report: ImportReport) -> None:
         return
     text = f"no column of {', '.join(VITAL)} was found, so there is nothing to diagnose"
     if report.kept_keys:
-        text += f"; numbers there: {_some(report)}"
+        text += f"; numbers there: {few(map(printable, _names(report)), 30)}"
         if likely := nearest(report.kept_keys):
             text += f"; if they are what they look like: {map_option(likely)}"
     report.alarms.append(text)
@@ -284,9 +282,8 @@ def _nothing(report: ImportReport, sink: Sink) -> str:
     return printable(f"{said}no step, token row or rollout{why}")
 
 
-def _some(report: ImportReport) -> str:
-    names = sorted({*report.mapped.values(), *report.kept_keys, *report.unknown_keys})
-    return few(map(printable, names), 30)
+def _names(report: ImportReport) -> list[str]:
+    return sorted({*report.mapped.values(), *report.kept_keys, *report.unknown_keys})
 
 
 def _cannot_feed(folder: Path, held: Mapping[str, Collection[str]]) -> dict[str, str]:

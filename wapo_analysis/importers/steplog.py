@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, few, printable
 from wapo_analysis.importers.jsonl import as_number, flat
 from wapo_analysis.importers.mapping import (
     Feed,
@@ -29,7 +29,7 @@ from wapo_analysis.importers.mapping import (
     shares_of_counts,
 )
 from wapo_analysis.importers.report import ImportReport, say_penalty, shown
-from wapo_analysis.results import few, spans
+from wapo_analysis.results import spans
 from wapo_analysis.schema import STEPS
 from wapo_analysis.table import Array
 

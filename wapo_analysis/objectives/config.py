@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from wapo_taxonomy import CLASSES, expand_bins
+from wapo_taxonomy import BIN_NAMES, CLASSES, expand_bins
 
 from wapo_analysis.declare import Limit, between, check_settings, setting
 from wapo_analysis.errors import UserError, unknown_name
@@ -30,9 +30,6 @@ from wapo_analysis.objectives.table import (
 
 #: Over what the token losses are averaged first: each rollout, each group, or all tokens.
 LEVELS = ("seq", "group", "global")
-
-#: What include_bins and exclude_bins accept.
-BIN_NAMES = (*CLASSES, "pos", "neg", "peak", "valley")
 
 
 def _known_classes(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,8 +22,7 @@ from rich.live import Live
 from rich.text import Text
 
 from wapo_analysis.diagnose import SEVERITIES, Diagnosis, Finding, diagnose
-from wapo_analysis.errors import UserError, printable, unknown_name
-from wapo_analysis.results import few
+from wapo_analysis.errors import UserError, few, printable, unknown_name
 from wapo_analysis.store import MANIFEST, Run, find_runs
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.view import one_line, render

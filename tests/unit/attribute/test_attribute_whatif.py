@@ -234,6 +234,7 @@ def test_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     [
         ([], "--exclude-bins"),
         (["--exclude-bins", "x"], "unknown bin 'x'"),
+        (["--exclude-bins", "pos,neg_paek"], "did you mean 'neg_peak'"),
         (["--exclude-bins", ","], "name the classes"),
     ],
 )

@@ -44,7 +44,7 @@ def test_several_tensorboard_runs_are_asked_for(tmp_path: Path) -> None:
         read(tmp_path / "runs", tmp_path / "out")
     steps, _ = read(tmp_path / "runs", tmp_path / "out", run="seed-1")
     assert len(steps) == 3
-    with pytest.raises(UserError, match="--run seed is not one of"):
+    with pytest.raises(UserError, match="holds 2 runs that fit seed; choose one with --run NAME: "):
         read(tmp_path / "runs", tmp_path / "x", run="seed")
 
 
@@ -152,9 +152,10 @@ def test_a_wandb_folder_without_its_library_gives_what_was_printed(
         (
             9,
             "r",
-            "--run r is not one of the runs in logs: r1, r2, r3, r4, r5, r6, r7, r8 and 1 more",
+            "holds 9 runs that fit r; choose one with --run NAME: "
+            "r1, r2, r3, r4, r5, r6, r7, r8 and 1 more",
         ),
-        (2, "x", "--run x is not one of the runs in logs: r1, r2"),
+        (2, "x", "unknown --run of logs 'x'; allowed: r1, r2"),
     ],
 )
 def test_of_many_runs_eight_are_named(runs: int, chosen: str | None, told: str) -> None:

@@ -185,7 +185,7 @@ def test_a_run_is_chosen_by_its_name_or_a_part_of_it_among_the_rows(tmp_path: Pa
         assert imported(tmp_path / "t.csv", run=chosen).steps["reward"].min() > 0.6
         (tmp_path / "t.csv").touch()
         shutil.rmtree(tmp_path / "t.csv-run")
-    with pytest.raises(UserError, match="--run sft is not one of the runs in .*: grpo-1, wapo-1"):
+    with pytest.raises(UserError, match="unknown --run of .* 'sft'; allowed: grpo-1, wapo-1"):
         imported(tmp_path / "t.csv", run="sft")
 
 

@@ -71,7 +71,10 @@ def test_of_the_steps_of_several_runs_those_of_the_chosen_one_are_read(
     assert not report.events
 
 
-@pytest.mark.parametrize(("chosen", "told"), [("seed", "seed"), ("x", "x")])
+@pytest.mark.parametrize(("chosen", "told"), [
+    ("seed", r"{where} holds {runs} runs that fit seed; choose one with --run NAME: {names}$"),
+    ("x", r"unknown --run of \S*{where} 'x'; allowed: {names}$"),
+])  # fmt: skip
 @pytest.mark.parametrize("files", [1, 2])
 def test_a_name_that_fits_none_or_several_is_refused_before_anything_is_read(
     chosen: str, told: str, files: int, tmp_path: Path
@@ -85,7 +88,8 @@ def test_a_name_that_fits_none_or_several_is_refused_before_anything_is_read(
     names = ", ".join(f"seed-{part}{end}" for part in range(files) for end in "ab")
     source = folder if files > 1 else folder / "t0.csv"
     where = "logs" if files > 1 else "t0.csv"
-    with pytest.raises(UserError, match=rf"--run {told} is not one .* in \S*{where}: {names}$"):
+    said = told.format(where=where, runs=2 * files, names=names)
+    with pytest.raises(UserError, match=said):
         import_run(source, tmp_path / "out", ImportSettings(run=chosen))
 
 

@@ -90,7 +90,9 @@ def test_names_of_the_users_own(tmp_path: Path) -> None:
     assert report.token_rows == 200
     with pytest.raises(UserError, match="--map step=NAME"):
         mapped(source, tmp_path / "c", logp="lp", advantage="credit")
-    with pytest.raises(UserError, match="coef=absent: no such name.*names there: colour, credit"):
+    with pytest.raises(
+        UserError, match="unknown name of .* in --map 'absent'; allowed: colour, credit"
+    ):
         mapped(source, tmp_path / "d", logp="lp", advantage="credit", step="when", coef="absent")
     with pytest.raises(UserError, match="unknown column 'lgop'; did you mean 'logp'"):
         mapped(source, tmp_path / "e", lgop="lp")

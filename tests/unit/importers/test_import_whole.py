@@ -220,5 +220,5 @@ def test_a_name_of_the_mapping_that_is_nowhere_is_refused_with_those_that_are(
 ) -> None:
     rows = [{"step": s, "reward": 0.5, "note": "x"} for s in (1, 2)]
     told = refused(tmp_path / "m.jsonl", *rows, entropy="ent")
-    assert "--map entropy=ent: no such name in" in told
-    assert told.endswith("names there: note, reward")
+    assert "in --map 'ent'; allowed: note, reward" in told
+    assert refused(tmp_path / "n.jsonl", *rows, reward="rewrad").endswith("did you mean 'reward'?")

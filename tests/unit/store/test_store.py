@@ -260,7 +260,7 @@ def test_columns_that_were_not_asked_for_are_not_read(tmp_path: Path) -> None:
 
 
 def test_unknown_column_table_and_step_column_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no column 'rewards'"):
+    with pytest.raises(UserError, match="unknown column of table 'rollouts' 'rewards'; "):
         Records.build(ROLLOUTS, {"rewards": [1.0]})
     with pytest.raises(UserError, match="needs column 'step'"):
         Records.build(ROLLOUTS, {"reward": [1.0]})

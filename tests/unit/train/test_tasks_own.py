@@ -122,8 +122,8 @@ def test_numbers_of_any_kind_are_rewards(here: Path, function: str, reward: floa
         ("leaving", "SystemExit: 3"),
         ("positional", "parameter 'completion' cannot be given by name"),
         ("without", "must have a parameter 'completion'"),
-        ("missing", "no function 'missing'; allowed: last_field, everything, needs"),
-        ("LIMIT", "no function 'LIMIT'"),
+        ("missing", "'missing'; allowed: last_field, everything, needs"),
+        ("LIMIT", "unknown function in .*: 'LIMIT'"),
     ],
 )
 def test_a_wrong_function_is_told_before_training(here: Path, function: str, message: str) -> None:

@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.tasks.base import BadRow, Problem, text_field
 from wapo_analysis.train.tasks.judge import Judge, require
 
@@ -312,9 +312,7 @@ def load_function(spec: str) -> tuple[Callable[..., Any], Path | None]:
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
-        raise UserError(
-            f"own reward {spec}: no function {name!r}; allowed: {', '.join(known) or 'none found'}"
-        )
+        raise unknown_name(f"function in {place}:", name, known or ["none found"])
     source = getattr(module, "__file__", None)
     return function, Path(source) if source else None
 

@@ -23,7 +23,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Final
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ def gym_make(request: dict[str, Any]) -> dict[str, Any]:
     make, settings = _datasets()[name]
     known = [f.name for f in fields(settings)]
     if wrong := [key for key in config if key not in known]:
-        return {"error": f"unknown setting {wrong[0]!r}; allowed: {', '.join(known)}"}
+        return {"error": str(unknown_name("setting", wrong[0], known))}
     config = {key: value for key, value in DEFAULTS.items() if key in known} | config
     chosen = settings(**config)
     if hasattr(chosen, "validate"):
