@@ -19,7 +19,7 @@ from wapo_taxonomy import CLASS_CODES, CLASSES, rule_dentropy_sign
 
 from wapo_analysis import TrainConfig, open_run
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.lifecycle import Job, train_all
+from wapo_analysis.train.jobs import Job, train_all
 
 SETTING = TrainConfig(lr=5e-5, epochs=2, minibatches=2, steps=60, checkpoint_every=0)
 WINDOW = 3  # steps averaged at either end

@@ -57,7 +57,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.report import build_report
 from wapo_analysis.store import MANIFEST, Run, read_manifest
 from wapo_analysis.train.checkpoint import checkpoints
-from wapo_analysis.train.lifecycle import Job
+from wapo_analysis.train.jobs import Job
 from wapo_analysis.train.models import pick_device
 from wapo_analysis.train.rollout import NonFiniteLogits
 

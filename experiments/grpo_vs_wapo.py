@@ -20,7 +20,7 @@ from wapo_analysis.cli.figures import write_figures
 from wapo_analysis.compare import compare
 from wapo_analysis.errors import UserError
 from wapo_analysis.report import build_report
-from wapo_analysis.train.lifecycle import Job, train_all
+from wapo_analysis.train.jobs import Job, train_all
 
 SETTINGS = {
     "gentle": TrainConfig(lr=5e-5, steps=200, checkpoint_every=0),

@@ -20,7 +20,7 @@ from wapo_taxonomy import CLASSES
 from wapo_analysis import TrainConfig, open_run
 from wapo_analysis.attribute.whatif import ENDS, what_if
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.lifecycle import Job, train_all
+from wapo_analysis.train.jobs import Job, train_all
 
 SETTING = TrainConfig(
     steps=30, probe_every=2, probe_rows=None, rescore_every=0, token_every=0, checkpoint_every=0

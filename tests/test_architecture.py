@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md), read from the imports themselves."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_imports_go_down_the_levels(file: Path) -> None:
         other = parts[1]
         lower = LEVELS.get(other, 0) < LEVELS[mine]
         assert lower or (mine, other) in ALLOWED_BESIDE, f"{file.name} imports {name}"
+
+
+def test_no_two_modules_need_each_other() -> None:
+    """Also not by an import within a function; imports for types alone do not count."""
+    modules = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in SOURCES}
+    packages = {name.removesuffix(".__init__"): name for name in modules}
+    needs: dict[str, set[str]] = {}
+    for name, file in modules.items():
+        tree = ast.parse(file.read_text())
+        typed = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECK" in ast.dump(n)]
+        left_out = {id(part) for node in typed for part in ast.walk(node)}
+        found = {
+            packages.get(f"{node.module}.{alias.name}") or packages.get(str(node.module))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and id(node) not in left_out
+            for alias in node.names
+        }
+        needs[name] = {other for other in found if other not in (None, name)}
+    assert len(list(graphlib.TopologicalSorter(needs).static_order())) == len(modules)
 
 
 def test_taxonomy_imports_nothing_of_ours_and_no_array_library() -> None:

@@ -28,7 +28,7 @@ from experiments.gpu_start import (
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import MANIFEST, open_run
 from wapo_analysis.train.checkpoint import last_checkpoint
-from wapo_analysis.train.lifecycle import Job
+from wapo_analysis.train.jobs import Job
 from wapo_analysis.train.models import load_policy
 from wapo_analysis.train.tasks import get_task
 

@@ -11,7 +11,7 @@ import pytest
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import open_run
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.lifecycle import Job, train_all
+from wapo_analysis.train.jobs import Job, train_all
 
 
 @pytest.mark.slow

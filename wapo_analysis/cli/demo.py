@@ -17,7 +17,7 @@ from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
     from wapo_analysis.train.config import TrainConfig
-    from wapo_analysis.train.lifecycle import Job
+    from wapo_analysis.train.jobs import Job
 
 OBJECTIVES = ("grpo", "wapo")
 #: Class that the run which explodes trains on alone: likely tokens, punished.
@@ -59,7 +59,7 @@ def demo(
 
 def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
     """The run that explodes, then one job per seed and objective, which finish together."""
-    from wapo_analysis.train.lifecycle import Job
+    from wapo_analysis.train.jobs import Job
 
     harsh = replace(base, include_bins=(EXPLODES,), epochs=2, minibatches=2)
     return [
@@ -75,7 +75,7 @@ def demo_jobs(out: Path, base: "TrainConfig", seeds: int) -> "list[Job]":
 def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> None:
     """Train, compare, draw and report. Raises UserError if a run failed; the others are kept."""
     from wapo_analysis.train.config import TrainConfig
-    from wapo_analysis.train.lifecycle import train_all
+    from wapo_analysis.train.jobs import train_all
     from wapo_analysis.train.models import pick_device
 
     base = TrainConfig(
