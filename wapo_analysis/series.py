@@ -8,6 +8,7 @@ arrays out; cost is linear in the number of steps.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,9 @@ QUIET_SHARE = 0.82
 SILENT_SHARE = 0.88
 #: Records of a silence, at least.
 MIN_SILENT = 8
-#: Chance of so long a silence, by what came before it, that is no accident.
-CHANCE = 1e-6
+#: Chance of so few records that show something, of all there are, that is no accident; and where
+#: all before show something, and none of the later.
+CHANCE, CLEAN_CHANCE = 1e-4, 2.5e-3
 
 
 #: Values are held within this, both ways.
@@ -200,10 +202,10 @@ def silent_since(quiet: Array) -> int | None:
     """Index from which a series is quiet to its end, one record in eight excepted.
 
     A record may be quiet by chance, as where the one prompt of a step is solved by every rollout or
-    by none. So the stretch must be too long for chance, judged by how often records were quiet
-    before it. It begins where the sum of (quiet - 0.82) up to the end is largest. Returns None if
-    the series is alive, or was always as quiet as it is now. ``quiet`` (n,): whether a record shows
-    nothing: no gradient, no reward.
+    by none. So the records that show something must stand before the stretch more often than chance
+    puts them there (Fisher's exact test). It begins where the sum of (quiet - 0.82) up to the end
+    is largest. Returns None if the series is alive, or was always as quiet as it is now. ``quiet``
+    (n,): whether a record shows nothing: no gradient, no reward.
 
     Examples
     --------
@@ -216,10 +218,24 @@ def silent_since(quiet: Array) -> int | None:
     excess = np.cumsum(quiet[::-1] - QUIET_SHARE)[::-1]
     begin = int(np.argmax(excess))
     length = len(quiet) - begin
-    before = (float(quiet[:begin].sum()) + 1) / (begin + 2)
-    rare = begin == 0 or length * np.log(before) <= np.log(CHANCE)
-    still = float(quiet[begin:].mean()) >= SILENT_SHARE
-    return begin if still and rare and length >= MIN_SILENT else None
+    if length < MIN_SILENT or float(quiet[begin:].mean()) < SILENT_SHARE:
+        return None
+    clean = quiet[begin:].all() and not quiet[:begin].any()
+    accident = _chance_of_so_many(~quiet, begin) > (CLEAN_CHANCE if clean else CHANCE)
+    return None if begin and accident else begin
+
+
+def _chance_of_so_many(alive: Array, begin: int) -> float:
+    """Chance that the first ``begin`` records hold as many of those alive, were these anywhere."""
+    n, count, seen = len(alive), int(alive.sum()), int(alive[:begin].sum())
+    factorial = np.r_[0.0, np.cumsum(np.log(np.arange(1, n + 1)))]
+
+    def ways(among: Any, chosen: Any) -> Any:
+        return factorial[among] - factorial[chosen] - factorial[among - chosen]
+
+    held = np.arange(seen, min(count, begin) + 1)
+    held = held[begin - held <= n - count]
+    return float(np.exp(ways(count, held) + ways(n - count, begin - held) - ways(n, begin)).sum())
 
 
 def theil_sen(values: Array, steps: Array, sigmas: float) -> tuple[float, float, float]:

@@ -21,6 +21,9 @@ RISING = 1.5
 STANDS_SIGMAS = 3.5
 #: Share of the whole gain that the last third must add for it to be still gaining.
 LEAST_GAIN = 0.1
+#: Noise of a record, as a share of the peak, from which on the noise of the whole run counts, not
+#: that up to the peak: medians of rewards of 0, 1 or 2 completions jump further than normal ones.
+COARSE = 0.3
 #: Noise of a smoothed value, as a share of its range, from which on its extremes are not told.
 NOISY = 0.1
 #: Change of a score in [0, 1] that must be no noise for a gain to be seen.
@@ -220,17 +223,32 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     margin = max(4 * noise, 0.02 * abs(level))
     stake = np.where(gain > margin, gain, abs(level))
     before = _won_back(drop)
-    most = np.maximum(SIGMAS * noise, LEAST_LOSS * abs(peak))
+    coarse = series.whole_noise > COARSE * abs(peak[-1])
+    most = SIGMAS * (series.late_noise if coarse else noise)
+    most = np.maximum(most, LEAST_LOSS * abs(peak))
     strict = (drop >= LOST * stake) & (drop >= most) & (drop > before)
     least = np.maximum(DROP_SIGMAS * series.late_noise, 0.1 * abs(peak))
     least = np.maximum(least, SWING * before)
     loose = strict | ((drop >= 0.25 * stake) & (drop >= least))
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
-    loss = _death(series) or departure(loose, strict, home, series.persist)
+    loss = _death(series) or _from_a_stage(series, departure(loose, strict, home, series.persist))
     if loss is None or not loss.ongoing or loss.crossed is None:
         loss = _slow_loss(series) or _fast_loss(series, peak[-1], stake[-1]) or loss
     falling = _last_loss(series, peak[-1], stake[-1], FALLING_SIGMAS)
     return RewardState(series, float(peak[-1]), margin, loss, solved, falling)
+
+
+def _from_a_stage(series: Series, loss: Departure | None) -> Departure | None:
+    """A departure from a height that lasted: a median of rewards of 0 and 1 may jump for a record.
+
+    None if fewer smoothed records than make a condition count lie above the middle of the fall.
+    """
+    if loss is None:
+        return None
+    before, since = series.smooth[: loss.warned], series.smooth[loss.warned :]
+    high = max(float(before.max(initial=series.level)), series.level)
+    held = int((before >= (high + since.min()) / 2).sum())
+    return loss if held >= min(series.persist, loss.warned) else None
 
 
 def ends_solved(series: Series) -> bool:

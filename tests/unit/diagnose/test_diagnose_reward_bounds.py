@@ -187,3 +187,21 @@ def test_a_loss_begins_and_ends_at_a_record(case: str) -> None:
     values, expected = LOSSES[case]
     loss = state(values).loss
     assert loss == (None if expected is None else Departure(*expected))
+
+
+@pytest.mark.parametrize(("chance", "completions"), [(0.01, 8), (0.01, 64), (0.03, 32), (0.3, 8)])
+def test_a_reward_that_is_rarely_earned_and_stays_as_it_is_is_not_lost(
+    chance: float, completions: int
+) -> None:
+    rng = np.random.default_rng(7)
+    for records in (40, 120, 300):
+        for earned in rng.binomial(completions, chance, (12, records)):
+            assert not state(earned / completions).lost
+
+
+def test_a_rarely_earned_reward_that_is_earned_no_more_is_lost() -> None:
+    earned = np.random.default_rng(3).binomial(8, 0.2, 60)
+    judged = state(np.r_[earned, np.zeros(30)] / 8)
+    assert judged.lost
+    assert judged.loss is not None
+    assert 55 <= judged.loss.onset <= 60
