@@ -66,6 +66,24 @@ def test_groups_are_flat_from_a_step_on(tmp_path: Path, case: str) -> None:
     assert told == ([(step, pytest.approx(share, abs=0.006))] if step else [])
 
 
+@pytest.mark.parametrize("groups_a_step", [2, 3, 8])
+def test_a_share_below_half_that_is_noise_is_not_told_where_it_ends_high(
+    tmp_path: Path, groups_a_step: int
+) -> None:
+    rng = np.random.default_rng(11)
+    for n, shares in enumerate(rng.binomial(groups_a_step, 0.42, (25, 60)) / groups_a_step):
+        assert not check("zero_signal", tmp_path / str(n), {"groups_flat": shares, "reward": FLAT})
+
+
+def test_a_share_that_falls_and_stays_above_half_is_told_from_its_first_step(
+    tmp_path: Path,
+) -> None:
+    shares = np.random.default_rng(4).binomial(2, np.linspace(0.9, 0.57, 300)) / 2
+    (found,) = check("zero_signal", tmp_path, {"groups_flat": shares, "reward": 0 * shares + 0.1})
+    assert found.step == 1
+    assert found.evidence["end"] == pytest.approx(shares.mean())
+
+
 SIDES: dict[str, tuple[dict[str, np.ndarray], str]] = {
     "a quarter all wrong": (groups(0.6, MIDDLE, groups_all_wrong=np.full(N, 0.25)), "_too_hard"),
     "fewer": (groups(0.6, MIDDLE, groups_all_wrong=np.full(N, 0.24)), ""),

@@ -24,6 +24,8 @@ FLAT_GROUPS = 0.5
 MOSTLY_FLAT, BECAME_FLAT = 0.66, 0.4
 #: Difference between the halves of a run that is none, where neighbouring steps differ by more.
 STEADY = 0.1
+#: Standard deviations of the difference of two means that are no chance, wherever one looks.
+CHANCE_SIGMAS = 4.0
 #: Share of such groups that leaves no gradient.
 NO_SIGNAL = 0.9
 #: Gradient norm relative to its usual size that counts as none.
@@ -65,7 +67,7 @@ def find_flat_groups(context: Context) -> list[Finding]:
     # With one group a step the share is 0 or 1: a few in a row are chance, as with a coin.
     least = MOSTLY_FLAT if _is_coarse(flat) else FLAT_GROUPS
     begin = 0 if steady else lasting(flat, mean >= least)
-    if begin is None:
+    if begin is None or not (_is_coarse(flat) or _no_chance(flat, begin)):
         return []
     side = _side(context)
     step, now = flat.step(begin), float(flat.values.mean() if steady else mean[-1])
@@ -92,9 +94,22 @@ def _steady(flat: Series) -> bool:
     if len(flat) < MIN_STEPS or np.abs(np.diff(flat.values)).mean() <= STEADY:
         return False
     first, last = (float(part.mean()) for part in np.array_split(flat.values, 2))
-    error = float(flat.values.std()) / len(flat) ** 0.5
-    surely = min(first, last, flat.values.mean() - 2 * error) >= FLAT_GROUPS
-    return bool(surely) and abs(last - first) < STEADY
+    surely = min(first, last, _surely(flat.values)) >= FLAT_GROUPS
+    return surely and last - first < STEADY
+
+
+def _surely(shares: Array) -> float:
+    """Mean of shares less two standard errors."""
+    return float(shares.mean() - 2 * shares.std() / len(shares) ** 0.5)
+
+
+def _no_chance(flat: Series, begin: int) -> bool:
+    """Whether half or more from a record on is so for most of the run, or a rise beyond noise."""
+    before, since = flat.values[:begin], flat.values[begin:]
+    if len(since) > len(before) and _surely(since) >= FLAT_GROUPS:
+        return True
+    noise = flat.whole_noise * (1 / max(len(before), 1) + 1 / len(since)) ** 0.5
+    return not begin or float(since.mean() - before.mean()) >= CHANCE_SIGMAS * noise
 
 
 _DROP_FLAT = Advice(
