@@ -90,7 +90,7 @@ class RewardState:
     @property
     def lost(self) -> bool:
         """At least half of the gain, or of the baseline, is lost and has not come back."""
-        return self.loss is not None and self.loss.ongoing and self.loss.crossed is not None
+        return _lost_by(self.loss)
 
     @property
     def _no_gain(self) -> bool:
@@ -231,8 +231,12 @@ def reward_state(series: Series, solved: bool) -> RewardState:
     least = np.maximum(least, SWING * before)
     loose = strict | ((drop >= 0.25 * stake) & (drop >= least))
     home = drop <= np.maximum(3 * noise, 0.125 * stake)
-    loss = _death(series) or _from_a_stage(series, departure(loose, strict, home, series.persist))
-    if loss is None or not loss.ongoing or loss.crossed is None:
+    loss = _from_a_stage(series, departure(loose, strict, home, series.persist))
+    death = _death(series)
+    # Where it was lost well before it went silent, the silence is the end of a fall.
+    if death is not None and not _lost_by(loss, death.onset - series.window):
+        loss = death
+    if not _lost_by(loss):
         loss = _slow_loss(series) or _fast_loss(series, peak[-1], stake[-1]) or loss
     falling = _last_loss(series, peak[-1], stake[-1], FALLING_SIGMAS)
     return RewardState(series, float(peak[-1]), margin, loss, solved, falling)
@@ -257,6 +261,13 @@ def ends_solved(series: Series) -> bool:
     if series.smooth.max() >= SOLVED:
         least -= min(SOLVED_SIGMAS * series.smooth_noise, SOLVED_SLACK)
     return series.end >= least
+
+
+def _lost_by(loss: Departure | None, index: int | None = None) -> bool:
+    """Whether a loss lasts to the end and was severe, by an index if one is given."""
+    if loss is None or not loss.ongoing or loss.crossed is None:
+        return False
+    return index is None or loss.crossed < index
 
 
 def _won_back(drop: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from wapo_analysis.errors import UserError, printable, unknown_name
-from wapo_analysis.importers.names import ALIASES, PER_FUNCTION, Alias
+from wapo_analysis.importers.alias import PER_FUNCTION, Alias
+from wapo_analysis.importers.names import ALIASES
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.schema import ROLLOUTS, STEPS, TOKENS, Table
 
@@ -29,12 +30,18 @@ _TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": RO
 _FUNCTIONS = [row for row in ALIASES if row.column in PER_FUNCTION]
 _TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
 # Names that anybody would choose; they tell no trainer.
-_COMMON = {"reward", "reward_std", "loss", "entropy", "grad_norm", "kl", "lr", "learning_rate",
-           "policy_loss", "return", "step_time", "response_length", "kl_loss",
-           "entropy_loss"}  # fmt: skip
+_COMMON = set(
+    "reward reward_std loss entropy grad_norm kl lr learning_rate policy_loss return step_time"
+    " response_length kl_loss entropy_loss rewards scores reward/mean reward/std rollout/reward"
+    " avg_reward reward_mean entropy_mean kl_mean kl_penalty pg_loss actor_loss critic_loss"
+    " value_loss clipfrac clip_fraction adv_std advantages_std truncation_rate repetition_rate"
+    " time/total validation/accuracy".split()
+)
 # Columns whose mean over a batch other programs call avg_x or x_mean.
 _MEANS = (*VITAL, "kl_ref", "truncated", "clip_any", "repetition")
-_MEAN = re.compile(r"^(?:avg|mean|average)[_ ]|[_ ](?:avg|mean|average)$")
+_MEAN = re.compile(r"^(?:avg|mean|average)[_ ]|[_ /](?:avg|mean|average)$")
+# Groups under which a log puts numbers of the policy and of its samples.
+_GROUP = re.compile(r"^(?:actor|agent|metrics?|model|optim\w*|policy|rollout|stats|training)/")
 _COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 _NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
 # Parts of names in use for the vital columns, for suggestions alone.
@@ -169,8 +176,8 @@ class NameTable:
                 continue
             free = {n: k for n, k in by_name.items() if k not in used}
             feed = self._feed(ours, free)
-            if feed is None and ours in _MEANS:
-                feed = self._feed(ours, _means(free), common=True)
+            if feed is None and ours in (*_MEANS, "lr"):
+                feed = self._feed(ours, _bare(free, ours), common=True)
             if feed is not None:
                 found[ours] = feed
                 used.update(feed.names)
@@ -216,11 +223,16 @@ def _plain(keys: Iterable[str]) -> dict[str, str]:
     return by_name
 
 
-def _means(by_name: Mapping[str, str]) -> dict[str, str]:
-    """The same for names that say that they are means, without the word: avg_entropy, kl_mean."""
+def _bare(by_name: Mapping[str, str], ours: str) -> dict[str, str]:
+    """The same for names without the word that says that they are means, and without their group.
+
+    avg_entropy, kl_mean, policy/entropy. A KL of the policy's group may be to the old policy, and a
+    learning rate is no mean.
+    """
     found: dict[str, str] = {}
     for name, key in by_name.items():
-        bare = _MEAN.sub("", name)
+        bare = name if ours == "kl_ref" else _GROUP.sub("", name)
+        bare = bare if ours == "lr" else _MEAN.sub("", bare)
         if bare not in by_name:
             found.setdefault(bare, key)
     return found

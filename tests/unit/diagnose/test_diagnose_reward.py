@@ -202,3 +202,13 @@ def test_a_score_that_was_solved_once_may_be_two_sigma_lower_but_no_more_than_a_
     assert [ends_solved(series(v)) for v in noisy] == [False, True]
     never = [levels((20, 0.5), (20, x)) for x in (0.799, 0.8)]
     assert [ends_solved(series(v)) for v in never] == [False, True]
+
+
+def test_a_fall_that_ends_in_silence_began_where_it_began() -> None:
+    falls = np.r_[np.full(30, 0.6), ramp(0.6, 0.01, 30, 0, 21)].round(2)
+    fallen, rest = state(falls), state(np.r_[levels((4, 0.6), (56, 0.01))])
+    assert fallen.loss is not None
+    assert 30 <= fallen.loss.onset <= 33
+    assert fallen.best_step >= 30
+    assert rest.loss is not None
+    assert rest.loss.onset == 4, "at once is as before"

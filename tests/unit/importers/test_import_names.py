@@ -115,6 +115,21 @@ def test_names_that_say_that_they_are_means_are_those_without_the_word() -> None
     assert other == {}, "only names in common use, of columns that are means"
 
 
+def test_names_below_the_group_of_the_policy_are_those_without_it() -> None:
+    keys = ["train/policy/grad_norm", "rollout/reward/mean", "optimizer/lr", "response/length/mean",
+            "actor/kl", "critic/loss", "ref/entropy", "policy/lr/mean"]  # fmt: skip
+    feeds = NameTable({}).feeds(keys)
+    assert {ours: feed.names for ours, feed in feeds.items()} == {
+        "grad_norm": (keys[0],), "reward": (keys[1],), "lr": (keys[2],), "length": (keys[3],),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["accuracy", "acc", "train/success_rate", "train_acc"])
+def test_the_accuracy_is_the_reward_of_a_log_without_another(name: str) -> None:
+    assert NameTable({}).feeds([name, "loss"])["reward"] == Feed((name,))
+    assert NameTable({}).feeds([name, "reward"])["reward"] == Feed(("reward",))
+
+
 def test_numbers_of_reward_functions_have_one_name() -> None:
     assert function_column("train/rewards / exact/mean") == "rewards/exact/mean"
     assert function_column("rewards/exact") == "rewards/exact/mean"
@@ -148,6 +163,24 @@ def test_held_out_sets_are_called_by_what_tells_them_apart(
         (["critic/score/mean", "response_length/mean"], "verl"),
         (["reward", "entropy", "loss", "kl", "lr", "grad_norm", "policy_loss"], None),
         (["train/reward", "train/frac_reward_zero_std"], "TRL"),
+        (
+            [
+                "critic/score/mean",
+                "critic/rewards/mean",
+                "actor/lr",
+                "actor/pg_loss",
+                "actor/kl_loss",
+                "actor_train/grad_norm",
+                "critic/entropy/mean",
+                "group/all_correct_groups_ratio",
+                "token/response_length/mean",
+            ],
+            "ROLL",
+        ),
+        (["Reward", "Critic_Loss", "Actor_LR", "ClipFrac", "Avg_Response_Len"], "minimind"),
+        (["reward/mean", "reward/std", "policy/entropy"], None),
+        (["reward_mean", "entropy_mean", "kl_mean", "clip_fraction"], None),
+        (["actor_loss", "critic_loss", "reward", "lr"], None),
     ],
 )
 def test_a_trainer_is_known_by_two_names_one_of_its_own(
