@@ -180,9 +180,21 @@ def _unlike(runs: Sequence[Run], settings: Sequence[Setting]) -> list[str]:
         and len({shown_value(values[name]) for values in known if name in values}) > 1
     ]
     done = dict.fromkeys(str(len(run.steps)) for run in runs)
-    differ = [_values(names, runs)] if names else []
+    differ = [_by_setting(name, settings) for name in names]
     differ += [f"steps done ({', '.join(done)})"] if len(done) > 1 else []
     return [f"Not like with like: the runs differ in {'; '.join(differ)}."] if differ else []
+
+
+def _by_setting(name: str, settings: Sequence[Setting]) -> str:
+    """A setting with its values; which runs have which, where some share one."""
+    labels: dict[str, list[str]] = {}
+    for setting in settings:
+        known = (recorded_settings(run).get(name) for run in setting.runs)
+        value = next((value for value in known if value is not None), None)
+        labels.setdefault(shown_value(value), []).append(setting.label)
+    shared = any(len(some) > 1 for some in labels.values())
+    told = [f"{v} in {', '.join(some)}" if shared else v for v, some in labels.items()]
+    return f"{name} ({('; ' if shared else ', ').join(told)})"
 
 
 def _values(names: Sequence[str], runs: Sequence[Run]) -> str:

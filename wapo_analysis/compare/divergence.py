@@ -117,7 +117,8 @@ class Divergence:
         first, second = self.names
         lines = [
             f"Where {second} parts from {first} ({by[self.paired_by]}, {self.pairs} "
-            f"{'pair' if self.pairs == 1 else 'pairs'}): {'; '.join(told)}."
+            f"{'pair' if self.pairs == 1 else 'pairs'}; means of {WINDOW} steps up to it): "
+            f"{'; '.join(told)}."
         ]
         if self.behind:
             classes = ", ".join(f"{name} {gap * 100:+.0f} pp" for name, gap in self.behind)
@@ -144,8 +145,8 @@ def _words(parting: Parting) -> str:
         return f"{parting.quantity} nowhere"
     held = "" if parting.lasting else ", not to the end"
     return (
-        f"{parting.quantity} at step {parting.step} ({parting.first:.3g} against "
-        f"{parting.second:.3g}{unit}{held})"
+        f"{parting.quantity} at step {parting.step} ({parting.second:.3g} against "
+        f"{parting.first:.3g}{unit}{held})"
     )
 
 

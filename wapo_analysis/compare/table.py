@@ -302,11 +302,14 @@ class Comparison(Result):
         for setting in self.settings:
             mine = [self.diagnoses[place] for place in setting.places]
             bad = [d for d in mine if d.onset_step is not None]
-            told = bad or mine
-            many = f" in {len(told)} of {len(mine)} runs" if len(mine) > 1 else ""
-            name = f" {told[0].run}:" if len(mine) > 1 else ""
-            verdict = VERDICT_WORDS[told[0].verdict]
-            sentences.append(f"{setting.label}: {verdict}{many}.{name} {told[0].sentence}")
+            counts = Counter(d.verdict for d in bad or mine).most_common()
+            first = next(d for d in mine if d.verdict == counts[0][0])
+            if len(mine) == 1:
+                told = f"{VERDICT_WORDS[first.verdict]}."
+            else:
+                told = ", ".join(f"{VERDICT_WORDS[name]} in {n}" for name, n in counts)
+                told += f" of {len(mine)} runs. {first.run}:"
+            sentences.append(f"{setting.label}: {told} {first.sentence}")
         return sentences
 
     def _pair_sentence(self) -> list[str]:

@@ -320,8 +320,9 @@ def entropy_drivers(
     toward = total if (direction or total.sum()) >= 0 else -total
     gross = float(toward.clip(lower=0).sum())
     alone = _counterfactual(context, flows.index.to_numpy())
+    window = (int(flows.index[0]), int(flows.index[-1]))
     drivers = [
-        Driver(name, float(total[name]), alone.get(name), float(toward[name]) / gross)
+        Driver(name, float(total[name]), alone.get(name), float(toward[name]) / gross, window)
         for name in toward.sort_values(ascending=False, kind="stable").index
         if gross > 0 and total[name] != 0
     ]

@@ -83,12 +83,15 @@ class Driver:
     share : float
         Part of what all classes predict in the direction of the verdict. Those that predict it sum
         to 1; a negative share is a class that predicts the opposite.
+    steps : (int, int), optional
+        First and last step of the window.
     """
 
     cls: str
     predicted_dentropy: float
     counterfactual_dentropy: float | None
     share: float
+    steps: tuple[int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -97,6 +100,7 @@ class Driver:
             "predicted_dentropy": plain(self.predicted_dentropy, DIGITS),
             "counterfactual_dentropy": plain(self.counterfactual_dentropy, DIGITS),
             "share": plain(self.share, DIGITS),
+            "steps": None if self.steps is None else list(self.steps),
         }
 
 
@@ -373,7 +377,9 @@ def _driver_section(drivers: tuple[Driver, ...]) -> Section:
         last = [short(measured) if measured is None else f"{measured:+.3g}"]
         rows.append([one.cls, f"{one.predicted_dentropy:+.3g}", percent(one.share), *last * alone])
     rows.append(["sum", f"{net:+.3g}", "", *([""] * alone)])
+    begin, end = drivers[0].steps or (0, -1)
+    when = f", {step_words(range(begin, end + 1))}" if drivers[0].steps else ""
     return Section(
-        "Predicted dH (first-order) by class, nats per unit learning rate",
+        f"Predicted dH (first-order) by class{when}, nats per unit learning rate",
         [Grid(rows), Say("Of each token alone; what is measured can differ in sign.")],
     )

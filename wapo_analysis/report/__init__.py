@@ -193,9 +193,8 @@ def _sha256(script: str) -> str:
 def commands(runs: Sequence[Run]) -> list[str]:
     """Commands that go on from here."""
     places = shlex.join(place(run) for run in runs)
-    first = shlex.quote(place(runs[0]))
     board = [f"wapo board {places}"] if all(place(run) == str(run.path) for run in runs) else []
-    return [f"wapo diagnose {first}", *board, f"wapo figures {places}"]
+    return [f"wapo diagnose {places}", *board, f"wapo figures {places}"]
 
 
 def _check_page(out: Path) -> None:

@@ -187,6 +187,19 @@ def test_runs_that_differ_in_more_than_the_objective_are_called_out(tmp_path: Pa
     assert "task (a, b)" in warning
     assert "lr (1e-4, 5e-5)" in warning
     assert "steps" not in warning
+    three = table([tmp_path / "A-0", tmp_path / "B-0", tmp_path / "C-0"])
+    (warning,) = [s for s in three.sentences() if s.startswith("Not like with like")]
+    assert "lr (1e-4 in A, B; 5e-5 in C)" in warning
+
+
+def test_verdicts_of_seeds_are_counted_each_by_its_name(tmp_path: Path) -> None:
+    drifts = ("explosion", "healthy", "collapse", "explosion")
+    paths = [
+        write_fake_run(tmp_path / f"g{seed}", drift=drift, seed=seed)
+        for seed, drift in enumerate(drifts)
+    ]
+    (said,) = [s for s in table(paths).sentences() if s.startswith("GRPO: ")]
+    assert said.startswith("GRPO: entropy explosion in 2, entropy collapse in 1 of 4 runs. g0: ")
 
 
 def test_runs_of_one_label_that_differ_are_not_pooled(tmp_path: Path) -> None:

@@ -158,7 +158,15 @@ def test_comparison_tells_it_in_text_json_and_not_for_one_setting(tmp_path: Path
     form = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["parting"]
     assert (form["first"], form["second"], form["pairs"]) == ("GRPO", "WAPO", 2)
     assert {p["quantity"] for p in form["partings"]} >= {"reward", "entropy", "flow_neg_peak"}
-    assert any(s.startswith("Where WAPO parts from GRPO") for s in comparison.sentences())
+    (said,) = [s for s in comparison.sentences() if s.startswith("Where WAPO parts from GRPO")]
+    reward = comparison.divergence.parting("reward")
+    runs = [open_run(path).steps.set_index("step")["entropy"] for path in paths]
+    entropy = comparison.divergence.parting("entropy")
+    window = range(entropy.step - WINDOW + 1, entropy.step + 1)
+    grpo, wapo = (np.mean([run[list(window)].mean() for run in runs[n::2]]) for n in (0, 1))
+    assert "means of 5 steps up to it" in said
+    assert f"entropy at step {entropy.step} ({wapo:.3g} against {grpo:.3g} nats" in said
+    assert f"reward at step {reward.step} (" in said
     seeds = compare([open_run(path) for path in paths[::2]])
     assert seeds.divergence.names == ("grpo-0", "grpo-1")
     assert compare([open_run(paths[0])]).to_dict()["parting"] is None

@@ -255,7 +255,9 @@ def check_form(d: Diagnosis) -> None:
     assert list(form) == [*promised, "sentence", "best_step", "best_checkpoint", "command"]
     assert form["verdict"] in VERDICTS
     for driver in form["drivers"]:
-        assert list(driver) == ["class", "predicted_dentropy", "counterfactual_dentropy", "share"]
+        numbers = ["predicted_dentropy", "counterfactual_dentropy", "share"]
+        assert list(driver) == ["class", *numbers, "steps"]
+        assert driver["steps"][0] <= driver["steps"][1]
     shares = [driver["share"] for driver in form["drivers"]]
     assert shares == sorted(shares, reverse=True)
     assert not shares or sum(s for s in shares if s > 0) == pytest.approx(1, abs=1e-5)

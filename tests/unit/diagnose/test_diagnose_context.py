@@ -341,6 +341,8 @@ def test_drivers_are_of_the_window_and_of_five_steps_at_least(
     context = flowing(tmp_path, {(1, 1): 2.0 ** np.arange(20)})
     (driver,) = entropy_drivers(context, first, last, 1)
     assert driver.predicted_dentropy == total
+    bits = [step for step in range(1, 21) if total >> (step - 1) & 1]
+    assert driver.steps == (bits[0], bits[-1])
 
 
 def test_what_a_class_does_alone_is_summed_over_the_window(tmp_path: Path) -> None:

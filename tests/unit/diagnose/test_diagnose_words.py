@@ -186,8 +186,14 @@ def test_five_kinds_of_what_is_missing_are_named(tmp_path: Path, kinds: int, sai
 @pytest.mark.parametrize("measured", [None, 0.125])
 def test_classes_stand_in_a_table(tmp_path: Path, measured: float | None) -> None:
     calm = judge(tmp_path, reward=np.full(20, 0.5))
-    drivers = (Driver("neg_peak", 0.5, None, 1.0), Driver("pos_peak", -0.25, measured, -0.5))
+    drivers = (
+        Driver("neg_peak", 0.5, None, 1.0, (2, 6)),
+        Driver("pos_peak", -0.25, measured, -0.5, (2, 6)),
+    )
     (section,) = page_of(replace(calm, drivers=drivers), "Predicted dH")
+    assert "by class, steps 2 to 6, nats" in section.title
+    one = (replace(drivers[0], steps=(3, 3)),)
+    assert "by class, step 3, nats" in page_of(replace(calm, drivers=one), "Predicted dH")[0].title
     grid = section.parts[0]
     assert isinstance(grid, Grid)
     head = ["class", "predicted dH", "of the rise"]
