@@ -63,6 +63,11 @@ def few(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """First line of what an exception says, or its name if it says nothing."""
+    return [*str(error).strip().splitlines(), type(error).__name__][0]
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""Text of a run as it can be shown on a terminal, in SVG and in HTML.
 

@@ -6,6 +6,7 @@ noise), and a condition must hold for several smoothed steps in a row before it 
 arrays out; cost is linear in the number of steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -196,6 +197,19 @@ def episodes(mask: Array, persist: int) -> list[tuple[int, int]]:
     starts, stops = edges[::2], edges[1::2]
     long = stops - starts >= persist
     return [(int(a), int(b)) for a, b in zip(starts[long], stops[long], strict=True)]
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of the steps, evenly spread, the first and the last among them.
+
+    Examples
+    --------
+    >>> evenly(range(1, 10), 3)
+    [1, 5, 9]
+    """
+    if len(steps) <= most:
+        return [int(step) for step in steps]
+    return [int(steps[place]) for place in np.linspace(0, len(steps) - 1, most).round().astype(int)]
 
 
 def silent_since(quiet: Array) -> int | None:

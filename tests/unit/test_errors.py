@@ -2,7 +2,7 @@
 
 import pytest
 
-from wapo_analysis.errors import printable
+from wapo_analysis.errors import first_line, printable
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,16 @@ def test_what_steers_or_hides_is_shown_escaped(text: str, shown: str | None) -> 
 
 def test_lines_stay_lines_where_they_are_wanted() -> None:
     assert printable("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (OSError("\n  one"), "one"),
+        (NotImplementedError(), "NotImplementedError"),
+        (RuntimeError(" \n"), "RuntimeError"),
+    ],
+)
+def test_of_an_exception_the_first_line_is_told_else_its_name(error: Exception, said: str) -> None:
+    assert first_line(error) == said

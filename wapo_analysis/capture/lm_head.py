@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from wapo_analysis.errors import first_line
 from wapo_analysis.record import Guarded, guarded
 from wapo_analysis.record.batches import MATCH
 from wapo_analysis.stats import TokenStats, fused_head_stats, token_stats
@@ -165,7 +166,7 @@ def head_obstacle(model: Any, device: torch.device) -> str | None:
         ours = LmHead.of(inner).logits(last_hidden(inner, input_ids=ids, use_cache=False))
         gap = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)
     except (RuntimeError, AttributeError) as error:
-        return f"its head cannot be applied to hidden states ({str(error).splitlines()[0]})"
+        return f"its head cannot be applied to hidden states ({first_line(error)})"
     if float(gap) <= _TOLERANCE.get(theirs.dtype, _HALF_TOLERANCE):
         return None
     return f"{type(inner).__name__} does more than head, scale and soft cap to make its logits"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.diagnose.result import Culprits
-from wapo_analysis.series import Series
+from wapo_analysis.series import Series, evenly
 from wapo_analysis.settings import fresh_steps
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -35,20 +35,6 @@ SCRIPTS = 3
 SCRIPT_LETTERS = 2
 
 
-def evenly(steps: Array, count: int = SAMPLED_STEPS) -> list[int]:
-    """At most ``count`` of the steps, evenly spread, the first and the last among them.
-
-    Examples
-    --------
-    >>> evenly(np.arange(1, 10), 3)
-    [1, 5, 9]
-    """
-    if len(steps) <= count:
-        return [int(step) for step in steps]
-    chosen = np.linspace(0, len(steps) - 1, count).round().astype(int)
-    return [int(step) for step in steps[chosen]]
-
-
 def first_pass_gap(run: Run) -> pd.DataFrame:
     """Distance of the first gradient pass of a step from the policy that sampled the tokens.
 
@@ -60,7 +46,7 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
     """
     fresh = fresh_steps(run.manifest, run.token_steps())
     columns = ["step", "minibatch", "logp", "logp_old"]
-    rows = run.table("tokens", evenly(np.asarray(fresh)), columns)
+    rows = run.table("tokens", evenly(fresh, SAMPLED_STEPS), columns)
     known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)
     seen = rows.loc[known, ["step", "logp", "logp_old"]].astype(np.float64)
     log_ratio = np.minimum(seen["logp"] - seen["logp_old"], MAX_LOG_RATIO)
@@ -86,7 +72,7 @@ def first_pass_gap(run: Run) -> pd.DataFrame:
 
 def completion_rows(run: Run) -> pd.DataFrame:
     """Rows of the rollouts table of at most ``SAMPLED_STEPS`` steps."""
-    return run.table("rollouts", evenly(run.steps["step"].to_numpy(np.int64)))
+    return run.table("rollouts", evenly(run.steps["step"].tolist(), SAMPLED_STEPS))
 
 
 def shared_answers(rows: pd.DataFrame) -> Series:

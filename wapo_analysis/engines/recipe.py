@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wapo_analysis.capture.trl.passes import evaluating
 from wapo_analysis.engines import updates_per_batch
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.beside import Ring
@@ -141,7 +142,7 @@ class Recipe:
         for row, ids in zip(rows, prompt_ids, strict=True):
             whole[row] = ids
         generator = sampling_generator(config.seed, step, self.policy.device)
-        with _together(), _evaluating(self.policy.module), torch.no_grad():
+        with _together(), evaluating(self.policy.module), torch.no_grad():
             made = sample(
                 self.policy, whole, self.longest, config.temperature, generator,
                 rows=torch.tensor(sorted(rows)),
@@ -153,7 +154,7 @@ class Recipe:
 
     def evaluated(self, trainer: Any) -> dict[str, float]:
         """Numbers of an evaluation on held-out prompts; empty but on the first process."""
-        with _together(), _evaluating(self.policy.module), torch.no_grad():
+        with _together(), evaluating(self.policy.module), torch.no_grad():
             if trainer.accelerator.process_index:
                 return {}
             return evaluate(self.policy, self.task, self.config).columns()
@@ -190,16 +191,6 @@ def _together() -> Iterator[None]:
         raise raised
     for broken, text in filter(None, said):
         raise NonFiniteLogits(text) if broken else UserError(text)
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _is_sharded(trainer: Any) -> bool:

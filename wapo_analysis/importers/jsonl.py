@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from wapo_analysis.errors import UserError, printable
-from wapo_analysis.store.files import open_regular
+from wapo_analysis.store.files import JSON_DEPTH, open_regular, too_deep
 
 MAX_STEP = 2**31 - 1
-MAX_DEPTH = 64
 _OF_ALL = re.compile(
     r"\s*(?:(?:global_?)?(?:step|iter(?:ation)?)[ _:-]*)?(\d+)(?:\s*/\s*\d+)?\s*", re.I
 )
@@ -79,7 +78,7 @@ REPAIRED = "texts with half a surrogate pair, now U+FFFD"
 def parse_json(data: bytes | str, changed: list[str] | None = None) -> Any:
     """A JSON value of bounded depth; lone surrogates in its texts become U+FFFD.
 
-    Raises ValueError if it is no JSON, is not UTF-8, or is nested deeper than ``MAX_DEPTH``.
+    Raises ValueError if it is no JSON, is not UTF-8, or is nested deeper than ``JSON_DEPTH``.
     ``data``: UTF-8 text; ``changed``: gets what was changed or overwritten on the way: `DOUBLED`,
     `REPAIRED`.
     """
@@ -95,28 +94,19 @@ def parse_json(data: bytes | str, changed: list[str] | None = None) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=made)
     except RecursionError:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
     except ValueError as error:
         if "integer string conversion" not in str(error):
             raise
         value = json.loads(text, object_pairs_hook=made, parse_int=float)
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if text.count("[") + text.count("{") > JSON_DEPTH and too_deep(value):
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
     if "\\ud" in text or "\\uD" in text:
         whole = _repaired(value)
         if whole != value:
             told.append(REPAIRED)
         return whole
     return value
-
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        nested = [v for v in level if isinstance(v, dict | list)]
-        level = [x for v in nested for x in (v.values() if isinstance(v, dict) else v)]
-        depth += bool(nested)
-    return depth
 
 
 def _repaired(value: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, first_line, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.readers import json_records, json_value
 from wapo_analysis.importers.report import ImportReport, shown
@@ -223,8 +223,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with open_regular(file) as stream:
             rows = pq.read_table(stream).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        why = printable(str(error).splitlines()[0])
-        raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
+        why = printable(f"{shown(file)} is broken or no Parquet: {first_line(error)}")
+        raise UserError(why) from error
     yield from enumerate(rows, start=1)
 
 

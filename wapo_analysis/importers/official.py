@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from wapo_analysis.derive import reward_columns
-from wapo_analysis.errors import UserError, printable
+from wapo_analysis.errors import UserError, first_line, printable
 from wapo_analysis.importers.jsonl import as_number, as_step, message_text
 from wapo_analysis.importers.logs import newest_state, read_log
 from wapo_analysis.importers.readers import json_records, json_value
@@ -368,8 +368,7 @@ def stored_arrays(file: Path, report: ImportReport) -> dict[str, Array]:
     except (ValueError, OSError, EOFError, LookupError, TypeError, MemoryError, SyntaxError,
             zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
             NotImplementedError, RuntimeError) as error:  # fmt: skip
-        why = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        report.bad_line(file, 1, f"not readable ({why})")
+        report.bad_line(file, 1, printable(f"not readable ({first_line(error)})"))
         return {}
     kinds = {name: values.dtype.kind for name, values in arrays.items()}
     for name in [name for name, kind in kinds.items() if kind not in "biufSU"]:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from wapo_analysis.errors import UserError, printable
-from wapo_analysis.importers.jsonl import MAX_DEPTH, JsonLines, as_number, parse_json, reason_of
+from wapo_analysis.errors import UserError, first_line, printable
+from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json, reason_of
 from wapo_analysis.importers.packed import PAGES, head_of
 from wapo_analysis.importers.report import ImportReport, shown
-from wapo_analysis.store.files import open_regular
+from wapo_analysis.store.files import JSON_DEPTH, open_regular
 
 PASSES = 3
 MAX_JSON_BYTES = 1 << 30
@@ -124,7 +124,7 @@ def _one_or_more(data: bytes, changed: list[str]) -> Any:
             try:
                 _, end = json.JSONDecoder().raw_decode(text, place)
             except RecursionError:
-                raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
+                raise ValueError(f"nested deeper than {JSON_DEPTH} levels") from None
             values.append(parse_json(text[place:end], changed))
             place = end + len(_BETWEEN.match(text, end)[0])  # type: ignore[index]
         return values
@@ -247,8 +247,8 @@ def csv_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.DataF
             row += batch.num_rows
     except (pa.ArrowException, UnicodeDecodeError) as error:
         if "Empty CSV file" not in str(error):
-            why = printable(str(error).splitlines()[0])
-            raise UserError(f"{printable(shown(file))} is no CSV table: {why}") from error
+            why = printable(f"{shown(file)} is no CSV table: {first_line(error)}")
+            raise UserError(why) from error
     finally:
         source.close()
     report.files += 1
@@ -376,8 +376,8 @@ def parquet_frames(file: Path, report: ImportReport) -> Iterator[tuple[int, pd.D
                 yield row, batch.rename_columns(names).to_pandas()
                 row += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        why = printable(str(error).splitlines()[0])
-        raise UserError(f"{printable(shown(file))} is broken or no Parquet: {why}") from error
+        why = printable(f"{shown(file)} is broken or no Parquet: {first_line(error)}")
+        raise UserError(why) from error
     report.files += 1
 
 

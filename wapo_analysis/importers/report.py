@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.errors import UserError, few, printable
+from wapo_analysis.errors import UserError, few, first_line, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
 from wapo_analysis.results import Items, Result, Section
 
@@ -124,9 +124,9 @@ class ImportReport(Result):
         except UserError:
             raise
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
-            said = printable(str(error).splitlines()[0] if str(error) else repr(error))
             known = type(error) is ValueError
-            self.bad_line(file, number, said if known else "its entries have another shape")
+            said = printable(first_line(error)) if known else "its entries have another shape"
+            self.bad_line(file, number, said)
 
     def close_lines(self, log: JsonLines, half: bool) -> None:
         """Take over what a reader of JSON lines counted."""

@@ -13,6 +13,7 @@ from wapo_taxonomy import CLASS_CODES, CLASS_NAMES, UNKNOWN
 
 from wapo_analysis.derive import class_codes
 from wapo_analysis.plots.style import drawable
+from wapo_analysis.series import evenly
 from wapo_analysis.settings import setting_labels
 from wapo_analysis.store import Run
 
@@ -109,14 +110,6 @@ def rescored_steps(run: Run) -> list[int]:
     return [step for step in recorded if step in scored]
 
 
-def spread(steps: Sequence[int], limit: int = MAX_TOKEN_STEPS) -> list[int]:
-    """At most ``limit`` of the steps, evenly spaced, first and last included."""
-    if len(steps) <= limit:
-        return list(steps)
-    places = np.unique(np.linspace(0, len(steps) - 1, limit).round().astype(int))
-    return [steps[place] for place in places]
-
-
 def token_frame(
     runs: Sequence[Run],
     columns: Iterable[str],
@@ -140,7 +133,7 @@ def token_frame(
     parts = []
     for place, run in enumerate(runs):
         steps = rescored_steps(run) if rescored else run.token_steps()
-        rows = _token_rows(run, tuple(spread(steps, max_steps)))
+        rows = _token_rows(run, tuple(evenly(steps, max_steps)))
         parts.append(_with_place(rows[["step", *names]], place))
     return keyed(parts, runs, ("step", *names))
 

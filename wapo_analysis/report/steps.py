@@ -19,6 +19,7 @@ from wapo_analysis.derive import class_codes
 from wapo_analysis.report.data import Json, plain_list
 from wapo_analysis.results import distinguishing
 from wapo_analysis.store import Run
+from wapo_analysis.store.parquet import round_mantissa
 from wapo_analysis.table import Array
 
 KEEP_BITS = 10
@@ -170,11 +171,8 @@ def pack(tokens: pd.DataFrame) -> tuple[Json, bytes]:
 
 def rounded(values: Array) -> Array:
     """float32 with ``KEEP_BITS`` bits of mantissa, rounded to nearest; NaN stays."""
-    drop = np.uint32(23 - KEEP_BITS)
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    half = np.uint32(1) << (drop - np.uint32(1))
-    short = ((bits + half) >> drop) << drop
-    return np.where(np.isfinite(values), short, np.uint32(0x7FC00000)).astype("<u4").view("<f4")
+    short = round_mantissa(np.ascontiguousarray(values, "<f4"), KEEP_BITS)
+    return np.where(np.isfinite(short), short, np.float32("nan")).astype("<f4")
 
 
 def _planes(values: Array, skip: int) -> bytes:

@@ -163,17 +163,20 @@ def parse_json(text: str) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    if too_deep(value):
+        raise ValueError(f"nested more than {JSON_DEPTH} deep")
+    return value
+
+
+def too_deep(value: Any) -> bool:
+    """Whether the lists and objects of a JSON value are nested more than `JSON_DEPTH` deep."""
     level = [value]
-    for _ in range(JSON_DEPTH):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, dict | list)
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return value
-    raise ValueError(f"nested more than {JSON_DEPTH} deep")
+    for _ in range(JSON_DEPTH + 1):
+        nested = [inner for inner in level if isinstance(inner, dict | list)]
+        if not nested:
+            return False
+        level = [x for n in nested for x in (n.values() if isinstance(n, dict) else n)]
+    return True
 
 
 CHECKSUM = "crc32"

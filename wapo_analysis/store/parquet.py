@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, first_line
 from wapo_analysis.schema import INTERACTION, OTHER_TOKENS, PROB_EDGES, Column, Table
 from wapo_analysis.store.files import encodable, open_regular
 from wapo_analysis.table import Array, Records
@@ -216,9 +216,9 @@ def named(path: Path) -> Iterator[None]:
     except (FileNotFoundError, UserError):
         raise
     except Exception as error:
-        told = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is broken or truncated ({told}); move it away to read the other parts"
+            f"{path} is broken or truncated ({first_line(error)}); move it away to read the other "
+            "parts"
         ) from error
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import wapo_taxonomy as tax
 
 from wapo_analysis.derive import CLASS_ORDER, UPDATE_STATISTICS, class_names, update_columns
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError, first_line, unknown_name
 from wapo_analysis.store.files import MANIFEST
 from wapo_analysis.store.parquet import named, open_part, verify
 from wapo_analysis.store.parts import list_parts, settled
@@ -243,9 +243,7 @@ def _by_duckdb(files: Sequence[Path], temperature: float) -> pd.DataFrame | None
         missing = [file for file in files if not file.exists()]
         if missing:
             raise FileNotFoundError(ENOENT, "no such file", str(missing[0])) from error
-        raise UserError(
-            f"DuckDB cannot read the token rows ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"DuckDB cannot read the token rows ({first_line(error)})") from error
     sums = {name: np.ma.asarray(values) for name, values in found.items()}
     if any(np.isnan(values.compressed()).any() for values in sums.values()):
         return None

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError, first_line, unknown_name
 from wapo_analysis.record.beside import Ring
 from wapo_analysis.store import read_manifest
 from wapo_analysis.store.files import folder_when_whole, read_json, remove_folder
@@ -205,8 +205,7 @@ def naming(checkpoint: Path | None) -> Iterator[None]:
     except Exception as error:
         if checkpoint is None or isinstance(error, UserError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _broken(checkpoint, first) from error
+        raise _broken(checkpoint, first_line(error)) from error
 
 
 def load_optimizer(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:

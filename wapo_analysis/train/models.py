@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, first_line
 from wapo_analysis.train.checkpoint import check_model
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.policy import (
@@ -161,9 +161,8 @@ def _load(name: str, dtype: torch.dtype, checkpoint: Path | None) -> tuple[Any, 
     except (OSError, ValueError, ImportError) as error:
         if checkpoint is not None:
             raise  # `checkpoint.naming` says which
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"cannot load model {name!r}: {first} "
+            f"cannot load model {name!r}: {first_line(error)} "
             '(allowed: "base", "smollm2", a model folder, a hub name, a .gguf file)'
         ) from error
     if extra:
@@ -264,7 +263,7 @@ def add_adapter(model: Any, adapter: Adapter) -> Any:
             adapted = peft.get_peft_model(model, config)
         except ValueError as error:
             names = ", ".join(adapter.targets)
-            raise UserError(f"lora_targets {names}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"lora_targets {names}: {first_line(error)}") from error
     if hasattr(model.get_output_embeddings(), "lora_A"):
         raise UserError("lora_targets names the output head, which must stay as it is")
     return adapted

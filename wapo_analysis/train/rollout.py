@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from wapo_analysis.capture.lm_head import inner_model, last_hidden
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, first_line
 from wapo_analysis.train.config import BATCHED
 from wapo_analysis.train.policy import Policy
 from wapo_analysis.train.sampler import NonFiniteLogits as NonFiniteLogits
@@ -167,7 +167,7 @@ def sample_batched(
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if "nan" in reason:  # of torch.multinomial
             raise NonFiniteLogits from error
         raise UserError(

@@ -167,3 +167,16 @@ def test_why_a_head_cannot_be_used() -> None:
     wide.forward = lambda **given: SimpleNamespace(logits=torch.zeros(1, 5, 7))  # type: ignore[method-assign]
     found = head_obstacle(wide, torch.device("cpu"))
     assert str(found).startswith("its head cannot be applied to hidden states (")
+
+
+def test_a_backbone_that_fails_without_a_word_is_named_by_its_error() -> None:
+    class Silent(Backbone):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            raise NotImplementedError
+
+    model = Small(1.0, 0.0)
+    model.forward = lambda **given: SimpleNamespace(logits=torch.zeros(1, 5, 5))  # type: ignore[method-assign]
+    model.base_model = Silent(torch.float32)
+    assert head_obstacle(model, torch.device("cpu")) == (
+        "its head cannot be applied to hidden states (NotImplementedError)"
+    )

@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.step_logs import reopened, write_steps
 from wapo_analysis.diagnose.samples import (
+    SAMPLED_STEPS,
     answer_shares,
-    evenly,
     find_culprits,
     first_pass_gap,
     is_noise,
@@ -21,6 +21,7 @@ from wapo_analysis.diagnose.samples import (
 )
 from wapo_analysis.diagnose.trainers import has_setting
 from wapo_analysis.schema import TOKENS
+from wapo_analysis.series import evenly
 from wapo_analysis.store import Run, open_run
 from wapo_analysis.table import Records
 
@@ -31,10 +32,10 @@ NAN = np.nan
     ("count", "number", "first", "second"), [(40, 40, 1, 2), (41, 40, 1, 2), (80, 40, 1, 3)]
 )
 def test_forty_steps_are_read_evenly(count: int, number: int, first: int, second: int) -> None:
-    chosen = evenly(np.arange(1, count + 1))
+    chosen = evenly(range(1, count + 1), SAMPLED_STEPS)
     assert (len(chosen), *chosen[:2], chosen[-1]) == (number, first, second, count)
-    assert evenly(np.array([3, 5, 9]), 3) == [3, 5, 9]
-    assert evenly(np.array([3, 5, 9, 11]), 3) == [3, 9, 11]
+    assert evenly([3, 5, 9], 3) == [3, 5, 9]
+    assert evenly([3, 5, 9, 11], 3) == [3, 9, 11]
 
 
 # ---- noise --------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from wapo_analysis.diagnose.samples import (
     _steps,
     answer_shares,
     completion_rows,
-    evenly,
     first_pass_gap,
     is_noise,
     length_pay,
@@ -23,6 +22,7 @@ from wapo_analysis.diagnose.samples import (
     shared_answers,
 )
 from wapo_analysis.schema import ROLLOUTS, TOKENS
+from wapo_analysis.series import evenly
 from wapo_analysis.store import Run, open_run
 from wapo_analysis.table import Records
 
@@ -226,8 +226,8 @@ def test_an_answer_that_goes_with_the_reward_is_no_finding(
 
 
 def test_at_most_forty_steps_are_read() -> None:
-    assert evenly(np.arange(1, 10)) == list(range(1, 10))
-    chosen = evenly(np.arange(1, 1001))
+    assert evenly(range(1, 10), SAMPLED_STEPS) == list(range(1, 10))
+    chosen = evenly(range(1, 1001), SAMPLED_STEPS)
     assert (len(chosen), chosen[0], chosen[-1]) == (SAMPLED_STEPS, 1, 1000)
 
 
@@ -346,9 +346,9 @@ def test_drift_within_the_batch_is_judged_against_its_beginning(tmp_path: Path) 
 
 
 def test_steps_are_read_evenly_and_the_nearest_to_a_window() -> None:
-    assert evenly(np.arange(5), 5) == [0, 1, 2, 3, 4]
-    assert evenly(np.arange(6), 2) == [0, 5]
-    assert evenly(np.arange(100), 3) == [0, 50, 99]
+    assert evenly(range(5), 5) == [0, 1, 2, 3, 4]
+    assert evenly(range(6), 2) == [0, 5]
+    assert evenly(range(100), 3) == [0, 50, 99]
     recorded = [1, 5, 20, 21, 22, 23]
     assert _steps(recorded, 20, 23) == [20, 21, 22], "three at most"
     assert _steps(recorded, 6, 9) == [5]

@@ -15,10 +15,10 @@ from wapo_analysis.plots.frames import (
     keep_labels,
     mean_over_runs,
     run_labels,
-    spread,
     step_frame,
     token_frame,
 )
+from wapo_analysis.series import evenly
 from wapo_analysis.store import Run, open_run
 
 
@@ -86,9 +86,9 @@ def test_a_missing_statistic_stays_nan_and_never_turns_into_zero(tmp_path: Path)
 
 
 @pytest.mark.parametrize("count", [1, 5, MAX_TOKEN_STEPS, 13, 1000])
-def test_spread_keeps_both_ends(count: int) -> None:
+def test_steps_spread_evenly_keep_both_ends(count: int) -> None:
     steps = list(range(1, count + 1))
-    picked = spread(steps)
+    picked = evenly(steps, MAX_TOKEN_STEPS)
     assert len(picked) <= MAX_TOKEN_STEPS
     assert (picked[0], picked[-1]) == (1, count)
     assert picked == sorted(set(picked))

@@ -64,7 +64,7 @@ def test_a_file_of_the_limit_is_read_and_one_byte_more_is_not(tmp_path: Path) ->
 @pytest.mark.parametrize("opening", ['{"a": ', "["])
 def test_nesting_is_read_to_its_bound(opening: str) -> None:
     closing = "}" if opening[0] == "{" else "]"
-    levels = JSON_DEPTH - 1  # the number inside is one more
+    levels = JSON_DEPTH
     deep = opening * levels + "1" + closing * levels
     value = parse_json(deep)
     for _ in range(levels):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, few, first_line
 from wapo_analysis.store.files import open_regular
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _line(where: str, line: bytes) -> Row:
     try:
         return _row(where, json.loads(line))
     except (ValueError, RecursionError) as error:
-        return Row(where, None, f"broken JSON ({_first(error).split(':')[0]})")
+        return Row(where, None, f"broken JSON ({first_line(error).split(':')[0]})")
 
 
 def _row(where: str, values: Any) -> Row:
@@ -115,7 +115,7 @@ def _json(name: str, data: bytes) -> list[Row]:
     except (ValueError, RecursionError) as error:
         if data.lstrip().startswith(b"{"):
             return list(_lines(data))
-        raise UserError(f"{name} is not valid JSON: {_first(error)}") from error
+        raise UserError(f"{name} is not valid JSON: {first_line(error)}") from error
     if isinstance(whole, list):
         return [_row(f"row {number}", values) for number, values in enumerate(whole, start=1)]
     if isinstance(whole, dict) and b"\n" not in data.strip():
@@ -130,7 +130,7 @@ def _parquet(name: str, data: bytes) -> list[Row]:
     try:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name} is not valid Parquet: {_first(error)}") from error
+        raise UserError(f"{name} is not valid Parquet: {first_line(error)}") from error
     return [Row(f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
 
 
@@ -151,7 +151,7 @@ def _read_hub(name: str) -> Source:
         found = datasets.load_dataset(base, config or None, split=split or "train")
         rows = [Row(f"row {n}", dict(values)) for n, values in enumerate(found, start=1)]
     except Exception as error:  # each hub, builder and file reader has exceptions of its own
-        raise UserError(f"cannot load data set {name}: {_first(error).rstrip('.')}") from error
+        raise UserError(f"cannot load data set {name}: {first_line(error).rstrip('.')}") from error
     finally:
         if shown:
             datasets.enable_progress_bars()
@@ -159,12 +159,6 @@ def _read_hub(name: str) -> Source:
     for row in rows:
         digest.update(json.dumps(row.values, sort_keys=True, default=str).encode() + b"\n")
     return Source(name, digest.hexdigest(), rows)
-
-
-def _first(error: BaseException) -> str:
-    """First line of an exception's message, or its name."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def digest(question: str) -> int:
@@ -240,7 +234,7 @@ class DataReport:
         found = f" (fields found: {fields})" if fields else ""
         raise DataRefused(
             f"{self.task}: {len(self.skipped)} of {self.rows} rows of {self.source} cannot be "
-            f"used, more than {MAX_BAD_SHARE:.0%}: {_shown(self.skipped)}{found}",
+            f"used, more than {MAX_BAD_SHARE:.0%}: {few(self.skipped, _SHOWN)}{found}",
             self,
         )
 
@@ -250,11 +244,11 @@ class DataReport:
         if self.skipped:
             parts.append(
                 f"{len(self.skipped)} of {self.rows} rows of {self.source} skipped: "
-                + _shown(self.skipped)
+                + few(self.skipped, _SHOWN)
             )
         if self.repeated:
             many = f"{len(self.repeated)} repeated row{'s' if len(self.repeated) > 1 else ''}"
-            parts.append(f"{many} of {self.source} left out: {_shown(self.repeated)}")
+            parts.append(f"{many} of {self.source} left out: {few(self.repeated, _SHOWN)}")
         return f"{self.task}: {'; and '.join(parts)}" if parts else ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,8 +263,3 @@ class DataReport:
             "repeated_rows": len(self.repeated),
             "repeated": list(self.repeated[:_RECORDED]),
         }
-
-
-def _shown(named: tuple[str, ...]) -> str:
-    more = len(named) - _SHOWN
-    return ", ".join(named[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
