@@ -241,6 +241,17 @@ def with_class(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(cls=class_names(np.where(sign == 0, 4, code)))
 
 
+def per_class(cells: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Sum of a class total by step and class of the taxonomy; 0 where a class had no token.
+
+    Shape (steps, classes); steps without any are left out. ``cells``: class totals, see
+    :attr:`Run.classes`.
+    """
+    known = cells[cells["cls"].isin(tax.CLASSES)].dropna(subset=[column]).astype({"cls": str})
+    table = known.pivot_table(index="step", columns="cls", values=column, aggfunc="sum")
+    return table.reindex(columns=list(tax.CLASSES)).fillna(0.0)
+
+
 # Columns of the steps table: sums first, which add up over micro-batches, processes and parts ----
 
 

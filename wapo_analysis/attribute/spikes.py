@@ -17,6 +17,7 @@ from wapo_analysis.table import Array
 
 CONTEXT = 12
 _TOKEN_KEYS = ["group", "rollout", "position"]
+_SUMMED = ("mass", "pred_dentropy")
 _MISSING_TEXT = "?"
 #: Characters of a prompt or completion in a table.
 _SHOWN_TEXT = 60
@@ -34,15 +35,16 @@ class StepAttribution(Result):
         The step.
     grad_mass : float
         Sum of the exact norms of the logit gradients over the recorded tokens.
-    flow : float
+    pred_dentropy : float
         Sum of their first-order dH, nats per unit learning rate; NaN if not available.
     tokens, rollouts, prompts : DataFrame
-        Largest holders of gradient mass first: keys, ``mass_share`` (of ``grad_mass``), ``flow``
-        and ``flow_share`` (of the sum of |flow| over tokens, signed). Tokens have ``token`` and
+        Largest holders of gradient mass first: keys, ``mass_share`` (of ``grad_mass``),
+        ``pred_dentropy`` and ``pred_dentropy_share`` (of the sum of its sizes over tokens, signed).
+        Tokens have ``token`` and
         ``context`` as text and the class; rollouts the reward; prompts their text and, as
         ``question``, what sets it apart from the step's other prompts.
-    by_flow : DataFrame
-        Tokens again, largest |flow| first.
+    by_pred_dentropy : DataFrame
+        Tokens again, largest predicted dH first, of either sign.
     three_numbers : DataFrame
         Predicted, counterfactual, measured per class if an update of the step was probed.
     fraction : float
@@ -52,9 +54,9 @@ class StepAttribution(Result):
     run: str
     step: int
     grad_mass: float
-    flow: float
+    pred_dentropy: float
     tokens: pd.DataFrame
-    by_flow: pd.DataFrame
+    by_pred_dentropy: pd.DataFrame
     rollouts: pd.DataFrame
     prompts: pd.DataFrame
     three_numbers: pd.DataFrame
@@ -62,8 +64,8 @@ class StepAttribution(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; what is not finite becomes None."""
-        tables = ("tokens", "by_flow", "rollouts", "prompts", "three_numbers")
-        numbers = {"grad_mass": self.grad_mass, "flow": self.flow, "fraction": self.fraction}
+        tables = ("tokens", "by_pred_dentropy", "rollouts", "prompts", "three_numbers")
+        numbers = {name: getattr(self, name) for name in ("grad_mass", "pred_dentropy", "fraction")}
         records = {name: getattr(self, name).to_dict("records") for name in tables}
         found: dict[str, Any] = plain({"run": self.run, "step": self.step, **numbers, **records})
         return found
@@ -72,9 +74,9 @@ class StepAttribution(Result):
     def headline(self) -> str:
         """One sentence with the totals."""
         text = f"{self.run}, step {self.step}: gradient mass {self.grad_mass:.3g}"
-        if isfinite(self.flow):
-            way = "a rise" if self.flow > 0 else "a fall"
-            text += f", predicted dH {self.flow:+.3g} nats per unit learning rate ({way})"
+        if isfinite(self.pred_dentropy):
+            way = "a rise" if self.pred_dentropy > 0 else "a fall"
+            text += f", predicted dH {self.pred_dentropy:+.3g} nats per unit learning rate ({way})"
         if self.fraction < 1:
             text += f"; from {self.fraction:.0%} of the rollouts"
         return text + "."
@@ -83,7 +85,7 @@ class StepAttribution(Result):
         """Tokens, rollouts and prompts by share, then predicted, class alone and measured."""
         tables: list[tuple[str, Grid]] = [
             ("Tokens by share of the gradient", _token_grid(self.tokens)),
-            ("Tokens by share of the predicted dH", _token_grid(self.by_flow)),
+            ("Tokens by share of the predicted dH", _token_grid(self.by_pred_dentropy)),
             ("Rollouts by share of the gradient", _rollout_grid(self.rollouts)),
             ("Prompts by share of the gradient", _prompt_grid(self.prompts)),
         ]
@@ -106,7 +108,7 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
     """Attribute one step's update to its tokens, rollouts and prompts.
 
     Gradient mass of a token is |dL/dz| = |c|/T sqrt((1-p)^2 + C_o), summed over the passes that saw
-    it; flow is its exact first-order dH (taxonomy/README.md, sections 2 and 4).
+    it; its predicted dH is the exact first-order one (taxonomy/README.md, sections 2 and 4).
 
     Parameters
     ----------
@@ -135,16 +137,16 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
     rollouts = rollouts.head(top)
     texts = known.drop_duplicates("group").set_index("group")["prompt"].dropna().astype(str)
     apart = pd.Series(distinguishing(texts.to_list()), index=texts.index, dtype=object)
-    mass, flow = tokens["mass"], tokens["flow"]
-    pushing = _largest(np.abs(flow), top)
+    mass, predicted = tokens["mass"], tokens["pred_dentropy"]
+    largest = _largest(np.abs(predicted), top)
     probes = run.table("probes", [step])
     return StepAttribution(
         run=run.name,
         step=step,
         grad_mass=float(mass.sum()),
-        flow=float(np.nansum(flow)) if np.isfinite(flow).any() else float("nan"),
+        pred_dentropy=float(np.nansum(predicted)) if np.isfinite(predicted).any() else float("nan"),
         tokens=_with_text(tokens, _largest(mass, top), run.vocab),
-        by_flow=_with_text(tokens, pushing, run.vocab),
+        by_pred_dentropy=_with_text(tokens, largest, run.vocab),
         rollouts=rollouts.assign(
             reward=rollouts["rollout"].map(known["reward"]),
             completion=rollouts["rollout"].map(known["completion"]),
@@ -160,13 +162,14 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
 def _tokens(run: Run, step: int) -> dict[str, Array]:
     """Tokens of the step by group, rollout, position and class, shape (tokens,) each.
 
-    ``mass`` and ``flow`` are sums over the passes that saw the token, flow NaN where none gave it.
+    ``mass`` and ``pred_dentropy`` are sums over the passes that saw the token, the latter NaN where
+    none gave it.
     """
 
     def keep(block: dict[str, Array]) -> dict[str, Array]:
         update = update_columns(block, run.temperature)
         known = np.isfinite(update["grad_norm"])
-        sums = {"mass": update["grad_norm"], "flow": update["pred_dentropy"]}
+        sums = {"mass": update["grad_norm"], "pred_dentropy": update["pred_dentropy"]}
         given = {name: block[name] for name in (*_TOKEN_KEYS, "token_id", "logp")}
         return {n: values[known] for n, values in {**given, "cls": update["cls"], **sums}.items()}
 
@@ -181,9 +184,8 @@ def _tokens(run: Run, step: int) -> dict[str, Array]:
     if order is not None:
         rows = {name: rows.pop(name)[order] for name in list(rows)}
     starts = _starts([rows[name] for name in (*keys, "token_id")])
-    summed = ("mass", "flow")
     if len(starts) < len(rows["mass"]):
-        sums = {name: run_sums(rows.pop(name), starts) for name in summed}
+        sums = {name: run_sums(rows.pop(name), starts) for name in _SUMMED}
         rows = {name: rows.pop(name)[starts] for name in list(rows)} | sums
     return rows
 
@@ -223,10 +225,10 @@ def _largest(values: Array, top: int) -> Array:
 
 
 def _held(tokens: dict[str, Array], keys: list[str]) -> pd.DataFrame:
-    """Sums of mass, flow and their shares over tokens that stand together, largest mass first."""
+    """Sums over tokens that stand together, and their shares, largest mass first."""
     starts = _starts([tokens[name] for name in keys])
     frame = pd.DataFrame({name: tokens[name][starts] for name in keys})
-    sums = {name: run_sums(tokens[name], starts) for name in ("mass", "flow")}
+    sums = {name: run_sums(tokens[name], starts) for name in _SUMMED}
     shares = {f"{name}_share": sums[name] / _whole(tokens[name]) for name in sums}
     ends = np.append(starts[1:], len(tokens["mass"]))
     return _by_mass(frame.assign(**sums, **shares, tokens=ends - starts))
@@ -252,7 +254,7 @@ def _with_text(tokens: dict[str, Array], places: Array, vocab: dict[int, str]) -
     """Rows of the tokens at some places: shares, text, context with the token in brackets."""
     names = (*_TOKEN_KEYS, "token_id")
     frame = pd.DataFrame({name: tokens[name][places] for name in names})
-    shares = {f"{n}_share": tokens[n][places] / _whole(tokens[n]) for n in ("mass", "flow")}
+    shares = {f"{n}_share": tokens[n][places] / _whole(tokens[n]) for n in _SUMMED}
     lines = {
         rollout: _line(tokens, tokens["rollout"] == rollout)
         for rollout in frame["rollout"].unique()
@@ -262,7 +264,7 @@ def _with_text(tokens: dict[str, Array], places: Array, vocab: dict[int, str]) -
         cls=np.asarray(class_names(tokens["cls"][places]), object),
         prob=np.exp(tokens["logp"][places].astype(np.float64)),
         mass=tokens["mass"][places],
-        flow=tokens["flow"][places],
+        pred_dentropy=tokens["pred_dentropy"][places],
         **shares,
         token=[vocab.get(int(token), _MISSING_TEXT) for token in frame["token_id"]],
         context=[_context(*lines[rollout], position, vocab) for rollout, position in spelled],
@@ -322,7 +324,7 @@ def _three_grid(numbers: pd.DataFrame) -> Grid:
 def _shares(row: Mapping[Any, Any]) -> list[str]:
     return [
         f"{100 * row[name]:.1f}%" if isfinite(row[name]) else "-"
-        for name in ("mass_share", "flow_share")
+        for name in ("mass_share", "pred_dentropy_share")
     ]
 
 

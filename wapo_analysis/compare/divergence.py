@@ -15,6 +15,7 @@ import pandas as pd
 import wapo_taxonomy as tax
 from scipy import special
 
+from wapo_analysis.derive import per_class
 from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -170,8 +171,9 @@ def divergence(
     matched = all(gap is not None for gap in rewards)
     reward = _pool([g for g in rewards if g is not None]) if matched else _step_gap(pairs, "reward")
     entropy = _step_gap(pairs, "entropy")
-    flows = {name: _flow_gap(pairs, name) for name in tax.CLASSES}
-    named = {"reward": reward, "entropy": entropy} | {f"flow_{k}": g for k, g in flows.items()}
+    shares = {name: _share_gap(pairs, name) for name in tax.CLASSES}
+    named = {"reward": reward, "entropy": entropy}
+    named |= {f"pred_dentropy_{name}": gap for name, gap in shares.items()}
     partings = tuple(part(name, gap) for name, gap in named.items() if len(gap.steps) >= WINDOW)
     found = {p.quantity: p for p in partings}
     return Divergence(
@@ -179,7 +181,7 @@ def divergence(
         pairs=len(pairs),
         paired_by="prompt" if matched else "seed" if by_seed else "order",
         partings=partings,
-        behind=_behind(flows, found.get("entropy")),
+        behind=_behind(shares, found.get("entropy")),
     )
 
 
@@ -262,23 +264,18 @@ def _by_step(steps: pd.DataFrame, column: str) -> pd.Series:
     return pd.to_numeric(steps.set_index("step")[column], errors="coerce").dropna()
 
 
-def _flow_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:
+def _share_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:
     """Signed share of a class in the predicted dH of each step, pair by pair."""
-    return _pool([_series_gap(*(flow_shares(run)[name] for run in pair)) for pair in pairs])
+    return _pool([_series_gap(*(dentropy_shares(run)[name] for run in pair)) for pair in pairs])
 
 
-def flow_shares(run: Run) -> pd.DataFrame:
+def dentropy_shares(run: Run) -> pd.DataFrame:
     """Signed predicted dH of each class over the sum of the sizes of all, per step.
 
     Index step, a column per class of the taxonomy; steps without any are left out. Shares,
     so that objectives of different scale compare.
     """
-    totals = run.classes
-    known = totals[totals["cls"].isin(tax.CLASSES)].astype({"cls": str})
-    table = known.pivot_table(
-        index="step", columns="cls", values="pred_dentropy_sum", aggfunc="sum"
-    )
-    table = table.reindex(columns=list(tax.CLASSES)).fillna(0.0)
+    table = per_class(run.classes, "pred_dentropy_sum")
     gross = table.abs().sum(axis=1)
     return table[gross > 0].div(gross[gross > 0], axis=0)
 
@@ -309,15 +306,15 @@ def _pool(gaps: Sequence[Gap]) -> Gap:
     return Gap(shared, first, second, np.sqrt(squares) / len(gaps))
 
 
-def _behind(flows: dict[str, Gap], entropy: Parting | None) -> tuple[tuple[str, float], ...]:
+def _behind(shares: dict[str, Gap], entropy: Parting | None) -> tuple[tuple[str, float], ...]:
     """Classes whose share of the predicted dH differs the way the entropy parts."""
     if entropy is None or entropy.step is None:
         return ()
     way = np.sign(entropy.difference)
     gaps = {}
-    for name, gap in flows.items():
+    for name, gap in shares.items():
         chosen = gap.steps <= entropy.step
         if chosen.sum() >= MIN_MEAN:
             gaps[name] = _mean((gap.second - gap.first)[chosen])
-    pushing = {name: gap for name, gap in gaps.items() if gap * way > 0}
-    return tuple(sorted(pushing.items(), key=lambda item: -abs(item[1])))
+    same_way = {name: gap for name, gap in gaps.items() if gap * way > 0}
+    return tuple(sorted(same_way.items(), key=lambda item: -abs(item[1])))

@@ -12,7 +12,7 @@ import wapo_taxonomy as tax
 from scipy import special
 
 from wapo_analysis.compare.divergence import Divergence, divergence
-from wapo_analysis.derive import class_codes
+from wapo_analysis.derive import class_codes, per_class
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
 from wapo_analysis.errors import UserError
 from wapo_analysis.results import Grid, Items, Result, Say, Section
@@ -111,24 +111,18 @@ def _edge_mean(run: Run, column: str, last: bool) -> float:
     return float(part.mean()) if len(part) else float("nan")
 
 
-def _class_sums(run: Run, column: str) -> pd.Series:
-    """Sum of a class total over the whole run, per class code; NaN where none was recorded."""
-    cells = run.classes
-    sums = cells[column].groupby(class_codes(cells["cls"])).sum(min_count=1)
-    return pd.to_numeric(sums)
-
-
 def _token_share(run: Run, code: int) -> float:
-    sums = _class_sums(run, "tokens")
+    cells = run.classes
+    sums = pd.to_numeric(cells["tokens"].groupby(class_codes(cells["cls"])).sum(min_count=1))
     known = sums.drop(tax.CLASS_CODES[tax.UNKNOWN], errors="ignore")
     return float(known.get(code, 0.0) / sums.sum()) if len(known) else float("nan")
 
 
-def _flow_share(run: Run, code: int) -> float:
+def _dentropy_share(run: Run, name: str) -> float:
     """Signed predicted dH of a class over the sum of the sizes of all four."""
-    sums = _class_sums(run, "pred_dentropy_sum").reindex(range(len(tax.CLASSES)))
+    sums = per_class(run.classes, "pred_dentropy_sum").sum()
     gross = float(sums.abs().sum())
-    return float(sums.fillna(0.0)[code]) / gross if gross > 0 else float("nan")
+    return float(sums[name]) / gross if gross > 0 else float("nan")
 
 
 METRICS: tuple[Metric, ...] = (
@@ -146,8 +140,8 @@ METRICS: tuple[Metric, ...] = (
       for name in tax.CLASSES),
     Metric("tokens_none", "tokens without advantage",
            partial(_token_share, code=tax.CLASS_CODES[tax.NONE]), percent=True),
-    *(Metric(f"flow_{name}", f"predicted dH, share of {name}",
-             partial(_flow_share, code=tax.CLASS_CODES[name]), percent=True)
+    *(Metric(f"pred_dentropy_{name}", f"predicted dH, share of {name}",
+             partial(_dentropy_share, name=name), percent=True)
       for name in tax.CLASSES),
 )  # fmt: skip
 

@@ -109,7 +109,7 @@ def diagnose(run: Run) -> Diagnosis:
     known = max(len(context.series(name)) for name in ("entropy", "reward"))
     fallback: Verdict = "healthy" if known >= MIN_STEPS else "insufficient_data"
     drivers, note = _drivers(context, main)
-    if not context.has_flow:
+    if not context.has_prediction:
         skipped.append(Skipped("drivers", ("classes.pred_dentropy_sum",)))
     warned = [f.warned if f.warned is not None else f.step for f in found if _warns(f)]
     reward = context.reward
@@ -221,7 +221,7 @@ def _culprits(
         way = int(np.sign(drivers[0].predicted_dentropy))
         return find_culprits(context.run, main.name, drivers[0].cls, main.step, last, way)
     early = next((f for f in findings if f.name == EARLY), None)
-    if early is None or "class" not in early.evidence or not early.evidence["flow_agrees"]:
+    if early is None or "class" not in early.evidence or not early.evidence["prediction_agrees"]:
         return None
     way = 1 if early.evidence["direction"] == "up" else -1
     cls, first = str(early.evidence["class"]), early.step - TREND_WINDOW + 1

@@ -1,4 +1,4 @@
-"""What detectors read: step columns as series, the reward, class flows and who drives them."""
+"""What detectors read: step columns as series, the reward, the predicted dH by class."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
+from wapo_analysis.derive import per_class
 from wapo_analysis.diagnose.advice import (
     CLASS_ADVICE,
     LOWER_LR,
@@ -228,17 +229,17 @@ class Context:
         return Situation(trainer_of(self.run.manifest), trained | {restricted})
 
     @cached_property
-    def flows(self) -> pd.DataFrame:
+    def pred_dentropy(self) -> pd.DataFrame:
         """Predicted dH in nats per unit learning rate, shape (steps, classes).
 
         Zero where a class had no token; no rows if the run has no such totals.
         """
-        return self._per_class("pred_dentropy_sum")
+        return per_class(self.run.classes, "pred_dentropy_sum")
 
     @cached_property
     def gradient_mass(self) -> pd.DataFrame:
-        """Sum of exact logit-gradient norms, laid out like :attr:`flows`."""
-        return self._per_class("grad_mass")
+        """Sum of exact logit-gradient norms, laid out like :attr:`pred_dentropy`."""
+        return per_class(self.run.classes, "grad_mass")
 
     @cached_property
     def first_pass(self) -> pd.DataFrame:
@@ -275,16 +276,9 @@ class Context:
         return length_pay(self.completions)
 
     @cached_property
-    def has_flow(self) -> bool:
+    def has_prediction(self) -> bool:
         """Whether the class totals hold predicted entropy changes at all."""
         return bool(self.run.classes["pred_dentropy_sum"].notna().any())
-
-    def _per_class(self, column: str) -> pd.DataFrame:
-        totals = self.run.classes
-        known = totals[totals["cls"].isin(tax.CLASSES)].dropna(subset=[column])
-        known = known.astype({"cls": str})
-        table = known.pivot_table(index="step", columns="cls", values=column, aggfunc="sum")
-        return table.reindex(columns=list(tax.CLASSES)).fillna(0.0)
 
 
 def grades_form(name: str) -> bool:
@@ -313,14 +307,14 @@ def entropy_drivers(
     on its early side; None leaves that side open; ``direction``: 1 if the entropy rose, -1 if it
     fell, 0 to take the sign of the total.
     """
-    flows = _window(context.flows, first, last)
-    if flows.empty:
+    predicted = _window(context.pred_dentropy, first, last)
+    if predicted.empty:
         return ()
-    total = flows.sum()
+    total = predicted.sum()
     toward = total if (direction or total.sum()) >= 0 else -total
     gross = float(toward.clip(lower=0).sum())
-    alone = _counterfactual(context, flows.index.to_numpy())
-    window = (int(flows.index[0]), int(flows.index[-1]))
+    alone = _counterfactual(context, predicted.index.to_numpy())
+    window = (int(predicted.index[0]), int(predicted.index[-1]))
     drivers = [
         Driver(name, float(total[name]), alone.get(name), float(toward[name]) / gross, window)
         for name in toward.sort_values(ascending=False, kind="stable").index
@@ -329,9 +323,9 @@ def entropy_drivers(
     return tuple(drivers)
 
 
-def _window(flows: pd.DataFrame, first: int | None, last: int | None) -> pd.DataFrame:
+def _window(predicted: pd.DataFrame, first: int | None, last: int | None) -> pd.DataFrame:
     """Rows of the window; the rows before it too if it holds fewer than ``MIN_WINDOW``."""
-    until = flows if last is None else flows[flows.index <= last]
+    until = predicted if last is None else predicted[predicted.index <= last]
     inside = until if first is None else until[until.index >= first]
     return until.tail(max(len(inside), MIN_WINDOW))
 

@@ -190,12 +190,12 @@ def prepare_entropy_flow(runs: Sequence[Run]) -> pd.DataFrame:
     # A class without a re-scored token adds nothing to the mean of a step that has some.
     change = frame["dentropy_sum"].mask(frame["rescored"].fillna(0) == 0, 0.0)
     scale = _scales(runs, frame)
-    flow = frame[["label", "seed", "run", "step", "cls"]].assign(
+    changes = frame[["label", "seed", "run", "step", "cls"]].assign(
         predicted=frame["pred_dentropy_sum"] / totals["tokens"] * scale.fillna(1.0),
         measured=change / totals["rescored"].where(totals["rescored"] > 0),
         scale=scale,
     )
-    return keep_labels(flow, runs)
+    return keep_labels(changes, runs)
 
 
 def _scales(runs: Sequence[Run], frame: pd.DataFrame) -> pd.Series:

@@ -339,13 +339,13 @@ def _classes(context: Context, width: int) -> list[RenderableType]:
     size = max((width - 44) // 2, 6)
     table = Table.grid(padding=(0, 1))
     table.add_row("", "tokens", "", "gradient", "", "predicted dH", style="dim")
-    for name, (tokens, mass, flow) in zip(tax.CLASSES, by_class.tolist(), strict=True):
+    for name, (tokens, mass, predicted) in zip(tax.CLASSES, by_class.tolist(), strict=True):
         style = CLASS_STYLES[name]
         cells: list[Text] = [Text(f"{name:<10}", style)]
         for value, total in ((tokens, whole[0]), (mass, whole[1])):
             share = value / total if total > 0 else 0.0
             cells += [Text(f"{share:4.0%}"), bar(share, size, style)]
-        table.add_row(*cells, f"{flow:+.2g}" if context.has_flow else "n/a")
+        table.add_row(*cells, f"{predicted:+.2g}" if context.has_prediction else "n/a")
     window = f"steps {int(last[0])} to {int(last[-1])}"
     return [Text(f"classes, {window}", "bold"), table]
 

@@ -23,11 +23,11 @@ def test_shares_are_parts_of_the_recorded_step(run: Run) -> None:
     rows = run.tokens([5])
     found = attribute_step(run, 5, top=1000)
     assert found.grad_mass == pytest.approx(rows["grad_norm"].sum())
-    assert found.flow == pytest.approx(rows["pred_dentropy"].sum())
+    assert found.pred_dentropy == pytest.approx(rows["pred_dentropy"].sum())
     for table in (found.tokens, found.rollouts, found.prompts):
         assert table["mass_share"].sum() == pytest.approx(1)
         assert table["mass"].is_monotonic_decreasing
-    assert found.tokens["flow_share"].abs().sum() == pytest.approx(1)
+    assert found.tokens["pred_dentropy_share"].abs().sum() == pytest.approx(1)
     assert len(found.tokens) == len(rows.drop_duplicates(["group", "rollout", "position"]))
 
 
@@ -44,10 +44,10 @@ def test_top_token_is_the_largest_gradient_in_its_context(run: Run) -> None:
     assert first["token"] == spelled[place]
 
 
-def test_tokens_by_flow_are_sorted_by_size(run: Run) -> None:
-    flow = attribute_step(run, 5, top=8).by_flow["flow"].abs()
-    assert len(flow) == 8
-    assert flow.is_monotonic_decreasing
+def test_tokens_by_predicted_change_are_sorted_by_size(run: Run) -> None:
+    predicted = attribute_step(run, 5, top=8).by_pred_dentropy["pred_dentropy"].abs()
+    assert len(predicted) == 8
+    assert predicted.is_monotonic_decreasing
 
 
 def test_several_passes_over_one_token_count_together(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_several_passes_over_one_token_count_together(tmp_path: Path) -> None:
 def test_missing_statistics_are_told_apart(tmp_path: Path) -> None:
     blind = open_run(write_fake_run(tmp_path / "q", steps=2, missing=("collision_logp_rest",)))
     found = attribute_step(blind, 1)
-    assert np.isnan(found.flow)
-    assert found.by_flow.empty
+    assert np.isnan(found.pred_dentropy)
+    assert found.by_pred_dentropy.empty
     assert "predicted dH" not in found.headline
     assert "Tokens by share of the predicted dH" not in found.to_text()
     json.dumps(found.to_dict(), allow_nan=False)
@@ -189,8 +189,8 @@ def test_a_large_step_equals_the_plain_groupby(tmp_path: Path) -> None:
     rows = run.tokens([1]).astype({"cls": str})
     plain = rows.groupby(keys)[["grad_norm", "pred_dentropy"]].sum()
     assert len(plain) > len(rows.groupby(keys[:4]))
-    for table in (found.tokens, found.by_flow):
-        sums = table.set_index(keys)[["mass", "flow"]].sort_index()
+    for table in (found.tokens, found.by_pred_dentropy):
+        sums = table.set_index(keys)[["mass", "pred_dentropy"]].sort_index()
         assert sums.index.equals(plain.index)
         np.testing.assert_allclose(sums, plain, rtol=1e-12)
     by_rollout = rows.groupby(["group", "rollout"])["grad_norm"].sum()

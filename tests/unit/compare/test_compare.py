@@ -255,11 +255,11 @@ def test_class_shares_and_flows_equal_the_totals(whole: Comparison) -> None:
         share = totals["tokens"][name] / totals["tokens"].sum()
         assert values[f"tokens_{name}"] == pytest.approx(share)
         flow = totals["pred_dentropy_sum"][name] / gross
-        assert values[f"flow_{name}"] == pytest.approx(flow)
+        assert values[f"pred_dentropy_{name}"] == pytest.approx(flow)
     shares = [values[f"tokens_{n}"] for n in ("pos_peak", "pos_valley", "neg_peak", "neg_valley")]
     assert sum(shares) + values["tokens_none"] == pytest.approx(1)
     wapo = whole.per_run.iloc[2]
-    assert (wapo["flow_neg_peak"], wapo["flow_neg_valley"]) == (0, 0)
+    assert (wapo["pred_dentropy_neg_peak"], wapo["pred_dentropy_neg_valley"]) == (0, 0)
 
 
 def test_verdicts_stand_in_the_table_and_the_sentences(whole: Comparison) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.support.builders import write_fake_run
 from tests.support.step_logs import noisy, ramp, write_flows, write_steps
 from wapo_analysis.compare import compare
-from wapo_analysis.compare.divergence import PERSIST, WINDOW, Gap, divergence, flow_shares, part
+from wapo_analysis.compare.divergence import PERSIST, WINDOW, Gap, dentropy_shares, divergence, part
 from wapo_analysis.schema import ROLLOUTS
 from wapo_analysis.store import Run, RunWriter, open_run
 from wapo_analysis.table import Records
@@ -86,7 +86,7 @@ def test_entropy_and_reward_part_each_at_its_own_step(tmp_path: Path) -> None:
     assert 21 <= steps["entropy"] <= 27
     assert 36 <= steps["reward"] <= 44
     assert steps == both(second, first)  # the direction does not matter
-    assert "flow_neg_peak" not in steps  # no class totals, so no word on them
+    assert "pred_dentropy_neg_peak" not in steps  # no class totals, so no word on them
 
 
 def test_pairing_by_prompt_finds_what_the_prompts_hide(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_classes_behind_it_are_named_by_their_share_of_the_flow(tmp_path: Pa
     write_flows(calm, {(-1, 1): even, (1, 0): even, (1, 1): -even, (-1, 0): -even})
     write_flows(wild, {(-1, 1): 6 * even, (1, 0): even, (1, 1): -even, (-1, 0): -even})
     found = divergence(("A", "B"), [(open_run(calm), open_run(wild))], by_seed=True)
-    shares = flow_shares(open_run(wild)).iloc[0]
+    shares = dentropy_shares(open_run(wild)).iloc[0]
     assert shares.abs().sum() == pytest.approx(1)
     assert found.behind[0] == ("neg_peak", pytest.approx(6 / 9 - 1 / 4))
     assert "pos_valley" not in dict(found.behind)
@@ -157,7 +157,11 @@ def test_comparison_tells_it_in_text_json_and_not_for_one_setting(tmp_path: Path
     comparison = compare([open_run(path) for path in paths])
     form = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))["parting"]
     assert (form["first"], form["second"], form["pairs"]) == ("GRPO", "WAPO", 2)
-    assert {p["quantity"] for p in form["partings"]} >= {"reward", "entropy", "flow_neg_peak"}
+    assert {p["quantity"] for p in form["partings"]} >= {
+        "reward",
+        "entropy",
+        "pred_dentropy_neg_peak",
+    }
     (said,) = [s for s in comparison.sentences() if s.startswith("Where WAPO parts from GRPO")]
     reward = comparison.divergence.parting("reward")
     runs = [open_run(path).steps.set_index("step")["entropy"] for path in paths]

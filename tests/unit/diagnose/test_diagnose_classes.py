@@ -229,7 +229,7 @@ def test_the_predicted_change_is_that_up_to_the_warning_or_the_verdict(
     rising = {PEAK: 2 * np.arange(N), NEG_PEAK: -np.arange(N)}
     found = told(flowed(tmp_path / "run", steps, rising, FLOW), name)
     assert found is not None
-    assert found.evidence["predicted_net_dentropy"] == pytest.approx(net)
+    assert found.evidence["predicted_dentropy"] == pytest.approx(net)
     assert "pos_peak tokens account for 100% of the predicted rise" in found.message
 
 

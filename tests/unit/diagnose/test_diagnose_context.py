@@ -272,13 +272,18 @@ def flowing(tmp_path: Path, flows: dict[tuple[int, int], Any], n: int = 20) -> C
 def test_flows_are_by_class_and_0_where_a_class_had_no_token(tmp_path: Path) -> None:
     missing = np.where(np.arange(20) == 4, np.nan, 2.0)
     context = flowing(tmp_path, {(1, 1): np.ones(20), (-1, 0): missing, (0, 1): np.full(20, 9.0)})
-    assert context.flows.columns.tolist() == ["pos_peak", "pos_valley", "neg_peak", "neg_valley"]
-    assert context.flows.loc[5].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert context.flows.loc[6].tolist() == [1.0, 0.0, 0.0, 2.0]
-    assert context.has_flow
+    assert context.pred_dentropy.columns.tolist() == [
+        "pos_peak",
+        "pos_valley",
+        "neg_peak",
+        "neg_valley",
+    ]
+    assert context.pred_dentropy.loc[5].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert context.pred_dentropy.loc[6].tolist() == [1.0, 0.0, 0.0, 2.0]
+    assert context.has_prediction
     some = flowing(tmp_path / "b", {(1, 1): missing})
-    assert some.has_flow
-    assert not flowing(tmp_path / "c", {(1, 1): missing * np.nan}).has_flow
+    assert some.has_prediction
+    assert not flowing(tmp_path / "c", {(1, 1): missing * np.nan}).has_prediction
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_the_early_warning_comes_before_the_entropy_leaves_its_band(tmp_path: Pa
     assert found.severity == "warning"
     assert 21 <= found.step <= 27
     assert found.evidence["class"] == "neg_peak"
-    assert found.evidence["flow_agrees"] == 1
+    assert found.evidence["prediction_agrees"] == 1
     assert "exclude_bins = neg_peak" in str(found.advice)
     assert d.first_warning_step == found.step
 
@@ -65,7 +65,7 @@ def test_the_early_warning_comes_before_the_entropy_leaves_its_band(tmp_path: Pa
 def test_against_the_flow_it_blames_the_step_size(tmp_path: Path) -> None:
     entropy, flows = rising(30, 20, 0.04, flow=-0.5)
     found = finding(early(tmp_path, entropy, flows, np.full(30, 0.5)), "early_warning")
-    assert found.evidence["flow_agrees"] == 0
+    assert found.evidence["prediction_agrees"] == 0
     assert "too large" in found.message
     assert found.advice.steps[0].text.startswith("Lower lr tenfold")
 
@@ -242,7 +242,7 @@ def test_the_early_warning_says_what_the_flow_predicts_over_six_steps(
     assert told["direction"] == ("up" if rate > 0 else "down")
     assert told["entropy_start"] == pytest.approx(0.4)
     assert told["entropy_then"] == pytest.approx(0.4 * math.exp(rate * (found.step - 21)))
-    assert (told["flow_agrees"], told["predicted_net_dentropy"]) == (agrees, predicted)
+    assert (told["prediction_agrees"], told["predicted_dentropy"]) == (agrees, predicted)
     assert ("exclude_bins" in str(found.advice)) == bool(agrees)
 
 

@@ -148,7 +148,7 @@ TOLD = {
         "Entropy rose from 0.399 to 2 nats (5 times its baseline) from step 21 and stays "
         "there; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.3991, "entropy_end": 2.0, "entropy_extreme": 2.0015, "ratio":
-         5.0114, "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
+         5.0114, "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
          "reward_end": 0.3},
     ),
     "a rise while the reward gains": (
@@ -157,7 +157,7 @@ TOLD = {
         "Entropy rose from 0.399 to 2 nats (5 times its baseline) from step 21; reward rose"
         " from 0.20 to 0.67.",
         {"entropy_start": 0.3991, "entropy_end": 2.0, "entropy_extreme": 2.0015, "ratio":
-         5.0114, "predicted_net_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
+         5.0114, "predicted_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
          "reward_end": 0.6682},
     ),
     "a rise to what is sound": (
@@ -166,7 +166,7 @@ TOLD = {
         "Entropy rose from 0.1 to 0.3 nats (3 times its baseline) from step 21; reward rose"
         " from 0.20 to 0.67.",
         {"entropy_start": 0.1, "entropy_end": 0.3, "entropy_extreme": 0.3, "ratio": 3.0,
-         "predicted_net_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
+         "predicted_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
          "reward_end": 0.6682},
     ),
     "a rise that came back": (
@@ -175,7 +175,7 @@ TOLD = {
         "Entropy rose from 0.0991 to 0.291 nats (2.9 times its baseline) from step 21 and "
         "came back; reward rose from 0.20 to 0.67.",
         {"entropy_start": 0.0991, "entropy_end": 0.1, "entropy_extreme": 0.2913, "ratio":
-         1.0093, "predicted_net_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
+         1.0093, "predicted_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
          "reward_end": 0.6682},
     ),
     "a fall that came back": (
@@ -184,7 +184,7 @@ TOLD = {
         "Entropy fell from 0.399 to 0.0481 nats (0.12 times its baseline) from step 21 and "
         "came back; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.3991, "entropy_end": 0.4, "entropy_extreme": 0.0481, "ratio":
-         1.0023, "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
+         1.0023, "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
          "reward_end": 0.3},
     ),
     "a rise by half": (
@@ -193,7 +193,7 @@ TOLD = {
         "Entropy rose from 0.5 to 0.75 nats (1.5 times its baseline) from step 21; reward "
         "did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.5, "entropy_end": 0.75, "entropy_extreme": 0.75, "ratio": 1.5,
-         "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
+         "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
          0.3},
     ),
     "a fall to half": (
@@ -202,7 +202,7 @@ TOLD = {
         "Entropy fell from 0.5 to 0.25 nats (0.5 times its baseline) from step 21; reward "
         "did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.5, "entropy_end": 0.25, "entropy_extreme": 0.25, "ratio": 0.5,
-         "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
+         "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
          0.3},
     ),
     "a fall to a fifth": (
@@ -211,7 +211,7 @@ TOLD = {
         "Entropy fell from 0.5 to 0.1 nats (0.2 times its baseline) from step 21 and stays "
         "there; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.5, "entropy_end": 0.1, "entropy_extreme": 0.1, "ratio": 0.2,
-         "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
+         "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3, "reward_end":
          0.3},
     ),
     "a fall that is paid": (
@@ -220,7 +220,7 @@ TOLD = {
         "Entropy fell from 0.399 to 0.15 nats (0.38 times its baseline) from step 21 as the"
         " policy became certain; reward rose from 0.20 to 0.67.",
         {"entropy_start": 0.3991, "entropy_end": 0.15, "entropy_extreme": 0.1481, "ratio":
-         0.3759, "predicted_net_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
+         0.3759, "predicted_dentropy": None, "reward_start": 0.2, "reward_peak": 0.6864,
          "reward_end": 0.6682},
     ),
     "a fall without a reward": (
@@ -229,7 +229,7 @@ TOLD = {
         "Entropy fell from 0.399 to 0.05 nats (0.13 times its baseline) from step 21; no "
         "reward was recorded.",
         {"entropy_start": 0.3991, "entropy_end": 0.05, "entropy_extreme": 0.0481, "ratio":
-         0.1253, "predicted_net_dentropy": None},
+         0.1253, "predicted_dentropy": None},
     ),
     "a hundredfold rise": (
         {"entropy": then(20, 0.02, 2.0)},
@@ -237,7 +237,7 @@ TOLD = {
         "Entropy rose from 0.02 to 2 nats (100 times its baseline) from step 21 and stays "
         "there; no reward was recorded.",
         {"entropy_start": 0.02, "entropy_end": 2.0, "entropy_extreme": 2.0, "ratio": 100.0,
-         "predicted_net_dentropy": None},
+         "predicted_dentropy": None},
     ),
     "a rise from nothing": (
         {"entropy": then(20, 0.0, 0.1)},
@@ -245,7 +245,7 @@ TOLD = {
         "Entropy rose from 0 to 0.1 nats from step 21 and stays there; no reward was "
         "recorded.",
         {"entropy_start": 0.0, "entropy_end": 0.1, "entropy_extreme": 0.1, "ratio": None,
-         "predicted_net_dentropy": None},
+         "predicted_dentropy": None},
     ),
     "a slow rise": (
         {"reward": FLAT, "entropy": ramp(0.4, 1, N, 10, 49)},
@@ -253,7 +253,7 @@ TOLD = {
         "Entropy rose from 0.4 to 0.969 nats (2.4 times its baseline) from step 20 and "
         "stays there; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.4, "entropy_end": 0.9694, "entropy_extreme": 0.9939, "ratio":
-         2.4235, "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
+         2.4235, "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
          "reward_end": 0.3},
     ),
     "a slow fall": (
@@ -262,7 +262,7 @@ TOLD = {
         "Entropy fell from 0.4 to 0.0584 nats (0.15 times its baseline) from step 25 and "
         "stays there; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.4, "entropy_end": 0.0584, "entropy_extreme": 0.0437, "ratio":
-         0.1459, "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
+         0.1459, "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
          "reward_end": 0.3},
     ),
     "a slow rise in noise": (
@@ -271,7 +271,7 @@ TOLD = {
         "Entropy rose from 0.385 to 1.6 nats (4.2 times its baseline) from step 19 and "
         "stays there; reward did not clearly change (0.30 to 0.30).",
         {"entropy_start": 0.3851, "entropy_end": 1.5993, "entropy_extreme": 1.68, "ratio":
-         4.1529, "predicted_net_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
+         4.1529, "predicted_dentropy": None, "reward_start": 0.3, "reward_peak": 0.3,
          "reward_end": 0.3},
     ),
     "a drop from nothing": (

@@ -219,9 +219,7 @@ def _entropy_finding(
             "entropy_end": series.end,
             "entropy_extreme": float(extreme),
             "ratio": series.end / series.level if series.level > 0 else None,
-            "predicted_net_dentropy": sum(d.predicted_dentropy for d in drivers)
-            if drivers
-            else None,
+            "predicted_dentropy": sum(d.predicted_dentropy for d in drivers) if drivers else None,
             **(reward.evidence() if reward is not None else {}),
         },
         advice=_DECLINE if name == "entropy_decline" else driver_advice(drivers),
@@ -256,17 +254,17 @@ SIGNS = "arXiv:2506.01347 (negative reinforcement); arXiv:2606.16154 (WAPO)"
 @detector("one_class_dominates", Need("classes", "pred_dentropy_sum"))
 def find_dominance(context: Context) -> list[Finding]:
     """One class makes up four fifths of the predicted dH, up or down, to the end."""
-    flows = context.flows.abs()
-    flows = flows[(flows > 0).any(axis=1)]
-    if flows.empty:
+    sizes = context.pred_dentropy.abs()
+    sizes = sizes[(sizes > 0).any(axis=1)]
+    if sizes.empty:
         return []
-    top = str(flows.tail(max(3, len(flows) // 4)).mean().idxmax())
-    series = _share(flows, (top,))
+    top = str(sizes.tail(max(3, len(sizes) // 4)).mean().idxmax())
+    series = _share(sizes, (top,))
     begin = lasting(series, series.smooth >= DOMINANT)
     if begin is None:
         return []
-    flow = float(context.flows[top].loc[series.step(begin) :].sum())
-    alarming = not _one_class_wanted(context) and np.sign(flow) == _unpaid_move(context)
+    predicted = float(context.pred_dentropy[top].loc[series.step(begin) :].sum())
+    alarming = not _one_class_wanted(context) and np.sign(predicted) == _unpaid_move(context)
     step = series.step(begin)
     return [
         Finding(
@@ -274,8 +272,8 @@ def find_dominance(context: Context) -> list[Finding]:
             severity="warning" if alarming else "info",
             step=step,
             message=f"{top} alone makes up {series.end:.0%} of the predicted dH "
-            f"({'a rise' if flow > 0 else 'a fall'}) from step {step} on.",
-            evidence={"class": top, "share": series.end, "predicted_dentropy": flow},
+            f"({'a rise' if predicted > 0 else 'a fall'}) from step {step} on.",
+            evidence={"class": top, "share": series.end, "predicted_dentropy": predicted},
             advice=CLASS_ADVICE[top]
             if alarming
             else Advice("Compare the measured change of the entropy with the predicted one."),

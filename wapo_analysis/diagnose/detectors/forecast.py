@@ -22,7 +22,7 @@ EARLY = "early_warning"
 TREND_WINDOW = 6
 #: Mean sign of the pairwise differences in the window (Kendall's tau) that makes a trend.
 AGREE = 0.7
-#: The same where the class flows point the other way.
+#: The same where the predicted dH points the other way.
 AGREE_ALONE = 0.85
 #: Steps ahead at which the trend must leave the band.
 AHEAD = 8
@@ -75,12 +75,12 @@ def rolling_trend(values: Array) -> Trend:
     min_steps=TREND_WINDOW,
 )
 def find_early_warning(context: Context) -> list[Finding]:
-    """The entropy is about to leave its band: a steady trend, read together with the class flows.
+    """The entropy is about to leave its band: a steady trend, read together with the predicted dH.
 
-    Reported while it lasts, or if the departure it announced came. A trend the flows agree with
-    needs less evidence and names the class; one against them says that the steps are too large for
-    the first-order law. Downward it counts only while the reward does not pay: not for what it paid
-    for on the whole, either.
+    Reported while it lasts, or if the departure it announced came. A trend that the prediction
+    agrees with needs less evidence and names the class; one against it says that the steps are too
+    large for the first-order law. Downward it counts only while the reward does not pay: not for
+    what it paid for on the whole, either.
     """
     series = context.series("entropy")
     if series.values.min() <= 0:
@@ -114,7 +114,7 @@ def _announced(context: Context, series: Series, direction: int) -> int | None:
     with np.errstate(invalid="ignore"):
         arrives = direction * logs + AHEAD * trend.slope >= level + edge
         moved = direction * logs - level >= np.log(MIN_MOVE)
-    needed = np.where(direction * _net_flow(context, series) > 0, AGREE, AGREE_ALONE)
+    needed = np.where(direction * _predicted(context, series) > 0, AGREE, AGREE_ALONE)
     inside = direction * np.log(series.smooth) < level + edge
     early = arrives & moved & (trend.agree >= needed)
     for start, stop in episodes(early | ~inside, PERSIST):
@@ -123,22 +123,22 @@ def _announced(context: Context, series: Series, direction: int) -> int | None:
     return None
 
 
-def _net_flow(context: Context, series: Series) -> Array:
+def _predicted(context: Context, series: Series) -> Array:
     """Predicted dH of all classes together over the window that ends at each step, NaN unknown."""
-    net = context.flows.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
+    net = context.pred_dentropy.sum(axis=1).rolling(TREND_WINDOW, min_periods=1).sum()
     return np.asarray(net.reindex(series.steps))
 
 
 def _early_finding(context: Context, series: Series, begin: int, direction: int) -> Finding:
     step = series.step(begin)
-    net = float(_net_flow(context, series)[begin])
+    net = float(_predicted(context, series)[begin])
     known, agrees, up = np.isfinite(net), direction * net > 0, direction == 1
     drivers = entropy_drivers(context, step - TREND_WINDOW + 1, step, direction) if known else ()
-    now, flow = float(series.values[begin]), ""
+    now, why = float(series.values[begin]), ""
     if agrees:
-        flow = f"; {driver_words(drivers, direction)}"
+        why = f"; {driver_words(drivers, direction)}"
     elif direction * net < 0:
-        flow = (
+        why = (
             "; all classes together predict the opposite, so the steps are too large for first "
             "order"
         )
@@ -147,13 +147,13 @@ def _early_finding(context: Context, series: Series, begin: int, direction: int)
         severity="warning",
         step=step,
         message=f"Entropy {'rises' if up else 'falls'} steadily at step {step} ({series.level:.3g} "
-        f"to {now:.3g} nats) and leaves its band within {AHEAD} steps at this rate{flow}.",
+        f"to {now:.3g} nats) and leaves its band within {AHEAD} steps at this rate{why}.",
         evidence={
             "direction": "up" if up else "down",
             "entropy_start": series.level,
             "entropy_then": now,
-            "flow_agrees": int(agrees),
-            "predicted_net_dentropy": net if known else None,
+            "prediction_agrees": int(agrees),
+            "predicted_dentropy": net if known else None,
             **({"class": drivers[0].cls} if drivers else {}),
         },
         advice=driver_advice(drivers)
