@@ -34,13 +34,16 @@ _RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
 _VERL_STEP = re.compile(r"(?<!:)\bstep:(\d+) -(?: |$)")
-_PRIME_STEP = re.compile(r"\bStep\s+(\d+) \| (?=[A-Z])")
-_LEADING = re.compile(_NUMBER, re.IGNORECASE)
+_TIME = r"(?:Time: )?(\d[\d.]*(?:ms|[dhms])(?: \d+[hms])?) \| "
+_PRIME_STEP = re.compile(rf"\bStep\s+(\d+) \|\s+{_TIME}")
+_PRIME_EVAL = re.compile(rf"\bEvaluated (\S+) \(Step (\d+)\) \|.*?\|\s+{_TIME}Reward:? ({_NUMBER})")
+_PRIME_ITEM = re.compile(rf"\s*([A-Z][\w. -]*?):? ({_NUMBER})(%?)(?![\w/])", re.IGNORECASE)
+_UNITS = {"ms": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
 # prime-rl prints with units what it logs under these names (src/prime_rl/trainer, orchestrator).
 _PRIME_NAMES = {
     "Reward": "reward/all/mean", "Val. Reward": "val_reward", "Loss": "loss/mean",
     "Entropy": "entropy/all/mean", "Mismatch KL": "mismatch_kl/all/mean",
-    "Grad. Norm": "optim/grad_norm", "LR": "optim/lr", "Time": "time/step",
+    "Grad. Norm": "optim/grad_norm", "LR": "optim/lr", "Truncation": "is_truncated/all/mean",
 }  # fmt: skip
 _VERL_VALUE = re.compile(rf"(?:np\.\w+\()?({_NUMBER})(?![\w.])", re.IGNORECASE)
 _WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER})[^()]*\)", re.I)
@@ -54,6 +57,8 @@ _ERROR = re.compile(
     r"(?:^|[\s)\]])((?:\w+\.)*\w*(?:Error|Exception)(?:: .*|$)|\w+ out of memory.*)"
 )
 _SUMMARY = "summary/train_runtime"
+#: Line, record without a step, position of the progress bar, step of the heading above it.
+Stepless = tuple[int, dict[str, Any], int | None, int | None]
 _TAIL = re.compile(r"([^\s:=|,]+)\s*[:=\s]\s*([^\s:=|,]*)[\s|)\]]*$")
 
 
@@ -119,7 +124,7 @@ def _is_whole(text: str, last: str) -> bool:
 def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> None:
     """Read the records that a trainer printed."""
     for file in files:
-        stepless: list[tuple[int, dict[str, Any], int | None]] = []
+        stepless: list[Stepless] = []
         stepped = False
         printed = PrintedLog(lambda keys: bool(sink.names.feeds(keys)))
         errors: list[tuple[int, str]] = []
@@ -131,7 +136,7 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
             if step is not None:
                 named["step"] = step
             elif sink.names.step_key(tuple(record)) is None:
-                stepless.append((number, named, bar))
+                stepless.append((number, named, bar, printed.heading))
                 continue
             stepped = True
             report.lines += 1
@@ -176,9 +181,15 @@ def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport)
     if not stepped and "step" not in sink.names.mapping:
         if len(records) < FEW and len({name for r in records for name in r.values}) < 2:
             return
-        rest = [(record.number, trainer_names(record.values), None) for record in records]
-        _count_steps(file, rest, sink, report, trl=False)
+        _count_steps(
+            file, [(r.number, trainer_names(r.values), None, None) for r in records], sink, report
+        )
         return
+    if log.strays:
+        report.told(
+            f"lines left out that name a step other than the log around them, as completions do: "
+            f"{log.strays}"
+        )
     for record in stepped or records:
         named = trainer_names(record.values)
         if record.step is not None and "step" not in sink.names.mapping:
@@ -188,13 +199,10 @@ def _read_printed(file: Path, log: PrintedLog, sink: Sink, report: ImportReport)
             sink.add_log(named, "console", (file, record.number))
 
 
-def _count_steps(
-    file: Path, records: Sequence[tuple[int, dict[str, Any], int | None]], sink: Sink,
-    report: ImportReport, trl: bool = True,
-) -> bool:  # fmt: skip
+def _count_steps(file: Path, records: Sequence[Stepless], sink: Sink, report: ImportReport) -> bool:
     """Hand over printed records without a step, of training alone; whether there are any."""
     given = [entry for entry in records if not is_supervised(entry[1])]
-    if any("reward" in sink.names.feeds(tuple(record)) for _, record, _ in given):
+    if any("reward" in sink.names.feeds(tuple(record)) for _, record, *_ in given):
         if len(given) < len(records):
             report.told(f"{len(records) - len(given)} records of supervised fine-tuning left out")
         records = given
@@ -208,16 +216,20 @@ def _count_steps(
 
     records = [entry for entry in records if is_log(entry[1])]
     counter = _Counter()
-    by_bar = _bars_count([bar for _, record, bar in records if not _is_eval(record)])
-    for number, record, bar in records:
+    counted = [entry for entry in records if not _is_eval(entry[1])]
+    # The bar beside them counts, else the heading above them.
+    by = next((place for place in (2, 3) if _bars_count([e[place] for e in counted])), None)
+    for entry in records:
+        number, record = entry[:2]
         with report.record(file, number):
-            step = counter.step(record, bar if by_bar else None)
+            step = counter.step(record, None if by is None else entry[by])
             report.lines += 1
             sink.add_log({**record, "step": step}, "trl", (file, number))
-    if records and not by_bar:
+    if records and by is None:
+        transformers = any("summary/epoch" in record for _, record, *_ in records)
         report.told(
             f"the {counter.count} printed records carry no step, so they are counted from 1"
-            + (": with logging_steps = n a step here is n of the trainer's" if trl else "")
+            + (": with logging_steps = n a step here is n of the trainer's" if transformers else "")
         )
     return bool(records)
 
@@ -274,13 +286,18 @@ def _verl_line(line: str) -> tuple[int, dict[str, Any]] | None:
 
 
 def _prime_line(line: str) -> tuple[int, dict[str, Any]] | None:
+    if (held_out := _PRIME_EVAL.search(line)) is not None:
+        return int(held_out[2]), {f"eval/{held_out[1]}/avg@1": held_out[4]}
     found = _PRIME_STEP.search(line)
     if found is None:
         return None
-    items = (item.strip().partition(": ") for item in line[found.end() :].split("|"))
-    numbers = {name: _LEADING.match(value) for name, _, value in items}
-    record = {_PRIME_NAMES.get(name, name): n[0] for name, n in numbers.items() if n is not None}
-    return (int(found[1]), record) if record else None
+    times = re.findall(r"([\d.]+)(ms|[dhms])", found[2])
+    record: dict[str, Any] = {"time/step": sum(float(n) * _UNITS[unit] for n, unit in times)}
+    for item in map(_PRIME_ITEM.match, line[found.end() :].split("|")):
+        if item is not None:
+            name = _PRIME_NAMES.get(item[1], item[1])
+            record[name] = float(item[2]) / 100 if item[3] else item[2]
+    return int(found[1]), record
 
 
 def _end_of(text: str) -> int | None:
@@ -332,10 +349,10 @@ def _is_eval(record: dict[str, Any]) -> bool:
     return _SUMMARY in record or all(key.startswith("eval/") for key in names)
 
 
-def _bars_count(bars: list[int | None]) -> bool:
-    """Whether the progress bar moved on between nearly all records."""
-    known = [bar for bar in bars if bar is not None]
-    if len(known) < len(bars) or len(known) < 2:
+def _bars_count(places: "list[Any]") -> bool:
+    """Whether a progress bar, or a heading, moved on between nearly all records."""
+    known = [place for place in places if place is not None]
+    if len(known) < len(places) or len(known) < 2:
         return False
     moves = sum(b > a for a, b in zip(known, known[1:], strict=False))
     return moves >= 0.9 * (len(known) - 1)

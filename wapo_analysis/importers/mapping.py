@@ -35,7 +35,7 @@ _COMMON = set(
     " response_length kl_loss entropy_loss rewards scores reward/mean reward/std rollout/reward"
     " avg_reward reward_mean entropy_mean kl_mean kl_penalty pg_loss actor_loss critic_loss"
     " value_loss clipfrac clip_fraction adv_std advantages_std truncation_rate repetition_rate"
-    " time/total validation/accuracy".split()
+    " time/total validation/accuracy eval/reward eval_reward".split()
 )
 # Columns whose mean over a batch other programs call avg_x or x_mean.
 _MEANS = (*VITAL, "kl_ref", "truncated", "clip_any", "repetition")
@@ -290,13 +290,15 @@ def likely_trainer(keys: Iterable[str]) -> str | None:
     return best[0] if best and counts[best[0]] >= 2 else None
 
 
-def nearest(keys: Iterable[str], columns: Iterable[str] = VITAL) -> dict[str, str]:
+def nearest(
+    keys: Iterable[str], columns: Iterable[str] = VITAL, least: float = 0.6
+) -> dict[str, str]:
     """Column to the name that most looks like it, at most one each; no name for two columns."""
     left, found = list(keys), {}
     for column in columns:
         scored = [(_likeness(column, key), key) for key in left]
         score, key = max(scored, default=(0.0, ""))
-        if score >= 0.6:
+        if score >= least:
             found[column] = key
             left.remove(key)
     return found
@@ -305,8 +307,8 @@ def nearest(keys: Iterable[str], columns: Iterable[str] = VITAL) -> dict[str, st
 def _likeness(column: str, key: str) -> float:
     low = key.lower()
     words = re.split(r"[^a-z]+", low)
-    if column == "entropy" and {"bits", "loss"} & set(words):
-        return 0.0  # of another unit than nats, or a term with a sign
+    if column == "entropy" and {"bits", "loss", "sum", "total", "coef"} & set(words):
+        return 0.0  # of another unit than nats, a sum, or a term with a sign
     if any(hint in words or (len(hint) > 3 and hint in low) for hint in _HINTS.get(column, ())):
         return 0.9
     if column in low:
@@ -352,13 +354,21 @@ def drop_impossible(
 ) -> None:
     """What is no such quantity keeps its name.
 
-    An entropy of given answers, not of the policy's; one below 0, a term of a loss; a KL below 0.
+    An entropy of given answers, not of the policy's; one below 0, a term of a loss; a KL below 0; a
+    learning rate of 0 that was printed.
     """
     if is_supervised(columns):
         feeds.pop("entropy", None)
     signed = {ours: feeds[ours] for ours in ("kl_ref", "entropy") if ours in feeds}
     known = {ours: np.array([v for name in feed.names for v in columns[name].values()])
              for ours, feed in signed.items() if not feed.negative}  # fmt: skip
+    if (
+        report.format == "console"
+        and "lr" in feeds
+        and not any(columns[feeds["lr"].names[0]].values())
+    ):
+        feed = feeds.pop("lr")
+        report.note(f"{feed.names[0]} is printed as 0 throughout, so it was rounded away")
     if np.nansum(known.get("kl_ref", ())) < 0:
         feed = feeds.pop("kl_ref")
         report.note(f"{feed.names[0]} is negative on average: a log-ratio, not a KL divergence")

@@ -6,15 +6,17 @@ prints. A line's step is the one it names, else its bar's, else that of the head
 """
 
 import re
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 Values = dict[str, float]
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)"
 _END = r"(%?)(?![\w/:%]|-\w|\.\w|,\d{3}(?!\d))"
 _EQUALS = re.compile(rf"""(?<![\w./@-])([A-Za-z_][\w./@-]*)\s?=\s?["']?({_NUMBER}){_END}""", re.I)
-_TIGHT = re.compile(rf"(?<![\w:./@-])([A-Za-z_][\w./@-]*):({_NUMBER})(%?)(?=\s|$)", re.I)
+_TIGHT = re.compile(rf"(?<![\w:./@-])([A-Za-z_][\w./@-]*):({_NUMBER})(%?)(?=[\s,;|]|$)", re.I)
 _COLON = re.compile(
     r"([A-Za-z_][\w./@()-]*(?: [A-Za-z_(][\w./@()-]*)*)\s*:\s+"
     rf"({_NUMBER})(%?)(?=\s*(?:[,;|)\]]|$|\s))",
@@ -37,10 +39,20 @@ _HEADING = re.compile(rf"[\W_]*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?[\W_]*", re.
 _FRAMED = re.compile(
     rf"[=*#-]{{3,}}.*(?:{_STEP_NAME})\W*\d+(?:\s*/\s*\d+)?\s*[=*#-]{{3,}}\s*", re.I
 )
+_BEGINS = re.compile(
+    rf"\b(?:start|begin)\w* (?:{_STEP_NAME}) \d+\b|\b(?:{_STEP_NAME}) \d+ (?:start|begin)", re.I
+)
 _OF_ALL = re.compile(rf"(?:{_STEP_NAME})\W{{1,3}}\d+\s*/\s*\d+", re.I)
 _BAR = re.compile(
     r"(\d+)/(\d+) \[[^\]]*?(?:\?|[\d.]+)(?: ?[a-z]+/s|s/[a-z]+)(?:,\s*([^\]]*))?\]?", re.I
 )
+# A word in front of the numbers that says that they are of held-out problems.
+_HELD_OUT = re.compile(
+    r"(?:^|[\s\[(|>*-])(?:eval(?:uat\w+)?|valid(?:ation)?|val|test)\b\s*"
+    rf"(?=[\])|:>@-]|at\b|(?:{_STEP_NAME}|epoch)\b|[A-Za-z_][\w./@]*\s?=)",
+    re.I,
+)
+_OF_EVAL = re.compile(r"(?:eval|val|valid|validation|test)[/_]", re.I)
 _EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
 # A batch of an epoch, as in Epoch:[1/1](7/9751) of minimind and Epoch: [0][ 10/500] of torch.
 _BATCH = re.compile(
@@ -85,6 +97,15 @@ def line_of(text: str) -> Line | None:
     (7, {'loss': 2.5, 'reward': 0.125})
     """
     text = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    held_out = _HELD_OUT.search(text)
+    if held_out is not None and not re.search("train", head := text[: held_out.start()], re.I):
+        if not _pairs(head) and (line := _line(text)) is not None:
+            values = {n if _OF_EVAL.match(n) else f"eval/{n}": v for n, v in line.values.items()}
+            return line._replace(values=values) if line.bar is None else None
+    return _line(text)
+
+
+def _line(text: str) -> Line | None:
     bar = _BAR.search(text)
     if bar is not None:
         return _at_bar(bar, _pairs(bar[3] or ""))
@@ -97,9 +118,12 @@ def line_of(text: str) -> Line | None:
     step = int(found[2])
     values = _pairs(text[: found.start()]) | _pairs(text[found.end() :])
     if not values:
-        known = (_HEADING.fullmatch(text), _OF_ALL.search(text), _FRAMED.search(text))
+        known = (_HEADING.fullmatch(text), _OF_ALL.search(text), _FRAMED.search(text),
+                 _BEGINS.search(text))  # fmt: skip
         alone = any(known)
         return Line(step, {}, heading=True) if alone else None
+    if (epoch := _EPOCH.search(text[: found.start()])) is not None:
+        values.setdefault("epoch", int(epoch[1]))
     return Line(step, values)
 
 
@@ -193,6 +217,13 @@ class PrintedLog:
     _before: tuple[int, int, int | None] = (0, 0, None)
     _offset: int = 0
     _above: list[tuple[int, str]] = field(default_factory=list)
+    #: Lines that :meth:`records` left out: text that happens to name a step and a number.
+    strays: int = 0
+
+    @property
+    def heading(self) -> int | None:
+        """Step of the last line that was nothing but a step."""
+        return self._heading
 
     def add(self, number: int, text: str) -> bool:
         """Take a line; whether it holds numbers by known names."""
@@ -211,6 +242,8 @@ class PrintedLog:
             self._bars[at] = Printed(number, at, line.values, known)
         elif line.step is not None:
             self._taken.append(Printed(number, line.step, line.values, known))
+        elif known and self._taken and all(map(_OF_EVAL.match, keys)):  # of the step before
+            self._taken.append(Printed(number, self._taken[-1].step, line.values, known))
         elif known and self._heading is not None:
             self._below.append(Printed(number, self._heading, line.values, known))
         elif known:
@@ -271,13 +304,45 @@ class PrintedLog:
                 self._gather(record.number, record.values)
         found = [*self._taken, *self._loose, *below, *bars]
         known = [record for record in found if record.known]
-        return sorted(known or found, key=lambda record: record.number)
+        ordered = sorted(known or found, key=lambda record: record.number)
+        strays = _strays(ordered)
+        self.strays = len(strays)
+        return [record for record in ordered if record.number not in strays]
 
     def _each_bar(self) -> list[Printed]:
         """The last numbers of each bar that was filled, without a step."""
         place, length, _ = self._before
         whole = [self._bars[place]] if place == length and not self._offset else []
         return [record._replace(step=None) for record in [*self._done, *whole]]
+
+
+def _strays(records: Sequence[Printed]) -> set[int]:
+    """Lines of text, as of a completion ("Step 2: the length = 5"), by their number.
+
+    Their names are not those of the line that counts the steps of the log. Their steps go back and
+    forth, or are one or two, and are not those of the log around them.
+    """
+    kinds: dict[tuple[str, ...], list[Printed]] = {}
+    for record in records:
+        if record.step is not None:
+            kinds.setdefault(tuple(record.values), []).append(record)
+    if len(kinds) < 2:
+        return set()
+    steps = {keys: [int(r.step or 0) for r in kind] for keys, kind in kinds.items()}
+    main = max(kinds, key=lambda keys: len(set(steps[keys])))
+    at, own = [r.number for r in kinds[main]], steps[main]
+    found: set[int] = set()
+    for keys, kind in kinds.items():
+        mine = steps[keys]
+        back = sum(b < a for a, b in pairwise(mine))
+        if keys == main or (10 * back <= len(mine) and len(set(mine)) > 2):
+            continue
+        places = [bisect(at, record.number) for record in kind]
+        around = [own[max(p - 1, 0) : p + 1] for p in places]
+        far = [not min(a) <= n <= max(a) for a, n in zip(around, mine, strict=True)]
+        if 2 * sum(far) > len(far):
+            found |= {record.number for record in kind}
+    return found
 
 
 def is_log(lines: Iterable[str], vital: Callable[[tuple[str, ...]], bool]) -> bool:

@@ -213,6 +213,8 @@ def _manifest(chosen: ImportSettings, target: Path) -> Manifest:
     )
 
 
+#: Likeness of a name that holds a word of the column, not letters alone.
+HINTED = 0.9
 #: Names that every preference objective of TRL logs (trl/trainer/dpo_trainer.py).
 PREFERENCE = {"rewards/chosen", "rewards/rejected"}
 
@@ -240,12 +242,16 @@ def _raise_alarms(report: ImportReport) -> None:
         )
         return
     if report.mapped.keys() & set(VITAL):
-        if not report.mapped.keys() & {"reward", "entropy"}:
-            if likely := nearest(report.kept_keys, ("reward", "entropy")):
-                report.alarms.append(
-                    "neither reward nor entropy was found; if these are what they look like: "
-                    f"{map_option(likely)}"
-                )
+        if "reward" in report.mapped:
+            return
+        if "entropy" in report.mapped:
+            said, likely = "no reward", nearest(report.kept_keys, ("reward",), HINTED)
+        else:
+            said = "neither reward nor entropy"
+            likely = nearest(report.kept_keys, ("reward", "entropy"))
+        if likely:
+            asked = "these are what they look" if len(likely) > 1 else "this is what it looks"
+            report.alarms.append(f"{said} was found; if {asked} like: {map_option(likely)}")
         return
     text = f"no column of {', '.join(VITAL)} was found, so there is nothing to diagnose"
     if report.kept_keys:

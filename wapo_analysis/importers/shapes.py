@@ -19,8 +19,8 @@ WRAPPERS = ("metrics", "data", "scalars", "stats", "log", "logs", "context")
 METRIC_KEYS = ("metric", "metric_name", "metricName", "key", "tag", "name")
 #: Columns that name a number and that hold it, one a row.
 VALUE_KEYS = ("value", "metricValue", "metric_value")
-SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext")
-HELD_OUT = ("eval", "evaluation", "val", "valid", "validate", "validation", "test")
+SPLIT_KEYS = ("split", "mode", "phase", "stage", "subset", "runContext", "type", "kind", "event")
+HELD_OUT = ("eval", "evaluation", "evaluate", "val", "valid", "validate", "validation", "test")
 #: Lists of numbers, one for each part of the completions.
 BY_POSITION = ("kl_positional",)
 MOST_PARTS = 64

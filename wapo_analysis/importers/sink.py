@@ -171,7 +171,7 @@ class Sink:
             step = self._last_step  # beside records that count training steps it counts log calls
         elif key != ROW_COUNTER:
             self._last_step = step
-        self.log.add(record, step, prefix, place, step_key=key, null_is_nan=null_is_nan)
+        step = self.log.add(record, step, prefix, place, step_key=key, null_is_nan=null_is_nan)
         first, last = self._file_steps.get(place[0], (step, step))
         self._file_steps[place[0]] = (min(first, step), max(last, step))
 

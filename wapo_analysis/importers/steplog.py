@@ -28,6 +28,7 @@ from wapo_analysis.importers.mapping import (
     set_names,
     shares_of_counts,
 )
+from wapo_analysis.importers.repeats import Epochs, Repeats, way_of, whole
 from wapo_analysis.importers.report import ImportReport, say_penalty, shown
 from wapo_analysis.results import spans
 from wapo_analysis.schema import STEPS
@@ -47,13 +48,6 @@ _BOOKKEEPING = re.compile(
     r"(?:.*/)?(?:epoch|global_step|_?step|_?runtime|_?timestamp|wall_?time|percentage"
     r"|memory(?:\(GiB\))?|train_speed\(.*\))",
     re.I,
-)
-# How the numbers of several ranks make one, by the name; running totals are the same on all.
-_WAYS = (
-    ("mean", re.compile(r".*(?:mean|avg|std|ratio|frac|rate|share|p\d\d)", re.I)),
-    ("max", re.compile(r".*[/_]max|(?:.*/)?max_.*|.*(?:total|num_(?:input_)?tokens).*", re.I)),
-    ("min", re.compile(r".*[/_]min|(?:.*/)?min_.*", re.I)),
-    ("sum", re.compile(r"(?:.*[/_])?(?:num|n|counts?)(?:_.*)?|(?:kept_)?tokens|nonfinite", re.I)),
 )
 
 
@@ -79,6 +73,7 @@ class StepLog:
     _ranks: dict[int, set[Any]] = field(default_factory=dict)
     _of_updates: set[str] = field(default_factory=set)
     _no_numbers: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
+    _epochs: Epochs = field(default_factory=Epochs)
 
     def __bool__(self) -> bool:
         return bool(self._numbers)
@@ -91,8 +86,8 @@ class StepLog:
     def add(
         self, record: Mapping[str, Any], step: int, prefix: str, place: tuple[Path, int], *,
         step_key: str | None = None, null_is_nan: bool = False,
-    ) -> None:  # fmt: skip
-        """Take one record.
+    ) -> int:  # fmt: skip
+        """Take one record, and return its step of the run.
 
         Parameters
         ----------
@@ -109,6 +104,7 @@ class StepLog:
         null_is_nan : bool
             The writer turns numbers that are not finite into null.
         """
+        step = self._epochs.through(_epoch(record), step)
         for key, value in flat(record):
             if key == step_key:
                 continue
@@ -124,6 +120,7 @@ class StepLog:
                     self.report.count("numbers that were not finite, now null", *place)
             elif value is not None:
                 self._no_numbers.setdefault(key, []).append(place)
+        return step
 
     def number(self, key: str, step: int, value: float, prefix: str) -> None:
         """Take one number."""
@@ -137,7 +134,7 @@ class StepLog:
     def counts(self, key: str, files: int) -> bool:
         """Whether a name counts: whole numbers, one a record, that rise in each of some files."""
         values = np.array(self._numbers[key].values) if key in self._numbers else np.array([])
-        if not _whole(values):
+        if not whole(values):
             return False
         moves = np.sign(np.diff(values))
         return bool((moves == -1).sum() < files and (moves == 1).any() and moves.all())
@@ -149,7 +146,7 @@ class StepLog:
             if _NO_COUNTER.search(key) and not _STEPLIKE.search(key):
                 continue
             values = np.array(held.values)
-            if not _whole(values):
+            if not whole(values):
                 continue
             moves = np.diff(values)
             if (moves >= 0).all() and moves.any():
@@ -179,6 +176,8 @@ class StepLog:
         step on.
         """
         self._tell_no_numbers(names)
+        if any(self._epochs.before.values()):
+            self.report.told("the step counts within each epoch: the epochs follow each other")
         columns = self._settled()
         rows: dict[int, dict[str, Any]] = {}
         feeds = names.feeds(list(columns))
@@ -239,13 +238,13 @@ class StepLog:
         """One number for each name and step."""
         found = {key: held.arrays() for key, held in self._numbers.items()}
         found |= self._by_batch(found)
-        repeats = {key: r for key, held in found.items() if (r := _Repeats.of(*held)) is not None}
+        repeats = {key: r for key, held in found.items() if (r := Repeats.of(*held)) is not None}
         told = {key: r for key, r in repeats.items() if not _BOOKKEEPING.fullmatch(key)}
         differing = sorted({s for r in told.values() for s in r.differing.tolist()})
         later = bool(repeats) and self._is_resume(list(repeats.values()))
         if differing:
             self._say(differing, later, repeats)
-        settled = {key: r.settled(later, _way(key) if differing else "one")
+        settled = {key: r.settled(later, way_of(key) if differing else "one")
                    for key, r in repeats.items()}  # fmt: skip
         return {
             key: settled.get(key) or dict(zip(s.tolist(), v.tolist(), strict=True))
@@ -266,7 +265,7 @@ class StepLog:
         )
         return {key: (found[key][0] // each, found[key][1]) for key in self._of_updates}
 
-    def _is_resume(self, repeats: "list[_Repeats]") -> bool:
+    def _is_resume(self, repeats: list[Repeats]) -> bool:
         """Whether steps were repeated by a later run, not by ranks that take turns."""
         if any(len(ranks) > 1 for ranks in self._ranks.values()):
             return False
@@ -275,7 +274,7 @@ class StepLog:
         most = max(repeats, key=lambda r: len(r.back))
         return most.jumps > 0 and (most.jumps < len(self._files) or not most.alternates)
 
-    def _say(self, differing: list[int], later: bool, repeats: "Mapping[str, _Repeats]") -> None:
+    def _say(self, differing: list[int], later: bool, repeats: Mapping[str, Repeats]) -> None:
         self.report.repeated_steps.update(differing)
         where = spans(differing)
         if later and (runs := self._several_runs()):
@@ -290,7 +289,7 @@ class StepLog:
             why = "by a later start" if differing[0] == first else "after a resume"
             self.report.told(f"steps {where} were logged again {why}: the later run is read")
             return
-        summed = sorted(key for key in repeats if _way(key) == "sum")
+        summed = sorted(key for key in repeats if way_of(key) == "sum")
         said = f"; summed instead: {', '.join(map(printable, summed[:6]))}" if summed else ""
         self.report.told(
             f"steps {where} have several records each (ranks or micro-batches): averaged{said}"
@@ -305,77 +304,8 @@ class StepLog:
         return list(shared) if any(again for *_, again in pairs) else []
 
 
-@dataclass(frozen=True)
-class _Repeats:
-    """A name that was logged more than once at some step."""
-
-    steps: Array
-    values: Array
-    #: How often the step had gone back before each number.
-    run: Array
-    #: Steps logged again after the step went back.
-    back: Array
-    #: Repeated steps whose numbers differ.
-    differing: Array
-
-    @classmethod
-    def of(cls, steps: Array, values: Array) -> "_Repeats | None":
-        order = np.argsort(steps, kind="stable")
-        ordered, numbers = steps[order], values[order]
-        same = ordered[1:] == ordered[:-1]
-        if not same.any():
-            return None
-        run = np.concatenate(([0], np.cumsum(np.diff(steps) < 0)))
-        between = run[order]
-        back = np.unique(ordered[1:][same & (between[1:] != between[:-1])])
-        unlike = same & ~(
-            (numbers[1:] == numbers[:-1]) | (np.isnan(numbers[1:]) & np.isnan(numbers[:-1]))
-        )
-        return cls(steps, values, run, back, np.unique(ordered[1:][unlike]))
-
-    @property
-    def jumps(self) -> int:
-        """How often the step went back to one that was there."""
-        return int(self.run[-1]) if len(self.back) else 0
-
-    @property
-    def alternates(self) -> bool:
-        """It goes back all the time, and nearly all steps occur again, as when ranks take turns."""
-        whole = len(np.unique(self.steps))
-        return self.jumps > 1 and len(self.back) / self.jumps < 3 and 2 * len(self.back) > whole
-
-    def settled(self, later: bool, way: str) -> dict[int, float]:
-        """One number a step: of the later run alone, or of all; several are combined."""
-        steps, values = self.steps, self.values
-        if later:
-            last = dict(zip(steps.tolist(), self.run.tolist(), strict=True))
-            kept = self.run == np.array([last[step] for step in steps.tolist()])
-            steps, values = steps[kept], values[kept]
-        order = np.argsort(steps, kind="stable")
-        unique, starts = np.unique(steps[order], return_index=True)
-        groups = np.split(values[order], starts[1:])
-        return {int(s): _combined(g, way) for s, g in zip(unique, groups, strict=True)}
-
-
-def _combined(values: Array, way: str) -> float:
-    if way == "one" or len(values) == 1:
-        return float(values[-1])
-    if way == "sum":
-        return float(values.sum())
-    if way == "max" or values.min() == values.max():
-        return float(values.max())
-    return float(values.min() if way == "min" else values.mean())
-
-
-def _way(key: str) -> str:
-    """How numbers of several ranks make one: counts add up, extremes stay extremes."""
-    name = key.removeprefix("train/")
-    return next((way for way, pattern in _WAYS if pattern.fullmatch(name)), "mean")
-
-
-def _whole(values: Array) -> bool:
-    """Whether all are whole numbers from 0 on."""
-    return bool((np.isfinite(values) & (values >= 0) & (values == np.rint(values))).all())
+def _epoch(record: Mapping[str, Any]) -> float | None:
+    return as_number(record.get("epoch", record.get("summary/epoch")))
 
 
 def _fed(feed: Feed, columns: Mapping[str, Mapping[int, float]]) -> dict[int, float]:

@@ -316,6 +316,7 @@ RATES: dict[str, tuple[dict[str, Any], tuple[int, str, float] | None]] = {
     "low, and not at last": ({"lr": np.where(LATE, 1e-5, 0), "reward": FLAT}, None),
     "low, and the reward rose": ({"lr": np.full(N, 1e-8), "reward": moved(0.2, 0.6)}, None),
     "low, and solved": ({"lr": np.full(N, 1e-8), "reward": FLAT + 0.6}, None),
+    "low, and the reward was lost": ({"lr": np.zeros(N), "reward": moved(0.6, 0.01)}, None),
     "low, and no reward is known": ({"lr": np.full(N, 1e-8)}, None),
     "low for thirty records": (
         {"lr": np.full(30, 1e-9), "reward": FLAT[:30]}, (1, "low", 1e-9),

@@ -175,6 +175,8 @@ def test_numbers_below_one_name_of_a_logger(record: Any, found: dict[str, Any]) 
         ({"name": "r", "value": 0.5, "metric_value": 1},
          {"name": "r", "value": 0.5, "metric_value": 1}),
         ({"step": 1, "split": " Test ", "r": 0.5, "note": None}, {"step": 1, "eval/r": 0.5}),
+        ({"step": 1, "type": "eval", "r": 0.5}, {"step": 1, "eval/r": 0.5}),
+        ({"step": 1, "type": "metric", "r": 0.5}, {"step": 1, "type": "metric", "r": 0.5}),
         ({"step": 1, "split": "train", "r": 0.5}, {"step": 1, "split": "train", "r": 0.5}),
         ({"The_Step": 1, "mode": "val", "tag": "r", "value": 2}, {"The_Step": 1, "eval/r": 2}),
     ],

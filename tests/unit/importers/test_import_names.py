@@ -201,6 +201,7 @@ def test_a_trainer_is_known_by_two_names_one_of_its_own(
         (["accent"], "reward", None),
         (["entropy_loss"], "entropy", None),
         (["entropy_bits"], "entropy", None),
+        (["entropy_sum"], "entropy", None),
         (["entropy_bits"], "reward", None),
         (["my_loss"], "loss", "my_loss"),
         ([], "loss", None),

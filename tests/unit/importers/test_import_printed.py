@@ -119,6 +119,8 @@ def test_bars_of_epochs_go_on_where_the_last_one_ended(
         ("iter {0}: {{'reward': 0.{0}, 'entropy': 0.4}}", 8, []),
         ("step:{0} - actor/entropy:0.4 - critic/score/mean:0.{0}", 8, []),
         ("{{'reward': 0.{0}, 'entropy': 0.4}}", 8,
+         ["the 8 printed records carry no step, so they are counted from 1"]),
+        ("{{'reward': 0.{0}, 'entropy': 0.4, 'epoch': 0.0{0}}}", 8,
          ["the 8 printed records carry no step, so they are counted from 1: with logging_steps = n "
           "a step here is n of the trainer's"]),
         ("reward=0.{0} entropy=0.4", 8,

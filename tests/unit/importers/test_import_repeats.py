@@ -9,8 +9,9 @@ import pytest
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.importers.mapping import NameTable
+from wapo_analysis.importers.repeats import Repeats
 from wapo_analysis.importers.report import ImportReport
-from wapo_analysis.importers.steplog import StepLog, _Repeats
+from wapo_analysis.importers.steplog import StepLog
 
 LOG = Path("logs/train.jsonl")
 
@@ -30,7 +31,7 @@ LOG = Path("logs/train.jsonl")
 def test_ranks_take_turns_where_two_steps_a_time_and_most_of_all_come_again(
     steps: list[int], jumps: int, alternates: bool
 ) -> None:
-    found = _Repeats.of(np.array([*steps, 99, 99]), np.arange(len(steps) + 2.0))
+    found = Repeats.of(np.array([*steps, 99, 99]), np.arange(len(steps) + 2.0))
     assert found is not None
     assert (found.jumps, found.alternates) == (jumps, alternates)
 
@@ -145,10 +146,10 @@ def test_the_name_that_comes_again_most_tells_a_resume_and_the_first_step_a_late
 def test_a_number_that_is_not_finite_differs_from_one_that_is() -> None:
     nan = float("nan")
     for values, differing in (([0, nan, nan], []), ([0, nan, 1], [2]), ([0, 1, nan], [2])):
-        found = _Repeats.of(np.array([1, 2, 2]), np.array(values))
+        found = Repeats.of(np.array([1, 2, 2]), np.array(values))
         assert found is not None
         assert found.differing.tolist() == differing
-    found = _Repeats.of(np.array([1, 2, 3, 1]), np.arange(4.0))
+    found = Repeats.of(np.array([1, 2, 3, 1]), np.arange(4.0))
     assert found is not None
     assert (found.jumps, found.back.tolist()) == (1, [1])
 
@@ -191,9 +192,9 @@ def test_the_last_update_and_the_last_batch_of_any_name_tell_how_many_there_are(
 def test_each_step_is_compared_with_itself() -> None:
     nan = float("nan")
     steps = np.array([1, 1, 2, 2, 3, 3])
-    found = _Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.2, nan, nan]))
+    found = Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.2, nan, nan]))
     assert found is not None
     assert found.differing.tolist() == []
-    found = _Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.1, nan, 0.1]))
+    found = Repeats.of(steps, np.array([0.1, 0.1, 0.2, 0.1, nan, 0.1]))
     assert found is not None
     assert found.differing.tolist() == [2, 3]

@@ -13,9 +13,10 @@ from wapo_analysis.importers.console import _bars_count, _Counter, _dict, _end_o
 from wapo_analysis.importers.mapping import Feed, NameTable, likely_trainer, nearest
 from wapo_analysis.importers.official import OfficialTree, step_of
 from wapo_analysis.importers.printed import PrintedLog
+from wapo_analysis.importers.repeats import Repeats, way_of
 from wapo_analysis.importers.report import ImportReport
 from wapo_analysis.importers.run import _raise_alarms
-from wapo_analysis.importers.steplog import StepLog, _fed, _Repeats, _way
+from wapo_analysis.importers.steplog import StepLog, _fed
 
 LOG = Path("logs/train.jsonl")
 
@@ -79,20 +80,20 @@ def test_records_of_ranks_become_one_by_their_name(key: str, result: float) -> N
      ("x_p95", "mean"), ("kept_tokens", "sum"), ("min_x_mean", "mean"), ("total_x", "max")],
 )  # fmt: skip
 def test_how_numbers_of_several_ranks_make_one(key: str, way: str) -> None:
-    assert _way(key) == way
+    assert way_of(key) == way
 
 
 def test_ranks_that_take_turns_go_back_all_the_time() -> None:
     steps = np.array([1, 2, 1, 2, 3, 4, 3, 4, 5, 6, 5, 6])
-    turns = _Repeats.of(steps, np.arange(12.0))
+    turns = Repeats.of(steps, np.arange(12.0))
     assert turns is not None
     assert (turns.jumps, turns.alternates) == (3, True)
-    again = _Repeats.of(np.array(TWICE), np.arange(11.0))
+    again = Repeats.of(np.array(TWICE), np.arange(11.0))
     assert again is not None
     assert (again.jumps, again.alternates) == (1, False)
     assert again.back.tolist() == again.differing.tolist() == [4, 5, 6]
-    assert _Repeats.of(np.arange(5), np.zeros(5)) is None
-    same = _Repeats.of(np.array([1, 1, 2]), np.array([np.nan, np.nan, 1.0]))
+    assert Repeats.of(np.arange(5), np.zeros(5)) is None
+    same = Repeats.of(np.array([1, 1, 2]), np.array([np.nan, np.nan, 1.0]))
     assert same is not None
     assert (same.jumps, len(same.differing)) == (0, 0)
     assert same.settled(False, "mean")[2] == 1.0

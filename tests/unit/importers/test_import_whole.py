@@ -140,7 +140,9 @@ def test_names_that_look_like_reward_or_entropy_are_proposed_where_neither_is_kn
     assert told.startswith("neither reward nor entropy was found")
     assert told.endswith("--map reward=my_return")
     assert alarms("other", "loss") == []
-    assert alarms("my_return", "loss entropy") == []
+    (alone,) = alarms("my_return time/forward", "loss entropy")
+    assert alone == "no reward was found; if this is what it looks like: --map reward=my_return"
+    assert alarms("time/forward", "loss entropy") == [], "letters alone are no likeness here"
     assert alarms("policy_ent", "loss reward") == []
 
 

@@ -291,7 +291,7 @@ def find_lr(context: Context) -> list[Finding]:
     if high.any() and _moves_fast(context):
         return [_lr_finding(series, high, "high")]
     reward = context.reward
-    stuck = reward is not None and not reward.improved and not reward.solved
+    stuck = reward is not None and not (reward.improved or reward.solved or reward.lost)
     low = series.values <= LR_LOW
     if stuck and low.all() and len(series) >= LR_RECORDS:
         return [_lr_finding(series, low, "low")]
