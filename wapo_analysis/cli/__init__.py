@@ -101,7 +101,7 @@ def drop_output() -> None:
 
 
 def log_settings(
-    paths: list[Path], map: list[str] | None, chosen: str | None = None
+    paths: list[Path], map: list[str] | None, chosen: str | None
 ) -> "ImportSettings | None":
     """What logs among the paths do not say about themselves; None if nothing was said here either.
 

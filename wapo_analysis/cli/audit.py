@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option
 
-from wapo_analysis.cli import FormatOption, MapOption, log_settings, open_one, show
+from wapo_analysis.cli import ChosenRun, FormatOption, MapOption, log_settings, open_one, show
 
 
 def audit(
@@ -15,6 +15,7 @@ def audit(
     steps: Annotated[int, Option(help="Steps with token rows to look at.", min=1)] = 10,
     format: FormatOption = "text",
     map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Tell from the recorded tokens what a trainer really computes.
 
@@ -27,7 +28,7 @@ def audit(
     """
     from wapo_analysis.audit import audit as audit_run
 
-    found = audit_run(open_one(run, log_settings([run], map)), steps)
+    found = audit_run(open_one(run, log_settings([run], map, chosen)), steps)
     show(found, format)
     if found.deviations:
         raise Exit(1)

@@ -5,7 +5,15 @@ from typing import Annotated
 
 from typer import Option, echo
 
-from wapo_analysis.cli import FormatOption, MapOption, RunsArgument, log_settings, open_runs, show
+from wapo_analysis.cli import (
+    ChosenRun,
+    FormatOption,
+    MapOption,
+    RunsArgument,
+    log_settings,
+    open_runs,
+    show,
+)
 from wapo_analysis.cli.figures import write_figures
 
 
@@ -16,6 +24,7 @@ def compare(
         Path | None, Option(help="Also write figures and report here.  [default: not written]")
     ] = None,
     map: MapOption = None,
+    chosen: ChosenRun = None,
 ) -> None:
     """Compare settings side by side, with intervals over seeds.
 
@@ -27,7 +36,7 @@ def compare(
     """
     from wapo_analysis.compare import compare as compare_runs
 
-    opened = open_runs(runs, log_settings(runs, map))
+    opened = open_runs(runs, log_settings(runs, map, chosen))
     show(compare_runs(opened), format)
     if out is not None:
         from wapo_analysis.report import build_report

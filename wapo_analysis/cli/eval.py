@@ -4,7 +4,14 @@ from typing import Annotated
 
 from typer import Exit, Option
 
-from wapo_analysis.cli import FormatOption, RunArgument, TrustOption, console_error, say
+from wapo_analysis.cli import (
+    FormatOption,
+    RunArgument,
+    ThreadsOption,
+    TrustOption,
+    console_error,
+    say,
+)
 from wapo_analysis.cli import show as render
 
 
@@ -26,9 +33,7 @@ def eval(
         str | None, Option(help="Held-out problems.  [default: the run's]")
     ] = None,
     device: Annotated[str, Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[
-        int | None, Option(min=1, help="CPU threads.  [default: torch's own]")
-    ] = None,
+    threads: ThreadsOption = None,
     trust_run: TrustOption = False,
     show: Annotated[int, Option(min=0, help="Completions to print.")] = 0,
     format: FormatOption = "text",

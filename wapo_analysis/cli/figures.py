@@ -17,7 +17,7 @@ from wapo_analysis.cli import (
     open_runs,
     say,
 )
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -62,8 +62,10 @@ def figures(
             say(f"{name:20} {spec.caption}")
         return
     names = None if only is None else [n.strip() for n in only.split(",") if n.strip()]
-    if names is not None:
-        _known(names)
+    for name in names or ():
+        from wapo_analysis.plots import get_figure
+
+        get_figure(name)
     given = runs or []
     ready = all(path.exists() for path in given)
     with _helpers(names, given) if ready else nullcontext() as pool:
@@ -79,14 +81,6 @@ def write_figures(
     """Draw the named figures, or all that these runs can feed; returns how many."""
     with _helpers(names, runs) as pool:
         return _write(runs, out, format, names, pool)
-
-
-def _known(names: list[str]) -> None:
-    from wapo_analysis.plots import FIGURES
-
-    for name in names:
-        if name not in FIGURES:
-            raise unknown_name("figure", name, FIGURES)
 
 
 @contextmanager

@@ -257,6 +257,8 @@ def test_every_command_that_reads_a_log_takes_what_it_does_not_say(
         ["report", log, "--out", page],
         ["figures", log, "--only", "entropy", "--out", figures],
         ["watch", log, "--once"],
+        ["compare", log],
+        ["audit", log],
     ):
         assert run([*command, "--run", "calm", *said]) == 0, command
     assert (tmp_path / "figures" / "entropy.png").exists()
