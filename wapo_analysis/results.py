@@ -106,12 +106,12 @@ def plain(value: Any, digits: int | None = None) -> Any:
 
 
 def short(value: Any) -> str:
-    """Three significant digits, in plain notation where that is short; ``n/a`` for no number."""
+    """Three significant digits, whole numbers from 1,000 to a million; ``n/a`` for no number."""
     if value is None:
         return "n/a"
     if isinstance(value, str | int):
         return str(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 999_999.5 else f"{value:.3g}"
 
 
 def percent(share: float) -> str:

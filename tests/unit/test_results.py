@@ -104,7 +104,15 @@ def test_plain_values_are_strict_json() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "n/a"), (7, "7"), ("up", "up"), (0.12345, "0.123"), (12345.6, "1.235e+04")],
+    [
+        (None, "n/a"),
+        (7, "7"),
+        ("up", "up"),
+        (0.12345, "0.123"),
+        (999.7, "1,000"),
+        (12345.6, "12,346"),
+        (2.5e6, "2.5e+06"),
+    ],
 )
 def test_short_numbers(value: Any, text: str) -> None:
     assert short(value) == text

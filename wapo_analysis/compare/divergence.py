@@ -16,6 +16,7 @@ import wapo_taxonomy as tax
 from scipy import special
 
 from wapo_analysis.derive import per_class
+from wapo_analysis.results import short
 from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.store import Run
 from wapo_analysis.table import Array
@@ -146,8 +147,8 @@ def _words(parting: Parting) -> str:
         return f"{parting.quantity} nowhere"
     held = "" if parting.lasting else ", not to the end"
     return (
-        f"{parting.quantity} at step {parting.step} ({parting.second:.3g} against "
-        f"{parting.first:.3g}{unit}{held})"
+        f"{parting.quantity} at step {parting.step} ({short(parting.second)} against "
+        f"{short(parting.first)}{unit}{held})"
     )
 
 

@@ -20,6 +20,7 @@ from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.entropy import Band, entropy_band
 from wapo_analysis.errors import printable
+from wapo_analysis.results import short
 from wapo_analysis.series import Series
 from wapo_analysis.store import Run
 from wapo_analysis.store.lock import DEAD, ago
@@ -98,7 +99,7 @@ def _limits(drawn: Array, rules: Sequence[Rule]) -> tuple[float, float]:
 def _edge(row: int, height: int, low: float, high: float) -> str:
     if high - low < 1e-8:  # one value, which its level or title says
         return ""
-    return f"{high:.3g}" if row == 0 else f"{low:.3g}" if row == height - 1 else ""
+    return short(high) if row == 0 else short(low) if row == height - 1 else ""
 
 
 def _chart_row(dots: Array, hot: Array, style: str, rule: Rule | None, edge: str) -> Text:
@@ -245,7 +246,7 @@ def one_line(run: Run, diagnosis: Diagnosis) -> str:
     for column, unit in (("reward", ""), ("entropy", " nats")):
         series = context.series(column)
         if len(series):
-            values.append(f"{column} {series.smooth[-1]:.3g}{unit}")
+            values.append(f"{column} {short(series.smooth[-1])}{unit}")
     shown += [f"{', '.join(values)} (smoothed)"] if values else []
     shown += [VERDICT_WORDS[diagnosis.verdict], *([DEAD] if run.status == DEAD else [])]
     return f"{printable(run.name)}: {', '.join(shown)}"
@@ -293,8 +294,8 @@ def _reward(context: Context) -> _Curve | None:
     series = context.series("reward")
     if not len(series):
         return None
-    title = Text(f"reward {series.smooth[-1]:.3g}", "bold", no_wrap=True, overflow="ellipsis")
-    title.append(f" (smoothed)  baseline {series.level:.3g}", "dim")
+    title = Text(f"reward {short(series.smooth[-1])}", "bold", no_wrap=True, overflow="ellipsis")
+    title.append(f" (smoothed)  baseline {short(series.level)}", "dim")
     return _Curve(title, series, "green", (Rule(series.level, "dim", "baseline"),))
 
 

@@ -13,6 +13,7 @@ from wapo_analysis.diagnose.advice import Advice
 from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.result import Finding, Number, Severity, Skipped
 from wapo_analysis.errors import UserError
+from wapo_analysis.results import percent, short
 from wapo_analysis.series import Series, episodes
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -157,14 +158,14 @@ def level_finding(
     """
     if begin is None:
         return []
-    step, spec = series.step(begin), ".0%" if share else ".3g"
+    step, shown = series.step(begin), percent if share else short
     return [
         Finding(
             name=name,
             severity=severity,
             step=step,
-            message=f"{what} from step {step} on ({series.level:{spec}} at first, "
-            f"{series.end:{spec}} at the end).",
+            message=f"{what} from step {step} on ({shown(series.level)} at first, "
+            f"{shown(series.end)} at the end).",
             evidence={"start": series.level, "end": series.end, **(evidence or {})},
             advice=advice,
             reference=reference,

@@ -13,6 +13,7 @@ from wapo_analysis.diagnose.detectors import (
 )
 from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.results import short
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
 
@@ -166,8 +167,8 @@ def find_length_pay(context: Context) -> list[Finding]:
             severity="warning" if way < 0 or (decides and grown) else "info",
             step=step,
             message=f"Within groups {words} completions earn more (correlation {paid:+.2f}), "
-            f"and from step {step} on they are {words} ({series.level:.3g} to {series.end:.3g} "
-            "tokens).",
+            f"and from step {step} on they are {words} ({short(series.level)} to "
+            f"{short(series.end)} tokens).",
             evidence={"correlation": paid, "start": series.level, "end": series.end},
             advice=Advice(
                 "Read what earns the reward: if an answer is no better for its length, the "

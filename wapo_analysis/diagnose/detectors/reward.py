@@ -10,6 +10,7 @@ from wapo_analysis.diagnose.detectors import detector, lasting
 from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import RewardState, block_size, fell_before
+from wapo_analysis.results import short
 from wapo_analysis.series import Departure, Series
 from wapo_analysis.store import Need
 
@@ -270,8 +271,8 @@ def find_silent(context: Context) -> list[Finding]:
                     name="reward_function_silent",
                     severity="info",
                     step=series.step(0),
-                    message=f"The reward function {name} has been {series.end:.3g} at every step: "
-                    "it teaches nothing.",
+                    message=f"The reward function {name} has been {short(series.end)} at every "
+                    "step: it teaches nothing.",
                     evidence={"function": name, "value": series.end},
                     advice=Advice("Check it on a completion that should earn it."),
                     reference=COMPOSITION,

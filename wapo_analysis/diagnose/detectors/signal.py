@@ -14,6 +14,7 @@ from wapo_analysis.diagnose.detectors import (
 )
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import RewardState
+from wapo_analysis.results import short
 from wapo_analysis.series import Series, silent_since
 from wapo_analysis.store import Need
 from wapo_analysis.table import Array
@@ -357,7 +358,9 @@ def find_critic(context: Context) -> list[Finding]:
         begin = lasting(loss, loss.smooth >= np.maximum(far, CRITIC_ABOVE * loss.level))
         if begin is not None:
             steps.append(loss.step(begin))
-            told.append(f"its loss rose from {low[begin]:.3g} at its lowest to {loss.end:.3g}")
+            told.append(
+                f"its loss rose from {short(low[begin])} at its lowest to {short(loss.end)}"
+            )
     if len(explained) >= MIN_STEPS:
         best = np.maximum.accumulate(explained.smooth)
         lost = (best >= EXPLAINED) & (explained.smooth <= EXPLAINS_NOTHING)
