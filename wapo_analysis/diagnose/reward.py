@@ -245,12 +245,15 @@ def reward_state(series: Series, solved: bool) -> RewardState:
 def _from_a_stage(series: Series, loss: Departure | None) -> Departure | None:
     """A departure from a height that lasted: a median of rewards of 0 and 1 may jump for a record.
 
-    None if fewer smoothed records than make a condition count lie above the middle of the fall.
+    None if fewer smoothed records than make a condition count lie above the middle of the fall. The
+    baseline is such a height, however soon it was left.
     """
     if loss is None:
         return None
     before, since = series.smooth[: loss.warned], series.smooth[loss.warned :]
-    high = max(float(before.max(initial=series.level)), series.level)
+    high = float(before.max(initial=series.level))
+    if high <= series.level:
+        return loss
     held = int((before >= (high + since.min()) / 2).sum())
     return loss if held >= min(series.persist, loss.warned) else None
 

@@ -258,7 +258,8 @@ SAID = {
         "gained is form."),
     "takeover": ("one_reward_takes_over",
         functions(np.full(N, 0.8), np.full(N, 0.2), np.full(N, 1.0)),
-        "format supplies 80% of the reward from step 1 on; correct is rarely earned (correct "
+        "format supplies most of the reward from step 1 on, 80% at the end; "
+        "correct is rarely earned (correct "
         "0.2)."),
     "collapse": ("reward_collapse", {"reward": fallen(0.1)},
         "Reward fell from 0.80 at its best to 0.07 from step 49."),

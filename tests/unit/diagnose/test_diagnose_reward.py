@@ -212,3 +212,11 @@ def test_a_fall_that_ends_in_silence_began_where_it_began() -> None:
     assert fallen.best_step >= 30
     assert rest.loss is not None
     assert rest.loss.onset == 4, "at once is as before"
+
+
+def test_a_fall_within_the_first_records_of_a_long_run_is_one_from_its_baseline() -> None:
+    rest = -1 + 0.002 * np.abs(np.sin(np.arange(227)))
+    fallen = state(np.r_[[-0.68, -0.72, -0.84, -0.91, -0.92, -0.94, -0.97, -0.97], rest])
+    assert fallen.loss is not None
+    assert fallen.loss.ongoing
+    assert fallen.loss.onset <= 3

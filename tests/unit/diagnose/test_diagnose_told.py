@@ -68,27 +68,31 @@ TOLD = {
     "one of two pays": (
         functions(np.ones(N), alpha=np.full(N, 0.9), beta=np.full(N, 0.1)),
         "one_reward_takes_over", "info", (1, None, None),
-        "alpha supplies 90% of the reward from step 1 on; beta is rarely earned (beta 0.1).",
+        "alpha supplies most of the reward from step 1 on, 90% at the end; "
+        "beta is rarely earned (beta 0.1).",
         {"function": "alpha", "share": 0.9, "rest": "beta"},
     ),
     "two forms pay": (
         functions(np.full(N, 1.05), format=np.full(N, 0.5), xml=np.full(N, 0.4),
          correct=np.full(N, 0.1), sql=np.full(N, 0.05)),
         "one_reward_takes_over", "warning", (1, None, None),
-        "format and xml supply 86% of the reward from step 1 on; correct and sql are rarely"
+        "format and xml supply most of the reward from step 1 on, 86% at the end; "
+        "correct and sql are rarely"
         " earned (correct 0.1, sql 0.05).",
         {"function": "format and xml", "share": 0.8571, "rest": "correct and sql"},
     ),
     "one of two forms pays": (
         functions(np.ones(N), format=np.full(N, 0.9), xml=np.full(N, 0.1)),
         "one_reward_takes_over", "info", (1, None, None),
-        "format supplies 90% of the reward from step 1 on; xml is rarely earned (xml 0.1).",
+        "format supplies most of the reward from step 1 on, 90% at the end; "
+        "xml is rarely earned (xml 0.1).",
         {"function": "format", "share": 0.9, "rest": "xml"},
     ),
     "what costs is no part of it": (
         functions(np.zeros(N), format=np.full(N, 0.5), correct=np.full(N, -0.5)),
         "one_reward_takes_over", "warning", (1, None, None),
-        "format supplies 100% of the reward from step 1 on; correct is rarely earned "
+        "format supplies most of the reward from step 1 on, 100% at the end; "
+        "correct is rarely earned "
         "(correct -0.5).",
         {"function": "format", "share": 1.0, "rest": "correct"},
     ),
@@ -96,7 +100,8 @@ TOLD = {
         functions(np.ones(N), format=np.full(N, 0.9), correct=np.where(np.arange(N) % 2, 0.1,
          np.nan)),
         "one_reward_takes_over", "warning", (2, None, None),
-        "format supplies 90% of the reward from step 2 on; correct is rarely earned "
+        "format supplies most of the reward from step 2 on, 90% at the end; "
+        "correct is rarely earned "
         "(correct 0.1).",
         {"function": "format", "share": 0.9, "rest": "correct"},
     ),
@@ -124,21 +129,24 @@ TOLD = {
     "form pays by its weight": (
         functions(FORMAT + 2 * CONTENT, format=FORMAT, correct=CONTENT),
         "one_reward_takes_over", "warning", (38, None, None),
-        "format supplies 62% of the reward from step 38 on; correct is rarely earned "
+        "format supplies most of the reward from step 38 on, 62% at the end; "
+        "correct is rarely earned "
         "(correct 0.29).",
         {"function": "format", "share": 0.6195, "rest": "correct"},
     ),
     "a weight below nothing is none": (
         functions(FORMAT - CONTENT, format=FORMAT, correct=CONTENT),
         "one_reward_takes_over", "warning", (25, None, None),
-        "format supplies 77% of the reward from step 25 on; correct is rarely earned "
+        "format supplies most of the reward from step 25 on, 77% at the end; "
+        "correct is rarely earned "
         "(correct 0.29).",
         {"function": "format", "share": 0.765, "rest": "correct"},
     ),
     "form pays from a step": (
         summed(format=then(20, 0.2, 0.5), correct=0.25 + CALM[:N]),
         "one_reward_takes_over", "warning", (21, None, None),
-        "format supplies 67% of the reward from step 21 on; correct is rarely earned "
+        "format supplies most of the reward from step 21 on, 67% at the end; "
+        "correct is rarely earned "
         "(correct 0.25).",
         {"function": "format", "share": 0.6667, "rest": "correct"},
     ),

@@ -187,9 +187,9 @@ def find_takeover(context: Context) -> list[Finding]:
             name="one_reward_takes_over",
             severity="warning" if form and carrying == form else "info",
             step=begin,
-            message=f"{lead} {'supplies' if len(carrying) == 1 else 'supply'} {share:.0%} of the "
-            f"reward from step {begin} on; {last} {'is' if len(rest) == 1 else 'are'} rarely "
-            f"earned ({level}).",
+            message=f"{lead} {'supplies' if len(carrying) == 1 else 'supply'} most of the reward "
+            f"from step {begin} on, {share:.0%} at the end; {last} "
+            f"{'is' if len(rest) == 1 else 'are'} rarely earned ({level}).",
             evidence={"function": lead, "share": share, "rest": last},
             advice=Advice(
                 f"Compare the weights of {lead} and {last}: the task itself should be what pays."
