@@ -1,8 +1,10 @@
 """Attaching to a real trl GRPOTrainer: nothing else changes, also where something goes wrong."""
 
 import contextlib
+import copy
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,24 @@ def test_undo_is_complete_however_training_ends(
     found = open_run(tmp_path / "run")
     assert found.manifest["status"] == status
     assert len(found.steps) == (2 if error is None else 1)
+
+
+@pytest.mark.parametrize("mode", ["passive", "replace"])
+def test_a_copy_of_a_watched_trainer_or_its_model_is_an_unwatched_one(
+    tmp_path: Path, mode: str
+) -> None:
+    trainer = toy_trainer(tmp_path / "out", max_steps=1)
+    with attach(trainer, tmp_path / "run", mode=mode, token_every=1) as attachment:
+        average, twin = copy.deepcopy(trainer.model), copy.deepcopy(trainer)
+        pickle.dumps(trainer.model)
+        assert not our_hooks(twin)
+        assert vars(twin)["_wapo_attachment"] is None
+        average(torch.arange(2, 6)[None])
+        run(twin)
+        assert attachment.recorder.returned() is None, "nothing of it was seen"
+        run(trainer)
+    assert attachment.recorder.failure is None
+    assert open_run(tmp_path / "run").steps.step.tolist() == [1]
 
 
 def test_close_leaves_a_later_wrapper_of_somebody_else_working(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MethodType
@@ -19,11 +20,30 @@ from wapo_analysis.errors import UserError
 _ABSENT = object()
 
 
+class Hook:
+    """A function of ours inside an object of somebody else; in a copy of that it does nothing.
+
+    A policy is copied for an average or a reference, and pickled whole: neither shall take its
+    watcher along, nor need this package to be read.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return getattr, (nullcontext(), "__exit__")  # takes anything and returns None
+
+
 class Patches:
     """Owns every change made to foreign objects; `close` undoes them, last one first.
 
     A wrapper that another tool has wrapped in turn cannot be taken out from under it. It stays
-    where it is and, once closed, does nothing but call what it wraps.
+    where it is and, once closed, does nothing but call what it wraps. So it does in a copy of the
+    object, with the copy.
 
     Examples
     --------
@@ -72,7 +92,9 @@ class Patches:
         if isinstance(original, MethodType):
 
             @functools.wraps(original.__func__)
-            def method(_owner: Any, *args: Any, **kwargs: Any) -> Any:
+            def method(bound: Any, *args: Any, **kwargs: Any) -> Any:
+                if bound is not owner:
+                    return original.__func__(bound, *args, **kwargs)
                 return call(*args, **kwargs)
 
             replacement: Any = MethodType(method, owner)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
+from wapo_analysis.capture import Hook
 from wapo_analysis.errors import first_line
 from wapo_analysis.record import Guarded, guarded
 from wapo_analysis.record.batches import MATCH
@@ -215,13 +216,12 @@ class HeadReader(Guarded):
         self._reading: Reading | None = None
         self._handle: RemovableHandle | None = None
         if isinstance(model, nn.Module):
-            self._handle = model.register_forward_hook(self._forward, with_kwargs=True)
+            self._watch(model)
         elif model:
             self._handle = register_module_forward_hook(self._find, with_kwargs=True)
 
-    def fail(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         """Read no more; the loss is watched all the same."""
-        super().fail(error)
         self.reason = f"reading the logits failed ({self.failure})"
         self.close()
 
@@ -230,22 +230,31 @@ class HeadReader(Guarded):
         if self._handle is not None:
             self._handle.remove()
 
+    def _watch(self, module: nn.Module) -> None:
+        self._handle = module.register_forward_hook(Hook(self._forward), with_kwargs=True)
+
     def _find(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling() and _named_logits(output) is not None:
+        if not torch.compiler.is_compiling():
+            self.guard(self._found, module, args, kwargs, output)
+
+    def _found(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if _named_logits(output) is not None:
             self.close()
-            self._handle = module.register_forward_hook(self._forward, with_kwargs=True)
-            self._forward(module, args, kwargs, output)
+            self._watch(module)
+            self._look(args, kwargs, output)
 
     def _forward(
         self, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any
     ) -> None:
-        if torch.compiler.is_compiling():
-            return
+        if not torch.compiler.is_compiling():
+            self.guard(self._look, args, kwargs, output)
+
+    def _look(self, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         logits = first if isinstance(first, Tensor) else _named_logits(output)
         ids = kwargs.get("input_ids", args[0] if args else None)
         if logits is not None and logits.requires_grad:
-            self.guard(self._read, logits.detach(), ids, kwargs)
+            self._read(logits.detach(), ids, kwargs)
 
     def _read(self, logits: Tensor, ids: Any, given: Mapping[str, Any]) -> None:
         self._reading = None
@@ -330,8 +339,11 @@ class HeadReader(Guarded):
 
 def _named_logits(output: Any) -> Tensor | None:
     """Logits (B, L, V) of what a model returned, by that name; a value model has V = 1."""
-    named = isinstance(output, Mapping)
-    logits = output.get("logits") if named else getattr(output, "logits", None)
+    try:
+        named = isinstance(output, Mapping)
+        logits = output.get("logits") if named else getattr(output, "logits", None)
+    except Exception:  # any module's output is asked, also such as hold what they are asked for
+        return None
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] == 1:
         return None
     return logits if logits.requires_grad else None

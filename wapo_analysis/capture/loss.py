@@ -66,9 +66,8 @@ class LossWatch(Guarded):
         self._scale, self._shown = torch.nan, list[tuple[ref[Any], torch.Tensor]]()
         self._columns: dict[str, Any] = {}
 
-    def fail(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         """Watch no more, with one warning."""
-        super().fail(error)
         self._stop_reading()
         log.warning("watching the loss stopped (%s); training goes on", self.failure)
 
@@ -191,7 +190,7 @@ class WatchedLoss(Closing):
         self.__wrapped__ = loss
         self._names, self._given, self._settings = Names.of(names), names, settings
         self._signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
-        self._key = str(Path(settings["run"]).absolute())
+        self._key = settings["run"]
         if self._key not in self._watches:
             self._watches[self._key] = _start(settings, names)
         self._watch, self._patches = self._watches[self._key]
@@ -391,6 +390,6 @@ def watched_loss(
     known = [name for name in inspect.signature(Recorder).parameters if name not in own]
     if unknown := settings.keys() - known:
         raise unknown_name("setting", min(unknown), known)
-    given = {"run": str(run), "optimizer": optimizer, "head": head, "rank": rank, "texts": texts}
-    more = {"manifest": manifest, "token_every": token_every}
-    return WatchedLoss(loss, names, {**given, **more, **settings})
+    given = {"optimizer": optimizer, "head": head, "rank": rank, "texts": texts}
+    given |= {"run": str(Path(run).absolute()), "manifest": manifest, "token_every": token_every}
+    return WatchedLoss(loss, names, {**given, **settings})

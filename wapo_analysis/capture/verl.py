@@ -208,6 +208,7 @@ def watch_verl(path: str, manifest: Mapping[str, Any] | None = None, **settings:
         described = described.changed(manifest or {})
         return Recorder(path, described, rank=rank, temperature=temperature, **settings)
 
+    path = str(Path(path).absolute())
     watcher, patches = VerlWatcher(open_recorder), Patches()
     names = []
     for name, loss in list(registry.items()):

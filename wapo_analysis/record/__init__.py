@@ -4,9 +4,13 @@ Here is the one guard: what watches a training may fail, the training may not.
 """
 
 import logging
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from numbers import Integral
+from pathlib import Path
+from threading import get_ident
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -30,12 +34,18 @@ class Guarded:
 
     failure: str | None = None
     seconds = 0.0
-    _inside = False
+    _inside: int | None = None  # the thread that is within `guard`
 
     def fail(self, error: Exception) -> None:
-        """Watch no more."""
-        first, *_ = [*str(error).strip().splitlines(), ""]
-        self.failure = f"{type(error).__name__}: {first}"
+        """Watch no more; the first error is told."""
+        if self.failure is None:
+            first, *_ = [*str(error).strip().splitlines(), ""]
+            self.failure = f"{type(error).__name__}: {first}"
+            with suppress(Exception):  # a log handler of the training may raise
+                self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """Let go of what is held, and tell the user."""
 
     # A compiled training step calls it as it stands; traced, it would end the training. The public
     # torch.compiler.disable loads the compiler when it decorates (800 modules, over a second for
@@ -45,17 +55,46 @@ class Guarded:
         """Run an action, unless watching has failed; None if it has, or fails now."""
         if self.failure is not None:
             return None
-        if self._inside:  # guarded and timed already
+        if self._inside == (thread := get_ident()):  # guarded and timed already
             return action(*args, **kwargs)
-        self._inside, started = True, perf_counter()
+        self._inside, started = thread, perf_counter()
         try:
             return action(*args, **kwargs)
         except Exception as error:
             self.fail(error)
             return None
         finally:
-            self._inside = False
+            self._inside = None
             self.seconds += perf_counter() - started
+
+
+class Alone(Guarded):
+    """Records in the process and the object it was made in; a fork or a copy of it records nothing.
+
+    ``path``: folder that it records to, None if nothing is recorded; ``original``: of a copy, the
+    folder of the one it is a copy of.
+    """
+
+    original: str | None = None
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self._process = path, os.getpid()
+
+    def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run an action, unless recording has failed or there is no path; else None."""
+        if self.failure is None and (self.forked or self.original is not None):
+            what = "a fork of the process" if self.forked else "a copy of the recorder"
+            self.fail(UserError(f"this is {what} that records, which alone writes"))
+        return None if self.path is None else super().guard(action, *args, **kwargs)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that records."""
+        return self.path is not None and os.getpid() != self._process
+
+    def __reduce__(self) -> Any:
+        original = self.original if self.path is None else str(self.path)
+        return type(self), (None,), {"original": original}
 
 
 def guarded(method: F) -> F:

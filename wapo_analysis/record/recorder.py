@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, guarded, on_schedule
+from wapo_analysis.record import Alone, Closing, Steps, check_schedule, guarded, on_schedule
 from wapo_analysis.record.batches import batch_pass
 from wapo_analysis.record.beside import Action, Beside, Ring, Save, acts, check_actions, made_beside
 from wapo_analysis.record.step import OpenStep, step_rollouts
@@ -37,7 +37,7 @@ __all__ = ["Recorder", "TokenPass", "on_schedule"]
 log = logging.getLogger(__name__)
 
 
-class Recorder(Guarded, Closing):
+class Recorder(Alone, Closing):
     """Records one run into a folder.
 
     Parameters
@@ -112,7 +112,7 @@ class Recorder(Guarded, Closing):
     ) -> None:  # fmt: skip
         check_schedule(rank, token_fraction, token_every, rescore_every, probe_every)
         check_actions(on_warning, on_critical)
-        self.path = None if path is None else Path(path)
+        super().__init__(None if path is None else Path(path).absolute())
         self._beside: Beside | None = None
         self.ring: Ring | None = None
         self.token_every, self.token_fraction = token_every, token_fraction
@@ -136,17 +136,12 @@ class Recorder(Guarded, Closing):
             self._beside, self.ring = made_beside(self.path, note, *asked, entries)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous, self._beside)
 
-    def guard(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run an action, unless recording has failed or there is no path; else None."""
-        return None if self.path is None else super().guard(action, *args, **kwargs)
-
-    def fail(self, error: Exception) -> None:
+    def failed(self, error: Exception) -> None:
         """Stop recording for good, with one warning; training goes on."""
-        if self.failure is None:
-            self.lost = isinstance(error, RunLost)
-            super().fail(error)
+        self.lost, path = isinstance(error, RunLost), self.path or self.original
+        if self.path is not None:
             self._steps.abandon()
-            log.warning("recording to %s stopped (%s); training goes on", self.path, self.failure)
+        log.warning("recording to %s stopped (%s); training goes on", path, self.failure)
 
     def wants_rescore(self, step: int) -> bool:
         """Whether tokens of this step are to be scored again after the update."""
@@ -204,8 +199,11 @@ class Recorder(Guarded, Closing):
         def keep(gradient: Tensor) -> None:
             tokens.coef = -gradient.detach()
 
+        def came(gradient: Tensor) -> None:  # what a hook returns takes the gradient's place
+            self.guard(read or keep, gradient)
+
         if logp is not None and logp.requires_grad:
-            logp.register_hook(lambda gradient: self.guard(read or keep, gradient))
+            logp.register_hook(came)
         self._step.passes.append(tokens)
 
     @guarded
@@ -390,7 +388,7 @@ class Recorder(Guarded, Closing):
 
     def close(self, status: str = "finished") -> None:
         """End the run; a step that was not finished is dropped."""
-        if self.path is None:
+        if self.path is None or self.forked:
             return
         self._step = OpenStep()
         try:

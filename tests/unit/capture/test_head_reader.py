@@ -1,5 +1,6 @@
 """Which positions of a model's logits are read, and which of them a loss meant."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +171,51 @@ class Silent(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Any:
         return self.output
+
+
+class Refuses:
+    """An output that is asked for what it does not know."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def test_what_a_module_returns_may_refuse_to_be_asked_for_logits() -> None:
+    class Odd(nn.Module):
+        def forward(self, ids: Tensor) -> Any:
+            return Refuses()
+
+    reader = HeadReader(1.0)
+    try:
+        assert isinstance(Odd()(torch.zeros(1, 2)), Refuses)
+        assert reader.failure is None
+    finally:
+        reader.close()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["found", "given"])
+def test_a_model_that_is_read_can_be_copied_and_its_copy_is_not_read(known: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Embedding(5, 5)
+
+        def forward(self, ids: Tensor) -> Any:
+            return SimpleNamespace(logits=self.head(ids))
+
+    model, ids = Model(), torch.tensor([[1, 2, 3]])
+    reader = HeadReader(1.0, model if known else True)
+    try:
+        model(ids)
+        seen = reader._reading
+        assert seen is not None
+        average = copy.deepcopy(model)
+        assert torch.equal(average(ids).logits, model(ids).logits)
+        seen = reader._reading
+        average(ids)
+        assert reader._reading is seen
+    finally:
+        reader.close()
 
 
 def test_a_forward_without_logits_or_without_a_graph_is_not_read() -> None:

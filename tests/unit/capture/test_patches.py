@@ -1,6 +1,8 @@
 """Changes to foreign objects are put back exactly, in whatever order others change them too."""
 
+import copy
 import inspect
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import torch
 
 from wapo_analysis.capture import (
     CaptureMode,
+    Hook,
     Patches,
     choose_mode,
     earlier_mode,
@@ -33,6 +36,31 @@ def test_wrap_sees_the_call_and_keeps_the_signature() -> None:
     assert inspect.signature(engine.run) == inspect.signature(Engine().run)
     patches.close()
     assert vars(engine) == {}
+
+
+def test_a_copy_is_not_watched_and_works_for_itself() -> None:
+    engine, patches, seen = Engine(), Patches(), []
+    engine.speed = 2  # type: ignore[attr-defined]
+    for _ in range(2):
+        patches.wrap(engine, "run", lambda run, *args: seen.append(args) or run(*args))
+    twin = copy.deepcopy(engine)
+    twin.run.__self__.speed = 5
+    assert (twin.run(3), seen) == (3, [])
+    assert twin.run.__self__ is twin
+    assert (engine.run(4), seen) == (4, [(4,), (4,)])
+    assert engine.speed == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_hook_goes_with_no_copy_of_what_it_is_in(way: Any) -> None:
+    layer, seen = torch.nn.Linear(2, 2), list[Any]()
+    hook = Hook(lambda *given: seen.append((given, sys)))  # a module can be neither copied
+    layer.register_forward_hook(hook)
+    layer.register_forward_hook(hook, with_kwargs=True)
+    text = torch.ones(1, 2)
+    assert torch.equal(way(layer)(text), layer(text))
+    assert len(seen) == 2, "the copy's are silent"
+    assert b"wapo_analysis" not in pickle.dumps(layer)
 
 
 def test_a_plain_function_on_the_instance_comes_back_as_the_same_object() -> None:

@@ -1,6 +1,12 @@
 """What all recording stands on: the guard, step numbers, schedules, how a with-block ends."""
 
+import copy
+import json
 import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -8,6 +14,8 @@ import pytest
 from wapo_analysis.errors import UserError
 from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, guarded
 from wapo_analysis.record.beside import check_actions
+from wapo_analysis.record.recorder import Recorder
+from wapo_analysis.store import MANIFEST
 
 
 class Watch(Guarded):
@@ -53,6 +61,95 @@ def test_guarded_work_within_guarded_work_is_timed_once(monkeypatch: pytest.Monk
     assert watch.seconds == 1.0, "one look at the clock before and one after"
     watch.work(ValueError("x"))
     assert watch.seconds == 2.0, "a failure took its time too"
+
+
+def test_a_log_handler_that_raises_is_no_matter_of_the_training(tmp_path: Path) -> None:
+    class Raises(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise OSError("no space left for the log")
+
+    told, recorder = Raises(), Recorder(tmp_path / "run")
+    logging.getLogger("wapo_analysis").addHandler(told)
+    try:
+        recorder.watch(None, None, None, None, None)  # type: ignore[arg-type]
+        assert recorder.failure is not None
+        recorder.finish_step(1)
+        recorder.close()
+    finally:
+        logging.getLogger("wapo_analysis").removeHandler(told)
+    assert json.loads((tmp_path / "run" / MANIFEST).read_text())["status"] == "recording_failed"
+
+
+def test_a_failure_stays_within_while_another_thread_is_guarded() -> None:
+    watch, within, leave = Watch(), Event(), Event()
+
+    def wait() -> None:
+        within.set()
+        leave.wait(20)
+
+    one = Thread(target=watch.guard, args=(wait,))
+    one.start()
+    within.wait(20)
+    assert watch.work(ValueError("in the other thread")) is None
+    assert watch.failure == "ValueError: in the other thread"
+    leave.set()
+    one.join()
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda recorder: pickle.loads(pickle.dumps(recorder)),
+    "copy of a copy": lambda recorder: copy.deepcopy(copy.copy(recorder)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_what_holds_a_recorder_can_be_copied_and_the_copy_says_that_it_records_nothing(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Recorder(tmp_path / "run") as recorder, caplog.at_level(logging.WARNING):
+        (copied,) = COPIES[way]([recorder])
+        assert not caplog.messages, "one that is never used needs no word"
+        for step in (1, 2):
+            copied.finish_step(step, reward=0.5)
+        copied.close("failed")
+        recorder.finish_step(1, reward=0.5)
+    assert caplog.messages == [
+        f"recording to {tmp_path / 'run'} stopped (UserError: this is a copy of the recorder that "
+        "records, which alone writes); training goes on"
+    ]
+    assert recorder.failure is None
+    assert json.loads((tmp_path / "run" / MANIFEST).read_text())["status"] == "finished"
+
+
+def test_a_fork_says_that_it_records_nothing_and_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(tmp_path / "run")
+    own, recorder._process = recorder._process, -1
+    with caplog.at_level(logging.WARNING):
+        for step in (1, 2):
+            recorder.finish_step(step, reward=0.5)
+    assert [m.split("(")[1].split(",")[0] for m in caplog.messages] == [
+        "UserError: this is a fork of the process that records"
+    ]
+    recorder.close()
+    assert json.loads((tmp_path / "run" / MANIFEST).read_text())["status"] == "running"
+    recorder._process, recorder.failure = own, None
+    recorder.close()
+
+
+def test_a_training_may_change_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Recorder("run") as recorder:
+        recorder.finish_step(1, reward=0.5)
+        recorder.flush()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        recorder.finish_step(2, reward=0.5)
+    assert recorder.failure is None
+    assert len((tmp_path / "run" / "steps.jsonl").read_text().splitlines()) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -294,8 +294,10 @@ else:
     if child == 0:
         record(recorder, range(50, 53), passes=1)
         recorder.flush()
+        recorder.close("failed")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+    assert '"running"' in (out / "forked" / "manifest.json").read_text()
     record(recorder, range(4, 6), passes=1)
     recorder.close("finished")
 """

@@ -40,6 +40,9 @@ class Attachment(Closing):
         self.recorder, self.path = recorder, path
         self._patches = patches
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of the trainer is not watched
+
     def close(self, status: str = "finished") -> None:
         """Put every attribute of the trainer back and end the run; may be called twice.
 

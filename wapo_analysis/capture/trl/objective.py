@@ -14,7 +14,7 @@ import torch
 import wapo_taxonomy as tax
 from torch import Tensor
 
-from wapo_analysis.capture import Patches
+from wapo_analysis.capture import Hook, Patches
 from wapo_analysis.capture.lm_head import LmHead, whole
 from wapo_analysis.capture.trl.trainer import (
     SCORER,
@@ -224,7 +224,7 @@ class _ObjectiveLoss:
         self._has_bins = bool(config.include_bins or config.exclude_bins)
         if self._has_bins:
             backbone = causal_model(trainer).base_model
-            patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
+            patches.on_close(backbone.register_forward_hook(Hook(self._keep_hidden)).remove)
 
     def keep_rewards(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Keep the reward of every rollout of all processes; NaN of one that no function graded."""

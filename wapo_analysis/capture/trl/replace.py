@@ -11,7 +11,7 @@ vocabulary, D hidden width.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -133,11 +133,12 @@ class OwnHead(TrlHead):
         if not self.working:
             return
         self.working, self._stats = False, None
-        log.warning(
-            "our head failed (%s: %s); TRL's own is used for the rest of the training",
-            type(error).__name__,
-            error,
-        )
+        with suppress(Exception):  # a log handler of the training may raise
+            log.warning(
+                "our head failed (%s: %s); TRL's own is used for the rest of the training",
+                type(error).__name__,
+                error,
+            )
         self._on_failure(error)
 
     def compute(

@@ -264,6 +264,12 @@ def log_sums(
     return sums
 
 
+def no_sums() -> dict[str, float]:
+    """`log_sums` and `RolloutReader.sums` of nothing: names that all processes add up."""
+    none = dict.fromkeys(("length", "truncated", "repetition"), np.zeros(0))
+    return {**log_sums(None), **rollout_sums(none)}
+
+
 def log_entries(sums: Mapping[str, float], columns: Mapping[str, float]) -> dict[str, float]:
     """Numbers for the trainer's own log, under ``wapo/``; missing ones are left out.
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wapo_analysis.capture import Patches
+from wapo_analysis.capture import Hook, Patches
 from wapo_analysis.capture.lm_head import LmHead, rows_of, whole
 from wapo_analysis.capture.trl.replace import TrlHead
 from wapo_analysis.capture.trl.trainer import TrlTrainer
@@ -96,7 +96,7 @@ class StatsReader:
         head.install(self._model, patches)
         backbone = getattr(self._model, "base_model", None)
         if isinstance(backbone, torch.nn.Module) and backbone is not self._model:
-            patches.on_close(backbone.register_forward_hook(self._keep_hidden).remove)
+            patches.on_close(backbone.register_forward_hook(Hook(self._keep_hidden)).remove)
 
     def open(self, mask_BT: Tensor, ids_BT: Tensor, top: TopTokens | None = None) -> None:
         """Look at the forward passes that follow; if ``scheduled``, at their head too.

@@ -19,7 +19,7 @@ from torch import Tensor
 from wapo_analysis.capture import PASSIVE, CaptureMode, Patches
 from wapo_analysis.capture.trl.passes import SeenPass, TrlProber, score_again, token_pass
 from wapo_analysis.capture.trl.replace import OwnHead, TrlHead
-from wapo_analysis.capture.trl.rollouts import RolloutReader, log_entries, log_sums
+from wapo_analysis.capture.trl.rollouts import RolloutReader, log_entries, log_sums, no_sums
 from wapo_analysis.capture.trl.stats import StatsReader
 from wapo_analysis.capture.trl.trainer import SCORER, TrlTrainer, logps_and_entropies, loss_mask
 from wapo_analysis.derive import step_columns
@@ -295,7 +295,7 @@ class TrlWatcher:
                 sums = self._trainer.sum_over_processes(sums)
             self._guard(self._write, step, sums)
         else:
-            self._guard(self._finish_step, step, {}, self._sums_beside_tokens())
+            self._guard(lambda: self._finish_step(step, {}, self._sums_beside_tokens()))
         self._start_step()
 
     def obey(self, control: Any) -> None:
@@ -340,7 +340,7 @@ class TrlWatcher:
         return log_sums(tokens, given, recorder.sequence_level) | self._sums_beside_tokens()
 
     def _no_sums(self) -> dict[str, float]:
-        return dict.fromkeys([*log_sums(None), *self._sums_beside_tokens()], 0.0)
+        return dict.fromkeys([*no_sums(), "loss", "loss n"], 0.0)
 
     def _sums_beside_tokens(self) -> dict[str, float]:
         loss = 0.0 if self._loss is None else float(self._loss)
@@ -372,6 +372,9 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
     guard = watcher._guard
 
     class Steps(TrainerCallback):  # type: ignore[misc]
+        def __reduce__(self) -> Any:
+            return TrainerCallback, ()  # a copy of the trainer is not watched
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             guard(watcher.begin_training, int(state.global_step))
 
@@ -386,7 +389,7 @@ def _add_callback(trainer: Any, patches: Patches, watcher: TrlWatcher) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watcher.end_step()
-            watcher.obey(control)
+            guard(watcher.obey, control)
             if control.should_save:
                 guard(watcher.flush)
 
