@@ -63,6 +63,11 @@ def few(names: Iterable[object], most: int = 8) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things: ``1 step``, ``3 steps``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """First line of what an exception says, or its name if it says nothing."""
     return [*str(error).strip().splitlines(), type(error).__name__][0]

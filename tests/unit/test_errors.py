@@ -2,7 +2,7 @@
 
 import pytest
 
-from wapo_analysis.errors import first_line, printable
+from wapo_analysis.errors import counted, first_line, printable
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_lines_stay_lines_where_they_are_wanted() -> None:
 )
 def test_of_an_exception_the_first_line_is_told_else_its_name(error: Exception, said: str) -> None:
     assert first_line(error) == said
+
+
+def test_one_thing_and_several() -> None:
+    said = [counted(n, "token row") for n in (0, 1, 2)]
+    assert said == ["0 token rows", "1 token row", "2 token rows"]

@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 import wapo_taxonomy as tax
 
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError, counted, unknown_name
 from wapo_analysis.probes import complete, trust
 from wapo_analysis.results import Block, Command, Grid, Result, Say, Section, plain
 from wapo_analysis.schema import GRADIENT, OTHER_TOKENS, UPDATE
@@ -161,7 +161,7 @@ class WhatIf(Result):
         if self.silence is not None:
             parts.append(Command(self.command) if self.command else Say(_AGAIN))
         first, last = self.path["recorded"].iloc[0], self.path["recorded"].iloc[-1]
-        said = f"Recorded: entropy {first:.3f} to {last:.3f} nats; {self.probes} probes."
+        said = f"Recorded: entropy {first:.3f} to {last:.3f} nats; {counted(self.probes, 'probe')}."
         parts.append(Say(said))
         if self.silence is None:
             parts.append(Grid(self._rows(), left=0))
@@ -301,8 +301,8 @@ def _usable_probes(run: Run) -> pd.DataFrame:
     found = probes["step"].nunique()
     if found < MIN_PROBES:
         raise UserError(
-            f"{run.name} has {found} probes, what-if needs {MIN_PROBES}; record them with "
-            "wapo train --probe-every 5 (docs/attribution.md)"
+            f"{run.name} has {counted(found, 'probe')}, what-if needs {MIN_PROBES}; record them "
+            "with wapo train --probe-every 5 (docs/attribution.md)"
         )
     return probes
 

@@ -17,7 +17,7 @@ from wapo_analysis.cli import (
     open_runs,
     say,
 )
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, counted
 
 if TYPE_CHECKING:
     from concurrent.futures import ProcessPoolExecutor
@@ -72,7 +72,7 @@ def figures(
         written = _write(
             open_runs(given, log_settings(given, map, chosen)), out, format, names, pool
         )
-    say(f"{written} figure{'s' * (written != 1)} in {out}")
+    say(f"{counted(written, 'figure')} in {out}")
 
 
 def write_figures(

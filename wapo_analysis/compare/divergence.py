@@ -16,6 +16,7 @@ import wapo_taxonomy as tax
 from scipy import special
 
 from wapo_analysis.derive import per_class
+from wapo_analysis.errors import counted
 from wapo_analysis.results import short
 from wapo_analysis.series import episodes, robust_sigma
 from wapo_analysis.store import Run
@@ -51,7 +52,7 @@ class Parting:
     Attributes
     ----------
     quantity : str
-        ``reward``, ``entropy`` or ``flow_<class>`` (share of the predicted dH).
+        ``reward``, ``entropy`` or ``pred_dentropy_<class>`` (its share of the predicted dH).
     step : int or None
         Last step of the first window that is significant; None if none is.
     first, second : float
@@ -118,8 +119,8 @@ class Divergence:
         by = {"prompt": "paired by prompt", "seed": "paired by seed", "order": "not paired"}
         first, second = self.names
         lines = [
-            f"Where {second} parts from {first} ({by[self.paired_by]}, {self.pairs} "
-            f"{'pair' if self.pairs == 1 else 'pairs'}; means of {WINDOW} steps up to it): "
+            f"Where {second} parts from {first} ({by[self.paired_by]}, "
+            f"{counted(self.pairs, 'pair')}; means of {WINDOW} steps up to it): "
             f"{'; '.join(told)}."
         ]
         if self.behind:

@@ -14,7 +14,7 @@ from scipy import special
 from wapo_analysis.compare.divergence import Divergence, divergence
 from wapo_analysis.derive import class_codes, per_class
 from wapo_analysis.diagnose import VERDICT_WORDS, Diagnosis, diagnose
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, counted
 from wapo_analysis.results import Grid, Items, Result, Say, Section
 from wapo_analysis.settings import Setting, heads_up, settings_of
 from wapo_analysis.store import Run
@@ -195,7 +195,7 @@ class Comparison(Result):
         steps = max(len(run.steps) for run in self.runs)
         names = self.labels
         many = " against ".join(names) if len(names) < 4 else f"{len(names)} settings"
-        return f"{many}, {steps} steps, {len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
+        return f"{many}, {counted(steps, 'step')}, {counted(len(self.runs), 'run')}"
 
     def interval(self, label: str, metric: Metric) -> Interval:
         """Mean of a metric over the seeds of a setting."""

@@ -27,6 +27,7 @@ from wapo_analysis.diagnose.result import (
     Verdict,
 )
 from wapo_analysis.diagnose.samples import find_culprits
+from wapo_analysis.errors import counted
 from wapo_analysis.store import Run
 
 __all__ = [
@@ -255,7 +256,7 @@ def _span(context: Context) -> str:
     records = len(numbers)
     if records > 1 and np.median(np.diff(numbers)) >= 2:
         return f"{records} records from step {numbers[0]} to {numbers[-1]}"
-    return f"{records} {'step' if records == 1 else 'steps'}"
+    return counted(records, "step")
 
 
 def _calm_sentence(context: Context, verdict: Verdict, findings: list[Finding]) -> str:
@@ -272,5 +273,5 @@ def _calm_sentence(context: Context, verdict: Verdict, findings: list[Finding]) 
     ]
     said = "; ".join(part for part in parts if part)
     warnings = sum(_warns(f) for f in findings)
-    noted = f" {warnings} {'warning' if warnings == 1 else 'warnings'} below." if warnings else ""
+    noted = f" {counted(warnings, 'warning')} below." if warnings else ""
     return f"{said[:1].upper()}{said[1:]} over {span}; no collapse seen.{noted}"

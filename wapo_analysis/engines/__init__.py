@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from wapo_analysis.declare import assigned, declared_settings
-from wapo_analysis.errors import UserError, unknown_name
+from wapo_analysis.errors import UserError, counted, unknown_name
 from wapo_analysis.train.config import TrainConfig
 
 #: Folder of a run that holds TRL's checkpoints.
@@ -74,7 +74,7 @@ def check_gpus(config: TrainConfig, processes: int) -> None:
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", processes)), torch.cuda.device_count()
     if processes > 1 and _uses_cuda(config) and here > gpus:
         raise UserError(
-            f"{here} processes on a machine with {gpus} GPU{'s' * (gpus != 1)}; start at most "
+            f"{here} processes on a machine with {counted(gpus, 'GPU')}; start at most "
             f"{gpus}, or set device to cpu"
         )
 

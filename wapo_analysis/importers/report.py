@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wapo_analysis.errors import UserError, few, first_line, printable
+from wapo_analysis.errors import UserError, counted, few, first_line, printable
 from wapo_analysis.importers.jsonl import MAX_NAMED, JsonLines
 from wapo_analysis.results import Items, Result, Section
 
@@ -179,10 +179,10 @@ class ImportReport(Result):
 
     def headline(self) -> str:
         """What was read, in one line."""
-        counts = {"steps": self.steps, "token rows": self.token_rows, "rollouts": self.rollouts}
-        many = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        counts = {"step": self.steps, "token row": self.token_rows, "rollout": self.rollouts}
+        many = ", ".join(counted(count, what) for what, count in counts.items() if count)
         whose = f" ({self.trainer}'s names)" if self.trainer else ""
-        text = f"{self.format}: {many} from {_files(self.files)} of {self.source}{whose}"
+        text = f"{self.format}: {many} from {counted(self.files, 'file')} of {self.source}{whose}"
         return printable(text)
 
     def page(self) -> Section:
@@ -194,13 +194,8 @@ class ImportReport(Result):
             lines.append(f"not in the run: {_names(self.unknown_keys)}")
         lines += [f"note: {text}" for text in self.notes]
         if self.cannot_feed:
-            names = _names(self.cannot_feed)
-            lines.append(f"{len(self.cannot_feed)} figures need what is not here: {names}")
+            lines.append(f"figures that need what is not here: {_names(self.cannot_feed)}")
         return Section(self.headline(), [Items(lines)] if lines else [])
-
-
-def _files(count: int) -> str:
-    return f"{count} {'file' if count == 1 else 'files'}"
 
 
 def _names(keys: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from wapo_analysis.derive import class_names, derived_columns, with_class
-from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.errors import UserError, counted, printable, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, step_lines, steps_frame
 from wapo_analysis.store.lock import DEAD, probably_dead
@@ -222,7 +222,7 @@ class Run:
             return parts_frame(joined(rows.values()), TABLES[name], columns)
 
     def __repr__(self) -> str:
-        steps = f"{len(self.steps)} steps"
+        steps = counted(len(self.steps), "step")
         return f"Run({self.name!r}, {self.objective}, {steps}, {self.status})"
 
     def _repr_html_(self) -> str:

@@ -80,6 +80,8 @@ def test_a_long_list_of_names_ends_with_how_many_more_there_are() -> None:
     assert report.to_text().endswith(f"{names} and 2 more (all in manifest.json)")
     report.files, report.rollouts = 2, 8
     assert report.headline().startswith("jsonl: 3 steps, 8 rollouts from 2 files of train.log")
+    report.steps = report.rollouts = report.files = 1
+    assert report.headline().startswith("jsonl: 1 step, 1 rollout from 1 file of train.log")
 
 
 def test_of_many_broken_lines_and_changed_values_the_first_are_named() -> None:

@@ -8,6 +8,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors import MIN_STEPS, detector, lasting, level_finding
 from wapo_analysis.diagnose.detectors.update import CLIPPED
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.errors import counted
 from wapo_analysis.results import spans, step_words
 from wapo_analysis.series import Series, episodes, robust_sigma, silent_since
 from wapo_analysis.store import Need
@@ -185,7 +186,7 @@ def find_gradient_spikes(context: Context) -> list[Finding]:
             severity="warning" if severe else "info",
             step=int(steps[spikes[0]]),
             message=(
-                f"{len(spikes)} gradient {'spike' if len(spikes) == 1 else 'spikes'}, the largest "
+                f"{counted(len(spikes), 'gradient spike')}, the largest "
                 f"{ratio:.1f} times its neighbours or the baseline at step {steps[top]}{owner}."
             ),
             evidence={

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from wapo_analysis.errors import UserError, few, first_line
+from wapo_analysis.errors import UserError, counted, few, first_line
 from wapo_analysis.store.files import open_regular
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class DataReport:
                 + few(self.skipped, _SHOWN)
             )
         if self.repeated:
-            many = f"{len(self.repeated)} repeated row{'s' if len(self.repeated) > 1 else ''}"
+            many = counted(len(self.repeated), "repeated row")
             parts.append(f"{many} of {self.source} left out: {few(self.repeated, _SHOWN)}")
         return f"{self.task}: {'; and '.join(parts)}" if parts else ""
 
