@@ -390,6 +390,6 @@ def watched_loss(
     known = [name for name in inspect.signature(Recorder).parameters if name not in own]
     if unknown := settings.keys() - known:
         raise unknown_name("setting", min(unknown), known)
-    given = {"optimizer": optimizer, "head": head, "rank": rank, "texts": texts}
+    given: dict[str, Any] = {"optimizer": optimizer, "head": head, "rank": rank, "texts": texts}
     given |= {"run": str(Path(run).absolute()), "manifest": manifest, "token_every": token_every}
     return WatchedLoss(loss, names, {**given, **settings})

@@ -218,11 +218,11 @@ def _count_steps(file: Path, records: Sequence[Stepless], sink: Sink, report: Im
     counter = _Counter()
     counted = [entry for entry in records if not _is_eval(entry[1])]
     # The bar beside them counts, else the heading above them.
-    by = next((place for place in (2, 3) if _bars_count([e[place] for e in counted])), None)
+    by = next((n for n in (0, 1) if _bars_count([entry[2:][n] for entry in counted])), None)
     for entry in records:
         number, record = entry[:2]
         with report.record(file, number):
-            step = counter.step(record, None if by is None else entry[by])
+            step = counter.step(record, None if by is None else entry[2:][by])
             report.lines += 1
             sink.add_log({**record, "step": step}, "trl", (file, number))
     if records and by is None:
@@ -349,7 +349,7 @@ def _is_eval(record: dict[str, Any]) -> bool:
     return _SUMMARY in record or all(key.startswith("eval/") for key in names)
 
 
-def _bars_count(places: "list[Any]") -> bool:
+def _bars_count(places: list[int | None]) -> bool:
     """Whether a progress bar, or a heading, moved on between nearly all records."""
     known = [place for place in places if place is not None]
     if len(known) < len(places) or len(known) < 2:
