@@ -205,9 +205,10 @@ def typed_values(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError on an unknown name or a value of the wrong type.
     """
     known = declared_settings(cls)
+    options = {declared.option.lstrip("-"): name for name, declared in known.items()}
     for name in values:
         if name not in known:
-            raise unknown_name("setting", name, known)
+            raise unknown_name("setting", options.get(name, name), known, given=name)
     return {name: known[name].typed(value) for name, value in values.items()}
 
 

@@ -31,7 +31,9 @@ def closest(name: object, allowed: Iterable[object]) -> str | None:
     return plain[found[0]] if found else None
 
 
-def unknown_name(kind: str, name: object, allowed: Iterable[object]) -> UserError:
+def unknown_name(
+    kind: str, name: object, allowed: Iterable[object], given: object = None
+) -> UserError:
     """Build the error for a name that is not in a list of allowed ones; it names the closest.
 
     Parameters
@@ -42,9 +44,12 @@ def unknown_name(kind: str, name: object, allowed: Iterable[object]) -> UserErro
         The name that was given.
     allowed : iterable
         The names that exist.
+    given : object, optional
+        What was written, where ``name`` is what it likely stands for.
     """
     names = [str(a) for a in allowed]
     like = closest(name, names)
+    name = name if given is None else given
     listed = f"; allowed: {few(names, _MANY)}" if like is None or len(names) <= _MANY else ""
     asked = f"; did you mean {like!r}?" if like is not None else ""
     return UserError(f"unknown {kind} {name!r}{listed}{asked}")

@@ -204,15 +204,16 @@ _AGAIN = "train it again with these classes left out of the loss"
 def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
     """Estimate the entropy path of a run without some classes; see the head of this module.
 
-    Raises UserError on an unknown name, or if the run has too few probes or no entropy. ``run``: a
-    run of the built-in trainer with probes; ``exclude``: classes, regimes or signs, as
-    ``exclude_bins`` takes them.
+    Raises UserError on an unknown name, if the classes had no gradient or all of it, or if the run
+    has too few probes or no entropy. ``run``: a run of the built-in trainer with probes;
+    ``exclude``: classes, regimes or signs, as ``exclude_bins`` takes them.
     """
     if unknown := [name for name in exclude if name not in tax.BIN_NAMES]:
         raise unknown_name("bin", unknown[0], tax.BIN_NAMES)
     names = tax.expand_bins(exclude)
     if not names:
         raise UserError(f"name the classes to exclude: {', '.join(tax.CLASSES)}, pos, neg, ...")
+    _check_worth_asking(run, names)
     probes = _usable_probes(run)
     settings = _Settings.of(run)
     table = _effects(probes, settings, np.array([name not in names for name in tax.CLASSES]))
@@ -253,6 +254,22 @@ def what_if(run: Run, exclude: Sequence[str]) -> WhatIf:
         trust=trust(run.probes),
         command=_fork_command(run, names),
     )
+
+
+def _check_worth_asking(run: Run, excluded: Sequence[str]) -> None:
+    """Refuse classes that had no part in the updates, and those that were all of them."""
+    sums = run.classes.groupby("cls", observed=True)["coef_abs_sum"].sum()
+    moved = [name for name in tax.CLASSES if sums.get(name, 0.0) > 0]
+    if moved and set(moved) <= set(excluded):
+        raise UserError(
+            f"{run.name} was trained on {' and '.join(moved)} alone: without that nothing is "
+            "trained, and the entropy stays what it was"
+        )
+    if moved and not set(moved) & set(excluded):
+        raise UserError(
+            f"no token of {' or '.join(excluded)} had a gradient in {run.name}: to leave it out "
+            f"changes nothing; those that had one are of {', '.join(moved)}"
+        )
 
 
 def _model_factor(accounted: float, change: float) -> float:

@@ -100,7 +100,7 @@ def _audit_line(path: Path, run: "Run") -> str:
 def _next(path: Path, run: "Run", found: "Diagnosis", log: tuple[str, ...]) -> str:
     """Commands that go on from a diagnosis: its tokens, what leaving the class out would do."""
     commands: list[tuple[str | Path, ...]] = [("wapo", "report", path, *log)]
-    if not run.probes.empty and found.drivers:
+    if not run.probes.empty and len(found.drivers) > 1:  # of one alone nothing would be left
         commands.insert(0, ("wapo", "whatif", path, "--exclude-bins", found.drivers[0].cls))
     if found.culprits:
         step = str(found.culprits.steps[0])

@@ -246,3 +246,34 @@ def test_command_mistakes(
     lines = capfd.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert told in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "told"),
+    [
+        (
+            "neg",
+            "no token of neg_peak or neg_valley had a gradient in run: .* are of pos_peak, pos",
+        ),
+        ("pos", "run was trained on pos_peak and pos_valley alone: without that nothing is"),
+        ("pos,neg", "run was trained on pos_peak and pos_valley alone"),
+    ],
+)
+def test_classes_without_a_part_in_the_updates_and_all_that_had_one(
+    tmp_path: Path, exclude: str, told: str
+) -> None:
+    run = open_run(write_fake_run(tmp_path / "run", objective="wapo", steps=24, probe_every=3))
+    with pytest.raises(UserError, match=told):
+        what_if(run, exclude.split(","))
+    assert what_if(run, ["pos_valley"]).excluded == ("pos_valley",)
+
+
+def test_what_comes_next_leaves_out_a_question_without_an_answer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for bins, asked in (((), True), (("neg_peak",), False)):
+        path = write_fake_run(
+            tmp_path / str(asked), drift="explosion", include_bins=bins, probe_every=5
+        )
+        assert wapo(["diagnose", str(path)]) == 0
+        assert ("wapo whatif" in capfd.readouterr().out) == asked

@@ -111,6 +111,7 @@ def test_a_wrong_name_is_answered_with_the_closest() -> None:
     for values, asked in (
         ({"objective": "grop"}, "unknown objective 'grop'; allowed: grpo, .*mean 'grpo'"),
         ({"rollout-per-prompt": 3}, "unknown setting .* did you mean 'rollouts_per_prompt'"),
+        ({"prompts": 3}, "unknown setting 'prompts'; did you mean 'prompts_per_step'"),
         ({"task": "chainsum"}, "unknown task 'chainsum'; .* did you mean 'chain-sum'"),
         ({"include_bins": ["neg_peek"]}, "neg_peek.* did you mean 'neg_peak'"),
     ):
