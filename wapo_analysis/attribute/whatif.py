@@ -261,15 +261,11 @@ def _check_worth_asking(run: Run, excluded: Sequence[str]) -> None:
     sums = run.classes.groupby("cls", observed=True)["coef_abs_sum"].sum()
     moved = [name for name in tax.CLASSES if sums.get(name, 0.0) > 0]
     if moved and set(moved) <= set(excluded):
-        raise UserError(
-            f"{run.name} was trained on {' and '.join(moved)} alone: without that nothing is "
-            "trained, and the entropy stays what it was"
-        )
+        told = f"{run.name} was trained on {' and '.join(moved)} alone: without that nothing is"
+        raise UserError(f"{told} trained, and the entropy stays what it was")
     if moved and not set(moved) & set(excluded):
-        raise UserError(
-            f"no token of {' or '.join(excluded)} had a gradient in {run.name}: to leave it out "
-            f"changes nothing; those that had one are of {', '.join(moved)}"
-        )
+        told = f"no token of {' or '.join(excluded)} had a gradient in {run.name}: to leave it out"
+        raise UserError(f"{told} changes nothing; those that had one are of {', '.join(moved)}")
 
 
 def _model_factor(accounted: float, change: float) -> float:

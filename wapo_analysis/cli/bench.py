@@ -17,8 +17,8 @@ def bench(
     rollouts: Annotated[int, Option(help="Rollouts of the batch, an even number.")] = 4,
     tokens: Annotated[int, Option(help="Completion tokens of each rollout.", min=1)] = 64,
     device: Annotated[Literal["auto", "cpu", "cuda"], Option(help="Where to measure.")] = "auto",
-    threads: Annotated[int, Option(help="CPU threads of torch.", min=1)] = 1,
-    seconds: Annotated[float, Option(help="How long to measure, about.", min=0)] = 40.0,
+    threads: Annotated[int, Option(help="CPU threads of torch.", min=1, max=1024)] = 1,
+    seconds: Annotated[float, Option(help="How long to measure, about.", min=0, max=86_400)] = 40.0,
     format: FormatOption = "text",
 ) -> None:
     """Measure what watching a training run costs on this machine.

@@ -21,7 +21,7 @@ def tasks(
     context_words: Annotated[
         int, Option(help="hotpotqa: most words of paragraphs in a prompt.")
     ] = 800,
-    show: Annotated[int, Option(min=0, help="Problems to print.")] = 0,
+    show: Annotated[int, Option(min=0, max=1000, help="Problems to print.")] = 0,
     held_out: Annotated[
         bool, Option("--held-out", help="Print held-out problems, not those trained on.")
     ] = False,

@@ -6,8 +6,10 @@ from typer import Exit, Option, echo
 
 
 def verify(
-    seed: Annotated[int, Option(help="Seed of the random trials.")] = 0,
-    trials: Annotated[int, Option(help="Random distributions per identity.", min=1)] = 2000,
+    seed: Annotated[int, Option(help="Seed of the random trials.", min=0)] = 0,
+    trials: Annotated[
+        int, Option(help="Random distributions per identity.", min=100, max=1_000_000)
+    ] = 2000,
 ) -> None:
     """Check the taxonomy's formulas numerically.
 

@@ -1,0 +1,30 @@
+"""A number beyond what a command can do is refused before anything is done."""
+
+import pytest
+
+from wapo_analysis.cli import run
+
+
+@pytest.mark.parametrize(
+    ("line", "option"),
+    [
+        ("verify --seed -1", "--seed"),
+        ("verify --trials 99", "--trials"),
+        ("verify --trials 99999999999", "--trials"),
+        ("eval runs/x --threads 99999999", "--threads"),
+        ("fork runs/x --at 0 --threads 99999999", "--threads"),
+        ("train --threads 99999999", "--threads"),
+        ("bench --threads 99999999", "--threads"),
+        ("bench --seconds inf", "--seconds"),
+        ("bench --seconds nan", "--seconds"),
+        ("tasks chain-sum --show 99999999", "--show"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line(
+    line: str, option: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(line.split()) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(f"wapo: Invalid value for '{option}'")
+    assert err.count("\n") == 1
