@@ -23,7 +23,7 @@ from wapo_analysis.table import Array, Records
 CELL_KEYS = ("step", "rank", "sign", "regime", "prob_bin")
 #: Statistics a token is counted in ``nonfinite`` for.
 _STATISTICS = ("logp", "logp_old", "entropy")
-#: Largest ln(pi / pi_old) in ``kl_old``, nats: an impossible token gives e^20, not inf.
+#: Largest ln(pi / pi_old) in a `k3`, nats: an impossible token gives e^20, not inf.
 K3_LIMIT = 20.0
 
 
@@ -298,8 +298,8 @@ def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
         "entropy": entropy,
         "entropy_pos": xp.where(advantage > 0, entropy, np.nan),
         "entropy_neg": xp.where(advantage < 0, entropy, np.nan),
-        "kl_old": _k3(logp - logp_old, xp),
-        "engine_kl": _k3(prox - logp_old, xp),
+        "kl_old": k3(logp - logp_old, xp),
+        "engine_kl": k3(prox - logp_old, xp),
         "engine_logp_diff": xp.abs(prox - logp_old),
         "engine_prob_diff": xp.abs(xp.exp(prox) - xp.exp(logp_old)),
         "clip_low": stopped * (ratio < 1),
@@ -310,8 +310,11 @@ def _token_terms(known: Mapping[str, Any], xp: Any) -> dict[str, Any]:
     }
 
 
-def _k3(log_ratio: Any, xp: Any) -> Any:
-    """R - ln r - 1, an unbiased estimate of KL(q || p) from samples of q, with r = p / q."""
+def k3(log_ratio: Any, xp: Any = np) -> Any:
+    """R - ln r - 1, an unbiased estimate of KL(q || p) from samples of q, with r = p / q.
+
+    Nats, of ``ln r`` of any shape; held at `K3_LIMIT`, NaN where the ratio is not finite.
+    """
     held = xp.where(xp.isfinite(log_ratio), xp.clip(log_ratio, None, K3_LIMIT), np.nan)
     return xp.expm1(held) - held
 

@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from wapo_analysis.derive import K3_LIMIT, k3
 from wapo_analysis.diagnose.result import Culprits
 from wapo_analysis.series import Series, evenly
 from wapo_analysis.settings import fresh_steps
@@ -18,7 +19,6 @@ from wapo_analysis.table import Array
 #: Steps whose token rows or completions are read, so that the cost does not grow with the run.
 SAMPLED_STEPS = 40
 GAP_COLUMNS = ("k3", "ess", "max_dp", "tokens")
-MAX_LOG_RATIO = 60.0
 #: Characters of a completion that are looked at.
 READ_CHARACTERS = 2000
 #: Completions of a step whose characters are looked at.
@@ -38,22 +38,22 @@ SCRIPT_LETTERS = 2
 def first_pass_gap(run: Run) -> pd.DataFrame:
     """Distance of the first gradient pass of a step from the policy that sampled the tokens.
 
-    With r = exp(logp - logp_old): ``k3`` is the mean of r - ln r - 1, an unbiased estimate of
-    KL(behaviour || policy) in nats; ``ess`` is (sum r)^2 / (n sum r^2), the effective sample size
-    over the n tokens, in (0, 1]; ``max_dp`` is the largest |exp(logp) - exp(logp_old)|. Returns
-    index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that trains on
-    fresh rollouts and has token rows with both log-probabilities.
+    With r = exp(logp - logp_old): ``k3`` is the mean of :func:`wapo_analysis.derive.k3`, which
+    estimates KL(behaviour || policy) in nats; ``ess`` is (sum r)^2 / (n sum r^2), the effective
+    sample size over the n tokens, in (0, 1]; ``max_dp`` is the largest |exp(logp) - exp(logp_old)|.
+    Returns index step, columns ``GAP_COLUMNS``; a row per step of at most ``SAMPLED_STEPS`` that
+    trains on fresh rollouts and has token rows with both log-probabilities, finite ones.
     """
     fresh = fresh_steps(run.manifest, run.token_steps())
     columns = ["step", "minibatch", "logp", "logp_old"]
     rows = run.table("tokens", evenly(fresh, SAMPLED_STEPS), columns)
-    known = rows["logp_old"].notna() & rows["logp"].notna() & (rows["minibatch"] == 0)
-    seen = rows.loc[known, ["step", "logp", "logp_old"]].astype(np.float64)
-    log_ratio = np.minimum(seen["logp"] - seen["logp_old"], MAX_LOG_RATIO)
-    ratio = np.exp(log_ratio)
+    seen = rows.loc[rows["minibatch"] == 0, ["step", "logp", "logp_old"]].astype(np.float64)
+    seen = seen.loc[np.isfinite(seen.to_numpy()).all(axis=1)]
+    log_ratio = seen["logp"] - seen["logp_old"]
+    ratio = np.exp(np.minimum(log_ratio, K3_LIMIT))
     terms = pd.DataFrame(
         {
-            "k3": np.expm1(log_ratio) - log_ratio,
+            "k3": k3(log_ratio),
             "ratio": ratio,
             "square": ratio**2,
             "max_dp": (np.exp(seen["logp"]) - np.exp(seen["logp_old"])).abs(),

@@ -221,10 +221,19 @@ def test_only_first_passes_with_both_logs_count(tmp_path: Path) -> None:
     assert gap["max_dp"] == 0
 
 
-@pytest.mark.parametrize(("size", "held"), [(50.0, 50.0), (60.0, 60.0), (80.0, 60.0)])
+@pytest.mark.parametrize(("size", "held"), [(19.0, 19.0), (20.0, 20.0), (80.0, 20.0)])
 def test_an_impossible_token_is_held(tmp_path: Path, size: float, held: float) -> None:
     run = with_tokens(tmp_path / "run", 4, logp=[0.0], logp_old=[-size])
     assert first_pass_gap(run)["k3"].item() == pytest.approx(math.expm1(held) - held, rel=1e-2)
+
+
+def test_a_token_that_one_policy_rules_out_tells_nothing_of_the_others(tmp_path: Path) -> None:
+    run = with_tokens(
+        tmp_path / "run", 4, logp=[-1.0, -np.inf, -2.0], logp_old=[-1.5, -1.0, -np.inf]
+    )
+    gap = first_pass_gap(run).loc[4]
+    assert gap["tokens"] == 1
+    assert gap["k3"] == pytest.approx(math.expm1(0.5) - 0.5, rel=1e-3)
 
 
 # ---- tokens behind a class ----------------------------------------------------------------------
