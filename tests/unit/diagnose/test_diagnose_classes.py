@@ -133,7 +133,7 @@ FLOWED = {
     "a class of which the last steps have no gradient": (
         {"reward": FLAT}, {key: SOME * mass for key, mass in shift(0.5, 0.1).items()}, MASS,
         "one_class_takes_the_gradient", "warning", 26,
-        "pos_peak tokens carry more and more of the gradient from step 26 on (50% at first, 90% "
+        "pos_peak tokens carry most of the gradient from step 26 on (50% at first, 90% "
         "at the end).",
         {"start": 0.5, "end": 0.9, "class": "pos_peak"},
     ),

@@ -41,29 +41,34 @@ TOLD = {
     ),
     "longer": (
         {"reward": FLAT, "length": then(40, 100, 160)}, "length_drift", "warning", 41,
-        "Completions keep getting longer from step 41 on (100 at first, 160 at the end).",
+        "Completions are longer from step 41 on (100 at first, 160 at the end).",
         {"start": 100, "end": 160, "ratio": 1.6},
+    ),
+    "longer and longer": (
+        {"reward": FLAT, "length": ramp(100, 220, N, 20, 40)}, "length_drift", "warning", 38,
+        "Completions keep getting longer from step 38 on (100 at first, 210 at the end).",
+        {"start": 100, "end": 209.5, "ratio": 2.095},
     ),
     "longer without a reward": (
         {"length": then(40, 100, 160)}, "length_drift", "warning", 41,
-        "Completions keep getting longer from step 41 on (100 at first, 160 at the end).",
+        "Completions are longer from step 41 on (100 at first, 160 at the end).",
         {"start": 100, "end": 160, "ratio": 1.6},
     ),
     "shorter, which the reward pays for": (
         {"reward": GAINS, "length": then(40, 150, 90)}, "length_drift", "info", 41,
-        "Completions keep getting shorter from step 41 on (150 at first, 90 at the end).",
+        "Completions are shorter from step 41 on (150 at first, 90 at the end).",
         {"start": 150, "end": 90, "ratio": 0.6},
     ),
     "longer, which the training reward alone pays for": (
         {"reward": GAINS, "length": then(40, 100, 160), "eval_reward": np.full(N, 0.4)},
         "length_drift", "warning", 41,
-        "Completions keep getting longer, which the training reward pays for and the held-out "
+        "Completions are longer, which the training reward pays for and the held-out "
         "score does not, from step 41 on (100 at first, 160 at the end).",
         {"start": 100, "end": 160, "ratio": 1.6},
     ),
     "less diverse": (
         {"reward": FLAT, "distinct": then(40, 1, 0)}, "diversity_falls", "warning", 41,
-        "Completions resemble each other more and more (their diversity as logged) from step 41 "
+        "Completions resemble each other more (their diversity as logged) from step 41 "
         "on (100% at first, 0% at the end).",
         {"start": 1, "end": 0},
     ),

@@ -13,6 +13,7 @@ from wapo_analysis.diagnose.detectors import (
 )
 from wapo_analysis.diagnose.detectors.heldout import held_out_follows
 from wapo_analysis.diagnose.result import Finding
+from wapo_analysis.diagnose.reward import FEW, RISING, straight_rise
 from wapo_analysis.results import short
 from wapo_analysis.series import Series
 from wapo_analysis.store import Need
@@ -21,6 +22,8 @@ DRIFT = 0.15
 HALF = 0.5
 #: Ratio to the baseline, either way, at which the length has drifted.
 LENGTH_RATIO = 1.5
+#: Move over the later half of a drift, relative to the baseline, that goes on.
+MOVES = 0.05
 #: Correlation of reward and length within groups, either way, that counts as paying for length.
 PAY = 0.15
 #: The same correlation where hardly anything but the length decides.
@@ -105,7 +108,9 @@ def find_length_drift(context: Context) -> list[Finding]:
     reward = context.reward
     paid = reward is not None and reward.rising
     alone = paid and not held_out_follows(context)
-    what = f"Completions keep getting {'longer' if longer is not None else 'shorter'}"
+    goes_on = begin is not None and _goes_on(series, begin)
+    what = f"Completions {'keep getting' if goes_on else 'are'} "
+    what += "longer" if longer is not None else "shorter"
     if alone:
         what += ", which the training reward pays for and the held-out score does not,"
     return level_finding(
@@ -119,6 +124,16 @@ def find_length_drift(context: Context) -> list[Finding]:
         share=False,
         evidence={"ratio": series.end / series.level},
     )
+
+
+def _goes_on(series: Series, begin: int) -> bool:
+    """Whether the later half of what came since an index still moves away from the baseline."""
+    later = series.values[(begin + len(series)) // 2 :]
+    if len(later) <= FEW:
+        return True
+    rise, noise = straight_rise(later)
+    way = float(np.sign(series.end - series.level))
+    return way * rise > max(RISING * noise, MOVES * series.level)
 
 
 def _length_advice(longer: bool, paid: bool) -> Advice:
@@ -262,7 +277,7 @@ def find_fewer_distinct(context: Context) -> list[Finding]:
         lasting(series, series.smooth <= least),
         name="diversity_falls",
         severity="warning",
-        what="Completions resemble each other more and more (their diversity as logged)",
+        what="Completions resemble each other more (their diversity as logged)",
         advice=Advice(
             "Read completions of one prompt side by side: is it one answer in one wording?",
             steps=(Advice("Raise {temperature}."), LOWER_LR),

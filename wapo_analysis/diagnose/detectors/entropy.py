@@ -299,7 +299,7 @@ def find_takeover(context: Context) -> list[Finding]:
         lasting(series, series.smooth >= max(TAKEOVER, series.level + SHARE_RISE)),
         name="one_class_takes_the_gradient",
         severity="info" if one_sign or _one_class_wanted(context) or _paid(context) else "warning",
-        what=f"{top} tokens carry more and more of the gradient",
+        what=f"{top} tokens carry most of the gradient",
         advice=CLASS_ADVICE[top],
         reference=TAXONOMY,
         evidence={"class": top},
