@@ -29,7 +29,7 @@ MAX_DICT_LINES = 400
 MAX_TELLING = 20_000
 #: So many numbers of one name, without a step, may be anything that was printed.
 FEW = 30
-_MARKS = re.compile(rb"""[{}:\['"=|]|tep |ter |Error$|Exception$""")
+_MARKS = re.compile(rb"""[{}:\['"=|]|tep |ter |tion |pdate |poch |Error$|Exception$""")
 _RAY = re.compile(r"\(\w+ pid=\d+(?:, ip=[\d.]+)?\) ?")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+|nan|inf)"
@@ -62,8 +62,8 @@ Stepless = tuple[int, dict[str, Any], int | None, int | None]
 _TAIL = re.compile(r"([^\s:=|,]+)\s*[:=\s]\s*([^\s:=|,]*)[\s|)\]]*$")
 
 
-def tells(lines: Iterator[str]) -> bool:
-    """Whether any of some lines holds a record of numbers."""
+def tells(lines: Iterator[str], named: bool = True) -> bool:
+    """Whether any of some lines holds a record of numbers; ``named``: or numbers by name."""
     names, held = NameTable({}), []
 
     def kept() -> Iterator[tuple[int, str]]:
@@ -75,7 +75,7 @@ def tells(lines: Iterator[str]) -> bool:
     return any(
         len([v for v in record.values() if as_number(v) is not None]) >= 2
         for _, _, record, _ in _records(kept())
-    ) or is_log(held, lambda keys: bool(names.feeds(keys).keys() & set(VITAL)))
+    ) or (named and is_log(held, lambda keys: bool(names.feeds(keys).keys() & set(VITAL))))
 
 
 def holds_reward(lines: Iterator[tuple[int, str]]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -334,10 +334,17 @@ def _by_content(file: Path, named: bool) -> str | None:
         return "table"
     if is_csv(text) and not page:
         return _csv_kind(file)
-    printed = (line for _, line in console.console_lines(file))
-    if b"\0" not in head and console.tells(islice(printed, _SEARCHED >> 8)):
-        return "console"
-    return "table" if b"\0" not in head and holds_table(text_lines(file)) else None
+    if b"\0" in head:
+        return None
+    # What cells of a notebook print between the rows of its table may look like a log's lines.
+    if page and holds_table(text_lines(file), least=8) and not _tells(file, named=False):
+        return "table"
+    return "console" if _tells(file) else "table" if holds_table(text_lines(file)) else None
+
+
+def _tells(file: Path, named: bool = True) -> bool:
+    lines = (line for _, line in console.console_lines(file))
+    return console.tells(islice(lines, _SEARCHED >> 8), named)
 
 
 def _csv_kind(file: Path) -> str:
@@ -374,7 +381,9 @@ def _json_kind(file: Path, head: str) -> str | None:
         return "download"
     if whole and (head.startswith("[") or file.suffix == ".json"):
         return "table"
-    first = first_record(file)
+    log = JsonLines(file)
+    record = next(log.records(), None)
+    first = record.values if record is not None else log.tail()[0] or {}
     if {"trainer_logprobs", "inference_logprobs", "loss_mask"} <= first.keys():
         return "prime-rl"
     if isinstance(first.get("data"), dict) and first["data"] and "step" in first:
@@ -388,10 +397,3 @@ def _json_kind(file: Path, head: str) -> str | None:
     if {"current_steps", "total_steps"} <= first.keys():
         return "trainer-log"
     return "table"
-
-
-def first_record(file: Path) -> dict[str, Any]:
-    """First object in a file of JSON lines; empty if there is none."""
-    log = JsonLines(file)
-    record = next(log.records(), None)
-    return record.values if record is not None else log.tail()[0] or {}

@@ -28,7 +28,8 @@ VITAL = ("reward", "entropy", "length", "grad_norm", "loss")
 
 _TABLES: Mapping[str, Table] = {"tokens": TOKENS, "steps": STEPS, "rollouts": ROLLOUTS}
 _FUNCTIONS = [row for row in ALIASES if row.column in PER_FUNCTION]
-_TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory"}
+_TELLING = {"global_step/max_steps": "ms-swift", "current_steps": "LLaMA-Factory",
+            "train_speed(iter/s)": "ms-swift", "train_speed(s/it)": "ms-swift"}  # fmt: skip
 # Names that anybody would choose; they tell no trainer.
 _COMMON = set(
     "reward reward_std loss entropy grad_norm kl lr learning_rate policy_loss return step_time"
@@ -39,9 +40,10 @@ _COMMON = set(
 )
 # Columns whose mean over a batch other programs call avg_x or x_mean.
 _MEANS = (*VITAL, "kl_ref", "truncated", "clip_any", "repetition")
-_MEAN = re.compile(r"^(?:avg|mean|average)[_ ]|[_ /](?:avg|mean|average)$")
+_MEAN = re.compile(r"^(?:avg|mean|average)[_ ]|[_ ./](?:avg|mean|average)$")
 # Groups under which a log puts numbers of the policy and of its samples.
-_GROUP = re.compile(r"^(?:actor|agent|metrics?|model|optim\w*|policy|rollout|stats|training)/")
+_TRAIN = re.compile(r"^train(?:ing)?[_./]")
+_GROUP = re.compile(r"^(?:actor|agent|metrics?|model|optim\w*|policy|rollout|stats)[./]")
 _COUNTS = tuple(f"batch/solve_{which}" for which in ("none", "all", "partial"))
 _NO_FUNCTION = {"mean", "std", "min", "max", "chosen", "rejected", "accuracies", "margins"}
 # Parts of names in use for the vital columns, for suggestions alone.
@@ -226,12 +228,13 @@ def _plain(keys: Iterable[str]) -> dict[str, str]:
 def _bare(by_name: Mapping[str, str], ours: str) -> dict[str, str]:
     """The same for names without the word that says that they are means, and without their group.
 
-    avg_entropy, kl_mean, policy/entropy. A KL of the policy's group may be to the old policy, and a
-    learning rate is no mean.
+    avg_entropy, kl_mean, policy/entropy, train_reward. A KL of the policy's group may be to the old
+    policy, and a learning rate is no mean.
     """
     found: dict[str, str] = {}
     for name, key in by_name.items():
-        bare = name if ours == "kl_ref" else _GROUP.sub("", name)
+        bare = _TRAIN.sub("", name)
+        bare = bare if ours == "kl_ref" else _GROUP.sub("", bare)
         bare = bare if ours == "lr" else _MEAN.sub("", bare)
         if bare not in by_name:
             found.setdefault(bare, key)

@@ -228,8 +228,12 @@ ALIASES: Final[tuple[Alias, ...]] = (
     ),
     *rows(
         "steps", "tunix", "tunix/rl/grpo/grpo_learner.py and tunix/sft/metrics_logger.py",
-        reward="*/train/rewards/score/mean", length="*/train/completions/mean_length",
-        kl_ref="*/train/kl", loss="actor/train/loss",
+        reward="*/train/rewards/score/mean",
+        length="*/train/completions/mean_length | */train/generation/completions/mean_length",
+        truncated="*/train/generation/completions/clip_ratio",
+        advantage_std="*/train/rewards/advantage/std", clip_any="actor/train/pg_clipfrac",
+        kl_ref="*/train/kl", loss="actor/train/loss", grad_norm="actor/train/grad_norm",
+        lr="actor/train/learning_rate",
     ),
     *rows(
         "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",

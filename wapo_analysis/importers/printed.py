@@ -53,6 +53,10 @@ _HELD_OUT = re.compile(
     re.I,
 )
 _OF_EVAL = re.compile(r"(?:eval|val|valid|validation|test)[/_]", re.I)
+_SECTION = re.compile(
+    r"\W*(train|valid|eval)\w*(?: (?:metrics|results?|scores?|set|timing))?\W*", re.I
+)
+_EPOCH_ALONE = re.compile(r"[\W_]*epoch\W*(\d+)(?:\s*/\s*\d+)?[\W_]*", re.I)
 _EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
 # A batch of an epoch, as in Epoch:[1/1](7/9751) of minimind and Epoch: [0][ 10/500] of torch.
 _BATCH = re.compile(
@@ -100,9 +104,12 @@ def line_of(text: str) -> Line | None:
     held_out = _HELD_OUT.search(text)
     if held_out is not None and not re.search("train", head := text[: held_out.start()], re.I):
         if not _pairs(head) and (line := _line(text)) is not None:
-            values = {n if _OF_EVAL.match(n) else f"eval/{n}": v for n, v in line.values.items()}
-            return line._replace(values=values) if line.bar is None else None
+            return line._replace(values=_held_out(line.values)) if line.bar is None else None
     return _line(text)
+
+
+def _held_out(values: Values) -> Values:
+    return {n if _OF_EVAL.match(n) else f"eval/{n}": v for n, v in values.items()}
 
 
 def _line(text: str) -> Line | None:
@@ -152,7 +159,7 @@ def _pairs(text: str) -> Values:
         found = _named(tight if len(tight) > 1 else _COLON.findall(text))
         if found:
             return found
-    items = re.split(r"[|,;]", text)
+    items = re.split("[|,;\u2502\u2503\u2551]", text)
     fits = [fit.groups() for item in items if (fit := _SPACE.fullmatch(item))]
     if _ROW.fullmatch(text):  # without any of these between them
         fits = _ONE.findall(text)
@@ -214,6 +221,9 @@ class PrintedLog:
     _done: list[Printed] = field(default_factory=list)
     _fits: dict[tuple[str, ...], bool] = field(default_factory=dict)
     _heading: int | None = None
+    #: What stands in headings above a line: the epoch, whether held-out problems follow.
+    _epoch: int | None = None
+    _held_out: bool = False
     _before: tuple[int, int, int | None] = (0, 0, None)
     _offset: int = 0
     _above: list[tuple[int, str]] = field(default_factory=list)
@@ -228,11 +238,11 @@ class PrintedLog:
     def add(self, number: int, text: str) -> bool:
         """Take a line; whether it holds numbers by known names."""
         line = self._nested(text) or line_of(text)
-        if line is None:
+        if line is None or line.heading:
+            self._head(text, line)
             return False
-        if line.heading:
-            self._heading = line.step
-            return False
+        if self._held_out and line.step is None and line.bar is None:
+            line = line._replace(values=_held_out(line.values))
         keys = tuple(line.values)
         if keys not in self._fits:
             self._fits[keys] = self.known(keys)
@@ -245,10 +255,20 @@ class PrintedLog:
         elif known and self._taken and all(map(_OF_EVAL.match, keys)):  # of the step before
             self._taken.append(Printed(number, self._taken[-1].step, line.values, known))
         elif known and self._heading is not None:
-            self._below.append(Printed(number, self._heading, line.values, known))
+            values = line.values | ({} if self._epoch is None else {"epoch": self._epoch})
+            self._below.append(Printed(number, self._heading, values, known))
         elif known:
             self._gather(number, line.values)
         return known
+
+    def _head(self, text: str, line: Line | None) -> None:
+        """Take a line without numbers: a step, an epoch, or what the numbers below it are of."""
+        epoch = _EPOCH_ALONE.fullmatch(text) if line is None else _EPOCH.search(text)
+        self._epoch = int(epoch[1]) if epoch else self._epoch
+        if line is not None:
+            self._heading, self._held_out = line.step, False
+        elif (section := _SECTION.fullmatch(text)) is not None:
+            self._held_out = section[1].lower() != "train"
 
     def _nested(self, text: str) -> Line | None:
         """A number below names that are indented less, as YAML below a heading (EasyR1)."""

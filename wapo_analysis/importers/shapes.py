@@ -304,10 +304,17 @@ def _cells(line: str) -> list[str]:
     return cells[not cells[0] : len(cells) - (not cells[-1])]
 
 
-def holds_table(lines: Iterable[tuple[int, str]]) -> bool:
-    """Whether any table of a text has a column that says something about a training run."""
+def holds_table(lines: Iterable[tuple[int, str]], least: int = 0) -> bool:
+    """Whether any table of a text has a column that says something about a training run.
+
+    ``least``: so many rows must have a step and a reward.
+    """
     names = NameTable({})
-    return any(names.feeds(tuple(row)).keys() & set(VITAL) for _, row in text_tables(lines))
+    rows = (tuple(row) for _, row in text_tables(lines))
+    if not least:
+        return any(names.feeds(keys).keys() & set(VITAL) for keys in rows)
+    logged = (keys for keys in rows if names.step_key(keys) and "reward" in names.feeds(keys))
+    return len(list(islice(logged, least))) == least
 
 
 def text_lines(file: Path) -> Iterator[tuple[int, str]]:

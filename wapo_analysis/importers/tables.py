@@ -37,9 +37,12 @@ from wapo_analysis.importers.shapes import (
 )
 from wapo_analysis.importers.sink import Sink
 
-#: Columns that name the run of a row; of text, as numbers count records as well.
+#: Columns that name the run of a row; of text, as numbers count records as well, but for a seed.
 RUN_KEYS = ("run", "run_name", "run_id", "experiment", "experiment_name", "exp_name", "Name",
-            "experimentKey")  # fmt: skip
+            "experimentKey", "method", "algorithm", "algo", "variant")  # fmt: skip
+SEED = "seed"
+#: Where a row has one of these it is of a sample, and so is its seed.
+SAMPLED = {"prompt", "question", "completion", "response", "output", "text", "logp", "advantage"}
 #: Why rlprobe keeps a completion that is no fair sample of a step.
 CHOSEN = ("top_k", "bottom_k")
 _SUMMED = 3
@@ -111,15 +114,17 @@ def _runs_in(files: tuple[Path, ...], names: NameTable) -> list[str]:
 
 
 def _run_names(frame: pd.DataFrame) -> list[str | None]:
-    columns = [name for name in RUN_KEYS if name in frame]
+    columns = [name for name in (*RUN_KEYS, SEED, *SAMPLED) if name in frame]
     if not columns:
         return [None] * len(frame)
     return [_run_name(values) for values in frame[columns].to_dict("records")]
 
 
 def _run_name(values: Mapping[Any, Any]) -> str | None:
-    """Name of the run that a row is of."""
-    return next((str(values[key]) for key in RUN_KEYS if is_name(values.get(key))), None)
+    """Name of the run that a row is of; several seeds of one method are runs of their own."""
+    named = [str(values[key]) for key in RUN_KEYS if is_name(values.get(key))][:1]
+    seed = None if SAMPLED & values.keys() else as_step(values.get(SEED))
+    return " ".join(named if seed is None else [*named, f"seed-{seed}"]) or None
 
 
 @dataclass
@@ -173,8 +178,10 @@ class TableFeed:
                 f"{printable(shown(self.file))} holds {len(self._runs)} runs, a row or two of each "
                 "and no step: a summary of runs, not the log of one"
             )
-        if self._runs and self.chosen is None:
-            pick(list(self._runs), None, self.file)
+        # Where every step has a seed of its own, that is no name of a run.
+        runs = [run for run, rows in self._runs.items() if rows > _SUMMED or "seed-" not in run]
+        if runs and self.chosen is None:
+            pick(runs, None, self.file)
         self._flush()
 
     def _mine(self, run: str | None) -> bool:

@@ -234,12 +234,12 @@ def test_runs_of_an_exported_table_are_asked_for(tmp_path: Path) -> None:
 def test_names_that_look_like_reward_and_entropy_are_offered(tmp_path: Path) -> None:
     write = table(
         "metrics.csv",
-        lambda s: [{"step": s, "train_reward_step": reward(s), "train_entropy": entropy(s),
+        lambda s: [{"step": s, "train_reward_step": reward(s), "entropy_step": entropy(s),
                     "grad_norm": 0.3}],
     )  # fmt: skip
     _, report = read(write(tmp_path), tmp_path / "out")
     (alarm,) = report.alarms
-    assert alarm.endswith("--map reward=train_reward_step --map entropy=train_entropy")
+    assert alarm.endswith("--map reward=train_reward_step --map entropy=entropy_step")
 
 
 def test_a_log_of_dpo_is_said_to_be_one(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Lines as trainers of today print them, and what stands between them in a log."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.support.import_sources import write_lines
 from tests.support.logged import read
+from wapo_analysis.errors import UserError
 from wapo_analysis.importers.printed import line_of
 
 STEPS = range(1, 13)
@@ -171,3 +173,69 @@ def test_a_learning_rate_that_was_rounded_away_is_not_zero(tmp_path: Path) -> No
     assert steps["reward"].tolist() == pytest.approx(REWARD)
     assert steps["lr"].isna().all()
     assert any("policy_lr is printed as 0" in note for note in report.notes)
+
+
+def test_an_epoch_above_headings_goes_on_and_results_of_a_validation_are_its_own(
+    tmp_path: Path,
+) -> None:
+    text = ""
+    for n in STEPS:
+        if n % 4 == 1:
+            text += f"\n{'=' * 25} Epoch {n // 4 + 1}/3 {'=' * 25}\n"
+        text += f"\n{'=' * 25} Step {(n - 1) % 4 + 1}/4 {'=' * 25}\n▶ Preparing batch...\n"
+        text += f"\n📊 Training Results:\n  • Loss: 0.0100\n  • Avg Reward: {0.3 + n / 50:.4f}\n"
+        text += "\n📊 Validation Results:\n    • Accuracy: 0.1000\n"
+    (tmp_path / "t.log").write_text(text)
+    steps, report = read(tmp_path / "t.log", tmp_path / "out")
+    assert steps.index.tolist() == list(STEPS)
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+    assert (steps["eval_reward"] == 0.1).all()
+    assert report.events == ["the step counts within each epoch: the epochs follow each other"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "🚀 Step {n}/12 │ 🎯 reward {r:.3f} │ 🔥 entropy 0.4 │ ⏱ 8.1s",
+        "---- iteration {n} ----\nreward_mean : {r:.3f}\nentropy     : 0.4\ntokens/s    : 12.5",
+    ],
+)
+def test_bars_of_boxes_and_headings_in_words(text: str, tmp_path: Path) -> None:
+    steps, report = read(log(tmp_path, text), tmp_path / "out")
+    assert steps.index.tolist() == list(STEPS)
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+    assert (steps["entropy"] == 0.4).all()
+    assert not report.events
+
+
+def test_the_table_of_a_notebook_goes_before_what_its_cells_printed(tmp_path: Path) -> None:
+    rows = "".join(f"<tr><td>{n}</td><td>{0.3 + n / 50}</td></tr>" for n in STEPS)
+    table = f"<table><tr><th>Step</th><th>reward</th></tr>{rows}</table>"
+    said = "".join(f"Response:\nstep 1: the loss = {n}\n" for n in STEPS)
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": said},
+        {"output_type": "display_data", "metadata": {}, "data": {"text/html": table}},
+    ]
+    cells = [{"cell_type": "code", "metadata": {}, "source": "", "outputs": outputs}]
+    file = tmp_path / "n.ipynb"
+    file.write_text(json.dumps({"nbformat": 4, "metadata": {}, "cells": cells}))
+    steps, _ = read(file, tmp_path / "out")
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+
+
+@pytest.mark.parametrize("column", ["seed", "method"])
+def test_runs_of_one_table_by_seed_or_method_are_told_apart(column: str, tmp_path: Path) -> None:
+    kinds = [0, 1] if column == "seed" else ["grpo", "dapo"]
+    rows = [{column: k, "step": n, "reward": n / 20 + 1} for k in kinds for n in STEPS]
+    file = write_lines(tmp_path / "m.jsonl", rows)
+    with pytest.raises(UserError, match=r"holds 2 runs; choose one .* (seed-0, seed-1|grpo, dapo)"):
+        read(file, tmp_path / "a")
+    steps, _ = read(file, tmp_path / "b", run="seed-1" if column == "seed" else "dapo")
+    assert len(steps) == 12
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "a", "completion": "b"}])
+def test_a_seed_of_each_step_or_sample_names_no_run(more: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"seed": n if not more else n % 2, "step": n, "reward": 0.5} | more for n in STEPS]
+    steps, _ = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
+    assert len(steps) == 12

@@ -124,6 +124,16 @@ def test_names_below_the_group_of_the_policy_are_those_without_it() -> None:
     }  # fmt: skip
 
 
+def test_names_may_begin_with_training_in_other_ways_and_have_points() -> None:
+    keys = ["train_reward_mean", "train_policy_entropy", "train_kl", "train.grad_norm", "training/loss",
+            "rollout.length.mean", "train_step_time"]  # fmt: skip
+    feeds = NameTable({}).feeds(keys)
+    assert {ours: feed.names for ours, feed in feeds.items()} == {
+        "reward": (keys[0],), "entropy": (keys[1],), "kl_ref": (keys[2],), "grad_norm": (keys[3],),
+        "loss": (keys[4],), "length": (keys[5],),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["accuracy", "acc", "train/success_rate", "train_acc"])
 def test_the_accuracy_is_the_reward_of_a_log_without_another(name: str) -> None:
     assert NameTable({}).feeds([name, "loss"])["reward"] == Feed((name,))
@@ -179,6 +189,7 @@ def test_held_out_sets_are_called_by_what_tells_them_apart(
         ),
         (["Reward", "Critic_Loss", "Actor_LR", "ClipFrac", "Avg_Response_Len"], "minimind"),
         (["reward/mean", "reward/std", "policy/entropy"], None),
+        (["reward", "kl", "train_speed(s/it)"], "ms-swift"),
         (["reward_mean", "entropy_mean", "kl_mean", "clip_fraction"], None),
         (["actor_loss", "critic_loss", "reward", "lr"], None),
     ],

@@ -30,6 +30,15 @@ TRAINERS: dict[str, dict[str, str]] = {
         "groups_all_wrong": "env/all/by_group/frac_all_bad",
         "groups_all_right": "env/all/by_group/frac_all_good",
     },
+    # tunix/rl/agentic/agentic_grpo_learner.py, tunix/sft/peft_trainer.py
+    "tunix": {
+        "reward": "global/train/rewards/score/mean", "kl_ref": "actor/train/kl",
+        "length": "global/train/generation/completions/mean_length",
+        "truncated": "global/train/generation/completions/clip_ratio",
+        "advantage_std": "global/train/rewards/advantage/std", "loss": "actor/train/loss",
+        "grad_norm": "actor/train/grad_norm", "lr": "actor/train/learning_rate",
+        "clip_any": "actor/train/pg_clipfrac",
+    },
     # trainer/train_agent.py and train_ppo.py of minimind
     "minimind": {
         "reward": "Reward", "kl_ref": "KL", "advantage_std": "AdvStd", "loss": "Loss",
