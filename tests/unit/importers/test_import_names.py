@@ -125,8 +125,8 @@ def test_names_below_the_group_of_the_policy_are_those_without_it() -> None:
 
 
 def test_names_may_begin_with_training_in_other_ways_and_have_points() -> None:
-    keys = ["train_reward_mean", "train_policy_entropy", "train_kl", "train.grad_norm", "training/loss",
-            "rollout.length.mean", "train_step_time"]  # fmt: skip
+    keys = ["train_reward_mean", "train_policy_entropy", "train_kl", "train.grad_norm",
+            "training/loss", "rollout.length.mean", "train_step_time"]  # fmt: skip
     feeds = NameTable({}).feeds(keys)
     assert {ours: feed.names for ours, feed in feeds.items()} == {
         "reward": (keys[0],), "entropy": (keys[1],), "kl_ref": (keys[2],), "grad_norm": (keys[3],),
