@@ -23,7 +23,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from wapo_analysis import __version__
-from wapo_analysis.errors import UserError, closest, few, printable
+from wapo_analysis.errors import UserError, closest, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -145,11 +145,11 @@ def open_runs(paths: list[Path], log: "ImportSettings | None" = None) -> "list[R
 
 def open_one(path: Path, log: "ImportSettings | None" = None) -> "Run":
     """Open the one run at or below a path, or of a log; several are an error that lists them."""
-    opened = open_runs([path], log)
-    if len(opened) > 1:
-        names = few((run.path for run in opened), 6)
-        raise UserError(f"{path} holds {len(opened)} runs; name one of: {names}")
-    return opened[0]
+    if not holds_runs(path):
+        return open_foreign(path, log)
+    from wapo_analysis.store import find_run, open_run
+
+    return open_run(find_run(path))
 
 
 def holds_runs(path: Path) -> bool:

@@ -103,13 +103,6 @@ def class_table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return rows.pivot_table(index="step", columns="name", values=column, aggfunc="mean", sort=True)
 
 
-def rescored_steps(run: Run) -> list[int]:
-    """Steps that have token rows scored a second time after the update."""
-    cells, recorded = run.classes, run.token_steps()
-    scored = set(cells.loc[cells["rescored"] > 0, "step"].astype(int))
-    return [step for step in recorded if step in scored]
-
-
 def token_frame(
     runs: Sequence[Run],
     columns: Iterable[str],
@@ -132,7 +125,7 @@ def token_frame(
     names = [name for name in columns if name != "step"]
     parts = []
     for place, run in enumerate(runs):
-        steps = rescored_steps(run) if rescored else run.token_steps()
+        steps = run.rescored_steps() if rescored else run.token_steps()
         rows = _token_rows(run, tuple(evenly(steps, max_steps)))
         parts.append(_with_place(rows[["step", *names]], place))
     return keyed(parts, runs, ("step", *names))

@@ -8,7 +8,7 @@ from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, write_ato
 from wapo_analysis.store.manifest import Manifest, is_run, read_manifest
 from wapo_analysis.store.needs import Need
 from wapo_analysis.store.parquet import round_mantissa
-from wapo_analysis.store.reader import Run, find_runs, open_run, run_folders
+from wapo_analysis.store.reader import Run, find_run, find_runs, open_run, run_folders
 from wapo_analysis.store.writer import PartWriter, RunWriter
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Run",
     "PartWriter",
     "RunWriter",
+    "find_run",
     "find_runs",
     "open_run",
     "is_run",

@@ -99,11 +99,7 @@ def _held_in(run: "Run", table: str, rescored: bool = False) -> frozenset[str] |
 
 def _ends(run: "Run", table: str, rescored: bool) -> pd.DataFrame | None:
     """Rows of the first, the middle and the last step that a table has."""
-    steps = run.recorded_steps(table)
-    if rescored:
-        cells = run.classes
-        scored = set(cells.loc[cells["rescored"] > 0, "step"].astype(int))
-        steps = [step for step in steps if step in scored]
+    steps = run.rescored_steps() if rescored else run.recorded_steps(table)
     if not steps:
         return None
     ends = {steps[place] for place in (0, len(steps) // 2, -1)}

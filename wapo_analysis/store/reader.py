@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from wapo_analysis.derive import class_names, derived_columns, with_class
-from wapo_analysis.errors import UserError, counted, printable, unknown_name
+from wapo_analysis.errors import UserError, counted, few, printable, unknown_name
 from wapo_analysis.schema import TABLES, Table
 from wapo_analysis.store.files import MANIFEST, PART_TABLES, STEP_LOG, step_lines, steps_frame
 from wapo_analysis.store.lock import DEAD, probably_dead
@@ -175,6 +175,11 @@ class Run:
         """Steps that have token rows."""
         return self.recorded_steps("tokens")
 
+    def rescored_steps(self) -> list[int]:
+        """Steps that have token rows scored a second time after the update."""
+        scored = set(self.classes.loc[self.classes["rescored"] > 0, "step"].astype(int))
+        return [step for step in self.token_steps() if step in scored]
+
     def recorded_steps(self, table: str) -> list[int]:
         """Steps that have rows in a table of parts, from the names of its files."""
         return sorted({step for step, _ in listed_keys(self.path / table)})
@@ -290,6 +295,14 @@ def open_run(path: str | Path) -> Run:
 def run_folders(folder: Path) -> list[Path]:
     """Run folders of ours at or below a folder, by name; what other tools left is none."""
     return sorted(filter(is_run, (file.parent for file in folder.glob(f"**/{MANIFEST}"))))
+
+
+def find_run(path: Path) -> Path:
+    """Run folder at or below a path. Raises UserError if there is none, or several."""
+    found = find_runs(path)
+    if len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} runs; name one of: {few(found, 6)}")
+    return found[0]
 
 
 def find_runs(path: str | Path) -> list[Path]:

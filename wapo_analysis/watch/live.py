@@ -22,8 +22,8 @@ from rich.live import Live
 from rich.text import Text
 
 from wapo_analysis.diagnose import SEVERITIES, Diagnosis, Finding, diagnose
-from wapo_analysis.errors import UserError, few, printable, unknown_name
-from wapo_analysis.store import MANIFEST, Run, find_runs
+from wapo_analysis.errors import UserError, printable, unknown_name
+from wapo_analysis.store import MANIFEST, Run, find_run
 from wapo_analysis.store.tail import Tail
 from wapo_analysis.watch.view import one_line, render
 
@@ -164,14 +164,6 @@ def payload(diagnosis: Diagnosis, finding: Finding) -> bytes:
         "finding": finding.to_dict(),
     }
     return json.dumps(body, allow_nan=False).encode()
-
-
-def find_run(path: Path) -> Path:
-    """Folder of the one run at or below a path. Raises UserError if there is none, or several."""
-    found = find_runs(path)
-    if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} runs; name one of: {few(found, 6)}")
-    return found[0]
 
 
 class Followed(Protocol):
