@@ -5,7 +5,6 @@ tensors to a recorder, and the gradient that reaches the log-probabilities is th
 terms that the trainer adds outside the loss included. The optimizer's step ends a step of the run.
 """
 
-import atexit
 import inspect
 import logging
 import sys
@@ -21,9 +20,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from wapo_analysis.capture import Patches, own_rank
 from wapo_analysis.capture.lm_head import HeadReader
-from wapo_analysis.capture.seams import Call, Names, shaped
+from wapo_analysis.capture.seams import Call, Names, shaped, signature_of
 from wapo_analysis.errors import UserError, unknown_name
-from wapo_analysis.record import Closing, Guarded, guarded, on_schedule
+from wapo_analysis.record import Closing, Guarded, close_at_exit, guarded, on_schedule
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import TOPK
 from wapo_analysis.store import Manifest
@@ -174,7 +173,7 @@ class LossWatch(Guarded):
         self._closed = True
         self._stop_reading()
         if self.recorder is not None:
-            self.recorder.close(status)
+            self.recorder.close(status if self.failure is None else "recording_failed")
 
 
 class WatchedLoss(Closing):
@@ -189,7 +188,7 @@ class WatchedLoss(Closing):
     def __init__(self, loss: Callable[..., Any], names: Any, settings: dict[str, Any]) -> None:
         self.__wrapped__ = loss
         self._names, self._given, self._settings = Names.of(names), names, settings
-        self._signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+        self._signature = signature_of(loss)
         self._key = settings["run"]
         if self._key not in self._watches:
             self._watches[self._key] = _start(settings, names)
@@ -314,8 +313,7 @@ def _start(settings: dict[str, Any], names: Any) -> tuple[LossWatch, Patches]:
         else optimizer.register_step_post_hook
     )
     patches.on_close(register(stepped).remove)
-    patches.on_close(lambda: atexit.unregister(watch.close))
-    atexit.register(watch.close, "finished")
+    patches.on_close(close_at_exit(watch.close))
     return watch, patches
 
 

@@ -3,13 +3,14 @@
 Read in the public sources; docs/watch_your_trainer.md names repository, file and commit of each.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wapo_analysis.errors import UserError, unknown_name
 
@@ -91,6 +92,16 @@ class Names:
                     f"arguments were {', '.join(call)}"
                 )
         return {name: value for name, value in found.items() if value is not None}
+
+
+def signature_of(loss: Callable[..., Any]) -> inspect.Signature:
+    """Names of a loss's arguments. Raises UserError if it does not tell them."""
+    try:
+        return inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the arguments of {loss!r} have no names to be read; wrap it in a Python function"
+        ) from error
 
 
 def look_up(where: Where, call: Call) -> Any:

@@ -7,12 +7,12 @@
 settings: ``WAPO_TOKEN_EVERY`` (default 10), ``WAPO_TOKEN_FRACTION`` (default 1), ``WAPO_LABEL``.
 """
 
-import atexit
 import os
 from collections.abc import Mapping
 
 from wapo_analysis.capture.verl import VerlWatch, watch_verl
 from wapo_analysis.errors import UserError
+from wapo_analysis.record import close_at_exit
 
 
 def from_environment(environment: Mapping[str, str]) -> VerlWatch:
@@ -39,4 +39,4 @@ def from_environment(environment: Mapping[str, str]) -> VerlWatch:
 
 
 WATCH = from_environment(os.environ)
-atexit.register(WATCH.close)
+close_at_exit(WATCH.close)

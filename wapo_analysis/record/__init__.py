@@ -3,11 +3,13 @@
 Here is the one guard: what watches a training may fail, the training may not.
 """
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from numbers import Integral
 from pathlib import Path
 from threading import get_ident
@@ -128,8 +130,10 @@ class Steps:
         Rows of a step that comes twice would take the place of those that it had. Raises UserError
         on a number that no run folder can hold.
         """
-        if not 0 <= step < MOST_STEPS:
-            raise UserError(f"a step must be 0 to {MOST_STEPS - 1}, got {step}")
+        with suppress(TypeError, ValueError):
+            step = int(step)
+        if not isinstance(step, int) or not 0 <= step < MOST_STEPS:
+            raise UserError(f"a step must be 0 to {MOST_STEPS - 1}, got {step!r}")
         if self._begun and step <= self.last:
             if not self._told:
                 log.warning(
@@ -171,5 +175,24 @@ class Closing:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.close("finished" if kind is None else "interrupted" if interrupted else "failed")
+        self.close(ended_by(kind))
+
+
+def ended_by(kind: type[BaseException] | None) -> str:
+    """Status of a run whose training ended with an exception, or without one."""
+    interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+    return "finished" if kind is None else "interrupted" if interrupted else "failed"
+
+
+def close_at_exit(close: Callable[[str], object]) -> Callable[[], None]:
+    """Call ``close`` with the status of the training when the program ends, if nobody did before.
+
+    Returns what takes that back.
+    """
+
+    def end() -> None:
+        # What nobody caught has ended the program; a prompt remembers errors that it survived.
+        close(ended_by(None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)))
+
+    atexit.register(end)
+    return partial(atexit.unregister, end)

@@ -5,8 +5,9 @@ under the mask. Nothing here draws random numbers, keeps a graph or changes a te
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ _INT32 = 2**31
 MATCH = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class BatchPass:
     """What one call of ``Recorder.watch`` was given, and what its backward pass is read with."""
 
@@ -35,7 +36,8 @@ class BatchPass:
     lengths: Tensor
     #: (B,): advantage of each rollout; the mean over its tokens if it was given per token.
     advantages: Tensor
-    #: (N,): log of the ratio as the loss saw it, nats: to ``logp_prox``, else to ``logp_old``.
+    #: (N,): log of the ratio the clip looks at, nats: to ``logp_prox``, else to ``logp_old``; where
+    #: it is that of the whole rollout, its mean.
     log_ratio: Tensor | None
     #: Bounds of the ratio, if they are known.
     clip: tuple[float, float] | None
@@ -43,6 +45,10 @@ class BatchPass:
     choose_kept: bool
     #: A backward pass is expected.
     needs_grad: bool
+    #: Gradients that came back.
+    came: int = 0
+    #: Whether some gradient is not the surrogate's: a KL or entropy term is in the loss.
+    mixed: Tensor | None = None
 
     def read_gradient(self, gradient: Tensor, loss_scale: float) -> None:
         """Fill coef and the clip and kept flags from dL/dlogp, of the shape of logp.
@@ -50,27 +56,35 @@ class BatchPass:
         A token of non-zero advantage whose gradient is exactly zero was either stopped by the
         clip or left out of the loss. It was stopped if its ratio lies outside the clip bounds;
         where those are unknown, if its ratio has already moved the way its advantage pushes, the
-        one side on which a clip acts.
+        one side on which a clip acts. A term beside the surrogate leaves no gradient at zero. It
+        shows where a gradient is not the advantage's; then the bounds alone tell.
         """
-        gradient = gradient.detach()
+        gradient, tokens = gradient.detach(), self.tokens
         coef = -gradient[self.place] / loss_scale
         mask = torch.zeros_like(gradient, dtype=torch.bool)
         mask[self.place] = True
-        self.tokens.outside = (outside_counts(gradient, mask),)
-        idle = (coef == 0) & (self.tokens.advantage != 0)
+        outside = outside_counts(gradient, mask)
+        if tokens.coef is not None:  # several backward passes add up, as in the weights
+            coef, outside = coef + tokens.coef, torch.maximum(outside, *tokens.outside)
+        self.came, tokens.outside = self.came + 1, (outside,)
+        idle = (coef == 0) & (tokens.advantage != 0)
+        pushed = coef * tokens.advantage
+        self.mixed = ((pushed < 0) | ((coef != 0) & (tokens.advantage == 0))).any()
         if not self.choose_kept:
-            assert self.tokens.kept is not None
-            stopped = idle & self.tokens.kept
+            assert tokens.kept is not None
+            stopped = idle & tokens.kept
         elif self.log_ratio is None:
             stopped = torch.zeros_like(idle)
         elif self.clip is None:
-            stopped = idle & (self.log_ratio * self.tokens.advantage > 0)
+            stopped = idle & (self.log_ratio * tokens.advantage > 0)
         else:
             low, high = (math.log(b) if b > 0 else -math.inf for b in self.clip)
-            stopped = idle & ((self.log_ratio < low) | (self.log_ratio > high))
-        self.tokens.coef, self.tokens.clipped = coef, stopped
+            below, above = self.log_ratio < low, self.log_ratio > high
+            ruled = (below & (tokens.advantage < 0)) | (above & (tokens.advantage > 0))
+            stopped = (idle & (below | above)) | (ruled & self.mixed)
+        tokens.coef, tokens.clipped = coef, stopped
         if self.choose_kept:
-            self.tokens.kept = ~idle | stopped
+            tokens.kept = ~idle | stopped
 
 
 def outside_counts(gradient: Tensor, mask: Tensor) -> Tensor:
@@ -140,7 +154,7 @@ class Layout:
         """
         values = values.detach().to(self.rollout.device)
         if values.shape == (self.count,):
-            return values
+            return values.clone()  # it is read when the step ends
         packed = self.rollout.dim() == 1
         if not packed or values.shape != self.rollout.shape:
             other = f", or {tuple(self.rollout.shape)}, one per position" if packed else ""
@@ -198,6 +212,7 @@ def batch_pass(
     stats: TokenStats | None = None,
     kept: Tensor | None = None,
     clip: tuple[float, float] | None = None,
+    sequence_level: bool = False,
 ) -> BatchPass:
     """Gather the N masked tokens of one gradient pass; see ``Recorder.watch``.
 
@@ -208,8 +223,14 @@ def batch_pass(
         raise UserError(f"logp must be a tensor on the autograd graph, got {type(logp).__name__}")
     if clip is not None and np.shape(clip) != (2,):
         raise UserError(f"clip must be two bounds of the ratio, such as (0.8, 1.2), got {clip!r}")
-    advantages = torch.as_tensor(advantages, device=logp.device)
-    groups = None if groups is None else torch.as_tensor(groups, device=logp.device)
+    (
+        mask, advantages, tokens, groups, rollouts, cu_seqlens, logits, kept, logp_old, logp_prox,
+        entropy, collision,
+    ) = _tensors(
+        logp.device, mask=mask, advantages=advantages, tokens=tokens, groups=groups,
+        rollouts=rollouts, cu_seqlens=cu_seqlens, logits=logits, kept=kept, logp_old=logp_old,
+        logp_prox=logp_prox, entropy=entropy, collision=collision,
+    )  # fmt: skip
     layout = Layout.of(logp, cu_seqlens, rollouts)
     per_token = {"mask": mask, "tokens": tokens, "logp_old": logp_old, "kept": kept}
     per_token |= {"logp_prox": logp_prox, "entropy": entropy, "collision": collision}
@@ -225,7 +246,7 @@ def batch_pass(
         sums = torch.zeros(layout.count, dtype=advantage.dtype, device=advantage.device)
         advantages = sums.index_add(0, row, advantage) / lengths.clamp(min=1)
     elif advantages.shape in (lengths.shape, (layout.count, 1)):
-        advantages = advantages.flatten()
+        advantages = advantages.flatten().clone()
         advantage = advantages[row]
     else:
         raise UserError(
@@ -237,6 +258,9 @@ def batch_pass(
     stats = _stats(now, tokens, logits, mask, temperature) if stats is None else stats
     given_s = _flat(collision, place)
     log_ratio = None if old is None else now - (old if prox is None else prox)
+    if log_ratio is not None and sequence_level:
+        total = torch.zeros_like(lengths, dtype=log_ratio.dtype).index_add(0, row, log_ratio)
+        log_ratio = (total / lengths.clamp(min=1))[row]
     if stats is not None and now.dtype in (torch.bfloat16, torch.float16):
         # The recorded logp is more exact than the loss's; the ratio must stay the loss's own.
         old, prox = (None if v is None else stats.logp - (now - v).float() for v in (old, prox))
@@ -266,6 +290,22 @@ def batch_pass(
         choose_kept=kept is None,
         needs_grad=logp.requires_grad,
     )
+
+
+def _tensors(device: torch.device, **given: Any) -> Iterator[Any]:
+    """What was given, as tensors; lists and arrays are allowed. Raises UserError on all else."""
+    for name, values in given.items():
+        if isinstance(values, Tensor) or (values is None and name not in ("mask", "advantages")):
+            yield values
+            continue
+        try:
+            if name == "logits":  # so large that nobody wants them converted
+                raise TypeError
+            yield torch.as_tensor(values, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{name} must be a tensor of numbers, got {type(values).__name__}"
+            ) from error
 
 
 def _names(

@@ -21,7 +21,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.record import Alone, Closing, Steps, check_schedule, guarded, on_schedule
 from wapo_analysis.record.batches import batch_pass
 from wapo_analysis.record.beside import Action, Beside, Ring, Save, acts, check_actions, made_beside
-from wapo_analysis.record.step import OpenStep, step_rollouts
+from wapo_analysis.record.step import OpenStep, number, step_rollouts
 from wapo_analysis.record.tokens import TokenPass
 from wapo_analysis.record.topk import TOPK, TopReader
 from wapo_analysis.record.writer import QUEUE_ROWS, StepWriter, Texts
@@ -51,10 +51,9 @@ class Recorder(Alone, Closing):
         Write token rows of every n-th step (class totals are kept of every step); 0 writes none.
     token_fraction : float
         Share of the rollouts whose token rows are written, in (0, 1]; no random state is touched.
-    rescore_every : int
-        Score again after the update on every n-th step, 0 never; for one who asks `wants_rescore`.
-    probe_every : int
-        Decompose one update of every n-th step, 0 never; for one who asks `wants_probe`.
+    rescore_every, probe_every : int
+        Score again after the update, or decompose one, on every n-th step, 0 never; for one who
+        asks `wants_rescore` and `wants_probe`.
     temperature : float
         Softmax temperature of the statistics.
     rank : int
@@ -119,11 +118,10 @@ class Recorder(Alone, Closing):
         self.rescore_every, self.probe_every = rescore_every, probe_every
         self.temperature, self.rank, self.sequence_level = temperature, rank, sequence_level
         names = ("temperature", "token_every", "token_fraction", "rescore_every", "probe_every")
-        settings = {name: getattr(self, name) for name in names}
-        settings |= {"store_bits": store_bits, "topk": topk}
+        settings = {n: getattr(self, n) for n in names} | {"store_bits": store_bits, "topk": topk}
         self.tops = TopReader(topk, token_every, token_fraction, temperature)
         self._step, self._count = OpenStep(), Steps(resume_after)
-        self._warned, self._since, self._captured = False, perf_counter(), 0.0
+        self._told, self._since, self._captured = set[str](), perf_counter(), 0.0
         if self.path is None:
             return
         # Rank 0 owns what a run has once: manifest, step log, vocabulary.
@@ -269,7 +267,7 @@ class Recorder(Alone, Closing):
         loss_scale : float
             Factor on the loss before backward (``GradScaler.get_scale()``).
         """
-        if not loss_scale > 0:
+        if loss_scale is None or not loss_scale > 0:
             raise UserError(f"loss_scale must be positive, got {loss_scale}")
         batch = batch_pass(
             logp, tokens, mask, advantages, groups, rollouts=rollouts, cu_seqlens=cu_seqlens,
@@ -277,6 +275,7 @@ class Recorder(Alone, Closing):
             minibatch=len(self._step.batches) if minibatch is None else minibatch,
             logits=logits, entropy=entropy, collision=collision, logp_old=logp_old,
             logp_prox=logp_prox, stats=stats, kept=kept, clip=clip,
+            sequence_level=self.sequence_level,
         )  # fmt: skip
         self._step.batches.append(batch)
         self.tops.look(self._count.last + 1, batch.tokens, batch.place, logits, stats)
@@ -340,13 +339,14 @@ class Recorder(Alone, Closing):
         **columns : float
             Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
         """
-        now, self._step, step = self._step, OpenStep(), self._count.next(int(step))
+        now, self._step, step = self._step, OpenStep(), self._count.next(step)
         found = step_rollouts(now.batches, reward, prompts, completions, now.trained)
         row: dict[str, Any] = {"step": step, **self._times(), **found.row}
         if now.batches:
             rollouts, sums = found.columns, found.sums
-            self._warned = self._warned or now.lacks_gradients()
-        row |= {n: v.item() if isinstance(v, Tensor) else v for n, v in columns.items()}
+            now.forget_unknown_clips()
+            now.tell(self._told)
+        row |= {name: number(name, value) for name, value in columns.items()}
         if self.ring is not None:
             self.ring.earned(row.get("reward"))
         job = now.job(
@@ -390,8 +390,10 @@ class Recorder(Alone, Closing):
         """End the run; a step that was not finished is dropped."""
         if self.path is None or self.forked:
             return
-        self._step = OpenStep()
+        left, self._step = self._step, OpenStep()
         try:
+            if status == "finished" and self.failure is None:
+                left.tell_unfinished(self._count.last)
             self._steps.finish()
             self._writer.close(status if self.failure is None else "recording_failed")
         except Exception as error:

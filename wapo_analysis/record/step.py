@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -21,7 +21,7 @@ from wapo_analysis.derive import (
     step_columns,
     token_sums,
 )
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, first_line
 from wapo_analysis.record.batches import BatchPass
 from wapo_analysis.record.tokens import DeviceTotals, HostPass, TokenPass, given_in_all, on_host
 from wapo_analysis.record.topk import TopTokens, chosen_rows
@@ -74,15 +74,45 @@ class OpenStep:
             self.batches, self.passes = back, [p for p in self.passes if id(p) not in gone]
         return bool(back) or not self.batches
 
-    def lacks_gradients(self) -> bool:
-        """Whether no gradient has reached the tensors given to ``watch``, which is told."""
-        lacks = any(b.needs_grad and b.tokens.coef is None for b in self.batches)
-        if lacks:
-            log.warning(
-                "no gradient reached the logp given to watch: give the very tensor the loss "
+    def gaps(self) -> Iterator[str]:
+        """What the gradients that came back, or did not, leave to be told."""
+        given = "the logp given to watch"
+        if any(b.tokens.coef is None and b.needs_grad for b in self.batches):
+            yield (
+                f"no gradient reached {given}: give the very tensor the loss "
                 "is computed from; coef is recorded as missing"
             )
-        return lacks
+        if not all(b.needs_grad for b in self.batches):
+            yield f"{given} has no graph (detach, no_grad?): coef is recorded as missing"
+        if any(b.came > 1 for b in self.batches):
+            yield (
+                f"several gradients came back to {given}: coef is their sum, as of several "
+                "backward passes; a torch.autograd.grad that only measures is in it, too"
+            )
+
+    def tell(self, told: set[str]) -> None:
+        """Tell each gap once; ``told`` are those that have been."""
+        for gap in set(self.gaps()) - told:
+            log.warning(gap)
+            told.add(gap)
+
+    def tell_unfinished(self, last: int) -> None:
+        """Say that what was trained on after the last finished step is lost."""
+        if any(tokens.coef is not None for tokens in self.passes):
+            log.warning(
+                "what was watched after step %d is not recorded: its step was never finished "
+                "(finish_step, or the optimizer's step for a watched loss)", last,
+            )  # fmt: skip
+
+    def forget_unknown_clips(self) -> None:
+        """Take back the clip flags of passes where gradients do not tell and no bounds are known.
+
+        One copy brings from the device which passes those are.
+        """
+        asked = [(b.tokens, b.mixed) for b in self.batches if not b.clip and b.mixed is not None]
+        flags = torch.stack([mixed for _, mixed in asked]).tolist() if asked else []
+        for (tokens, _), mixed in zip(asked, flags, strict=True):
+            tokens.clipped = None if mixed else tokens.clipped
 
     def settle(self, step: int, rank: int, temperature: float) -> Records | None:
         """Build the rows of the passes so far; None without passes."""
@@ -334,9 +364,26 @@ def step_rollouts(
 
 
 def _numbers(values: Tensor | Sequence[float] | float) -> Array:
-    if isinstance(values, Tensor):
-        return np.asarray(values.detach().double().cpu().numpy())
-    return np.asarray(values, np.float64)
+    """Rewards, shape (R,) or (), also of a column (R, 1).
+
+    Raises UserError if they are no numbers, or several of a rollout.
+    """
+    given = values.detach().double().cpu().numpy() if isinstance(values, Tensor) else values
+    try:
+        found = np.asarray(given, np.float64)
+    except (TypeError, ValueError) as error:
+        said = first_line(error)
+        raise UserError(f"reward must be one number for each rollout: {said}") from error
+    if found.ndim > 1 and found.size != len(found):
+        raise UserError(f"reward must be one number for each rollout, got shape {found.shape}")
+    return found.flatten() if found.ndim > 1 else found
+
+
+def number(name: str, value: Any) -> Any:
+    """Value of a step column, of a tensor too. Raises UserError if that holds several."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise UserError(f"step column {name!r} must be a number, got shape {tuple(value.shape)}")
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _check_counts(rollouts: Mapping[str, Any]) -> None:

@@ -105,7 +105,10 @@ class StepWriter:
         """Add token ids, those that are new, to the vocabulary of the run."""
         new = self._vocabulary.new(ids)
         if new:
-            named = dict(zip(new, texts(new), strict=True))
+            found = texts(new)
+            if len(found) != len(new):
+                raise UserError(f"texts gave {len(found)} texts for {len(new)} token ids")
+            named = dict(zip(new, found, strict=True))
             self._thread.put(partial(self._writer.add_vocab, named))
 
     def note(self, **changes: Any) -> None:

@@ -207,6 +207,7 @@ def test_an_optimizer_that_is_not_torchs_is_told(
         "watching the loss stopped (UserError: no torch optimizer has stepped in 2 calls of the "
         "loss: call end_step() of the watched loss after each update); training goes on"
     ]
+    assert open_run(tmp_path / "told").manifest["status"] == "recording_failed"
     with watched_loss(plain_loss, run=tmp_path / "by hand", names=PLAIN) as watched:
         for _ in range(4):
             step(policy, watched)
@@ -279,6 +280,18 @@ def test_a_folder_that_holds_a_run_is_told_once_and_training_goes_on(
     assert len(open_run(tmp_path / "r").steps) == 2
 
 
+def test_a_folder_is_where_it_was_when_the_loss_was_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    policy = Policy()
+    with watched_loss(plain_loss, run="r", names=PLAIN, head=False) as watched:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        step(policy, watched, torch.optim.SGD(policy.parameters(), lr=0.1))
+    assert len(open_run(tmp_path / "r").steps) == 1
+
+
 def test_a_loss_that_was_sent_to_a_worker_goes_on_with_the_run(tmp_path: Path) -> None:
     trainer = TRAINERS["nemo-rl"]
     with watched_loss(trainer.loss, run=tmp_path / "r", names="nemo-rl") as watched:
@@ -309,13 +322,14 @@ def test_a_twin_process_records_nothing(tmp_path: Path) -> None:
         ({"names": {"logp": "p"}}, "names must say where logp and advantages are"),
         ({"names": PLAIN | {"advantage": "a"}}, "did you mean 'advantages'"),
         ({"names": PLAIN, "token_fractoin": 2}, "did you mean 'token_fraction'"),
+        ({"names": PLAIN, "loss": max}, "the arguments of <built-in function max> have no names"),
     ],
 )
 def test_what_does_not_exist_is_refused_with_the_closest(
     given: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        watched_loss(plain_loss, run=tmp_path / "r", **given)
+        watched_loss(**{"loss": plain_loss, "run": tmp_path / "r", **given})
 
 
 @pytest.mark.parametrize(
@@ -357,7 +371,7 @@ def test_verl_is_watched_by_the_settings_of_the_environment(
 
     def watch_verl(path: str, described: dict[str, str], **settings: Any) -> SimpleNamespace:
         calls.append((path, described, settings))
-        return SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(close=lambda status: None)
 
     monkeypatch.setattr("wapo_analysis.capture.verl.watch_verl", watch_verl)
     for name in ("WAPO_RUN", "WAPO_TOKEN_EVERY", "WAPO_TOKEN_FRACTION", "WAPO_LABEL"):

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, guarded
+from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, close_at_exit, guarded
 from wapo_analysis.record.beside import check_actions
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.store import MANIFEST
@@ -209,6 +210,31 @@ def test_a_schedule_out_of_range_is_refused(given: tuple[Any, ...], said: str) -
 def test_schedules_at_their_bounds_are_allowed() -> None:
     check_schedule(0, 1.0, 0, 0, 0)
     check_schedule(3, 1e-9, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "status"),
+    [
+        (None, False, "finished"), (ValueError, False, "failed"),
+        (KeyboardInterrupt, False, "interrupted"), (ValueError, True, "finished"),
+    ],
+)  # fmt: skip
+def test_what_is_closed_at_exit_knows_what_ended_the_program(
+    kind: Any, prompt: bool, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered, told = list[Any](), list[str]()
+    monkeypatch.setattr("wapo_analysis.record.atexit.register", registered.append)
+    monkeypatch.setattr("wapo_analysis.record.atexit.unregister", registered.remove)
+    monkeypatch.delattr(sys, "last_type", raising=False)
+    if kind is not None:
+        monkeypatch.setattr(sys, "last_type", kind, raising=False)
+    if prompt:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    forget = close_at_exit(told.append)
+    registered[0]()
+    assert told == [status]
+    forget()
+    assert not registered
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,22 @@ def test_passes_that_no_gradient_reached_are_forgotten_if_another_was(
     assert step.returned() is returned
     assert step.trained == trained
     assert len(step.batches) == len(step.passes) == left
-    assert step.lacks_gradients() is (bool(came) and not returned)
+    assert bool([*step.gaps()]) is (bool(came) and not returned)
 
 
-def test_a_pass_without_a_graph_lacks_no_gradient() -> None:
-    step = OpenStep(batches=[a_batch(logp=torch.full((2, 3), -0.5))])
-    assert not step.lacks_gradients()
+def test_a_pass_without_a_graph_and_one_with_two_gradients_are_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    told = set[str]()
+    for _ in range(2):
+        step = OpenStep(batches=[a_batch(logp=torch.full((2, 3), -0.5)), a_batch(first=2)])
+        for gradient in (1.0, 2.0):
+            step.batches[1].read_gradient(torch.full((2, 3), gradient), 2.0)
+        step.tell(told)
+    assert step.batches[1].tokens.coef.tolist() == [-1.5] * 5  # type: ignore[union-attr]
+    assert sorted(message[:24] for message in caplog.messages) == [
+        "several gradients came b", "the logp given to watch ",
+    ]  # fmt: skip
 
 
 def test_a_host_s_tokens_are_summed_up_by_the_writer_not_by_training() -> None:
