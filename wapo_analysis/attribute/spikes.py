@@ -46,7 +46,8 @@ class StepAttribution(Result):
     by_pred_dentropy : DataFrame
         Tokens again, largest predicted dH first, of either sign.
     three_numbers : DataFrame
-        Predicted, counterfactual, measured per class if an update of the step was probed.
+        Predicted, counterfactual, measured per class, in ``tokens_of`` by name, if an update of the
+        step was probed.
     fraction : float
         Share of the rollouts that has token rows.
     """
@@ -154,9 +155,15 @@ def attribute_step(run: Run, step: int, top: int = 10) -> StepAttribution:
         prompts=prompts.assign(
             prompt=prompts["group"].map(texts), question=prompts["group"].map(apart)
         ),
-        three_numbers=three_numbers(probes) if len(probes) else pd.DataFrame(),
+        three_numbers=_named(probes) if len(probes) else pd.DataFrame(),
         fraction=float(run.manifest.get("token_fraction", 1.0)),
     )
+
+
+def _named(probes: pd.DataFrame) -> pd.DataFrame:
+    """:func:`wapo_analysis.probes.three_numbers`, its sets of tokens by name."""
+    numbers = three_numbers(probes)
+    return numbers.assign(tokens_of=numbers["tokens_of"].map(set_name))
 
 
 def _tokens(run: Run, step: int) -> dict[str, Array]:
@@ -312,11 +319,11 @@ def _prompt_grid(frame: pd.DataFrame) -> Grid:
 
 
 def _three_grid(numbers: pd.DataFrame) -> Grid:
-    """Table of :func:`wapo_analysis.probes.three_numbers`."""
+    """Table of `StepAttribution.three_numbers`."""
     rows = [["tokens of", "verdict", "tokens", "predicted", "class alone", "measured"]]
     for row in numbers.to_dict("records"):
         change = [_signed(row[name]) for name in ("predicted", "counterfactual", "measured")]
-        named = [set_name(int(row["tokens_of"])), str(row["verdict"])]
+        named = [str(row["tokens_of"]), str(row["verdict"])]
         rows.append([*named, str(int(row["tokens"])), *change])
     return Grid(rows, left=2)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wapo_taxonomy as tax
 
 from tests.support.builders import write_fake_run
 from wapo_analysis.attribute import attribute_step
@@ -120,7 +121,8 @@ def test_command_prints_every_format(run: Run, capfd: pytest.CaptureFixture[str]
     found = json.loads(capfd.readouterr().out)
     assert found["step"] == 3
     assert len(found["tokens"]) == 10
-    assert {row["tokens_of"] for row in found["three_numbers"]} == set(range(6))
+    sets = {row["tokens_of"] for row in found["three_numbers"]}
+    assert sets == {*tax.CLASSES, "all tokens", "step before"}
     assert wapo(["diagnose", path, "--step", "3", "-f", "markdown"]) == 0
     assert "| gradient | predicted dH |" in capfd.readouterr().out
 
