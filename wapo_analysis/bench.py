@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wapo_analysis.errors import UserError
+from wapo_analysis.errors import UserError, counted
 from wapo_analysis.record.recorder import Recorder
 from wapo_analysis.record.topk import ReadRows
 from wapo_analysis.results import Grid, Result, Say, Section
@@ -293,9 +293,9 @@ def _random(layers: int, width: int, vocabulary: int, device: str) -> Policy:
 def _described(policy: Policy, name: str, batch: Batch) -> str:
     config = policy.model.config.get_text_config()
     million = sum(p.numel() for p in policy.module.parameters()) / 1e6
-    where = f"CPU, {torch.get_num_threads()} thread(s)"
+    where = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
     return (
-        f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary "
+        f"{counted(config.num_hidden_layers, 'layer')}, width {config.hidden_size}, vocabulary "
         f"{config.vocab_size} ({million:.1f} M parameters, {name}); {len(batch.rewards)} rollouts, "
         f"{int(batch.lengths.sum())} completion tokens; "
         f"{torch.cuda.get_device_name() if policy.device.type == 'cuda' else where}"

@@ -25,7 +25,7 @@ def test_every_cost_is_a_share_of_the_plain_step(costs: Costs) -> None:
     assert costs.class_totals.value > 0.05
     assert costs.probe.value > 1
     assert 20 < costs.bytes_per_token < 1000
-    assert "1 layers, width 64, vocabulary 300" in costs.what
+    assert "1 layer, width 64, vocabulary 300" in costs.what
     assert "4 rollouts, 32 completion tokens; CPU" in costs.what
 
 
