@@ -259,11 +259,11 @@ def _prompt_rewards(run: Run) -> pd.Series:
 
 def _step_gap(pairs: Sequence[tuple[Run, Run]], column: str) -> Gap:
     """A step column, pair by pair."""
-    return _pool([_series_gap(*(_by_step(run.steps, column) for run in pair)) for pair in pairs])
 
+    def of(run: Run) -> pd.Series:
+        return pd.Series(run.column(column), run.steps["step"])
 
-def _by_step(steps: pd.DataFrame, column: str) -> pd.Series:
-    return pd.to_numeric(steps.set_index("step")[column], errors="coerce").dropna()
+    return _pool([_series_gap(*map(of, pair)) for pair in pairs])
 
 
 def _share_gap(pairs: Sequence[tuple[Run, Run]], name: str) -> Gap:

@@ -104,7 +104,7 @@ def _unsigned_zero(number: str) -> str:
 
 def _edge_mean(run: Run, column: str, last: bool) -> float:
     """Mean of a step column over the first or last tenth of its finite values."""
-    numbers = pd.to_numeric(run.steps[column], errors="coerce").to_numpy(np.float64)
+    numbers = run.column(column)
     known = numbers[np.isfinite(numbers)]
     count = max(1, int(len(known) * EDGE))
     part = known[-count:] if last else known[:count]

@@ -66,10 +66,7 @@ class Context:
 
     def values(self, column: str) -> Array:
         """A step column as float64, shape (n,); whatever is not finite is NaN."""
-        if column not in self.run.steps:
-            return np.full(len(self.step_numbers), np.nan)
-        numbers = pd.to_numeric(self.run.steps[column], errors="coerce").to_numpy(np.float64)
-        return np.where(np.isfinite(numbers), numbers, np.nan)
+        return self.run.column(column)
 
     def null(self, column: str) -> Array:
         """Steps whose record holds the column, but nothing finite; shape (n,)."""

@@ -81,7 +81,7 @@ def prepare_marks(runs: Sequence[Run]) -> pd.DataFrame:
             if len(entropy)
             else np.nan,
             "onset": np.nan if onset is None else onset,
-            "updates": pd.to_numeric(run.steps["updates"], errors="coerce").median(),
+            "updates": pd.Series(run.column("updates")).median(),
         }
         parts.append(pd.DataFrame([row]))
     return keyed(parts, runs, _COLUMNS)

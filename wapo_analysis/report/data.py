@@ -61,7 +61,7 @@ def run_data(run: Run, found: Diagnosis | None = None) -> Json:
         "trust": trust(run.probes).to_dict("records"),
         "token_steps": run.token_steps(),
         "has_rollouts": bool(run.recorded_steps("rollouts")),
-        "updates": _updates(run),
+        "updates": plain(pd.Series(run.column("updates")).median()),
     }
 
 
@@ -181,15 +181,6 @@ def _bands(context: Context) -> Json:
             "high": plain(series.level + reward.margin),
         }
     return bands
-
-
-def _updates(run: Run) -> float | None:
-    """Optimizer updates of a step, if it says: what one rollout step of an axis stands for."""
-    column = run.steps.get("updates")
-    if column is None:
-        return None
-    known = pd.to_numeric(column, errors="coerce").dropna()
-    return plain(np.median(known)) if len(known) else None
 
 
 def step_columns(run: Run) -> Json:

@@ -85,6 +85,13 @@ class Run:
             _LOG.warning("%s has %d lines of the %d that were written", log, len(rows), written)
         return steps_frame(rows)
 
+    def column(self, name: str) -> Array:
+        """A step column as float64, shape (steps,); what is not there or not finite is NaN."""
+        if name not in self.steps:
+            return np.full(len(self.steps), np.nan)
+        numbers = pd.to_numeric(self.steps[name], errors="coerce").to_numpy(np.float64)
+        return np.where(np.isfinite(numbers), numbers, np.nan)
+
     @cached_property
     def classes(self) -> pd.DataFrame:
         """Class totals with the name of the class, ``cls``, summed over ranks."""
