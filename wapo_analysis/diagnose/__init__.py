@@ -58,6 +58,7 @@ SAID_BY = {
     "stalled": {
         "advantages_vanish", "zero_signal", "zero_signal_too_hard", "zero_signal_too_easy",
         "gradient_vanishes", "plateau", "reward_function_silent", "one_reward_takes_over",
+        "reward_silent",
     },
     "diverged": {"gradient_grows", "gradient_spikes", "plateau"},
     "reward_collapse": {

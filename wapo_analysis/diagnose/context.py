@@ -43,6 +43,8 @@ from wapo_analysis.table import Array
 
 #: Step columns of the held-out score: as imported, and as our own trainer writes it.
 HELD_OUT = ("eval_reward", "eval/reward")
+#: Mean of a reward function in [0, 1] up to which it is hardly earned.
+A_BIT = 0.25
 #: Parts of names of reward functions that grade the form of an answer, not what it says.
 FORM = ("format", "xml", "tag", "json", "style", "think", "lang", "length", "brief", "strict",
         "soft", "syntax", "penalty")  # fmt: skip
@@ -89,12 +91,20 @@ class Context:
 
     def _solved(self) -> bool:
         """A score within [0, 1] ends high: of the rollouts, else held out, else of the content."""
+        if self.form_alone:
+            return False
         for name in ("pass_rate", "reward", *HELD_OUT):
             series = self.series(name)
             if len(series) and series.values.min() >= 0 and series.values.max() <= 1:
                 return ends_solved(series)
         content = [s for name, s in self.reward_functions.items() if not grades_form(name)]
         return bool(content) and all(SOLVED <= s.end <= 1 for s in content)
+
+    @cached_property
+    def form_alone(self) -> bool:
+        """Functions of the form of answers pay, and none of their content gives more than a bit."""
+        content = [s.end for name, s in self.reward_functions.items() if not grades_form(name)]
+        return 0 < len(content) < len(self.reward_functions) and max(content) <= A_BIT
 
     @cached_property
     def held_out(self) -> Series:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.step_logs import Columns, found_by, ramp, seen
+from tests.support.step_logs import Columns, found_by, judge, ramp, seen
 from wapo_analysis.diagnose import Finding
 
 N = 60
@@ -299,3 +299,28 @@ def test_why_nothing_is_learned(tmp_path: Path, case: str) -> None:
     assert ("truncated" in found.evidence) is cut
     assert ("{max_new_tokens}" in str(found.advice)) is cut
     assert found.evidence["grad_norm_end"] == (0.0 if "grad_norm" in more else None)
+
+
+def test_a_full_reward_for_the_form_alone_is_no_solved_task(tmp_path: Path) -> None:
+    ones, zeros = np.ones(60), np.zeros(60)
+    columns = {
+        "reward": ones, "grad_norm": zeros, "groups_flat": ones,
+        "rewards/format_reward/mean": ones, "rewards/accuracy_reward/mean": zeros,
+    }  # fmt: skip
+    d = judge(tmp_path / "a", **columns)
+    assert d.verdict == "stalled"
+    assert not any(f.name == "zero_signal_too_easy" for f in d.findings)
+    solved = judge(tmp_path / "b", **columns | {"rewards/accuracy_reward/mean": ones})
+    assert solved.verdict == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("value", "records", "last", "told"),
+    [(0.0, 20, 0.0, True), (-1.0, 20, -1.0, True), (0.0, 19, 0.0, False), (0.0, 20, 0.1, False),
+     (0.5, 20, 0.5, False)],
+)  # fmt: skip
+def test_a_reward_that_was_never_earned_is_told(
+    tmp_path: Path, value: float, records: int, last: float, told: bool
+) -> None:
+    d = judge(tmp_path, reward=np.r_[np.full(records - 1, value), last])
+    assert any(f.name == "reward_silent" for f in d.findings) is told

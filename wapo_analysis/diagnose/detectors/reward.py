@@ -7,6 +7,7 @@ import numpy as np
 from wapo_analysis.diagnose.advice import LOWER_LR, Advice
 from wapo_analysis.diagnose.context import Context, grades_form
 from wapo_analysis.diagnose.detectors import detector, lasting
+from wapo_analysis.diagnose.detectors.signal import DAPO
 from wapo_analysis.diagnose.detectors.update import LARGE_STEPS
 from wapo_analysis.diagnose.result import Finding, Severity
 from wapo_analysis.diagnose.reward import RewardState, block_size, fell_before
@@ -279,6 +280,29 @@ def find_silent(context: Context) -> list[Finding]:
                 )
             )
     return found
+
+
+@detector("reward_silent", Need("steps", "reward"))
+def find_silent_reward(context: Context) -> list[Finding]:
+    """No step has earned a reward: it is one and the same, 0 or below, all along."""
+    series = context.series("reward")
+    if len(series) < SILENT_RECORDS or series.values.max() > 0 or np.ptp(series.values):
+        return []
+    return [
+        Finding(
+            name="reward_silent",
+            severity="warning",
+            step=series.step(0),
+            message=f"The reward has been {short(series.end)} at every step: there is nothing to "
+            "learn from it.",
+            evidence={"value": series.end},
+            advice=Advice(
+                "Check that the reward can be earned at all: grade a right completion by hand.",
+                steps=(Advice("Mix in easier problems ({data})."),),
+            ),
+            reference=DAPO,
+        )
+    ]
 
 
 def _weighted(context: Context) -> dict[str, Series]:

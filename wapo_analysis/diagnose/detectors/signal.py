@@ -166,7 +166,7 @@ def _side(context: Context) -> str:
     if max(low, high) >= FLAT_GROUPS / 2:
         return "too_hard" if low >= SIDE * high else "too_easy" if high >= SIDE * low else ""
     reward = context.reward
-    if reward is None:
+    if reward is None or context.form_alone:
         return ""
     if reward.solved or (reward.bounded and reward.series.end >= EASY):
         return "too_easy"
