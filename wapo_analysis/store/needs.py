@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _NONE = {
     "steps": "no steps yet",
-    "classes": "no class totals yet",
+    "classes": "no class totals (recorded by wapo train, attach or watched_loss)",
     "probes": "no probes (recorded with probe_every)",
     "tokens": "no token rows (recorded with token_every and token_fraction above 0)",
     "rollouts": "no completions",

@@ -142,7 +142,9 @@ def test_reason_says_what_is_missing(cases: dict[str, list[Run]], tmp_path: Path
         render("bin_mass", blind)
     empty = open_run(write_fake_run(tmp_path / "empty", steps=0))
     assert unavailable(FIGURES["reward"], [empty]) == "empty has no steps yet"
-    assert unavailable(FIGURES["class_share"], [empty]) == "empty has no class totals yet"
+    assert unavailable(FIGURES["class_share"], [empty]) == (
+        "empty has no class totals (recorded by wapo train, attach or watched_loss)"
+    )
 
 
 def test_one_run_that_can_is_enough(cases: dict[str, list[Run]]) -> None:
