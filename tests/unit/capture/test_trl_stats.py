@@ -204,13 +204,17 @@ def test_logits_of_a_completion_are_those_before_its_tokens() -> None:
     assert torch.equal(columns["collision_rest"], wanted.collision_rest)
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_hidden_states_of_a_completion_are_those_before_its_tokens(again: bool) -> None:
+@pytest.mark.parametrize(("again", "mixed"), [(False, False), (True, False), (False, True)])
+def test_hidden_states_of_a_completion_are_those_before_its_tokens(
+    again: bool, mixed: bool
+) -> None:
+    """A head that the trainer casts to float32 is read in it, also within its autocast."""
     watch, call, looked = logits_reader(again)
     weight = torch.randn(V, 2, generator=torch.Generator().manual_seed(1))
     watch._model.config = SimpleNamespace(get_text_config=SimpleNamespace)
     hidden = torch.randn(2, L, 2, generator=torch.Generator().manual_seed(2))
-    watch._read_head((weight, None), hidden)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        watch._read_head((weight, None), hidden)
     before = (hidden @ weight.T)[:, 3:6]
     torch.testing.assert_close(looked[0], before[call.mask_BT])
     assert len(call.from_head) == (not again)

@@ -318,7 +318,9 @@ class _ObjectiveLoss:
         head = causal_model(trainer).get_output_embeddings()
         states = torch.cat(hidden)[:, -mask.shape[1] - 1 : -1][mask]
         cast = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
-        with whole(head) as tensors, trainer.accelerator.autocast():
+        kind = states.device.type
+        precision = torch.autocast(kind, enabled=False) if cast else trainer.accelerator.autocast()
+        with whole(head) as tensors, precision:
             stats = LmHead.of(causal_model(trainer), tensors).stats(
                 states.float() if cast else states,
                 inputs["completion_ids"][mask],

@@ -12,7 +12,7 @@ tokens of the loss mask. Four sources, told apart by what the model returns:
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -192,15 +192,16 @@ class StatsReader:
         if head is None:
             call.top.read(rows_BTX.__getitem__)
             return
-        with self._precision():
+        with self._precision(rows_BTX):
             cast = self._trainer.casts_head
             call.top.read(lambda at: head.logits(rows_BTX[at].float() if cast else rows_BTX[at]))
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        """That of the trainer's own head."""
-        cast = self._trainer.casts_head
+    def _precision(self, hidden: Tensor) -> AbstractContextManager[Any]:
+        """That of the trainer's own head: none of the autocast around it, where that is cast."""
         context: AbstractContextManager[Any] = (
-            nullcontext() if cast else self._trainer.raw.accelerator.autocast()
+            torch.autocast(hidden.device.type, enabled=False)
+            if self._trainer.casts_head
+            else self._trainer.raw.accelerator.autocast()
         )
         return context
 
@@ -248,7 +249,7 @@ class StatsReader:
         mask_BT, ids_BT = call.next(len(hidden_BLD))
         hidden_ND = hidden_BLD[:, -mask_BT.shape[1] - 1 : -1][mask_BT]
         cast = self._trainer.casts_head
-        with self._precision():
+        with self._precision(hidden_ND):
             hidden = hidden_ND.float() if cast else hidden_ND
             return head.stats(hidden, ids_BT[mask_BT], self._trainer.temperature)
 
