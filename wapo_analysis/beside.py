@@ -77,7 +77,7 @@ class BesideTraining:
                 started = perf_counter()
                 self._look(step)
                 self._next = perf_counter() + REST * (perf_counter() - started)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit in a user's function
             self._audit = self._guards = False
             log.warning(
                 "judging %s beside its training stopped (%s: %s); training goes on",

@@ -223,9 +223,10 @@ def test_a_run_that_goes_on_after_step_20_keeps_what_was_done_up_to_it(tmp_path:
     assert acts(tmp_path / "none", 9) == {}
 
 
-def test_a_failing_function_never_stops_the_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit(1)])
+def test_a_failing_function_never_stops_the_training(tmp_path: Path, error: BaseException) -> None:
     def fails(finding: dict[str, Any]) -> None:
-        raise RuntimeError("no")
+        raise error
 
     with Recorder(tmp_path / "r", synchronous=True, on_warning=fails) as recorder:
         for step in range(1, 41):

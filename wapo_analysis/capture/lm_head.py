@@ -220,7 +220,7 @@ class HeadReader(Guarded):
         elif model:
             self._handle = register_module_forward_hook(self._find, with_kwargs=True)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Read no more; the loss is watched all the same."""
         self.reason = f"reading the logits failed ({self.failure})"
         self.close()

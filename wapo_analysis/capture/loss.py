@@ -65,7 +65,7 @@ class LossWatch(Guarded):
         self._scale, self._shown = torch.nan, list[tuple[ref[Any], torch.Tensor]]()
         self._columns: dict[str, Any] = {}
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Watch no more, with one warning."""
         self._stop_reading()
         log.warning("watching the loss stopped (%s); training goes on", self.failure)

@@ -38,7 +38,7 @@ class Guarded:
     seconds = 0.0
     _inside: int | None = None  # the thread that is within `guard`
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Watch no more; the first error is told."""
         if self.failure is None:
             first, *_ = [*str(error).strip().splitlines(), ""]
@@ -46,7 +46,7 @@ class Guarded:
             with suppress(Exception):  # a log handler of the training may raise
                 self.failed(error)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Let go of what is held, and tell the user."""
 
     # A compiled training step calls it as it stands; traced, it would end the training. The public

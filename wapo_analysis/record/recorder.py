@@ -134,7 +134,7 @@ class Recorder(Alone, Closing):
             self._beside, self.ring = made_beside(self.path, note, *asked, entries)
         self._steps = StepWriter(self._writer, self.fail, queue_rows, synchronous, self._beside)
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Stop recording for good, with one warning; training goes on."""
         self.lost, path = isinstance(error, RunLost), self.path or self.original
         if self.path is not None:

@@ -55,7 +55,7 @@ class StepWriter:
     def __init__(
         self,
         writer: PartWriter,
-        on_error: Callable[[Exception], None],
+        on_error: Callable[[BaseException], None],
         queue_rows: int,
         synchronous: bool,
         beside: Callable[[int], None] | None,
@@ -204,7 +204,9 @@ class Vocabulary:
         return [int(token) for token in fresh]
 
 
-def _tell(listener: "weakref.WeakMethod[Callable[[Exception], None]]", error: Exception) -> None:
+def _tell(
+    listener: "weakref.WeakMethod[Callable[[BaseException], None]]", error: BaseException
+) -> None:
     method = listener()
     if method is not None:
         method(error)
@@ -220,7 +222,9 @@ class WriterThread:
     every job at once in the thread that gives it.
     """
 
-    def __init__(self, on_error: Callable[[Exception], None], synchronous: bool = False) -> None:
+    def __init__(
+        self, on_error: Callable[[BaseException], None], synchronous: bool = False
+    ) -> None:
         self._on_error, self._synchronous = on_error, synchronous
         self._jobs: deque[tuple[Job, int]] = deque()
         self._changed = threading.Condition()
@@ -307,6 +311,9 @@ class WriterThread:
     def _do(self, job: Job) -> None:
         try:
             job()
-        except Exception as error:
+        except BaseException as error:
             self.abandon()
+            if self._synchronous and not isinstance(error, Exception):
+                raise
+            # In a thread of its own sys.exit, too, would end no more than the writing, unheard.
             self._on_error(error)

@@ -244,19 +244,22 @@ def test_a_failure_is_one_line(tmp_path: Path) -> None:
     assert recorder.failure == "RuntimeError: no kernel"
 
 
-def test_jobs_end_with_the_first_error() -> None:
+@pytest.mark.parametrize(
+    ("fails", "said"), [(lambda: [][0], "list index out of range"), (lambda: sys.exit(3), "3")]
+)
+def test_jobs_end_with_the_first_error(fails: Any, said: str) -> None:
     done: list[Any] = []
     thread = WriterThread(lambda error: done.append(str(error)))
     go = threading.Event()
     thread.put(lambda: done.append(go.wait(10)))
-    thread.put(lambda: [][0], rows=5)
+    thread.put(fails, rows=5)
     thread.put(lambda: done.append("never"), rows=7)
     assert thread.held == 12
     go.set()
     thread.drain()
     thread.put(lambda: done.append("never"))
     thread.close()
-    assert done == [True, "list index out of range"]
+    assert done == [True, said]
     assert thread.held == 0
 
 
