@@ -166,13 +166,15 @@ def _listening(name: str) -> Iterator[list[str]]:
         logger.propagate = before[1]
 
 
-def read_download(file: Path, sink: Sink, report: ImportReport) -> None:
+def read_download(file: Path, sink: Sink, report: ImportReport, alone: bool = True) -> None:
     """Read one scalar downloaded from TensorBoard: the metric is in the name of the file alone.
 
-    Raises UserError if neither the name nor ``--map`` tells the metric.
+    Raises UserError if neither the name nor ``--map`` tells the metric of a file that is alone.
     """
     column = next((ours for ours, theirs in sink.names.mapping.items() if theirs == "Value"), None)
     metric = "Value" if column else metric_of(file.stem)
+    if metric is None and not alone:
+        metric = file.stem.rpartition("-tag-")[2]
     if metric is None:
         raise UserError(
             f"{printable(shown(file.name))} is a scalar downloaded from TensorBoard, and its name "
@@ -201,19 +203,27 @@ def _download(file: Path, report: ImportReport) -> Iterator[tuple[int, Any, Any]
         yield number, cells[1], cells[2]
 
 
+#: Names that end those of other metrics: val_acc, prompt_len.
+LOOSE = {"acc", "accuracy", "len", "success_rate", "solve_rate"}
+
+
 def metric_of(stem: str) -> str | None:
     """Known metric that a file name ends with; slashes are written as underscores there."""
     low = re.sub(r"[^a-z0-9]+", "_", stem.lower())
     best = ""
     for row in rows_of("steps"):
         for name in (row.column, *row.names):
+            name = name.replace("*/", "all/", 1) if name.startswith("*/") else name
             if row.column == "step" or any(
                 mark in name for mark in ("*", "NAME", "1 - ", "DATASET")
             ):
                 continue
-            tail = re.sub(r"[^a-z0-9]+", "_", name.lower())
-            if len(name) > len(best) and (low == tail or low.endswith("_" + tail)):
-                best = name
+            tail = re.sub(r"[^a-z0-9]+", "_", name.lower().removeprefix("all/"))
+            before = ("_tag_", "train_") if name in LOOSE else ("_",)
+            fits = low == tail or low.endswith(tuple(word + tail for word in before))
+            # A name that begins with anything counts where no other fits.
+            better = len(name) > len(best) and not (best and name.startswith("all/"))
+            best = name if fits and (better or best.startswith("all/")) else best
     return best or None
 
 

@@ -50,7 +50,8 @@ _WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER}
 _BARE = re.compile(r"(?<=[:\s,\[(])(-?(?:nan|inf))(?=[\s,}\])])", re.IGNORECASE)
 _BAR = re.compile(r"(\d+)/(\d+) \[")
 _BEFORE = re.compile(
-    r"\b(?:step|rollout|perf|eval|iter|iteration)[ :=#]*(\d+)\s*:?\s*(?:\w+=)?$", re.I
+    r"(?:\b|_)(?:step|rollout|perf|eval|iter|iteration)[ :=#]*(\d+)\s*[:,]?\s*(?:\w+\s*[:=]\s*)?$",
+    re.I,
 )
 _OPENS = re.compile(r"""\{\s*['"][^'"]+['"]\s*:""")
 _ERROR = re.compile(
@@ -129,13 +130,20 @@ def read_console(files: tuple[Path, ...], sink: Sink, report: ImportReport) -> N
         printed = PrintedLog(lambda keys: bool(sink.names.feeds(keys)))
         errors: list[tuple[int, str]] = []
         last = 0
+        at: Any = None
         lines = _also(console_lines(file, report), printed, errors)
         for number, bar, record, step in _records(lines):
             last = number
             named = trainer_names(record)
+            key = sink.names.step_key(tuple(record))
+            if key is not None:
+                at = record[key]
+            elif step is None and stepped and _is_eval(named):
+                step = at  # it belongs to the step before
             if step is not None:
+                at = step if key is None else at
                 named["step"] = step
-            elif sink.names.step_key(tuple(record)) is None:
+            elif key is None:
                 stepless.append((number, named, bar, printed.heading))
                 continue
             stepped = True

@@ -104,7 +104,7 @@ ALIASES: Final[tuple[Alias, ...]] = (
         reward="reward | rollout/reward_mean", reward_std="rollout/reward_std",
         length="rollout/response_length_mean | response_length",
         truncated="rollout/truncated_rate | truncated",
-        eval_reward="eval/eval_*_pass1", seconds="timing/step_total",
+        eval_reward="eval/eval_*_pass1 | eval/*_pass1", seconds="timing/step_total",
         seconds_rollout="timing/generation",
     ),
     *rows("steps", "OpenRLHF", UNVERIFIED, truncated="rollout/truncated"),

@@ -193,8 +193,8 @@ def _read_boards(found: Found, sink: Sink, report: ImportReport, run: str | None
     elif wandb:
         boards.read_wandb(wandb, sink, report, run)
     else:
-        for file in found.of("download"):
-            boards.read_download(file, sink, report)
+        for file in (downloads := found.of("download")):
+            boards.read_download(file, sink, report, alone=len(downloads) == 1)
         for file in found.of("panel"):
             boards.read_panel(file, sink, report, run)
 

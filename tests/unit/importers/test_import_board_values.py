@@ -78,6 +78,7 @@ def test_reading_event_files_leaves_the_librarys_log_as_it_was(tmp_path: Path) -
         ("run_1_val_stop_rate", None), ("eval_dataset", None), ("reward_mean", "reward/mean"),
         ("train-completions_mean_length", "completions/mean_length"), ("x_mean_length",
         "mean_length"), ("grad_norm", "grad_norm"), ("xgrad_norm", None),
+        ("run-a-tag-accuracy", "accuracy"), ("tag_token_accuracy", None), ("x_prompt_len", None),
     ],
 )  # fmt: skip
 def test_a_file_name_tells_the_longest_known_metric_at_its_end(stem: str, name: str | None) -> None:

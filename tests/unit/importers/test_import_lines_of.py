@@ -239,3 +239,34 @@ def test_a_seed_of_each_step_or_sample_names_no_run(more: dict[str, str], tmp_pa
     rows = [{"seed": n if not more else n % 2, "step": n, "reward": 0.5} | more for n in STEPS]
     steps, _ = read(write_lines(tmp_path / "m.jsonl", rows), tmp_path / "out")
     assert len(steps) == 12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "✨ Global step {n}: {{'reward': {r}, 'policy_loss': 0.1, 'vllm_kl': 0.0}}\n✨ Evaluation "
+        "completed in 0:01:02, global_step {n}, eval_metrics: {{'eval_math500_pass1': 0.1}}",
+        "Step {n}: \n{{'reward/avg_raw_reward': '{r:.4f}', 'trainer/global_step': {n}}}\n"
+        "Step {n}: \n{{'eval/all/avg_score': '0.1000'}}",
+    ],
+)
+def test_a_printed_evaluation_without_a_step_is_of_the_step_before(
+    text: str, tmp_path: Path
+) -> None:
+    steps, _ = read(log(tmp_path, text), tmp_path / "out")
+    assert steps.index.tolist() == list(STEPS)
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+    assert (steps["eval_reward"] == 0.1).all()
+
+
+def test_a_downloaded_scalar_of_an_unknown_name_is_kept_beside_known_ones(tmp_path: Path) -> None:
+    tags = ["global_train_rewards_score_mean", "actor_train_perplexity", "val_acc"]
+    for tag in tags:
+        rows = "".join(f"{1.7e9 + n},{n},{n / 20}\n" for n in STEPS)
+        file = tmp_path / "tb" / f"run-.-tag-{tag}.csv"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("Wall time,Step,Value\n" + rows)
+    steps, _ = read(tmp_path / "tb", tmp_path / "out")
+    assert steps["reward"].tolist() == [n / 20 for n in STEPS]
+    assert steps["tensorboard/actor_train_perplexity"].tolist() == steps["reward"].tolist()
+    assert steps["eval_reward"].tolist() == steps["reward"].tolist()
