@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS: dict[str, int] = {
-    "errors": 0, "schema": 0, "declare": 1,
+    "errors": 0, "schema": 0, "workers": 0, "declare": 1,
     "table": 1, "stats": 1, "results": 1,
     "derive": 2, "series": 2,
     "objectives": 3, "store": 3,

@@ -223,6 +223,10 @@ def root(
     """Attach the global options."""
 
 
+class _Interrupted(Exception):
+    """Ctrl-C in a command; typer would end with its code and say nothing."""
+
+
 class _Command(TyperCommand):
     """A command whose flags show their default as its other options do: off."""
 
@@ -232,6 +236,12 @@ class _Command(TyperCommand):
             if isinstance(option, TyperOption) and option.is_flag and option.help:
                 told = "[default: " in option.help
                 option.help += "" if told else "  [default: off]"
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
 
 
 @cache
@@ -277,7 +287,7 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         console_error(str(error))
         return 2
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, _Interrupted, typer.Abort):
         console_error("interrupted")
         return 130
     except BrokenPipeError:

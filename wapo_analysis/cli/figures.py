@@ -86,9 +86,9 @@ def write_figures(
 @contextmanager
 def _helpers(names: list[str] | None, runs: Sequence[object]) -> "Iterator[_Pool | None]":
     """Processes that draw beside this one where that pays; they load while this one does."""
-    from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
+
+    from wapo_analysis.workers import Workers
 
     many = 2 if runs else 0
     pays = many if names is None else len(names) // _WORTH_A_PROCESS
@@ -96,8 +96,7 @@ def _helpers(names: list[str] | None, runs: Sequence[object]) -> "Iterator[_Pool
     if helpers <= 0:
         yield None
         return
-    # spawn: a forked copy of a process that has used threads can hang.
-    pool = ProcessPoolExecutor(helpers, mp_context=get_context("spawn"))
+    pool = Workers(helpers)
     try:
         with suppress(BrokenProcessPool, OSError):  # no more processes by a limit
             for _ in range(helpers):

@@ -1,6 +1,7 @@
 """The command that trains: ``wapo train``."""
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -162,6 +163,14 @@ def _train(settings: TrainConfig, folder: Path, **options: Any) -> None:
         if rank == 0 or isinstance(error, ProcessFailed):
             console_error(f"stopped: {error}; the run up to here is in {folder}")
         raise Exit(1) from error
+    except KeyboardInterrupt as error:
+        from wapo_analysis.train.checkpoint import checkpoints
+
+        if rank or not checkpoints(folder):
+            raise
+        again = shlex.join(["wapo", "train", "--out", str(folder), "--resume"])
+        console_error(f"interrupted; it goes on with {again}")
+        raise Exit(130) from error
     _ended(folder)
 
 

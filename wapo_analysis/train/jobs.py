@@ -2,16 +2,17 @@
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children
 from pathlib import Path
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import STEP_LOG
 from wapo_analysis.train.config import TrainConfig
 from wapo_analysis.train.loop import train
+from wapo_analysis.workers import Workers
 
 _POLL_SECONDS = 0.3
 
@@ -37,7 +38,7 @@ def train_all(
     """Train every job; one that fails does not stop the others.
 
     Returns what went wrong with each job, None if nothing did. Raises UserError if two jobs share a
-    folder.
+    folder, and KeyboardInterrupt on Ctrl-C, after the runs in progress have ended with their step.
 
     Parameters
     ----------
@@ -51,8 +52,7 @@ def train_all(
     if len({job.out for job in jobs}) < len(jobs):
         raise UserError("two of the runs have the same folder")
     count = min(workers or os.cpu_count() or 1, len(jobs))
-    # spawn: a forked copy of a process that has used torch's threads or CUDA can hang.
-    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+    with Workers(count) as pool:
         futures = [pool.submit(_train_one, job) for job in jobs]
         try:
             waiting: set[Future[str | None]] = set(futures)
@@ -61,7 +61,10 @@ def train_all(
                 if progress is not None:
                     progress([job.done_steps() for job in jobs])
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
+            for worker in active_children():
+                worker.terminate()  # a run ends after its step
             raise
         return [_outcome(future) for future in futures]
 
@@ -79,6 +82,8 @@ def _train_one(job: Job) -> str | None:
     try:
         # One thread each: small models gain nothing from more, and the runs share the cores.
         train(job.config, job.out, threads=1)
+    except KeyboardInterrupt:
+        os._exit(130)  # else the next job begins, which may be on its way already
     except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -28,3 +28,14 @@ def test_a_number_out_of_range_is_one_line(
     assert out == ""
     assert err.startswith(f"wapo: Invalid value for '{option}'")
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line_and_its_own_code(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wapo_analysis.verify.run_identities", interrupt)
+    assert run(["verify"]) == 130
+    assert capfd.readouterr().err == "wapo: interrupted\n"
