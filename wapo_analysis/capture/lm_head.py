@@ -9,6 +9,7 @@ Shapes: B texts of L positions in a forward, M = B (L - 1) of them predicted, V 
 width; P the shape of the loss's log-probabilities, (b, T) or packed (m,); N tokens under its mask.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from wapo_analysis.record.batches import MATCH
 from wapo_analysis.stats import TokenStats, fused_head_stats, token_stats
 
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+# Mean distance in nats of log-probabilities that are the same ones. Of a policy that is nearly
+# uniform, those of the next token, too, may be near.
+_SAME = 1e-6
 # Most by which the logits made here may differ from the model's own, in units of the largest one.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 _HALF_TOLERANCE = 2e-2
@@ -286,23 +290,28 @@ class HeadReader(Guarded):
         if reading is None:
             return None
         wanted = logp.detach()[place]
+        found, least = None, math.inf
         for index in self._places(logp, mask, place, reading):
             stats = reading.at(index)
-            if stats is not None and self._agrees(stats.logp, wanted):
-                self._used += len(logp)
-                self._texts += 1
-                return stats, reading.ids[index]
-        return None
+            away = math.inf if stats is None else _distance(stats.logp, wanted)
+            if stats is not None and (found is None or away < least):
+                found, least = (stats, reading.ids[index]), away
+            if least <= _SAME:
+                break
+        if found is None or not self._agrees(least):
+            return None
+        self._used += len(logp)
+        self._texts += 1
+        return found
 
     @guarded
     def read(self, logits: Tensor, ids: Tensor, logp: Tensor, mask: Tensor) -> TokenStats | None:
         """Statistics, shape (N,), of logits that the loss itself was given, shape P + (V,)."""
         mask, most = mask.bool(), min(self.topk, logits.shape[-1])
         stats = token_stats(logits.detach(), ids, self._temperature, mask, most)
-        return stats if self._agrees(stats.logp, logp.detach()[mask]) else None
+        return stats if self._agrees(_distance(stats.logp, logp.detach()[mask])) else None
 
-    def _agrees(self, logp: Tensor, wanted: Tensor) -> bool:
-        away = float((logp - wanted).abs().mean()) if len(wanted) else 0.0
+    def _agrees(self, away: float) -> bool:
         agrees = away <= MATCH
         if not agrees:
             self.reason = (
@@ -335,6 +344,12 @@ class HeadReader(Guarded):
         elif len(begins) > len(logp):  # each text ends with its completion
             last = (mask.bool() * torch.arange(1, width + 1, device=mask.device)).amax(1)
             yield begins[1:][row] - last[row] + column - 1
+
+
+def _distance(logp: Tensor, wanted: Tensor) -> float:
+    """Mean distance in nats; infinite if it is no number, 0 of no tokens."""
+    away = float((logp - wanted).abs().mean()) if len(wanted) else 0.0
+    return math.inf if math.isnan(away) else away
 
 
 def _named_logits(output: Any) -> Tensor | None:

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wapo_analysis.capture.lm_head import HeadReader, Reading, _begins, _named_logits
+from wapo_analysis.capture.lm_head import (
+    HeadReader,
+    Reading,
+    _begins,
+    _distance,
+    _named_logits,
+)
 from wapo_analysis.record.batches import MATCH
 from wapo_analysis.stats import TokenStats, token_stats
 
@@ -129,11 +135,17 @@ def test_the_last_positions_are_read_and_padding_is_not(keep: int, padded: bool)
 
 
 @pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
 def test_a_loss_of_whole_texts_may_hold_each_token_s_own_probability_or_the_next_one_s(
-    own: bool,
+    own: bool, scale: float
 ) -> None:
-    """(B, L) log-probabilities of L logits: at each position those of its token, or the next."""
+    """(B, L) log-probabilities of L logits: at each position those of its token, or the next.
+
+    Of a policy that is nearly uniform both are near; the nearer ones are meant.
+    """
     model = Head()
+    with torch.no_grad():
+        model.table.mul_(scale)
     reader = HeadReader(1.0, model)
     logits = model(input_ids=IDS)["logits"].detach()
     logp = logits[:, :-1].log_softmax(-1).gather(-1, IDS[:, 1:, None])[..., 0]
@@ -303,9 +315,11 @@ def test_logits_that_a_loss_was_given_are_read_where_they_agree() -> None:
 def test_log_probabilities_agree_up_to_a_tenth_of_a_nat_on_average() -> None:
     reader, zeros = HeadReader(1.0, False), torch.zeros(2, dtype=torch.float64)
     for gap, agrees in ((MATCH, True), (MATCH * 1.001, False), (-MATCH * 1.001, False)):
-        assert reader._agrees(zeros + gap, zeros) is agrees
-    assert reader._agrees(torch.tensor([0, 2 * MATCH], dtype=torch.float64), zeros), "on average"
-    assert reader._agrees(zeros[:0], zeros[:0]), "nothing differs"
+        assert reader._agrees(_distance(zeros + gap, zeros)) is agrees
+    assert reader._agrees(_distance(torch.tensor([0, 2 * MATCH], dtype=torch.float64), zeros)), (
+        "on average"
+    )
+    assert reader._agrees(_distance(zeros[:0], zeros[:0])), "nothing differs"
 
 
 def test_a_reader_that_fails_says_why_and_reads_no_more() -> None:
