@@ -196,6 +196,8 @@ def test_unknown_figure_lists_the_known_ones(
     line = refused(capfd, "figures", "--only", "entropie", "--out", str(tmp_path))
     assert line.startswith("wapo: unknown figure 'entropie'")
     assert line.endswith("did you mean 'entropy'?")
+    line = refused(capfd, "figures", "--only", " ,", "--out", str(tmp_path))
+    assert line == "wapo: --only names no figure; wapo figures --list shows them"
 
 
 def test_theory_figures_need_no_run(tmp_path: Path) -> None:

@@ -62,10 +62,13 @@ def figures(
             say(f"{name:20} {spec.caption}")
         return
     names = None if only is None else [n.strip() for n in only.split(",") if n.strip()]
-    for name in names or ():
+    if names is not None:
         from wapo_analysis.plots import get_figure
 
-        get_figure(name)
+        if not names:
+            raise UserError("--only names no figure; wapo figures --list shows them")
+        for name in names:
+            get_figure(name)
     given = runs or []
     ready = all(path.exists() for path in given)
     with _helpers(names, given) if ready else nullcontext() as pool:

@@ -43,7 +43,7 @@ def pick(runs: Sequence[str], chosen: str | None, where: Path) -> str:
     fits, said = list(runs), ""
     if chosen is not None:
         fits = [run for run in runs if run == chosen] or [run for run in runs if chosen in run]
-        said = f" that fit {printable(chosen)}"
+        said = f" that fit {chosen!r}"
         if not fits:
             raise unknown_name(f"--run of {shown(where)}", chosen, map(shown, runs))
     if len(fits) > 1:

@@ -44,7 +44,9 @@ def test_several_tensorboard_runs_are_asked_for(tmp_path: Path) -> None:
         read(tmp_path / "runs", tmp_path / "out")
     steps, _ = read(tmp_path / "runs", tmp_path / "out", run="seed-1")
     assert len(steps) == 3
-    with pytest.raises(UserError, match="holds 2 runs that fit seed; choose one with --run NAME: "):
+    with pytest.raises(
+        UserError, match="holds 2 runs that fit 'seed'; choose one with --run NAME: "
+    ):
         read(tmp_path / "runs", tmp_path / "x", run="seed")
 
 
@@ -152,7 +154,7 @@ def test_a_wandb_folder_without_its_library_gives_what_was_printed(
         (
             9,
             "r",
-            "holds 9 runs that fit r; choose one with --run NAME: "
+            "holds 9 runs that fit 'r'; choose one with --run NAME: "
             "r1, r2, r3, r4, r5, r6, r7, r8 and 1 more",
         ),
         (2, "x", "unknown --run of logs 'x'; allowed: r1, r2"),

@@ -153,7 +153,7 @@ def test_one_of_several_runs_is_chosen_by_its_name_or_a_part_of_it() -> None:
     assert pick(runs, "10", LOG) == "seed-10"
     with pytest.raises(UserError, match="holds 10 runs; choose one .*seed-7, seed-8 and 2 more$"):
         pick(runs, None, LOG)
-    with pytest.raises(UserError, match="holds 10 runs that fit seed; "):
+    with pytest.raises(UserError, match="holds 10 runs that fit 'seed'; "):
         pick(runs, "seed", LOG)
     with pytest.raises(UserError, match="seed-7, seed-8$"):
         pick(runs[:8], None, LOG)

@@ -72,7 +72,7 @@ def test_of_the_steps_of_several_runs_those_of_the_chosen_one_are_read(
 
 
 @pytest.mark.parametrize(("chosen", "told"), [
-    ("seed", r"{where} holds {runs} runs that fit seed; choose one with --run NAME: {names}$"),
+    ("seed", r"{where} holds {runs} runs that fit 'seed'; choose one with --run NAME: {names}$"),
     ("x", r"unknown --run of \S*{where} 'x'; allowed: {names}$"),
 ])  # fmt: skip
 @pytest.mark.parametrize("files", [1, 2])
