@@ -107,10 +107,10 @@ def _surely(shares: Array) -> float:
 def _no_chance(flat: Series, begin: int) -> bool:
     """Whether half or more from a record on is so for most of the run, or a rise beyond noise."""
     before, since = flat.values[:begin], flat.values[begin:]
-    if len(since) > len(before) and _surely(since) >= FLAT_GROUPS:
+    if not begin or (len(since) > len(before) and _surely(since) >= FLAT_GROUPS):
         return True
-    noise = flat.whole_noise * (1 / max(len(before), 1) + 1 / len(since)) ** 0.5
-    return not begin or float(since.mean() - before.mean()) >= CHANCE_SIGMAS * noise
+    noise = flat.whole_noise * (1 / len(before) + 1 / len(since)) ** 0.5
+    return float(since.mean() - before.mean()) >= CHANCE_SIGMAS * noise
 
 
 _DROP_FLAT = Advice(
