@@ -20,7 +20,7 @@ from wapo_analysis.capture.trl.passes import (
     score_again,
     token_pass,
 )
-from wapo_analysis.capture.trl.trainer import ClipRule, TrlTrainer
+from wapo_analysis.capture.trl.trainer import TrlTrainer
 from wapo_analysis.capture.trl.watcher import TrlWatcher
 from wapo_analysis.errors import UserError
 from wapo_analysis.record.recorder import TokenPass
@@ -37,7 +37,8 @@ def test_a_row_keeps_the_trainer_s_ratio_beside_a_more_exact_logp(
     per_token: bool, sampled: bool
 ) -> None:
     watched = object.__new__(TrlTrainer)
-    watched.raw, watched.clip = SimpleNamespace(), ClipRule(0.8, 1.2)
+    watched.raw = SimpleNamespace(epsilon_low=0.2, epsilon_high=0.2, args=SimpleNamespace())
+    watched.kind = "GRPOTrainer"
     logps = torch.full((2, 3), -1.0)
     old = logps - torch.tensor([[0.5, 0.0, 9.0], [9.0, -0.5, 0.1]])
     advantages = torch.tensor([1.0, -1.0])
@@ -57,6 +58,9 @@ def test_a_row_keeps_the_trainer_s_ratio_beside_a_more_exact_logp(
     assert tokens.advantage.tolist() == [1.0, 1.0, -1.0, -1.0]
     assert tokens.minibatch == 2
     assert clipped.tolist() == [True, False, True, False]
+    watched.raw.epsilon_high = 0.7  # as a callback may do in mid-training
+    clipped = token_pass(watched, inputs, logps, {"logp": exact}, numbers, 2)[1]
+    assert clipped.tolist() == [False, False, True, False]
     behaviour, proximal = tokens.logp_old, tokens.logp_prox
     assert behaviour is not None
     ratios = [0.5, 0.0, -0.5, 0.1]

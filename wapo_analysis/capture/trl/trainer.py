@@ -182,7 +182,6 @@ class TrlTrainer:
         The causal language model inside wrappers and adapters.
     objective : str
         Name of the loss.
-    clip : ClipRule
     hidden_by : str or None
         What keeps per-token tensors from us.
     temperature : float
@@ -194,7 +193,6 @@ class TrlTrainer:
     def __init__(self, trainer: Any) -> None:
         self.raw, self.kind = trainer, kind_of(trainer)
         self.model = causal_model(trainer)
-        self.clip = clip_rule(trainer, self.kind)
         self.hidden_by = hidden_tensors(trainer)
         self.temperature = float(getattr(trainer, "temperature", 1.0))
         self.rank = int(trainer.accelerator.process_index)
@@ -205,6 +203,11 @@ class TrlTrainer:
         own = {"RLOOTrainer": "rloo", "GMPOTrainer": "gmpo"}.get(self.kind)
         loss = own or str(getattr(trainer, "loss_type", "grpo"))
         self.objective = loss if wapo is None else str(wapo.name)
+
+    @property
+    def clip(self) -> ClipRule:
+        """Clip rule in force now: a callback may change the bounds while it trains."""
+        return clip_rule(self.raw, self.kind)
 
     @property
     def training(self) -> bool:
