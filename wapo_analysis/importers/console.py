@@ -89,6 +89,11 @@ def holds_reward(lines: Iterator[tuple[int, str]]) -> bool:
     return any("reward" in names.feeds(tuple(record.values)) for record in log.records())
 
 
+def of_prime_rl(lines: Iterator[tuple[int, str]]) -> bool:
+    """Whether any of the first ``MAX_TELLING`` lines of a log is one of prime-rl's."""
+    return any(_prime_line(line) is not None for _, line in islice(lines, MAX_TELLING))
+
+
 def console_lines(file: Path, report: ImportReport | None = None) -> Iterator[tuple[int, str]]:
     """Lines with their numbers; a carriage return, as progress bars write it, ends one too.
 

@@ -60,7 +60,7 @@ _SKIPPED = (".png", ".svg", ".pdf", ".html", ".safetensors", ".bin", ".pt", ".pt
             ".gguf", ".model", ".so", ".zip", ".tar", ".py", ".md", ".yaml", ".yml", ".zst", ".sh",
             ".lock", ".h5", ".pkl", ".ipynb", ".htm")  # fmt: skip
 # A bracket may as well open a time or a rank, as in [rank0]: or [2026-03-01 12:00:00].
-_JSON_BEGINS = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|-?[\d.]+(?:[eE][-+]?\d+)?\s*[,\]]|null|$)""")
+_JSON = re.compile(r"""\{(?!')|\[\s*(?:[{\["\]]|null|$|[-+.\deE]+\s*(?:,|\](?!\s*\w)))""")
 # A line of MLflow's file store: time in milliseconds, number, step.
 _MLFLOW = re.compile(rb"\d{13} [-+.\deEinfaN]+ \d+\n")
 # A scalar that TensorBoard lets one download as JSON: time, step, number.
@@ -184,10 +184,9 @@ def _wanted(
 ) -> list[Path]:
     if wanted in found:
         return found[wanted]
-    if wanted == "table":
-        tables = [file for file in files if file.stat().st_size and file.suffix in _TABLES]
-        if tables:
-            return tables
+    tables = [file for file in files if file.stat().st_size and file.suffix in _TABLES]
+    if wanted == "table" and tables:
+        return tables
     told = f"; it looks like {', '.join(found)}" if found else f"; looked for {LOOKED_FOR}"
     raise UserError(f"nothing of format {wanted!r} in {name}{told}")
 
@@ -222,6 +221,9 @@ def _without_data(kinds: dict[Path, str], names: NameTable, told: list[str]) -> 
     printed = [file for file, kind in kinds.items() if kind == "console"]
     if len(kinds) - len(data) == len(printed):
         poor = {f for f in printed if not console.holds_reward(console.console_lines(f))}
+        prime = {f for f in printed if console.of_prime_rl(console.console_lines(f))}
+        if prime - poor:  # its trainer and its orchestrator print apart
+            poor -= prime
         if 0 < len(poor) < len(printed):
             data |= poor
             left = few((shown(file.name) for file in sorted(poor)), _TOLD_FILES)
@@ -324,7 +326,7 @@ def _by_content(file: Path, named: bool) -> str | None:
     text = head.decode("utf-8-sig", "replace").lstrip()
     if file.suffix in (".csv", ".tsv"):
         return _csv_kind(file)
-    if _JSON_BEGINS.match(text) and not page:
+    if _JSON.match(text) and not page:
         return _json_kind(file, text)
     if file.suffix == ".parquet":
         return "table"

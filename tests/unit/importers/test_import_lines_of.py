@@ -270,3 +270,19 @@ def test_a_downloaded_scalar_of_an_unknown_name_is_kept_beside_known_ones(tmp_pa
     assert steps["reward"].tolist() == [n / 20 for n in STEPS]
     assert steps["tensorboard/actor_train_perplexity"].tolist() == steps["reward"].tolist()
     assert steps["eval_reward"].tolist() == steps["reward"].tolist()
+
+
+def test_prime_rls_trainer_and_orchestrator_are_one_run(tmp_path: Path) -> None:
+    line = "12:00:00 SUCCESS Step {n} |     9s | "
+    for name, text in [("orchestrator", "Reward {r:.4f} | Turns 1.0"), ("trainer", "Entropy 0.4")]:
+        log(tmp_path, line + text).rename(tmp_path / f"{name}.log")
+    steps, report = read(tmp_path, tmp_path.parent / f"{tmp_path.name}-out")
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+    assert (steps["entropy"] == 0.4).all()
+    assert not report.events
+
+
+@pytest.mark.parametrize("text", ["[{n}] step={n} reward={r}", "[{n}] Step {n} | reward {r} | x 1"])
+def test_a_number_in_brackets_begins_no_json(text: str, tmp_path: Path) -> None:
+    steps, _ = read(log(tmp_path, text), tmp_path / "out")
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
