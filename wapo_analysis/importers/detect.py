@@ -384,8 +384,7 @@ def _json_kind(file: Path, head: str) -> str | None:
     if whole and (head.startswith("[") or file.suffix == ".json"):
         return "table"
     log = JsonLines(file)
-    record = next(log.records(), None)
-    first = record.values if record is not None else log.tail()[0] or {}
+    first = record.values if (record := next(log.records(), None)) else log.tail()[0] or {}
     if {"trainer_logprobs", "inference_logprobs", "loss_mask"} <= first.keys():
         return "prime-rl"
     if isinstance(first.get("data"), dict) and first["data"] and "step" in first:
