@@ -35,8 +35,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from wapo_analysis.train.tasks import TASKS, EmbeddedTask
-from wapo_analysis.train.tasks.generated import DIGITS, LETTERS
+from wapo_analysis.train.tasks import TASKS, Problem, Task
+from wapo_analysis.train.tasks.generated import DIGITS, LETTERS, SEPARATOR
 
 ALPHABET = DIGITS + LETTERS + "+=;,"
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -45,6 +45,8 @@ PEAK_LR = 3e-3
 LOOKUP_PAIRS = 8
 HELD_OUT_SEED = 2**32
 CHAIN_SUM_BATCH, TWO_HOP_BATCH, LOOKUP_BATCH = 64, 96, 64
+#: Chance that a decision of a demonstration goes wrong; half of them then end right.
+ERROR_RATES = {"chain-sum": 0.15, "two-hop": 0.3}
 IGNORE = -100  # label of tokens without loss, the default of torch's cross-entropy
 
 
@@ -103,13 +105,55 @@ class Row(NamedTuple):
     learn: list[bool]
 
 
-def demonstration(
-    task: EmbeddedTask, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator
-) -> Row:
+def demonstrate(name: str, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
+    """Completion of a problem of a task, wrong with a probability at each decision."""
+    show = {"chain-sum": _running_sums, "two-hop": _hops}[name]
+    return show(problem.prompt, rng, error_rate)
+
+
+def _running_sums(prompt: str, rng: np.random.Generator, error_rate: float) -> str:
+    """The running sums of a chain-sum.
+
+    A wrong sum is any other number that many digits can add up to, all equally likely, and the
+    error carries on into the sums that follow, as it does when a person slips.
+    """
+    total, *rest = map(int, prompt.removesuffix("=").split("+"))
+    sums = []
+    for count, digit in enumerate(rest, start=2):
+        total += digit
+        if rng.random() < error_rate:
+            drawn = int(rng.integers(9 * count))  # any sum but the right one
+            total = drawn + (drawn >= total)
+        sums.append(str(total))
+    return SEPARATOR.join(sums)
+
+
+def _hops(prompt: str, rng: np.random.Generator, error_rate: float) -> str:
+    """Bridge and answer of a two-hop.
+
+    A wrong hop lands on another bridge or another digit of the prompt; after a wrong bridge the
+    second hop starts from there.
+    """
+    facts, asked = prompt.split(";")
+    follow = {fact[0]: fact[1] for fact in facts.split(",")}
+    bridge = _slip(follow[asked], [b for b in follow.values() if b in follow], rng, error_rate)
+    return bridge + _slip(
+        follow[bridge], [v for v in follow.values() if v not in follow], rng, error_rate
+    )
+
+
+def _slip(right: str, choices: list[str], rng: np.random.Generator, error_rate: float) -> str:
+    """Return ``right``, or with probability ``error_rate`` one of the other choices."""
+    if rng.random() >= error_rate:
+        return right
+    return str(rng.choice([choice for choice in choices if choice != right]))
+
+
+def demonstration(task: Task, tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> Row:
     """Draw one problem and demonstrate it, errors included; the completion carries loss."""
     (problem,) = task.problems(rng, 1)
     prompt = tokenizer(problem.prompt)["input_ids"]
-    text = task.demonstrate(problem, rng, task.error_rate)
+    text = demonstrate(task.name, problem, rng, ERROR_RATES[task.name])
     completion = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     return Row(prompt + completion, [False] * len(prompt) + [True] * len(completion))
 
@@ -191,7 +235,7 @@ def pretrain(
 
 @torch.no_grad()
 def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: EmbeddedTask, size: int
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Task, size: int
 ) -> tuple[float, float]:
     """Sample one completion per held-out problem at temperature 1.
 

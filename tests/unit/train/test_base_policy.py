@@ -1,9 +1,7 @@
 """The embedded base policy: small, offline, right about half the time, with entropy to lose."""
 
-import importlib.util
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wapo_analysis
+from experiments import pretrain_base
 from wapo_analysis.train.tasks import TASKS, Problem, get_task
 
 BASE = Path(wapo_analysis.__file__).parent / "assets" / "base"
-SCRIPT = Path(__file__).parents[3] / "experiments" / "pretrain_base.py"
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz+=;,"
 SAMPLES = 256  # standard error of the mean reward: 0.031
 REWARD_BAND = {"chain-sum": (0.35, 0.57), "two-hop": (0.39, 0.61)}
@@ -37,16 +35,6 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(BASE, local_files_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pretrain_base", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def generate(model: Any, tokenizer: Any, problems: list[Problem], seed: int, **options: Any) -> Any:
@@ -119,7 +107,7 @@ def test_characters_outside_the_alphabet_become_unknown(tokenizer: Any) -> None:
 def test_every_prompt_and_demonstration_is_in_the_alphabet(name: str, tokenizer: Any) -> None:
     rng = np.random.default_rng(0)
     for problem in get_task(name).problems(rng, 100):
-        text = problem.prompt + get_task(name).demonstrate(problem, rng, 0.5)
+        text = problem.prompt + pretrain_base.demonstrate(name, problem, rng, 0.5)
         assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
 
 
@@ -159,11 +147,9 @@ def test_generation_is_decided_by_the_seed(model: Any, tokenizer: Any) -> None:
     assert not torch.equal(first, other)
 
 
-def test_the_script_describes_the_shipped_folder(
-    script: ModuleType, model: Any, tokenizer: Any
-) -> None:
-    assert script.build_tokenizer().get_vocab() == tokenizer.get_vocab()
-    fresh = script.build_model(tokenizer)
+def test_the_script_describes_the_shipped_folder(model: Any, tokenizer: Any) -> None:
+    assert pretrain_base.build_tokenizer().get_vocab() == tokenizer.get_vocab()
+    fresh = pretrain_base.build_model(tokenizer)
     shapes = {name: weight.shape for name, weight in model.state_dict().items()}
     assert {name: weight.shape for name, weight in fresh.state_dict().items()} == shapes
     written = ("intermediate_size", "num_attention_heads", "initializer_range", "rms_norm_eps")
@@ -172,17 +158,17 @@ def test_the_script_describes_the_shipped_folder(
 
 
 def test_pretraining_is_reproducible_and_learns(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = []
     for run in ("first", "again"):
         torch.manual_seed(3)
-        tokenizer = script.build_tokenizer()
-        model = script.build_model(tokenizer)
+        tokenizer = pretrain_base.build_tokenizer()
+        model = pretrain_base.build_model(tokenizer)
         before = model.state_dict()["model.embed_tokens.weight"].clone()
-        script.pretrain(model, tokenizer, steps=3, seed=3)
+        pretrain_base.pretrain(model, tokenizer, steps=3, seed=3)
         assert not torch.equal(before, model.state_dict()["model.embed_tokens.weight"])
-        script.save(model, tokenizer, tmp_path / run)
+        pretrain_base.save(model, tokenizer, tmp_path / run)
         weights.append((tmp_path / run / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert "step     3/3" in capsys.readouterr().out

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks import TASKS, ChainSum, EmbeddedTask, Problem, TwoHop, get_task
+from wapo_analysis.train.tasks import TASKS, ChainSum, Problem, Task, TwoHop, get_task
 
 CHAIN = Problem("9+4+5+8+0+7=", "33")
 HOPS = Problem("k3,am,bk,m7;a", "7")
 ALL_TASKS = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
-def draw(task: EmbeddedTask, n: int, seed: int = 0) -> list[Problem]:
+def draw(task: Task, n: int, seed: int = 0) -> list[Problem]:
     return task.problems(np.random.default_rng(seed), n)
 
 
@@ -130,71 +130,7 @@ def test_reward_takes_any_text_and_pays_only_for_the_answer(text: str) -> None:
 
 
 @ALL_TASKS
-def test_demonstrations_without_errors_are_right(task: EmbeddedTask) -> None:
-    rng = np.random.default_rng(1)
-    for problem in draw(task, 200):
-        assert task.reward(problem, task.demonstrate(problem, rng, 0.0)) == 1.0
-
-
-def test_demonstrations_without_errors_are_those_of_the_documentation() -> None:
-    rng = np.random.default_rng(0)
-    assert TASKS["chain-sum"].demonstrate(CHAIN, rng, 0.0) == "13;18;26;26;33"
-    assert TASKS["two-hop"].demonstrate(HOPS, rng, 0.0) == "m7"
-
-
-def test_chain_sum_errs_at_every_sum_when_told_to() -> None:
-    rng = np.random.default_rng(0)
-    for problem in draw(TASKS["chain-sum"], 200):
-        digits = [int(c) for c in problem.prompt if c.isdigit()]
-        sums = [int(s) for s in TASKS["chain-sum"].demonstrate(problem, rng, 1.0).split(";")]
-        for before, digit, after in zip([digits[0], *sums], digits[1:], sums, strict=False):
-            assert after != before + digit
-        assert all(0 <= s <= 9 * count for count, s in enumerate(sums, start=2))
-
-
-def test_chain_sum_errors_carry_on_and_come_at_the_stated_rate() -> None:
-    rng = np.random.default_rng(0)
-    slips, decisions = 0, 0
-    for problem in draw(TASKS["chain-sum"], 2000):
-        digits = [int(c) for c in problem.prompt if c.isdigit()]
-        sums = [int(s) for s in TASKS["chain-sum"].demonstrate(problem, rng, 0.15).split(";")]
-        steps = zip([digits[0], *sums], digits[1:], sums, strict=False)
-        slips += sum(after != before + digit for before, digit, after in steps)
-        decisions += len(sums)
-    assert slips / decisions == pytest.approx(0.15, abs=0.015)  # 4 standard errors
-
-
-def test_two_hop_errors_stay_plausible_and_come_at_the_stated_rate() -> None:
-    rng = np.random.default_rng(0)
-    wrong = np.zeros(2)
-    problems = draw(TASKS["two-hop"], 4000)
-    for problem in problems:
-        facts, asked = problem.prompt.split(";")
-        follow = {fact[0]: fact[1] for fact in facts.split(",")}
-        bridge, answer = TASKS["two-hop"].demonstrate(problem, rng, 0.3)
-        assert follow[bridge].isdigit()
-        assert answer in follow.values()
-        wrong += [bridge != follow[asked], answer != follow[bridge]]
-    assert wrong / len(problems) == pytest.approx([0.3, 0.3], abs=0.03)  # 4 standard errors
-
-
-@ALL_TASKS
-def test_demonstrations_are_right_about_half_the_time(task: EmbeddedTask) -> None:
-    rng = np.random.default_rng(2)
-    rewards = [task.reward(p, task.demonstrate(p, rng, task.error_rate)) for p in draw(task, 2000)]
-    assert 0.4 < np.mean(rewards) < 0.55
-
-
-@ALL_TASKS
-@pytest.mark.parametrize("error_rate", [0.0, 0.5, 1.0])
-def test_every_demonstration_fits_with_its_end(task: EmbeddedTask, error_rate: float) -> None:
-    rng = np.random.default_rng(3)
-    lengths = [len(task.demonstrate(p, rng, error_rate)) for p in draw(task, 500)]
-    assert max(lengths) + 1 <= task.max_new_tokens
-
-
-@ALL_TASKS
-def test_the_generator_decides_the_problems(task: EmbeddedTask) -> None:
+def test_the_generator_decides_the_problems(task: Task) -> None:
     assert draw(task, 30, seed=5) == draw(task, 30, seed=5)
     assert draw(task, 30, seed=5) != draw(task, 30, seed=6)
     rng = np.random.default_rng(5)
@@ -202,17 +138,8 @@ def test_the_generator_decides_the_problems(task: EmbeddedTask) -> None:
     assert task.problems(rng, 0) == []
 
 
-@pytest.mark.parametrize("terms", [2, 3, 12, 60])
-def test_chain_sum_of_other_lengths(terms: int) -> None:
-    task = ChainSum(terms=terms)
-    rng = np.random.default_rng(0)
-    for problem in draw(task, 50):
-        assert task.reward(problem, task.demonstrate(problem, rng, 0.0)) == 1.0
-        assert len(task.demonstrate(problem, rng, 1.0)) < task.max_new_tokens
-
-
 @ALL_TASKS
-def test_names_and_descriptions(task: EmbeddedTask) -> None:
+def test_names_and_descriptions(task: Task) -> None:
     assert get_task(task.name) is task
     assert task.description.endswith(".")
 
@@ -228,12 +155,6 @@ def test_mistakes_are_named_with_what_is_allowed() -> None:
         ChainSum(terms=1)
     with pytest.raises(UserError, match="2 to 10 chains, got 11"):
         TwoHop(chains=11)
-    for make in (ChainSum, TwoHop):
-        with pytest.raises(UserError, match=r"in \[0, 1\], got 1.5"):
-            make(error_rate=1.5)
-    for task, problem in ((TASKS["chain-sum"], CHAIN), (TASKS["two-hop"], HOPS)):
-        with pytest.raises(UserError, match=r"in \[0, 1\], got nan"):
-            task.demonstrate(problem, np.random.default_rng(0), float("nan"))
 
 
 def test_tasks_load_no_heavy_library() -> None:

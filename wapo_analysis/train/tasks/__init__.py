@@ -2,10 +2,10 @@
 
 Two are embedded, ``chain-sum`` (arithmetic) and ``two-hop`` (question answering over facts in the
 prompt): problems without end, exact rewards, no download. In both a completion writes down its
-intermediate results and ends with the answer, and only the answer is judged. Demonstrations are
-what the embedded base policy was pre-trained on. They are wrong at a stated rate on purpose: a
-policy that imitates them is right about half the time and has real entropy, which is what
-reinforcement learning needs to start from.
+intermediate results and ends with the answer, and only the answer is judged. The embedded base
+policy was pre-trained on demonstrations (experiments/pretrain_base.py) that are wrong at a stated
+rate on purpose: a policy that imitates them is right about half the time and has real entropy,
+which is what reinforcement learning needs to start from.
 
 The others read data: GSM8K, MATH and HotpotQA format, any data set of reasoning-gym, and a reward
 function of the user's own; see docs/tasks.md. Rewards are functions of the problem and the text
@@ -20,7 +20,6 @@ from typing import Final
 
 from wapo_analysis.errors import UserError, unknown_name
 from wapo_analysis.train.tasks.base import (
-    EmbeddedTask,
     FileTask,
     Format,
     Problem,
@@ -42,7 +41,6 @@ __all__ = [
     "KINDS",
     "TASKS",
     "ChainSum",
-    "EmbeddedTask",
     "Problem",
     "Task",
     "TaskKind",
@@ -51,7 +49,7 @@ __all__ = [
     "get_task",
 ]
 
-TASKS: Final[dict[str, EmbeddedTask]] = {task.name: task for task in (ChainSum(), TwoHop())}
+TASKS: Final[dict[str, Task]] = {task.name: task for task in (ChainSum(), TwoHop())}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What a task is, what a data format is, and the task whose problems stand in a file.
 
-A task draws problems, checks a reward and may demonstrate. A format says how a row becomes a
+A task draws problems and checks a reward. A format says how a row becomes a
 problem and how a completion is graded; what all of them share is here: counting and naming bad
 rows, the split into training and held-out problems, drawing.
 """
@@ -77,30 +77,6 @@ class Task(Named, Protocol):
         """What the manifest says of the data: where from, digest, rows; empty if generated."""
 
 
-class EmbeddedTask(Task, Protocol):
-    """A task that can also show how it is done, for pre-training the embedded base policy."""
-
-    @property
-    def error_rate(self) -> float:
-        """Probability of an error at each decision of the demonstrations used in pre-training."""
-
-    def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
-        """Write a completion that errs with probability ``error_rate`` at each decision.
-
-        Returns the completion, without end-of-sequence. Raises UserError if ``error_rate`` is not
-        in [0, 1].
-
-        Parameters
-        ----------
-        problem : Problem
-            A problem of this task.
-        rng : numpy.random.Generator
-            Source of randomness; advanced by the call.
-        error_rate : float
-            In [0, 1]; 0 gives the correct completion.
-        """
-
-
 def tools_of(task: Any) -> list[Callable[..., str]]:
     """Functions that the policy may call while it answers; none for most tasks."""
     tools: list[Callable[..., str]] = getattr(task, "tools", list)()
@@ -112,13 +88,6 @@ def check_count(n: int) -> int:
     if n < 0:
         raise UserError(f"the number of problems must be 0 or more, got {n}")
     return n
-
-
-def check_rate(rate: float) -> float:
-    """Return ``rate``, a probability of error. Raises UserError if ``rate`` is not in [0, 1]."""
-    if not 0.0 <= rate <= 1.0:
-        raise UserError(f"an error rate must be in [0, 1], got {rate}")
-    return rate
 
 
 class BadRow(ValueError):

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from wapo_analysis.errors import UserError
-from wapo_analysis.train.tasks.base import Problem, check_count, check_rate
+from wapo_analysis.train.tasks.base import Problem, check_count
 from wapo_analysis.train.tasks.data_files import is_held_out
 from wapo_analysis.train.tasks.judge import START_SECONDS, Judge, require
 
@@ -49,20 +49,16 @@ class Generated(ABC):
 class ChainSum(Generated):
     """Add single digits from left to right and write down every running sum.
 
-    ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``. Raises UserError if ``terms`` or
-    ``error_rate`` is out of range. ``terms``: number of digits to add, at least 2. The embedded
-    base policy knows 6. ``error_rate``: probability that a running sum of a pre-training
-    demonstration is wrong.
+    ``9+4+5+8+0+7=`` is completed by ``13;18;26;26;33``. Raises UserError if ``terms`` is out of
+    range. ``terms``: number of digits to add, at least 2. The embedded base policy knows 6.
     """
 
     terms: int = 6
-    error_rate: float = 0.15
     name: str = "chain-sum"
 
     def __post_init__(self) -> None:
         if self.terms < 2:
             raise UserError(f"chain-sum needs at least 2 terms, got {self.terms}")
-        check_rate(self.error_rate)
 
     @property
     def description(self) -> str:
@@ -90,23 +86,6 @@ class ChainSum(Generated):
             return 0.0
         return float(all(re.fullmatch(r"[0-9]+", field) for field in fields))
 
-    def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
-        """Write the running sums; each addition goes wrong with probability ``error_rate``.
-
-        A wrong sum is any other number that many digits can add up to, all equally likely, and the
-        error carries on into the sums that follow, as it does when a person slips.
-        """
-        check_rate(error_rate)
-        total, *rest = map(int, problem.prompt.removesuffix("=").split("+"))
-        sums = []
-        for count, digit in enumerate(rest, start=2):
-            total += digit
-            if rng.random() < error_rate:
-                drawn = int(rng.integers(9 * count))  # any sum but the right one
-                total = drawn + (drawn >= total)
-            sums.append(str(total))
-        return SEPARATOR.join(sums)
-
 
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 DIGITS: Final = "0123456789"
@@ -118,20 +97,17 @@ class TwoHop(Generated):
 
     A fact ``am`` says that ``a`` leads to ``m``. ``k3,am,bk,m7;a`` asks where ``a`` leads in two
     hops and is completed by ``m7``. The facts are shuffled and those of the other chains distract:
-    every wrong turn ends at a digit that looks like an answer. Raises UserError if ``chains`` or
-    ``error_rate`` is out of range. ``chains``: chains of two facts in the prompt, 2 to 10. The
-    embedded base policy knows 4. ``error_rate``: probability that a hop of a pre-training
-    demonstration is wrong.
+    every wrong turn ends at a digit that looks like an answer. Raises UserError if ``chains`` is
+    out of range. ``chains``: chains of two facts in the prompt, 2 to 10. The embedded base policy
+    knows 4.
     """
 
     chains: int = 4
-    error_rate: float = 0.3
     name: str = "two-hop"
 
     def __post_init__(self) -> None:
         if not 2 <= self.chains <= len(DIGITS):
             raise UserError(f"two-hop takes 2 to {len(DIGITS)} chains, got {self.chains}")
-        check_rate(self.error_rate)
 
     @property
     def description(self) -> str:
@@ -163,28 +139,6 @@ class TwoHop(Generated):
         """
         match = re.fullmatch(r"[a-z]([0-9])", completion)
         return float(match is not None and match[1] == problem.answer)
-
-    def demonstrate(self, problem: Problem, rng: np.random.Generator, error_rate: float) -> str:
-        """Write bridge and answer; each hop goes wrong with probability ``error_rate``.
-
-        A wrong hop lands on another bridge or another digit of the prompt; after a wrong bridge the
-        second hop starts from there.
-        """
-        check_rate(error_rate)
-        facts, asked = problem.prompt.split(";")
-        follow = {fact[0]: fact[1] for fact in facts.split(",")}
-        bridge = _slip(follow[asked], [b for b in follow.values() if b in follow], rng, error_rate)
-        answer = _slip(
-            follow[bridge], [v for v in follow.values() if v not in follow], rng, error_rate
-        )
-        return f"{bridge}{answer}"
-
-
-def _slip(right: str, choices: list[str], rng: np.random.Generator, error_rate: float) -> str:
-    """Return ``right``, or with probability ``error_rate`` one of the other choices."""
-    if rng.random() >= error_rate:
-        return right
-    return str(rng.choice([choice for choice in choices if choice != right]))
 
 
 PREFIX: Final = "reasoning-gym:"
