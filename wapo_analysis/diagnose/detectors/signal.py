@@ -110,7 +110,7 @@ def _no_chance(flat: Series, begin: int) -> bool:
     if not begin or (len(since) > len(before) and _surely(since) >= FLAT_GROUPS):
         return True
     noise = flat.whole_noise * (1 / len(before) + 1 / len(since)) ** 0.5
-    return float(since.mean() - before.mean()) >= CHANCE_SIGMAS * noise
+    return bool(since.mean() - before.mean() >= CHANCE_SIGMAS * noise)
 
 
 _DROP_FLAT = Advice(
