@@ -17,7 +17,7 @@ from typing import Any
 
 from wapo_analysis.importers.jsonl import JsonLines, as_number, parse_json
 from wapo_analysis.importers.mapping import VITAL, NameTable, is_supervised
-from wapo_analysis.importers.printed import PrintedLog, is_log, line_of
+from wapo_analysis.importers.printed import WRAPPED, PrintedLog, is_log, line_of
 from wapo_analysis.importers.readers import LINE_BYTES
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.shapes import trainer_names, unwrapped
@@ -46,7 +46,6 @@ _PRIME_NAMES = {
     "Grad. Norm": "optim/grad_norm", "LR": "optim/lr", "Truncation": "is_truncated/all/mean",
 }  # fmt: skip
 _VERL_VALUE = re.compile(rf"(?:np\.\w+\()?({_NUMBER})(?![\w.])", re.IGNORECASE)
-_WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER})[^()]*\)", re.I)
 _BARE = re.compile(r"(?<=[:\s,\[(])(-?(?:nan|inf))(?=[\s,}\])])", re.IGNORECASE)
 _BAR = re.compile(r"(\d+)/(\d+) \[")
 _BEFORE = re.compile(
@@ -349,7 +348,7 @@ def _dict(text: str) -> dict[str, Any] | None:
 
 
 def _literal(text: str) -> Any:
-    return ast.literal_eval(_BARE.sub(r"'\1'", _WRAPPED.sub(r"\1", text)))
+    return ast.literal_eval(_BARE.sub(r"'\1'", WRAPPED.sub(r"\1", text)))
 
 
 def _json(text: str) -> Any:

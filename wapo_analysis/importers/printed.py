@@ -14,12 +14,16 @@ from typing import NamedTuple
 
 Values = dict[str, float]
 _NUMBER = r"[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|nan|inf(?:inity)?)"
-_END = r"(%?)(?![\w/:%]|-\w|\.\w|,\d{3}(?!\d))"
+_END = r"(%?)(?![\w/:%]|-\w|\.\w|,\d)"
+#: Numbers of numpy and torch as they are printed.
+WRAPPED = re.compile(rf"(?:np\.\w+|tensor|array|float\d*|int\d*)\(\s*({_NUMBER})[^()]*\)", re.I)
 _EQUALS = re.compile(rf"""(?<![\w./@-])([A-Za-z_][\w./@-]*)\s?=\s?["']?({_NUMBER}){_END}""", re.I)
-_TIGHT = re.compile(rf"(?<![\w:./@-])([A-Za-z_][\w./@-]*):({_NUMBER})(%?)(?=[\s,;|]|$)", re.I)
+_TIGHT = re.compile(
+    rf"(?<![\w:./@-])([A-Za-z_][\w./@-]*):({_NUMBER})(%?)(?=[\s;|]|,(?!\d)|$)", re.I
+)
 _COLON = re.compile(
     r"([A-Za-z_][\w./@()-]*(?: [A-Za-z_(][\w./@()-]*)*)\s*:\s+"
-    rf"({_NUMBER})(%?)(?=\s*(?:[,;|)\]]|$|\s))",
+    rf"({_NUMBER})(%?)(?=\s*(?:[,;|)\]}}]|\.?$|\.?\s))(?!,\d)",
     re.I,
 )
 # Thousands as Python groups them, but for the milliseconds of a time and places in brackets.
@@ -100,7 +104,7 @@ def line_of(text: str) -> Line | None:
     >>> line_of("iter 7: loss 2.5, reward 0.125")[:2]
     (7, {'loss': 2.5, 'reward': 0.125})
     """
-    text = _GROUPED.sub(lambda found: found[0].replace(",", ""), text)
+    text = _GROUPED.sub(lambda found: found[0].replace(",", ""), WRAPPED.sub(r"\1", text))
     held_out = _HELD_OUT.search(text)
     if held_out is not None and not re.search("train", head := text[: held_out.start()], re.I):
         if not _pairs(head) and (line := _line(text)) is not None:
@@ -159,7 +163,7 @@ def _pairs(text: str) -> Values:
         found = _named(tight if len(tight) > 1 else _COLON.findall(text))
         if found:
             return found
-    items = re.split("[|,;\u2502\u2503\u2551]", text)
+    items = re.split("[|;\u2502\u2503\u2551\u2013\u2014]|,(?!\\d)", text)
     fits = [fit.groups() for item in items if (fit := _SPACE.fullmatch(item))]
     if _ROW.fullmatch(text):  # without any of these between them
         fits = _ONE.findall(text)

@@ -31,6 +31,18 @@ from wapo_analysis.importers.printed import PrintedLog, line_of
         ("reward 0.5 loss 2", None, {"reward": 0.5, "loss": 2}),
         ("reward 0.5", None, None),
         ("reward 0.5, text", None, None),
+        ("step 3 reward=tensor(0.45) loss=tensor(0.5, device='cuda:0')", 3,
+         {"reward": 0.45, "loss": 0.5}),
+        ("Step: 3, Loss: tensor(-0.01, grad_fn=<MeanBackward0>)", 3, {"Loss": -0.01}),
+        ("step 3 \u2014 reward 0.45 \u2014 loss 0.5", 3, {"reward": 0.45, "loss": 0.5}),
+        ("Step 3, Reward: 0.45. Loss: 0.5.", 3, {"Reward": 0.45, "Loss": 0.5}),
+        ("{step: 3, reward: 0.45, loss: 0.5}", 3, {"reward": 0.45, "loss": 0.5}),
+        # a decimal comma is no end of a number
+        ("step 3 reward: 0,45 loss: 0,50", None, None),
+        ("step 3 reward=0,45 loss=0,50", None, None),
+        ("step 3 reward:0,45 loss:0,50", None, None),
+        ("step 3 reward 0,45, loss 0,50", None, None),
+        ("step 3 reward=0.5,loss=0.25", 3, {"reward": 0.5, "loss": 0.25}),
         ("nothing here", None, None),
         # the step
         ("step 5 loss=1", 5, {"loss": 1}),
