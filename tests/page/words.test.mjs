@@ -1,4 +1,4 @@
-// Run by node: `node --test tests/page`; tests/unit/report/test_page_code.py does.
+// Run by node: `node --test tests/page`; tests/unit/report/test_report.py does.
 import assert from "node:assert/strict";
 import { test } from "node:test";
 

@@ -25,6 +25,7 @@ from wapo_analysis.diagnose.context import Context
 from wapo_analysis.diagnose.detectors.entropy import entropy_band
 from wapo_analysis.errors import UserError
 from wapo_analysis.probes import trust
+from wapo_analysis.results import step_words
 from wapo_analysis.schema import STEPS
 from wapo_analysis.settings import recorded_settings, shown_value
 from wapo_analysis.store import Run
@@ -134,6 +135,7 @@ def _finding(found: Diagnosis, finding: Finding) -> Json:
             for step, number, share in (mine.rollouts if mine else ())
         ],
         "cls": mine.cls if mine else None,
+        "when": step_words(mine.steps) if mine else "",
     }
 
 

@@ -78,6 +78,9 @@ def test_the_page_says_what_diagnose_says(run: Run, page: str) -> None:
     assert (told["onset"], told["first_warning"]) == (found.onset_step, found.first_warning_step)
     assert [f["name"] for f in told["findings"]] == [f.name for f in found.findings]
     assert told["sentence"] == found.sentence
+    (behind,) = [f for f in told["findings"] if f["tokens"]]
+    assert found.culprits is not None
+    assert f"at {behind['when']} comes from" in found.culprits.words()
 
 
 def test_step_columns_are_those_of_the_run(run: Run) -> None:

@@ -31,7 +31,7 @@ export class Story {
   culprits(run) {
     const finding = run.findings.find((one) => one.tokens.length);
     if (!finding) return null;
-    return el("p", { class: "culprits" }, "Behind it: ", classTag(finding.cls), " tokens ",
+    return el("p", { class: "culprits" }, `Behind it, ${finding.when}: `, classTag(finding.cls), " tokens ",
       finding.tokens.map((token, i) => [i ? ", '" : "'", el("code", {}, visible(token.text)), `' ${percent(token.share)}`]),
       finding.rollouts.length ? "; rollouts " : null,
       finding.rollouts.map((one) => [this.toRollout(one), " "]));
