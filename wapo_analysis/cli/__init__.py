@@ -119,11 +119,7 @@ def log_settings(
 
 def of_log(log: "ImportSettings | None") -> tuple[str, ...]:
     """The options that say the same of a log on the next command."""
-    if log is None:
-        return ()
-    given = [f"{ours}={theirs}" for ours, theirs in log.mapping.items()]
-    chosen = () if log.run is None else ("--run", log.run)
-    return (*(word for pair in given for word in ("--map", pair)), *chosen)
+    return () if log is None else log.options()
 
 
 def open_runs(paths: list[Path], log: "ImportSettings | None" = None) -> "list[Run]":

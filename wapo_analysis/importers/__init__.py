@@ -27,7 +27,7 @@ from wapo_analysis.importers.mapping import parse_mapping
 from wapo_analysis.importers.report import ImportReport, shown
 from wapo_analysis.importers.run import ImportSettings, import_run
 from wapo_analysis.store import MANIFEST, Run, open_run
-from wapo_analysis.store.manifest import OPENED_FROM
+from wapo_analysis.store.manifest import OPENED_FROM, OPENED_WITH
 
 __all__ = [
     "FORMATS",
@@ -135,7 +135,8 @@ def open_source(source: str | Path, settings: ImportSettings | None = None) -> R
         _forget(entry, target)
     os.utime(entry)
     found = open_run(target)
-    return Run(found.path, found.manifest.changed({OPENED_FROM: shown(path)}))
+    opened = {OPENED_FROM: shown(path), OPENED_WITH: list(chosen.options())}
+    return Run(found.path, found.manifest.changed(opened))
 
 
 def _forget(entry: Path, kept: Path) -> None:

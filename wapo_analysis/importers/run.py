@@ -58,6 +58,12 @@ class ImportSettings:
     temperature: float = 1.0
     seed: int | None = None
 
+    def options(self) -> tuple[str, ...]:
+        """The options that say the same of the source on a command line."""
+        pairs = (f"{ours}={theirs}" for ours, theirs in self.mapping.items())
+        chosen = () if self.run is None else ("--run", self.run)
+        return (*(word for pair in pairs for word in ("--map", pair)), *chosen)
+
 
 def import_run(
     source: str | Path, out: str | Path, settings: ImportSettings | None = None

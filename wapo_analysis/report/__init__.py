@@ -27,6 +27,7 @@ from wapo_analysis.report.data import Json, comparison_data, place, run_data
 from wapo_analysis.report.steps import block, chosen_steps, step_data
 from wapo_analysis.settings import setting_labels
 from wapo_analysis.store import Run, write_atomic
+from wapo_analysis.store.manifest import OPENED_WITH
 
 HERE = Path(__file__).parent / "page"
 #: The page's own code, in the order the modules build on each other.
@@ -192,7 +193,8 @@ def _sha256(script: str) -> str:
 
 def commands(runs: Sequence[Run]) -> list[str]:
     """Commands that go on from here."""
-    places = shlex.join(place(run) for run in runs)
+    options = [run.manifest.get(OPENED_WITH) or [] for run in runs]
+    places = shlex.join([*(place(run) for run in runs), *max(options, key=len)])
     board = [f"wapo board {places}"] if all(place(run) == str(run.path) for run in runs) else []
     return [f"wapo diagnose {places}", *board, f"wapo figures {places}"]
 

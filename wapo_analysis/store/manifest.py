@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 #: Entry, in memory alone, of a run that was made of a source where that lies: its path.
 OPENED_FROM = "opened_from"
+#: Entry beside it: the words after the path that say of the source what it does not.
+OPENED_WITH = "opened_with"
 _OLD_NAMES = {"trainable": "trainable_parameters"}
 _INT64 = 2**63
 T = TypeVar("T", int, float, str)
@@ -341,7 +343,8 @@ def read_manifest(path: Path, tell: bool = True) -> Manifest:
         raise UserError(
             f"{path} has schema version {found}; this installation reads version {SCHEMA_VERSION}"
         )
-    entries.pop(OPENED_FROM, None)
+    for name in (OPENED_FROM, OPENED_WITH):
+        entries.pop(name, None)
     problems: list[str] = []
     if CHECKSUM in entries and entries[CHECKSUM] != _checksum(entries):
         problems.append("its entries do not match their checksum: edited or damaged")

@@ -262,7 +262,7 @@ SAID = {
         "correct is rarely earned (correct "
         "0.2)."),
     "collapse": ("reward_collapse", {"reward": fallen(0.1)},
-        "Reward fell from 0.80 at its best to 0.07 from step 49."),
+        "Reward fell from 0.80 at its best to 0.10 from step 49."),
     "explosion": ("entropy_explosion", {"reward": FLAT, "entropy": moved(0.4, 2.0)},
         "Entropy rose from 0.4 to 2 nats (5 times its baseline) from step 22 and stays there; "
         "reward did not clearly change (0.30 to 0.30)."),

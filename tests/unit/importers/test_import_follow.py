@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shlex
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from html import unescape
 from io import StringIO
 from pathlib import Path
 
@@ -262,6 +264,13 @@ def test_every_command_that_reads_a_log_takes_what_it_does_not_say(
     ):
         assert run([*command, "--run", "calm", *said]) == 0, command
     assert (tmp_path / "figures" / "entropy.png").exists()
+    offered = [
+        unescape(line) for line in re.findall("<code>(wapo .*?)</code>", Path(page).read_text())
+    ]
+    assert len(offered) == 2
+    for line in offered:
+        out = ["--only", "entropy", "--out", figures] * ("figures" in line)
+        assert run([*shlex.split(line)[1:], *out]) == 0, line
 
 
 def test_what_is_said_of_a_log_is_refused_of_a_run(

@@ -63,7 +63,7 @@ def _loss_finding(
     series, entropy = reward.series, context.series("entropy")
     onset = series.step(loss.onset)
     back = "" if loss.ongoing else ", then came back"
-    best, low = reward.best, reward.low(loss.onset)
+    best, low = reward.best, series.end if loss.ongoing else reward.low(loss.onset)
     ends = {"entropy_start": entropy.level, "entropy_end": entropy.end} if len(entropy) else {}
     return Finding(
         name="reward_collapse" if severity == "critical" else "reward_drop",
