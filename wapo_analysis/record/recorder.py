@@ -337,7 +337,7 @@ class Recorder(Alone, Closing):
         sums : mapping of str to float, optional
             Of rollouts (`wapo_analysis.derive.rollout_sums`); None if ``columns`` holds all.
         **columns : float
-            Further columns of the ``steps`` table (``loss``, ``grad_norm``, ``lr``, ...).
+            Further columns of the ``steps`` table (``loss``, ``lr``, ...); your own have a slash.
         """
         now, self._step, step = self._step, OpenStep(), self._count.next(step)
         found = step_rollouts(now.batches, reward, prompts, completions, now.trained)

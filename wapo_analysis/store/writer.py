@@ -231,7 +231,9 @@ class RunWriter(PartWriter):
         """Append one line to the step log and flush it; non-finite numbers become null."""
         unknown = [name for name in row if "/" not in name and name not in STEPS]
         if unknown:
-            raise unknown_name("step column", unknown[0], STEPS.names)
+            said = str(unknown_name("step column", unknown[0], STEPS.names))
+            own = f"{unknown[0]!r} (one of your own has a slash, as 'loop/{unknown[0]}')"
+            raise UserError(said.replace(f"{unknown[0]!r}", own, 1))
         self.check()
         if not os.fstat(self._steps.fileno()).st_nlink:
             raise UserError(f"{self.path / STEP_LOG} was deleted while it was being written")

@@ -268,8 +268,10 @@ def test_unknown_column_table_and_step_column_are_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="unknown table 'token'"):
         run.table("token")
     writer = RunWriter(tmp_path / "s", {})
-    with pytest.raises(UserError, match="unknown step column"):
+    said = r"unknown step column 'rewrd' \(one of your own has a slash, as 'loop/rewrd'\); did you"
+    with pytest.raises(UserError, match=said):
         writer.append_step({"step": 1, "rewrd": 2.0})
+    writer.append_step({"step": 1, "loop/rewrd": 2.0})
     writer.close("failed")
 
 
