@@ -219,7 +219,7 @@ SAID = {
     "truncated": ("truncation_drift", {"reward": FLAT, "truncated": moved(0.05, 0.41)},
         "Many completions are cut at the limit from step 28 on (5% at first, 41% at the end)."),
     "shorter": ("length_drift", {"reward": FLAT, "length": moved(300, 80)},
-        "Completions keep getting shorter from step 28 on (300 at first, 80 at the end)."),
+        "Completions are shorter from step 28 on (300 at first, 80 at the end)."),
     "slower": ("steps_slow_down",
         {"reward": FLAT, "seconds": moved(10, 25), "length": moved(100, 130)},
         "A step takes 2.5 times as long as at first; completions are 1.3 times as long (seconds) "
