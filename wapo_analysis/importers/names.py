@@ -236,15 +236,15 @@ ALIASES: Final[tuple[Alias, ...]] = (
         lr="actor/train/learning_rate",
     ),
     *rows(
-        "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",
-        groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
-    ),
-    *rows(
         "steps", "rllm", "rllm/trainer/algorithms/advantage.py and rllm/trainer/unified_trainer.py",
         reward="reward/*/mean", reward_std="reward/*/std", advantage_std="advantage/*/std",
         groups_all_wrong="batch/*/fractions/too_hard",
         groups_all_right="batch/*/fractions/too_easy",
         length="batch/step_response_length/mean", lr="progress/lr", eval_reward="val/*/pass@1",
+    ),
+    *rows(
+        "steps", "rllm", f"{UNVERIFIED} path; counts of prompts, made shares",
+        groups_all_wrong="batch/solve_none", groups_all_right="batch/solve_all",
     ),
     *rows(
         "steps", "Tinker cookbook", "tinker_cookbook/rl/train.py and tinker_cookbook/rl/metrics.py",

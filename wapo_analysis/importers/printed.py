@@ -53,12 +53,12 @@ _BAR = re.compile(
 # A word in front of the numbers that says that they are of held-out problems.
 _HELD_OUT = re.compile(
     r"(?:^|[\s\[(|>*-])(?:eval(?:uat\w+)?|valid(?:ation)?|val|test)\b\s*"
-    rf"(?=[\])|:>@-]|at\b|(?:{_STEP_NAME}|epoch)\b|[A-Za-z_][\w./@]*\s?=)",
+    rf"(?=[\])|:>@]|-\s|at\b|(?:{_STEP_NAME}|epoch)\b|[A-Za-z_][\w./@]*\s?=)",
     re.I,
 )
 _OF_EVAL = re.compile(r"(?:eval|val|valid|validation|test)[/_]", re.I)
 _SECTION = re.compile(
-    r"\W*(train|valid|eval)\w*(?: (?:metrics|results?|scores?|set|timing))?\W*", re.I
+    r"\W*(train|valid|eval)\w*(?: (?:metrics|results?|scores?|timing)\W*|:\s*)", re.I
 )
 _EPOCH_ALONE = re.compile(r"[\W_]*epoch\W*(\d+)(?:\s*/\s*\d+)?[\W_]*", re.I)
 _EPOCH = re.compile(r"\b(?:epoch|episode)\W{0,3}(\d+)", re.I)
@@ -114,6 +114,10 @@ def line_of(text: str) -> Line | None:
 
 def _held_out(values: Values) -> Values:
     return {n if _OF_EVAL.match(n) else f"eval/{n}": v for n, v in values.items()}
+
+
+def _unmarked(values: Values) -> Values:
+    return {name.removeprefix("eval/"): value for name, value in values.items()}
 
 
 def _line(text: str) -> Line | None:
@@ -245,7 +249,8 @@ class PrintedLog:
         if line is None or line.heading:
             self._head(text, line)
             return False
-        if self._held_out and line.step is None and line.bar is None:
+        below = self._heading is not None and line.step is None and line.bar is None
+        if self._held_out and below:
             line = line._replace(values=_held_out(line.values))
         keys = tuple(line.values)
         if keys not in self._fits:
@@ -328,6 +333,9 @@ class PrintedLog:
                 self._gather(record.number, record.values)
         found = [*self._taken, *self._loose, *below, *bars]
         known = [record for record in found if record.known]
+        if known and all(_OF_EVAL.match(name) for record in known for name in record.values):
+            # A word that stands in front of every line is a name, as of a run called "test".
+            known = [r._replace(values=_unmarked(r.values)) for r in known]
         ordered = sorted(known or found, key=lambda record: record.number)
         strays = _strays(ordered)
         self.strays = len(strays)

@@ -114,6 +114,19 @@ def test_which_lines_are_those_of_an_evaluation(text: str, values: dict[str, flo
     assert (line.values if line else None) == values
 
 
+def test_lines_after_an_evaluation_without_a_heading_are_of_the_training(tmp_path: Path) -> None:
+    text = "Evaluating...\nEvaluation:\nloss: 0.1, reward: {r}, entropy: 0.4"
+    steps, _ = read(log(tmp_path, text), tmp_path / "out")
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+
+
+@pytest.mark.parametrize("name", ["[test]", "test-grpo", "[test-2]", "eval:"])
+def test_a_run_may_be_called_test(name: str, tmp_path: Path) -> None:
+    steps, _ = read(log(tmp_path, name + " step={n} reward={r} entropy=0.4"), tmp_path / "out")
+    assert steps["reward"].tolist() == pytest.approx(REWARD)
+    assert (steps["entropy"] == 0.4).all()
+
+
 def test_text_between_the_lines_that_names_a_step_is_no_step(tmp_path: Path) -> None:
     text = "step {n}: reward={r} length=100\nSample: Step {k}: y = 5, so the length = 9"
     file = tmp_path / "t.log"

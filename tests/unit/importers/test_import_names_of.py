@@ -55,3 +55,10 @@ def test_what_a_trainer_logs_today_feeds(trainer: str) -> None:
         ours: (name,) for ours, name in names.items()
     }
     assert likely_trainer(names.values()) == trainer
+
+
+def test_shares_of_groups_go_before_counts_of_prompts() -> None:
+    keys = ["batch/solve_none", "batch/solve_all", "batch/solver/fractions/too_hard"]
+    feeds = NameTable({}).feeds(keys)
+    assert feeds["groups_all_wrong"].names == (keys[2],)
+    assert feeds["groups_all_right"].names == (keys[1],)
