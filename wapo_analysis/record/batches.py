@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,7 +77,7 @@ class BatchPass:
         elif self.clip is None:
             stopped = idle & (self.log_ratio * tokens.advantage > 0)
         else:
-            low, high = (math.log(b) if b > 0 else -math.inf for b in self.clip)
+            low, high = (math.log(bound) if bound > 0 else -math.inf for bound in self.clip)
             below, above = self.log_ratio < low, self.log_ratio > high
             ruled = (below & (tokens.advantage < 0)) | (above & (tokens.advantage > 0))
             stopped = (idle & (below | above)) | (ruled & self.mixed)
@@ -221,8 +220,7 @@ def batch_pass(
     """
     if not isinstance(logp, Tensor):
         raise UserError(f"logp must be a tensor on the autograd graph, got {type(logp).__name__}")
-    if clip is not None and np.shape(clip) != (2,):
-        raise UserError(f"clip must be two bounds of the ratio, such as (0.8, 1.2), got {clip!r}")
+    clip = None if clip is None else _two_bounds(clip)
     (
         mask, advantages, tokens, groups, rollouts, cu_seqlens, logits, kept, logp_old, logp_prox,
         entropy, collision,
@@ -290,6 +288,15 @@ def batch_pass(
         choose_kept=kept is None,
         needs_grad=logp.requires_grad,
     )
+
+
+def _two_bounds(clip: Any) -> tuple[float, float]:
+    try:
+        low, high = map(float, clip)
+    except (TypeError, ValueError) as error:
+        said = f"clip must be two bounds of the ratio, such as (0.8, 1.2), got {clip!r}"
+        raise UserError(said) from error
+    return low, high
 
 
 def _tensors(device: torch.device, **given: Any) -> Iterator[Any]:

@@ -159,6 +159,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "groups": ({"groups": ["a"] * 8}, {}, "groups must be a tensor of numbers, got list"),
     "logits": ({"logits": [[1.0]]}, {}, "logits must be a tensor of numbers, got list"),
     "ragged": ({"adv": [[1.0], [1, 2]]}, {}, "advantages must be a tensor of numbers, got list"),
+    "clip": ({"clip": (None, 1.2)}, {}, "clip must be two bounds of the ratio, such as (0.8, 1.2)"),
     "scale": ({"loss_scale": None}, {}, "loss_scale must be positive, got None"),
     "reward": ({}, {"reward": ["good"] * 8}, "reward must be one number for each rollout: could"),
     "rewards": (
