@@ -81,11 +81,11 @@ def run_demo(out: Path, *, steps: int, seeds: int, task: str, device: str) -> No
     base = TrainConfig(
         task=task, steps=steps, device=device, lr=5e-5, checkpoint_every=0, probe_every=10
     )
+    # One process per core on a CPU; on a GPU the runs take turns.
+    workers = 1 if pick_device(device).type == "cuda" else None
     jobs = demo_jobs(out, base, seeds)
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps({"steps": steps, "seeds": seeds, "task": task}))
-    # One process per core on a CPU; on a GPU the runs take turns.
-    workers = 1 if pick_device(device).type == "cuda" else None
     names = [f"{j.config.shown_label} seed {j.config.seed}" for j in jobs]
     with _shown(names, steps) as shown:
         failures = train_all(jobs, workers, shown)

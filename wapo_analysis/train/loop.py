@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wapo_analysis.errors import UserError
 from wapo_analysis.objectives.config import ObjectiveConfig
 from wapo_analysis.objectives.loss import policy_loss
 from wapo_analysis.objectives.weights import BatchWeights, batch_weights
@@ -125,6 +126,9 @@ def begin(
     weights, done, earlier = None, 0, None
     if resumed is not None:
         weights, done = resume_point(resumed, checkpoint)
+        if config.steps < done:
+            told = f"{resumed} has done {done} steps; steps cannot be fewer"
+            raise UserError(f"{told}, got {config.steps}")
         check_resumed(resumed, config)
         earlier = read_manifest(resumed)
     with naming(weights):

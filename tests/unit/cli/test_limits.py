@@ -1,6 +1,9 @@
 """A number beyond what a command can do is refused before anything is done."""
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from wapo_analysis.cli import run
 
@@ -39,3 +42,20 @@ def test_ctrl_c_is_one_line_and_its_own_code(
     monkeypatch.setattr("wapo_analysis.verify.run_identities", interrupt)
     assert run(["verify"]) == 130
     assert capfd.readouterr().err == "wapo: interrupted\n"
+
+
+def test_a_run_is_not_continued_to_before_its_end(
+    tiny_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (tiny_run / "manifest.json").read_bytes()
+    assert run(["train", "--resume", "--out", str(tiny_run), "--steps", "2"]) == 2
+    err = capfd.readouterr().err
+    assert err == f"wapo: {tiny_run} has done 3 steps; steps cannot be fewer, got 2\n"
+    assert (tiny_run / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_refused_demo_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["demo", "--device", "cuda", "--out", str(tmp_path / "demo")]) == 2
+    assert "device cuda is not available here" in capfd.readouterr().err
+    assert not (tmp_path / "demo").exists()
