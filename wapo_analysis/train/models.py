@@ -208,6 +208,8 @@ def _source(name: str) -> tuple[str, dict[str, str]]:
                 'a .gguf file needs gguf, which is not installed: pip install "wapo-analysis[gguf]"'
             )
         return str(file.parent), {"gguf_file": file.name}
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise UserError(f"no model folder at {name}")
     return name, {}
 
 

@@ -59,3 +59,11 @@ def test_a_refused_demo_leaves_no_folder(tmp_path: Path, capfd: pytest.CaptureFi
     assert run(["demo", "--device", "cuda", "--out", str(tmp_path / "demo")]) == 2
     assert "device cuda is not available here" in capfd.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("model", ["/nowhere/x", "./nowhere", "../nowhere/x", "~/nowhere"])
+def test_a_path_that_is_not_there_is_no_name_of_the_hub(
+    model: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--model", model, "--out", str(tmp_path / "run")]) == 2
+    assert capfd.readouterr().err == f"wapo: no model folder at {model}\n"
