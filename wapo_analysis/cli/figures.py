@@ -91,7 +91,7 @@ def _helpers(names: list[str] | None, runs: Sequence[object]) -> "Iterator[_Pool
     """Processes that draw beside this one where that pays; they load while this one does."""
     from concurrent.futures.process import BrokenProcessPool
 
-    from wapo_analysis.workers import Workers
+    from wapo_analysis.train.jobs import Workers
 
     many = 2 if runs else 0
     pays = many if names is None else len(names) // _WORTH_A_PROCESS

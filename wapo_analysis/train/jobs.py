@@ -1,20 +1,40 @@
-"""Several runs trained at once, a process each."""
+"""Work beside this process; several runs trained at once, a process each."""
 
 import os
+import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 from wapo_analysis.errors import UserError
 from wapo_analysis.store import STEP_LOG
 from wapo_analysis.train.config import TrainConfig
-from wapo_analysis.train.loop import train
-from wapo_analysis.workers import Workers
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.3
+
+
+class Workers(ProcessPoolExecutor):
+    """Fresh processes that Ctrl-C does not reach: the one that began them says what they do then.
+
+    They are spawned: a forked copy of a process that has used threads or CUDA can hang.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count, mp_context=get_context("spawn"))
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "Future[T]":
+        """As the base class; what this begins has Ctrl-C blocked from its first moment."""
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(fn, *args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ def _outcome(future: "Future[str | None]") -> str | None:
 
 def _train_one(job: Job) -> str | None:
     """Train one run in this process; returns the reason if it failed."""
+    from wapo_analysis.train.loop import train
+
     try:
         # One thread each: small models gain nothing from more, and the runs share the cores.
         train(job.config, job.out, threads=1)
