@@ -324,3 +324,10 @@ def test_a_reward_that_was_never_earned_is_told(
 ) -> None:
     d = judge(tmp_path, reward=np.r_[np.full(records - 1, value), last])
     assert any(f.name == "reward_silent" for f in d.findings) is told
+
+
+@pytest.mark.parametrize("column", ["reward_std", "groups_flat"])
+def test_a_reward_that_is_0_by_its_mean_alone_may_be_earned(tmp_path: Path, column: str) -> None:
+    differs = np.r_[np.full(20, {"reward_std": 0.0, "groups_flat": 1.0}[column]), 0.4]
+    d = judge(tmp_path, reward=np.zeros(21), **{column: differs})
+    assert not any(f.name == "reward_silent" for f in d.findings)

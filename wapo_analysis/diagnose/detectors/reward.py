@@ -284,9 +284,18 @@ def find_silent(context: Context) -> list[Finding]:
 
 @detector("reward_silent", Need("steps", "reward"))
 def find_silent_reward(context: Context) -> list[Finding]:
-    """No step has earned a reward: it is one and the same, 0 or below, all along."""
-    series = context.series("reward")
+    """No step has earned a reward: it is one and the same, 0 or below, all along.
+
+    One that differs within batches or groups may be the same by its mean, or by rounding.
+    """
+    series, spread, flat = (
+        context.series("reward"),
+        context.series("reward_std"),
+        context.flat_groups,
+    )
     if len(series) < SILENT_RECORDS or series.values.max() > 0 or np.ptp(series.values):
+        return []
+    if (spread.values > 0).any() or (flat.values < 1).any():
         return []
     return [
         Finding(
