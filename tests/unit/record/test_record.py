@@ -16,7 +16,7 @@ from wapo_analysis.errors import UserError
 from wapo_analysis.record import Closing, Guarded, Steps, check_schedule, close_at_exit, guarded
 from wapo_analysis.record.beside import check_actions
 from wapo_analysis.record.recorder import Recorder
-from wapo_analysis.store import MANIFEST
+from wapo_analysis.store import MANIFEST, open_run
 
 
 class Watch(Guarded):
@@ -288,3 +288,15 @@ def test_what_is_an_action() -> None:
     check_actions(None, None, 8)
     for given in (("checkpoint", "stop"), (act, act), (None, "checkpoint"), ("checkpoint", None)):
         check_actions(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [({"label": "first"}, "mine"), ({"source": "trl"}, None)]
+)
+def test_a_run_of_which_no_source_is_named_is_a_loop_named_as_its_folder(
+    tmp_path: Path, given: dict[str, str], name: str | None
+) -> None:
+    Recorder(tmp_path / "mine", given).close()
+    manifest = open_run(tmp_path / "mine").manifest
+    assert manifest.source == given.get("source", "loop")
+    assert (manifest.name, manifest.label) == (name, given.get("label"))
