@@ -24,6 +24,16 @@ ROOT = Path(__file__).parents[3]
 # ---- a disk that is slow, full, or gone ---------------------------------------------------------
 
 
+def test_a_disk_that_keeps_up_thins_nothing_and_nothing_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(tmp_path / "r", {"name": "r"})
+    record(recorder, range(1, 4))
+    recorder.close("finished")
+    assert not caplog.records
+    assert set(open_run(tmp_path / "r").steps["token_fraction"]) == {1.0}
+
+
 def test_a_slow_disk_thins_rows_and_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

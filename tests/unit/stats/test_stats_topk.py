@@ -68,3 +68,8 @@ def test_the_statistics_do_not_depend_on_it() -> None:
         token_stats(logits, targets)[:5], token_stats(logits, targets, topk=9)[:5], strict=True
     ):
         assert torch.equal(part, other)
+
+
+def test_none_are_looked_for_unless_asked() -> None:
+    found = token_stats(torch.zeros(2, 5), torch.tensor([0, 1]))
+    assert (found.top_ids, found.top_logp) == (None, None)
