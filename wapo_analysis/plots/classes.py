@@ -112,11 +112,13 @@ def prepare_gradient_mass(runs: Sequence[Run]) -> pd.DataFrame:
 def _says_gradient_mass(label: str, rows: pd.DataFrame) -> str:
     """The class with most of the gradient, beside its part of the tokens, over the whole run."""
     sums = rows.groupby("cls")[["grad_mass", "tokens", "all_tokens"]].sum()
-    code = largest_key(sums["grad_mass"])
+    code, mass = largest_key(sums["grad_mass"]), sums["grad_mass"].sum()
+    if not mass:
+        return ""
     return (
         f"{label}: {tax.CLASS_NAMES[code]} is "
         f"{sums['tokens'][code] / sums['all_tokens'][code]:.1%} of the tokens and "
-        f"{sums['grad_mass'][code] / sums['grad_mass'].sum():.0%} of the gradient"
+        f"{sums['grad_mass'][code] / mass:.0%} of the gradient"
     )
 
 

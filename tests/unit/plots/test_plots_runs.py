@@ -221,6 +221,7 @@ def test_the_title_counts_the_tokens_of_steps_without_a_gradient(pair: list[Run]
     name = said.split()[1]
     cells = pair[0].classes.groupby("cls", observed=True)["tokens"].sum()
     assert f"{cells[name] / cells.sum():.1%} of the tokens" in said
+    assert not classes._says_gradient_mass(frame.assign(grad_mass=0.0, share=np.nan))
 
 
 def test_unknown_classes_are_not_taken_for_empty_ones(tmp_path: Path) -> None:
