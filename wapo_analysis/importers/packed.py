@@ -42,9 +42,10 @@ def head_of(file: Path, size: int = _HEAD) -> bytes:
 def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str]) -> Path | None:
     """A file, or elsewhere what a compressed or UTF-16 one holds, or a page or notebook shows."""
     start = head_of(file, _FIRST)
-    wide = wide_encoding(start)
+    packed = file.name.endswith(".gz") or start.startswith(b"\x1f\x8b")
+    wide = None if packed else wide_encoding(start)
     table, how = file.suffix in _TABLES, None
-    if wide is None and (table or start[:1] in _WRAPPED):
+    if wide is None and not packed and (table or start[:1] in _WRAPPED):
         how = wrapped_by(head_of(file), table)
     if wide is None and file == source and file.suffix in PAGES and unpacked is not None:
         text = unpacked / file.name
@@ -59,7 +60,6 @@ def plain_file(file: Path, source: Path, unpacked: Path | None, told: list[str])
                 "cells have run, a page must hold a table"
             )
         return text
-    packed = file.name.endswith(".gz") or start.startswith(b"\x1f\x8b")
     if wide is None and how is None and not packed:
         return file
     if unpacked is None:
