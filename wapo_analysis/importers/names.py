@@ -7,7 +7,7 @@ can be mapped by hand. docs/import.md is generated from these rows.
 
 from typing import Final
 
-from wapo_analysis.importers.alias import ROW_ALIASES, UNVERIFIED, Alias, functions, rows
+from wapo_analysis.importers.alias import UNVERIFIED, Alias, functions, rows
 
 # Step numbers: a run's own counter goes before the row counter of a logger.
 _STEP: Final = (
@@ -321,5 +321,60 @@ ALIASES: Final[tuple[Alias, ...]] = (
             " | eval/rewards | eval/success_rate | success_rate/eval | eval_success_rate"
         ),
     ),
-    *ROW_ALIASES,
+    # ---- rows of tokens
+    *rows(
+        "tokens", "any", "common use",
+        step="global_step | training_step | train_step | iteration | _step | steps",
+        minibatch="mini_batch", rank="process_index | worker",
+        group="group_id | group_ids | prompt_id | prompt_index | problem_id | uid",
+        rollout="rollout_id | sample_id | sequence_id | seq_id | completion_id | sample | sequence"
+                " | request_id",
+        position="token_position | token_index | pos",
+        token_id="token_ids | response_ids | output_ids | input_ids",
+        advantage="advantages | adv",
+        logp="logprob | logprobs | log_prob | log_probs | logps | token_logprobs | logp_train",
+        logp_old=(
+            "old_logp | old_logprob | old_logprobs | old_log_prob | old_log_probs"
+            " | sampling_logprobs | behaviour_logprobs | behavior_logprobs | logp_inference"
+        ),
+        entropy="entropies | entropys | token_entropy | token_entropies",
+        coef="gradient_coefficient", kept="keep_mask", clipped="is_clipped", top1="is_top1",
+        prob="p | probs | probability | prob_train | token_prob",
+        prob_old="old_prob | old_probs | prob_inference | behaviour_prob",
+        collision="sum_p_sq | sum_sq_probs", loss_mask="mask",
+    ),
+    *rows(
+        "tokens", "prime-rl", "src/prime_rl/trainer (token exports)",
+        logp="trainer_logprobs", logp_old="inference_logprobs", clipped="is_masked",
+        rollout="export_sequence_idx", minibatch="micro_step",
+    ),
+    *rows(
+        "tokens", "TRL", "trl/trainer/grpo_trainer.py",
+        token_id="completion_ids", logp="per_token_logps",
+        logp_old="old_per_token_logps | sampling_per_token_logps", loss_mask="completion_mask",
+    ),
+    *rows(
+        "tokens", "verl", "verl/workers and verl/trainer/ppo",
+        logp_old="rollout_log_probs", collision="sum_pi_squared", loss_mask="response_mask",
+    ),
+    # ---- rows of completions
+    *rows(
+        "rollouts", "any", "common use",
+        step="global_step | training_step | train_step | iteration | _step | steps",
+        group="group_id | prompt_id | problem_id | uid",
+        rollout="rollout_id | sample_id | completion_id | request_id",
+        prompt="question | problem", completion="response | answer_text | generation",
+        answer="ground_truth | reference | target", reward="rewards | total_reward",
+        advantage="advantages", length="response_length | completion_length | num_tokens",
+        finish_reason="stop_reason",
+    ),
+    *rows(
+        "rollouts", "rlprobe", "rlprobe/schemas",
+        prompt="prompt_text", completion="completion_text", reward="reward_total",
+        length="completion_len",
+    ),
+    *rows(
+        "rollouts", "verl", "verl/trainer/ppo/ray_trainer.py (_dump_generations)",
+        prompt="input", completion="output", answer="gts", reward="score",
+    ),
 )  # fmt: skip
